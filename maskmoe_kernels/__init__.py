@@ -1,0 +1,31 @@
+"""Networks whose weights are block-sparse by subset inclusion: predictions with attribution.
+
+The names below are the public contract; see README.md for a tour.
+"""
+
+from maskmoe_kernels import testing
+from maskmoe_kernels.backends.choice import info
+from maskmoe_kernels.errors import BackendError, DataError, LayoutError
+from maskmoe_kernels.layout import BlockLayout, SubsetFamily
+from maskmoe_kernels.models import InterpretableMLP
+from maskmoe_kernels.nn import MaskedLinear
+from maskmoe_kernels.objectives import gem_loss, mixture, selection
+from maskmoe_kernels.ops import masked_linear
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendError",
+    "BlockLayout",
+    "DataError",
+    "InterpretableMLP",
+    "LayoutError",
+    "MaskedLinear",
+    "SubsetFamily",
+    "gem_loss",
+    "info",
+    "masked_linear",
+    "mixture",
+    "selection",
+    "testing",
+]

@@ -1,0 +1,1 @@
+"""Ways to compute the registered ops; ``choice`` decides between them and says why."""

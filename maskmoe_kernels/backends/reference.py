@@ -1,0 +1,39 @@
+"""Plain differentiable PyTorch: slow, any dtype, and every transform of torch works on it.
+
+The stop-gradient is written as ``detach``; absent blocks are never gathered. Autograd derives
+everything else, so double backward, ``torch.func.grad`` and ``torch.func.vmap`` work here.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskmoe_kernels.backends.activations import FUNCTIONS
+from maskmoe_kernels.layout.blocks import BlockLayout
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout, activation: str
+) -> Tensor:
+    """``x`` (\\*, in) to (\\*, out), one gather and one product per row block."""
+    if layout.col_order is not None:
+        x = x[..., layout.table("col_order", x.device, lambda: layout.col_order)]
+    held = x.detach()
+    columns = torch.arange(layout.in_features, device=x.device).split(list(layout.col_sizes))
+    outputs = []
+    routes = layout.routes_grad.tolist()
+    for i, blocks in enumerate(layout.row_blocks()):
+        if not blocks:
+            outputs.append(x.new_zeros(*x.shape[:-1], layout.row_sizes[i]))
+            continue
+        seen = torch.cat(
+            [(x if routes[i][j] else held)[..., columns[j]] for j in blocks], dim=-1
+        )
+        start, stop = layout.weight_offsets[i : i + 2]
+        outputs.append(F.linear(seen, weight[start:stop].view(layout.row_sizes[i], -1)))
+    z = torch.cat(outputs, dim=-1)
+    if layout.row_order is not None:
+        z = z[..., layout.table("row_rank", x.device, layout.row_order.argsort)]
+    return FUNCTIONS[activation](z if bias is None else z + bias)

@@ -1,0 +1,1 @@
+"""Experiments of the paper: data, training, metrics and figures."""

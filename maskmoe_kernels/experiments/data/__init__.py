@@ -1,0 +1,1 @@
+"""Strict readers of the data sets the experiments use."""

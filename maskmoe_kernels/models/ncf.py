@@ -1,0 +1,144 @@
+"""Neural collaborative filtering: the interpretable network, the black box, content only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.models.mlp import InterpretableMLP
+from maskmoe_kernels.nn.embedding import ContentEncoder
+
+
+@dataclass(frozen=True)
+class NCFSizes:
+    """Sizes of the three MovieLens models (section 4.2.2).
+
+    Attributes:
+        num_users: Rows of the user embedding.
+        num_items: Rows of the item embedding.
+        categories: Content feature to (number of values, embedding width).
+        num_numeric: Numeric content features.
+        numeric_width: Width of their projection.
+        embedding: Width of the user and the item embedding.
+    """
+
+    num_users: int
+    num_items: int
+    categories: Mapping[str, tuple[int, int]] = field(
+        default_factory=lambda: {"sex": (2, 2), "age": (7, 6), "occupation": (21, 8)}
+    )
+    num_numeric: int = 19
+    numeric_width: int = 16
+    embedding: int = 64
+
+
+class _Inputs(nn.Module):
+    """Content, user and item vectors side by side, gathered from ids."""
+
+    def __init__(self, sizes: NCFSizes, personal: bool) -> None:
+        super().__init__()
+        self.content = ContentEncoder(sizes.categories, sizes.num_numeric, sizes.numeric_width)
+        self.user: nn.Embedding | None = None
+        self.item: nn.Embedding | None = None
+        if personal:
+            self.user = nn.Embedding(sizes.num_users, sizes.embedding)
+            self.item = nn.Embedding(sizes.num_items, sizes.embedding)
+            for table in (self.user, self.item):
+                nn.init.normal_(table.weight, std=0.05)
+        self.groups = {"content": self.content.out_features}
+        if personal:
+            self.groups |= {"user": sizes.embedding, "item": sizes.embedding}
+
+    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
+        parts = [self.content(codes, numeric)]
+        if self.user is not None and self.item is not None:
+            parts += [self.user(user), self.item(item)]
+        return torch.cat(parts, dim=-1)
+
+
+class InterpretableNCF(nn.Module):
+    """Four experts: content, content + user, content + item, all (section 4.2.2).
+
+    Args:
+        sizes: Of the embeddings; see :class:`NCFSizes`.
+        hidden: Units per expert of each hidden layer.
+        embeddings: ``"shared"``: every expert that sees an embedding trains it, as in the
+            authors' code; an embedding that a small expert reads then depends, through
+            training, on features outside its subset. ``"strict"``: only the smallest subsets
+            that contain a group train its embedding.
+        backend: See :func:`masked_linear`.
+
+    Raises:
+        LayoutError: Unknown ``embeddings``.
+    """
+
+    def __init__(
+        self,
+        sizes: NCFSizes,
+        hidden: Sequence[int] = (128, 64, 32, 16),
+        embeddings: str = "shared",
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if embeddings not in ("shared", "strict"):
+            raise LayoutError(f"embeddings must be 'shared' or 'strict', got {embeddings!r}")
+        self.inputs = _Inputs(sizes, personal=True)
+        self.family = SubsetFamily(
+            self.inputs.groups,
+            {
+                "content": ["content"],
+                "user": ["content", "user"],
+                "item": ["content", "item"],
+                "all": ["content", "user", "item"],
+            },
+        )
+        first = self.family.input_layout(hidden[0], strict=embeddings == "strict")
+        self.experts = InterpretableMLP(self.family, hidden, input_layout=first, backend=backend)
+
+    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
+        """Logits ``(*, 4)`` of a user and an item.
+
+        Args:
+            user: User rows, ``(*,)`` int64.
+            item: Item rows, ``(*,)`` int64.
+            codes: Categories of the content, ``(*, number of categories)`` int64.
+            numeric: Numeric content, ``(*, num_numeric)``.
+        """
+        logits: Tensor = self.experts(self.inputs(user, item, codes, numeric))
+        return logits
+
+
+class NCF(nn.Module):
+    """The black box: the same inputs, ordinary dense layers, one logit (He et al. 2017, MLP).
+
+    Args:
+        sizes: Of the embeddings; see :class:`NCFSizes`.
+        hidden: Units of each hidden layer.
+        personal: Whether it sees the user and item embeddings; without, it is the
+            content-based model.
+    """
+
+    def __init__(
+        self,
+        sizes: NCFSizes,
+        hidden: Sequence[int] = (512, 256, 128, 64),
+        personal: bool = True,
+    ) -> None:
+        super().__init__()
+        self.inputs = _Inputs(sizes, personal)
+        widths = [sum(self.inputs.groups.values()), *hidden]
+        layers: list[nn.Module] = []
+        for a, b in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(a, b), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+
+    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
+        """Logits z ``(*, 1)``, probability sigmoid(z); arguments as :class:`InterpretableNCF`."""
+        logits: Tensor = self.layers(self.inputs(user, item, codes, numeric))
+        return logits

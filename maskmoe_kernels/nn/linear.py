@@ -1,0 +1,196 @@
+"""``MaskedLinear``: ``torch.nn.Linear`` whose weights exist only where a mask says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels.backends.activations import activation_name
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.functional import masked_linear
+
+
+class MaskedLinear(nn.Module):
+    """Linear layer over the true entries of a mask, with routed gradients (section 3.4.2).
+
+    A drop-in for masked ``nn.Linear`` layers: the constructor takes a dense mask, dense
+    checkpoints load, any leading shape works. Only visible weights are stored.
+
+    Args:
+        in_features: Width of the input.
+        out_features: Width of the output.
+        mask: ``(out_features, in_features)`` bool: may output unit o see input feature f?
+        bias: Whether to learn an additive bias.
+        grad_mask: Where the gradient flows back to the input, inside ``mask``; ``None`` means
+            wherever ``mask`` is true (an ordinary masked layer).
+        activation: Fused into the layer; see :func:`masked_linear`.
+        backend: See :func:`masked_linear`.
+        device: Where to create the parameters.
+        dtype: Floating-point type of the parameters.
+
+    Attributes:
+        weight: Packed visible weights, ``(layout.num_weights,)``.
+        bias: ``(out_features,)`` or ``None``.
+        layout: The :class:`BlockLayout` of the mask.
+
+    Raises:
+        LayoutError: The mask is not ``(out_features, in_features)``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        mask: Tensor,
+        bias: bool = True,
+        *,
+        grad_mask: Tensor | None = None,
+        activation: str | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if tuple(torch.as_tensor(mask).shape) != (out_features, in_features):
+            raise LayoutError(
+                f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
+                f"{tuple(torch.as_tensor(mask).shape)}"
+            )
+        layout = BlockLayout.from_mask(mask, grad_mask)
+        self._build(layout, bias, activation, backend, device, dtype)
+
+    def _build(
+        self,
+        layout: BlockLayout,
+        bias: bool,
+        activation: str | None,
+        backend: str | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        activation_name(activation)
+        self.layout = layout
+        self.in_features = layout.in_features
+        self.out_features = layout.out_features
+        self.activation = activation
+        self.backend = backend
+        self.weight = nn.Parameter(torch.empty(layout.num_weights, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(layout.out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.reset_parameters()
+
+    @classmethod
+    def from_layout(
+        cls,
+        layout: BlockLayout,
+        bias: bool = True,
+        *,
+        activation: str | None = None,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MaskedLinear:
+        """A layer on ``layout``; the other arguments as in the constructor."""
+        layer = cls.__new__(cls)
+        layer._build(layout, bias, activation, backend, device, dtype)
+        return layer
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        mask: Tensor,
+        *,
+        grad_mask: Tensor | None = None,
+        activation: str | None = None,
+        backend: str | None = None,
+    ) -> MaskedLinear:
+        """A copy of ``linear`` with the weights that ``mask`` leaves; see the constructor."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            mask,
+            linear.bias is not None,
+            grad_mask=grad_mask,
+            activation=activation,
+            backend=backend,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        with torch.no_grad():
+            layer.weight.copy_(layer.layout.pack(linear.weight))
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """A dense ``nn.Linear`` with zeros where the mask is false, without the activation.
+
+        It computes the same on finite input; its gradient is neither masked nor routed.
+        """
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        return linear
+
+    def dense_weight(self) -> Tensor:
+        """The weight as ``(out_features, in_features)`` with zeros where the mask is false."""
+        return self.layout.unpack(self.weight)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``nn.Linear``'s initial scale, uniform in +-1/sqrt(fan-in), by true fan-in."""
+        layout = self.layout
+        fan_in = torch.tensor(layout.row_fan_in, dtype=torch.float64)
+        bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
+        sizes = torch.tensor(layout.weight_offsets).diff()
+        self.weight.uniform_(-1, 1).mul_(bound.repeat_interleave(sizes).to(self.weight))
+        if self.bias is not None:
+            per_unit = bound.repeat_interleave(torch.tensor(layout.row_sizes))
+            if layout.row_order is not None:
+                per_unit = per_unit[layout.row_order.argsort()]
+            self.bias.uniform_(-1, 1).mul_(per_unit.to(self.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, in_features)`` to ``(*, out_features)``."""
+        return masked_linear(
+            x, self.weight, self.bias, self.layout, self.activation, self.backend
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A dense (out, in) weight, as nn.Linear saves it, is packed on the way in.
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        if weight is not None and weight.dim() == 2:
+            state_dict[key] = self.layout.pack(weight)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Sizes, blocks and density, for ``print(layer)``."""
+        layout = self.layout
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, blocks={len(layout.row_sizes)}x"
+            f"{len(layout.col_sizes)} ({layout.num_blocks} present), density={layout.density:.3f}"
+        )
+        if not layout.routes_all:
+            text += f", routed={int(layout.routes_grad.sum())}"
+        if self.activation is not None:
+            text += f", activation={self.activation}"
+        return text

@@ -1,0 +1,97 @@
+"""One step of generalised expectation-maximisation (section 3.3.4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.objectives.selection import (
+    Confidence,
+    check_logits,
+    deselection,
+    selection,
+)
+
+_WEIGHTINGS = {"selection": selection, "deselection": deselection}
+_NORMALIZE = (None, "sample", "expert", "batch")
+
+
+def gem_loss(
+    logits: Tensor,
+    target: Tensor,
+    family: SubsetFamily,
+    confidence: Confidence = "abs",
+    weighting: str = "selection",
+    normalize: str | None = None,
+    mask: Tensor | None = None,
+    sharpness: float = 1.0,
+) -> Tensor:
+    """Weighted cross-entropy of every expert, weights from the old parameters (eq. 4, eq. 7).
+
+    E-step: the weights w come from the current logits, detached. M-step: the loss is
+    ``mean over samples of sum_i w_i * BCE(y, f^i)``, so expert i's gradient is its own.
+
+    Args:
+        logits: z, ``(*, H)``.
+        target: y in {0, 1}, ``(*,)``.
+        family: The subsets of the H experts.
+        confidence: See :func:`selection`.
+        weighting: ``"selection"`` (alpha, eq. 7) or ``"deselection"`` (alpha without the own
+            confidence, as the authors train).
+        normalize: What the weights are divided by. ``None``: nothing (eq. 7). ``"sample"``:
+            their sum over the experts of the sample. ``"expert"``: their sum over the batch,
+            per expert; the loss is then the sum over experts. ``"batch"``: their sum over
+            everything.
+        mask: ``(*,)`` bool, true where a sample counts; padding cannot reach the loss.
+        sharpness: See :func:`selection`.
+
+    Returns:
+        Scalar, float32 (float64 for float64 logits). With no sample at all it is 0.
+
+    Raises:
+        LayoutError: A shape that does not fit, or an unknown weighting or normalization.
+    """
+    check_logits(logits, family)
+    if weighting not in _WEIGHTINGS:
+        raise LayoutError(f"weighting must be one of {list(_WEIGHTINGS)}, got {weighting!r}")
+    if normalize not in _NORMALIZE:
+        raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
+    for name, value in (("target", target), ("mask", mask)):
+        if value is not None and value.shape != logits.shape[:-1]:
+            raise LayoutError(
+                f"{name} must be the logits' shape without its last dimension, "
+                f"{tuple(logits.shape[:-1])}, got {tuple(value.shape)}"
+            )
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if mask is not None:
+        z = z.masked_fill(~mask.unsqueeze(-1), 0)
+        target = target.masked_fill(~mask, 0)
+    with torch.no_grad():  # E-step: the old parameters (eq. 4)
+        weight = _WEIGHTINGS[weighting](z, family, confidence, sharpness)
+        weight = _normalized(weight, normalize, mask)
+    # (tanh z + 1) / 2 = sigmoid(2 z): the logit form keeps its gradient at saturation.
+    y = target.to(z.dtype).unsqueeze(-1).expand_as(z)
+    bce = F.binary_cross_entropy_with_logits(2 * z, y, reduction="none")
+    return (weight * bce).sum()
+
+
+def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:
+    """Weights whose sum of products with the cross-entropies is the loss."""
+    if mask is not None:
+        weight = weight.masked_fill(~mask.unsqueeze(-1), 0)
+    if normalize == "batch":
+        return _divide(weight, weight.sum())
+    if normalize == "expert":
+        return _divide(weight, weight.flatten(0, -2).sum(0))
+    if normalize == "sample":
+        weight = _divide(weight, weight.sum(-1, keepdim=True))
+    if mask is None:
+        return weight / max(weight[..., 0].numel(), 1)
+    return weight / mask.sum().clamp(min=1)
+
+
+def _divide(weight: Tensor, total: Tensor) -> Tensor:
+    return weight / total.masked_fill(total == 0, 1)

@@ -1,0 +1,175 @@
+"""Selection functions: how much each expert answers for a sample (section 3.3).
+
+Everything is computed from the logit z, as pairs (g, log(1 - g)): once tanh saturates, 1 - g is
+0 in float32 although the product over omega(i) still needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.subsets import SubsetFamily
+
+#: A confidence by name, or any function of the logits with values in [0, 1].
+Confidence = str | Callable[[Tensor], Tensor]
+
+# Logarithms below this are products that are 0 in every floating-point type.
+_LOG_FLOOR = -1e6
+
+
+def selection(
+    logits: Tensor,
+    family: SubsetFamily,
+    confidence: Confidence = "abs",
+    sharpness: float = 1.0,
+) -> Tensor:
+    """alpha_i = g_i * prod over j in omega(i) of (1 - g_j) (section 3.3.2).
+
+    Args:
+        logits: z, ``(*, H)``.
+        family: The subsets of the H experts.
+        confidence: ``"abs"`` |F|, ``"square"`` F^2, ``"smooth"`` 2|F|^4 / (1 + |F|^3),
+            ``"rare"`` (see :func:`rare_positive`), where F = tanh(z); or a function of the logits.
+        sharpness: Power to which the confidence of every expert with a larger one above it is
+            raised. Larger values leave more samples to the larger experts.
+
+    Returns:
+        ``(*, H)`` in [0, 1], float32 (float64 for float64 logits). A NaN logit reaches only
+        its own expert and those whose subset contains it.
+
+    Raises:
+        LayoutError: ``logits`` do not end in H, or an unknown confidence or sharpness below 0.
+    """
+    own, above = _parts(logits, family, confidence, sharpness)
+    return own * above
+
+
+def deselection(
+    logits: Tensor,
+    family: SubsetFamily,
+    confidence: Confidence = "abs",
+    sharpness: float = 1.0,
+) -> Tensor:
+    """prod over j in omega(i) of (1 - g_j): selection without the expert's own confidence.
+
+    Arguments, shape and errors as for :func:`selection`.
+    """
+    return _parts(logits, family, confidence, sharpness)[1]
+
+
+def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], Tensor]:
+    """Confidence for rare positives: 0 at p = ``threshold``, 1 at p = 1 (authors' MovieLens code).
+
+    With p = sigmoid(2 z) and q = |p - t|: c = q^k / (1 + q^(k-1)) * (1 + (1-t)^(k-1)) / (1-t)^k.
+
+    Args:
+        threshold: t, the probability that carries no confidence, in (0, 0.5].
+        power: k, at least 2.
+
+    Raises:
+        LayoutError: ``threshold`` or ``power`` outside its range.
+    """
+    if not 0 < threshold <= 0.5 or power < 2:
+        raise LayoutError(
+            f"threshold must be in (0, 0.5] and power at least 2, got {threshold} and {power}"
+        )
+    top = 1 - threshold
+    scale = (1 + top ** (power - 1)) / top**power
+
+    def confidence(logits: Tensor) -> Tensor:
+        q = (torch.sigmoid(2 * logits) - threshold).abs()
+        return q**power / (1 + q ** (power - 1)) * scale
+
+    return confidence
+
+
+def _abs(z: Tensor) -> tuple[Tensor, Tensor]:
+    # 1 - tanh|z| = 2 sigmoid(-2|z|), which does not cancel.
+    return torch.tanh(z).abs(), math.log(2) + F.logsigmoid(-2 * z.abs())
+
+
+def _square(z: Tensor) -> tuple[Tensor, Tensor]:
+    t, log_rest = _abs(z)
+    return t * t, log_rest + torch.log1p(t)  # 1 - t^2 = (1 - t)(1 + t)
+
+
+def _smooth(z: Tensor) -> tuple[Tensor, Tensor]:
+    t, log_rest = _abs(z)
+    cube = t**3
+    # 1 + t^3 - 2 t^4 = (1 - t)(1 + t + t^2 + 2 t^3)
+    rest = log_rest + torch.log1p(t + t * t + 2 * cube) - torch.log1p(cube)
+    return 2 * cube * t / (1 + cube), rest
+
+
+_NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "abs": _abs,
+    "square": _square,
+    "smooth": _smooth,
+}
+
+
+def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
+    """g and log(1 - g) of every expert, ``(*, H)`` each."""
+    if isinstance(confidence, str) and confidence in _NAMED:
+        return _NAMED[confidence](z)
+    if confidence == "rare":
+        confidence = rare_positive()
+    if not callable(confidence):
+        raise LayoutError(
+            f"confidence must be one of {[*_NAMED, 'rare']} or a function of the logits, got "
+            f"{confidence!r}"
+        )
+    g = confidence(z)
+    if g.shape != z.shape:
+        raise LayoutError(
+            f"confidence must keep the shape of the logits, {tuple(z.shape)}, its result is "
+            f"{tuple(g.shape)}"
+        )
+    return g, torch.log1p(-g)
+
+
+def _parts(
+    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+) -> tuple[Tensor, Tensor]:
+    """g_i and prod over omega(i) of (1 - g_j)."""
+    check_logits(logits, family)
+    if not sharpness > 0:
+        raise LayoutError(f"sharpness must be above 0, got {sharpness}")
+    with torch.autocast(logits.device.type, enabled=False):
+        z = logits if logits.dtype == torch.float64 else logits.float()
+        g, log_rest = _confidence(z, confidence)
+        if sharpness != 1:
+            # 1 - g^s from 1 - g, so that a confidence of nearly 1 keeps its digits.
+            sharp = -torch.expm1(sharpness * torch.log1p(-log_rest.exp()))
+            larger = family.table("has_larger", z.device)
+            g = torch.where(larger, g**sharpness, g)
+            log_rest = torch.where(larger, sharp.log(), log_rest)
+        return g, _product_below(log_rest, family)
+
+
+def _product_below(log_rest: Tensor, family: SubsetFamily) -> Tensor:
+    """exp of the sum of ``log_rest`` over omega(i): ``(*, H)``."""
+    below = family.table("strict", log_rest.device)
+    unknown = log_rest.isnan()
+    # A product with 0 would let NaN through: experts outside omega(i) must not reach i.
+    terms = log_rest.masked_fill(unknown, 0).clamp(min=_LOG_FLOOR).double()
+    product = (terms @ below.T).exp()
+    reached = unknown.double() @ below.T > 0
+    return product.masked_fill(reached, torch.nan).to(log_rest.dtype)
+
+
+def check_logits(logits: Tensor, family: SubsetFamily) -> None:
+    """Raise LayoutError unless ``logits`` are floating-point ``(*, H)``."""
+    if not logits.is_floating_point():
+        raise LayoutError(f"logits must be floating-point, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] != family.num_experts:
+        raise LayoutError(
+            f"logits must end in one value per expert, H={family.num_experts}, got "
+            f"{tuple(logits.shape)}"
+        )

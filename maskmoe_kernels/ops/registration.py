@@ -1,0 +1,131 @@
+"""Registered ops: schemas, implementations, fakes and FLOP formulas.
+
+``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
+a process that never built the layout. ``saved`` is the pre-activation for activations whose
+derivative needs it, otherwise the output.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from maskmoe_kernels.backends import grouped
+from maskmoe_kernels.backends.activations import NEEDS_INPUT
+from maskmoe_kernels.layout.plan import layout_of
+
+_LIBRARY = torch.library.Library("maskmoe", "DEF")
+_LIBRARY.define(
+    "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor plan, int layout, "
+    "SymInt out_features, str activation, bool keep) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "masked_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, "
+    "int layout, str activation, bool need_x, bool need_weight, bool need_bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Tensor,
+    layout: int,
+    out_features: int,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    return grouped.forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+
+
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    plan: Tensor,
+    layout: int,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (need_x, need_weight, need_bias)
+    return grouped.backward(grad_y, x, weight, saved, layout_of(layout, plan), activation, needs)
+
+
+_LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("masked_linear_backward", _backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("maskmoe::masked_linear", lib=_LIBRARY)
+def _forward_fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    plan: Tensor,
+    layout: int,
+    out_features: int,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], out_features)
+    return y, torch.empty_like(y) if keep and activation in NEEDS_INPUT else x.new_empty(0)
+
+
+@torch.library.register_fake("maskmoe::masked_linear_backward", lib=_LIBRARY)
+def _backward_fake(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    plan: Tensor,
+    layout: int,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        x.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(grad_y.shape[-1:] if need_bias else 0),
+    )
+
+
+@register_flop_formula(torch.ops.maskmoe.masked_linear)
+def _forward_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    return 2 * _rows(x) * int(weight[0])  # present blocks, never the dense size
+
+
+@register_flop_formula(torch.ops.maskmoe.masked_linear_backward)
+def _backward_flops(
+    grad_y: Any,
+    x: Any,
+    weight: Any,
+    saved: Any,
+    plan: Any,
+    layout: int,
+    activation: str,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+    *args: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    routed = layout_of(layout, plan).num_routed_weights if need_x else 0
+    return 2 * _rows(x) * (routed + need_weight * int(weight[0]))
+
+
+def _rows(shape: Any) -> int:
+    rows = 1
+    for size in shape[:-1]:
+        rows *= int(size)
+    return rows

@@ -1,0 +1,82 @@
+"""The house itself: its floors, its public names, its version, its light front door."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+import maskmoe_kernels as mk
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NAMES = """
+    SubsetFamily SubsetFamily.powerset BlockLayout BlockLayout.between BlockLayout.from_mask
+    masked_linear MaskedLinear MaskedLinear.from_layout MaskedLinear.from_linear
+    MaskedLinear.dense_weight MaskedLinear.to_linear
+    InterpretableMLP mixture selection gem_loss info
+    testing testing.dense_oracle testing.assert_blind testing.assert_gradient_isolated
+    testing.strategies.families testing.strategies.layouts testing.strategies.masks
+""".split()
+FAMILY = """
+    num_groups num_experts in_features membership inclusion strict
+    hasse_edges input_layout hidden_layout
+""".split()
+LAYOUT = "in_features out_features num_weights density mask grad_mask pack unpack".split()
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        return tomllib.load(file)["project"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_public_name(name):
+    reduce(getattr, name.split("."), mk)
+
+
+def test_listed_names_exist():
+    assert [name for name in mk.__all__ if not hasattr(mk, name)] == []
+    assert {name for name in NAMES if "." not in name} <= set(mk.__all__)
+
+
+def test_family_and_layout_keep_their_names():
+    family = mk.SubsetFamily(groups={"a": 2, "b": 1}, subsets={"a": ["a"], "both": ["a", "b"]})
+    layout = family.hidden_layout(2, 3)
+    assert [name for name in FAMILY if not hasattr(family, name)] == []
+    assert [name for name in LAYOUT if not hasattr(layout, name)] == []
+
+
+def test_version_is_the_same_everywhere(project):
+    assert mk.__version__ == project["version"]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == project["version"]
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## [{project['version']}]" in changelog
+
+
+def test_floors_import_lower_floors_only():
+    pytest.importorskip("importlinter", reason="import-linter is not installed")
+    command = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
+    command = command or shutil.which("lint-imports")
+    if command is None:
+        pytest.skip("lint-imports is not on the path")
+    done = subprocess.run(
+        [command, "--no-cache"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_import_needs_no_extra():
+    """Only torch, numpy and rich are required: the extras stay behind the doors that use them."""
+    extras = ["hypothesis", "matplotlib", "pyarrow", "pytest", "zuko"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import maskmoe_kernels"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

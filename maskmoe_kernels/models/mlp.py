@@ -51,10 +51,11 @@ class InterpretableMLP(nn.Module):
         super().__init__()
         self.family = family
         widths: list[Width] = [*hidden, 1]
-        layouts = [family.input_layout(widths[0]) if input_layout is None else input_layout]
-        layouts += [
-            family.hidden_layout(a, b) for a, b in zip(widths, widths[1:], strict=False)
-        ]
+        with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
+            layouts = [family.input_layout(widths[0]) if input_layout is None else input_layout]
+            layouts += [
+                family.hidden_layout(a, b) for a, b in zip(widths, widths[1:], strict=False)
+            ]
         last = len(layouts) - 1
         self.layers = nn.Sequential(
             *(

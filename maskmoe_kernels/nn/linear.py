@@ -59,7 +59,8 @@ class MaskedLinear(nn.Module):
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
                 f"{tuple(torch.as_tensor(mask).shape)}"
             )
-        layout = BlockLayout.from_mask(mask, grad_mask)
+        with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
+            layout = BlockLayout.from_mask(mask, grad_mask)
         self._build(layout, bias, activation, backend, device, dtype)
 
     def _build(
@@ -155,14 +156,15 @@ class MaskedLinear(nn.Module):
     def reset_parameters(self) -> None:
         """``nn.Linear``'s initial scale, uniform in +-1/sqrt(fan-in), by true fan-in."""
         layout = self.layout
-        fan_in = torch.tensor(layout.row_fan_in, dtype=torch.float64)
-        bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
-        sizes = torch.tensor(layout.weight_offsets).diff()
-        self.weight.uniform_(-1, 1).mul_(bound.repeat_interleave(sizes).to(self.weight))
-        if self.bias is not None:
+        with torch.device("cpu"):
+            fan_in = torch.tensor(layout.row_fan_in, dtype=torch.float64)
+            bound = torch.where(fan_in > 0, fan_in.rsqrt(), 0.0)
+            per_weight = bound.repeat_interleave(torch.tensor(layout.weight_offsets).diff())
             per_unit = bound.repeat_interleave(torch.tensor(layout.row_sizes))
             if layout.row_order is not None:
                 per_unit = per_unit[layout.row_order.argsort()]
+        self.weight.uniform_(-1, 1).mul_(per_weight.to(self.weight))
+        if self.bias is not None:
             self.bias.uniform_(-1, 1).mul_(per_unit.to(self.bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,14 +174,49 @@ class MaskedLinear(nn.Module):
         )
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
+        # torch hands over a copy of the caller's dictionary, so entries may be replaced here.
         # A dense (out, in) weight, as nn.Linear saves it, is packed on the way in.
-        key = prefix + "weight"
-        weight = state_dict.get(key)
+        weight = state_dict.get(prefix + "weight")
+        expected = (self.out_features, self.in_features)
         if weight is not None and weight.dim() == 2:
-            state_dict[key] = self.layout.pack(weight)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+            if tuple(weight.shape) == expected:
+                state_dict[prefix + "weight"] = self.layout.pack(weight)
+            else:
+                error_msgs.append(
+                    f"size mismatch for {prefix}weight: a dense weight must be (out_features, "
+                    f"in_features) = {expected}, got {tuple(weight.shape)} from checkpoint."
+                )
+                state_dict[prefix + "weight"] = self.weight.detach()
+        # Layers that keep a dense weight (zuko's) save their mask beside it.
+        mask = state_dict.pop(prefix + "mask", None)
+        if mask is not None:
+            reason = self._mask_obstacle(mask)
+            if reason is not None:
+                error_msgs.append(f"mask mismatch for {prefix}mask: {reason}")
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _mask_obstacle(self, mask: Tensor) -> str | None:
+        own = self.layout.mask()
+        if mask.shape != own.shape:
+            return f"the checkpoint's is {tuple(mask.shape)}, this layer's {tuple(own.shape)}."
+        different = int((mask.to(own.device).bool() != own).sum())
+        if different:
+            return (
+                f"the checkpoint's differs from this layer's in {different} of {own.numel()} "
+                "entries; build the layer from the checkpoint's mask."
+            )
+        return None
 
     def extra_repr(self) -> str:
         """Sizes, blocks and density, for ``print(layer)``."""

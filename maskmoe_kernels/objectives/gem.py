@@ -85,7 +85,7 @@ def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> T
     if normalize == "batch":
         return _divide(weight, weight.sum())
     if normalize == "expert":
-        return _divide(weight, weight.flatten(0, -2).sum(0))
+        return _divide(weight, weight.reshape(-1, weight.shape[-1]).sum(0))
     if normalize == "sample":
         weight = _divide(weight, weight.sum(-1, keepdim=True))
     if mask is None:

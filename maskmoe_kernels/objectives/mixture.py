@@ -47,7 +47,7 @@ def mixture(
     alpha = selection(logits, family, confidence, sharpness)
     total = alpha.sum(-1, keepdim=True)
     nobody = total == 0
-    # Divided by the largest first: tiny selections have a sum that rounds badly.
     share = torch.where(nobody, 1 / family.num_experts, alpha / total.masked_fill(nobody, 1))
     expert = torch.sigmoid(2 * logits.to(alpha.dtype))
-    return Mixture((share * expert).sum(-1), alpha, share)
+    probability = (share * expert).sum(-1).clamp(max=1)  # shares may sum to 1 and a rounding
+    return Mixture(probability, alpha, share)

@@ -21,6 +21,8 @@ Confidence = str | Callable[[Tensor], Tensor]
 
 # Logarithms below this are products that are 0 in every floating-point type.
 _LOG_FLOOR = -1e6
+# Where log(1 - g) is below this, (1 - g)^2 is no digit of 1 - g in any floating-point type.
+_LOG_SATURATED = -40.0
 
 
 def selection(
@@ -35,7 +37,8 @@ def selection(
         logits: z, ``(*, H)``.
         family: The subsets of the H experts.
         confidence: ``"abs"`` |F|, ``"square"`` F^2, ``"smooth"`` 2|F|^4 / (1 + |F|^3),
-            ``"rare"`` (see :func:`rare_positive`), where F = tanh(z); or a function of the logits.
+            ``"rare"`` (see :func:`rare_positive`), where F = tanh(z); or a function of the logits,
+            its values clamped to [0, 1].
         sharpness: Power to which the confidence of every expert with a larger one above it is
             raised. Larger values leave more samples to the larger experts.
 
@@ -44,7 +47,7 @@ def selection(
         its own expert and those whose subset contains it.
 
     Raises:
-        LayoutError: ``logits`` do not end in H, or an unknown confidence or sharpness below 0.
+        LayoutError: ``logits`` do not end in H, or an unknown confidence, or sharpness not above 0.
     """
     own, above = _parts(logits, family, confidence, sharpness)
     return own * above
@@ -89,28 +92,53 @@ def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], 
     return confidence
 
 
-def _abs(z: Tensor) -> tuple[Tensor, Tensor]:
+def _log_rest(g: Tensor, far: Tensor) -> Tensor:
+    # log(1 - g), never above 0: from g itself while it is small, from ``far`` near saturation.
+    # The clamp changes no value; it keeps an infinite derivative out of the unused branch.
+    return torch.where(g < 0.5, torch.log1p(-g.clamp(max=0.5)), far)
+
+
+def _log_rest_of_abs(z: Tensor) -> Tensor:
     # 1 - tanh|z| = 2 sigmoid(-2|z|), which does not cancel.
-    return torch.tanh(z).abs(), math.log(2) + F.logsigmoid(-2 * z.abs())
+    return math.log(2) + F.logsigmoid(-2 * z.abs())
+
+
+def _abs(z: Tensor) -> tuple[Tensor, Tensor]:
+    t = torch.tanh(z).abs()
+    return t, _log_rest(t, _log_rest_of_abs(z))
 
 
 def _square(z: Tensor) -> tuple[Tensor, Tensor]:
-    t, log_rest = _abs(z)
-    return t * t, log_rest + torch.log1p(t)  # 1 - t^2 = (1 - t)(1 + t)
+    t = torch.tanh(z).abs()
+    g = t * t
+    return g, _log_rest(g, _log_rest_of_abs(z) + torch.log1p(t))  # 1 - t^2 = (1 - t)(1 + t)
 
 
 def _smooth(z: Tensor) -> tuple[Tensor, Tensor]:
-    t, log_rest = _abs(z)
+    t = torch.tanh(z).abs()
     cube = t**3
+    g = 2 * cube * t / (1 + cube)
     # 1 + t^3 - 2 t^4 = (1 - t)(1 + t + t^2 + 2 t^3)
-    rest = log_rest + torch.log1p(t + t * t + 2 * cube) - torch.log1p(cube)
-    return 2 * cube * t / (1 + cube), rest
+    ratio = torch.log1p(t + t * t + 2 * cube) - torch.log1p(cube)
+    return g, _log_rest(g, _log_rest_of_abs(z) + ratio)
+
+
+def _rare(z: Tensor) -> tuple[Tensor, Tensor]:
+    g = rare_positive()(z)
+    top = 0.7
+    q = (torch.sigmoid(2 * z) - 0.3).abs()
+    # With t = 0.7 and q = p - 0.3, so that t - q = 1 - p = sigmoid(-2 z):
+    # t^4 (1 + q^3) - q^4 (1 + t^3) = (t - q)(t^3 + t^2 q + t q^2 + q^3 + t^3 q^3)
+    factor = top**3 + top**2 * q + top * q * q + (1 + top**3) * q**3
+    ratio = factor.log() - torch.log1p(q**3) - 4 * math.log(top)
+    return g, _log_rest(g, F.logsigmoid(-2 * z) + ratio)
 
 
 _NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "abs": _abs,
     "square": _square,
     "smooth": _smooth,
+    "rare": _rare,
 }
 
 
@@ -118,11 +146,9 @@ def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
     """g and log(1 - g) of every expert, ``(*, H)`` each."""
     if isinstance(confidence, str) and confidence in _NAMED:
         return _NAMED[confidence](z)
-    if confidence == "rare":
-        confidence = rare_positive()
     if not callable(confidence):
         raise LayoutError(
-            f"confidence must be one of {[*_NAMED, 'rare']} or a function of the logits, got "
+            f"confidence must be one of {[*_NAMED]} or a function of the logits, got "
             f"{confidence!r}"
         )
     g = confidence(z)
@@ -131,7 +157,29 @@ def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
             f"confidence must keep the shape of the logits, {tuple(z.shape)}, its result is "
             f"{tuple(g.shape)}"
         )
-    return g, torch.log1p(-g)
+    g = g.clamp(0, 1)  # rounding alone may exceed 1
+    below_one = 1 - torch.finfo(g.dtype).eps / 2
+    return g, torch.where(g == 1, _LOG_FLOOR, torch.log1p(-g.clamp(max=below_one)))
+
+
+def _sharpened(g: Tensor, log_rest: Tensor, power: float) -> tuple[Tensor, Tensor]:
+    """g^s and log(1 - g^s) from g and log(1 - g), each with its digits wherever g lies."""
+    small = g < 0.5
+    tiny = torch.finfo(g.dtype).tiny
+    # Clamps keep infinite derivatives out of unused branches; they change no value in use.
+    log_g = torch.where(
+        small,
+        g.clamp(min=tiny).log(),
+        torch.log1p(-log_rest.clamp(_LOG_SATURATED, -0.5).exp()),
+    )
+    sharp = torch.where(small, g.clamp(min=tiny) ** power, torch.exp(power * log_g))
+    sharp = torch.where(g == 0, g, sharp)
+    far = torch.where(
+        log_rest < _LOG_SATURATED,
+        log_rest + math.log(power),  # 1 - (1 - e)^s = s e for such an e
+        torch.log(-torch.expm1(power * log_g)),
+    )
+    return sharp, _log_rest(sharp, far)
 
 
 def _parts(
@@ -145,11 +193,10 @@ def _parts(
         z = logits if logits.dtype == torch.float64 else logits.float()
         g, log_rest = _confidence(z, confidence)
         if sharpness != 1:
-            # 1 - g^s from 1 - g, so that a confidence of nearly 1 keeps its digits.
-            sharp = -torch.expm1(sharpness * torch.log1p(-log_rest.exp()))
+            sharp, sharp_rest = _sharpened(g, log_rest, sharpness)
             larger = family.table("has_larger", z.device)
-            g = torch.where(larger, g**sharpness, g)
-            log_rest = torch.where(larger, sharp.log(), log_rest)
+            g = torch.where(larger, sharp, g)
+            log_rest = torch.where(larger, sharp_rest, log_rest)
         return g, _product_below(log_rest, family)
 
 

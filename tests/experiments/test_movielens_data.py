@@ -439,6 +439,13 @@ def test_bad_negatives(tmp_path: Path, data: MovieLens, line: int, text: str, me
         read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=1)
 
 
+def test_unknown_negative_deep_in_a_line(tmp_path: Path, data: MovieLens) -> None:
+    lines = ["(7,5)\t4\t6", "(10,4)\t6\t8", "(3,2)\t5\t77"]
+    path = write_negatives(tmp_path / "n.tsv", lines)
+    with pytest.raises(DataError, match=r"n\.tsv, line 3: .*got 77"):
+        read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=2)
+
+
 def test_negatives_of_an_absent_user(tmp_path: Path, data: MovieLens) -> None:
     path = write_negatives(tmp_path / "n.tsv", NEGATIVES[:2])
     with pytest.raises(DataError, match=r"n\.tsv: .*each of 3 users, got none for user 3"):

@@ -49,6 +49,7 @@ _DAMAGE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     EOFError, OSError, RuntimeError, ValueError,
 )  # fmt: skip
+_FOREIGN = "The negatives must belong to this data set and this split."
 _YEAR = re.compile(r"\((\d{4})\)$", re.ASCII)
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
 _PAIR = re.compile(r"\((\d{1,18}),(\d{1,18})\)", re.ASCII)
@@ -284,28 +285,11 @@ def read_fixed_negatives(
     """
     file = _read_tsv(Path(path))
     pairs, negatives = _parse_negatives(file, per_user)
-    remedy = "The negatives must belong to this data set and this split."
-
-    users, known = _look_up(data.user_ids, pairs[:, 0])
-    if (row := _first(~known)) is not None:
-        raise file.error(row + 1, "a user of users.dat", int(pairs[row, 0]), remedy)
-    if repeat := _first_repeat(users):
-        first, row = repeat
-        user = int(pairs[row, 0])
-        raise file.error(row + 1, "each user once", f"user {user} of line {first + 1} again")
-    absent = torch.ones(data.num_users, dtype=torch.bool)
-    absent[users] = False
-    if (row := _first(absent)) is not None:
-        got = f"none for user {int(data.user_ids[row])}"
-        raise file.error(None, f"one line for each of {data.num_users} users", got, remedy)
-    positive = data.movie_ids[split.test[users]]
-    if (row := _first(pairs[:, 1] != positive)) is not None:
-        expected = f"the test item {int(positive[row])} of user {int(pairs[row, 0])}"
-        raise file.error(row + 1, expected, int(pairs[row, 1]), remedy)
+    users = _users_of_negatives(file, pairs, data, split)
     items, known = _look_up(data.movie_ids, negatives.flatten())
     if (row := _first(~known)) is not None:
         bad = int(negatives.flatten()[row])
-        raise file.error(row // per_user + 1, "movies of movies.dat", bad, remedy)
+        raise file.error(row // per_user + 1, "movies of movies.dat", bad, _FOREIGN)
     result = torch.empty(data.num_users, per_user, dtype=torch.int64)
     result[users] = items.view(-1, per_user)
     return result
@@ -564,6 +548,27 @@ def _parse_negatives(file: _File, per_user: int) -> tuple[Tensor, Tensor]:
         pairs.append((int(match[1]), int(match[2])))
         negatives.append([file.integer(line, "negatives", entry) for entry in rest])
     return torch.tensor(pairs), torch.tensor(negatives)
+
+
+def _users_of_negatives(file: _File, pairs: Tensor, data: MovieLens, split: Split) -> Tensor:
+    """User row of each line, ``(U,)``; raises unless every user has one line and its test item."""
+    users, known = _look_up(data.user_ids, pairs[:, 0])
+    if (row := _first(~known)) is not None:
+        raise file.error(row + 1, "a user of users.dat", int(pairs[row, 0]), _FOREIGN)
+    if repeat := _first_repeat(users):
+        first, row = repeat
+        user = int(pairs[row, 0])
+        raise file.error(row + 1, "each user once", f"user {user} of line {first + 1} again")
+    absent = torch.ones(data.num_users, dtype=torch.bool)
+    absent[users] = False
+    if (row := _first(absent)) is not None:
+        got = f"none for user {int(data.user_ids[row])}"
+        raise file.error(None, f"one line for each of {data.num_users} users", got, _FOREIGN)
+    positive = data.movie_ids[split.test[users]]
+    if (row := _first(pairs[:, 1] != positive)) is not None:
+        expected = f"the test item {int(positive[row])} of user {int(pairs[row, 0])}"
+        raise file.error(row + 1, expected, int(pairs[row, 1]), _FOREIGN)
+    return users
 
 
 def _look_up(ids: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -178,6 +178,7 @@ def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Block
     bad = ~x.isfinite()
     finite = x.masked_fill(bad, 0)
     y = finite @ w.t() if bias is None else torch.addmm(bias, finite, w.t())
+    y += 0.0  # -1 * 0 is -0: the sign of a zero must not tell of an unseen value either
     if x.device.type == "cpu" and not bad.any():
         return y  # elsewhere the question itself would wait for the device
     mask = layout.table("mask", x.device, layout.mask)

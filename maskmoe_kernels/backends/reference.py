@@ -25,14 +25,11 @@ def masked_linear(
     outputs = []
     routes = layout.routes_grad.tolist()
     for i, blocks in enumerate(layout.row_blocks()):
-        if not blocks:
-            outputs.append(x.new_zeros(*x.shape[:-1], layout.row_sizes[i]))
-            continue
-        seen = torch.cat(
-            [(x if routes[i][j] else held)[..., columns[j]] for j in blocks], dim=-1
-        )
+        seen = [(x if routes[i][j] else held)[..., columns[j]] for j in blocks]
+        features = torch.cat(seen, dim=-1) if seen else held[..., :0]
         start, stop = layout.weight_offsets[i : i + 2]
-        outputs.append(F.linear(seen, weight[start:stop].view(layout.row_sizes[i], -1)))
+        shape = (layout.row_sizes[i], layout.row_fan_in[i])
+        outputs.append(F.linear(features, weight[start:stop].view(shape)))
     z = torch.cat(outputs, dim=-1)
     if layout.row_order is not None:
         z = z[..., layout.table("row_rank", x.device, layout.row_order.argsort)]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,10 +54,22 @@ class TrainConfig:
     monitor: str = "NDCG@10"
     options: str = ""
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "patience", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
 
 @dataclass
 class Run:
-    """What training leaves: the history of all epochs and the best one's metrics and weights."""
+    """What training leaves.
+
+    Attributes:
+        history: One record an epoch: its number, mean training loss, speed and metrics.
+        best_epoch: Epoch whose weights are kept, from 1.
+        best: Its validation metrics.
+        state: Its weights, a ``state_dict``.
+    """
 
     history: list[dict[str, float]]
     best_epoch: int
@@ -122,43 +134,35 @@ def fit(
         validate: Metrics of the model as it is, larger is better.
         config: See :class:`TrainConfig`.
         checkpoint: Written after each epoch, atomically.
-        resume: Go on from ``checkpoint`` if it is there.
+        resume: Go on from ``checkpoint`` if it is there. One that holds as many epochs as
+            ``config`` asks for, or more, is used as it stands.
         console: Where progress and one line per epoch go; ``None`` is quiet.
 
     Raises:
         DataError: The checkpoint is damaged or of another configuration.
-        FloatingPointError: The loss is not finite.
+        FloatingPointError: The loss, a weight or a metric is not finite. The checkpoint then
+            still holds the last epoch that was.
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate, fused=True)
     state: dict[str, Any] = {"epoch": 0, "history": [], "best": None}
     if resume and checkpoint.exists():
         state = _restore(checkpoint, model, optimizer, config)
+    if console is not None and checkpoint.exists():
+        console.print(_opening_line(config, checkpoint, state["epoch"]), highlight=False)
     while not _finished(state, config):
         epoch = state["epoch"] + 1
         started = time.perf_counter()
-        loss, samples = _train_epoch(model, optimizer, epoch_of(epoch), loss_of, config, console)
-        seconds = time.perf_counter() - started
-        model.eval()
-        metrics = validate()
         model.train()
-        record = {"epoch": epoch, "train_loss": loss, "samples_per_s": samples / seconds, **metrics}
-        state["epoch"] = epoch
-        state["history"].append(record)
-        if state["best"] is None or metrics[config.monitor] > state["best"]["metrics"][config.monitor]:
-            weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            state["best"] = {"epoch": epoch, "metrics": metrics, "model": weights}
-        if console is not None:
-            console.print(_epoch_line(config, record, state["best"]["epoch"]))
-        save_atomically(
-            {
-                "format": CHECKPOINT_FORMAT,
-                "config": dataclasses.asdict(config),
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                **state,
-            },
-            checkpoint,
+        loss, samples = _train_epoch(
+            model, optimizer, epoch, epoch_of(epoch), loss_of, config, console
         )
+        seconds = time.perf_counter() - started
+        metrics = _validated(model, validate, config, epoch)
+        record = {"epoch": epoch, "train_loss": loss, "samples_per_s": samples / seconds, **metrics}
+        _keep(state, record, metrics, model, config.monitor)
+        _save(checkpoint, model, optimizer, config, state)
+        if console is not None:
+            console.print(_epoch_line(config, record, state, seconds), highlight=False)
     best = state["best"]
     model.load_state_dict(best["model"])
     model.eval()
@@ -172,53 +176,121 @@ def _finished(state: dict[str, Any], config: TrainConfig) -> bool:
     return best is not None and state["epoch"] - best["epoch"] >= config.patience
 
 
+def _keep(
+    state: dict[str, Any],
+    record: dict[str, float],
+    metrics: Metrics,
+    model: nn.Module,
+    monitor: str,
+) -> None:
+    """Note an epoch in ``state``, and the weights if no earlier one was as good."""
+    state["epoch"] = int(record["epoch"])
+    state["history"].append(record)
+    best = state["best"]
+    if best is None or metrics[monitor] > best["metrics"][monitor]:
+        weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        state["best"] = {"epoch": state["epoch"], "metrics": metrics, "model": weights}
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    state: dict[str, Any],
+) -> None:
+    checkpoint = {
+        "format": CHECKPOINT_FORMAT,
+        "config": dataclasses.asdict(config),
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        **state,
+    }
+    save_atomically(checkpoint, path)
+
+
 def _restore(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> dict[str, Any]:
     saved = load_checkpoint(path)
     for name, value in dataclasses.asdict(config).items():
         # More epochs, or more patience, only go further on the same way.
-        if name not in ("epochs", "patience") and saved["config"][name] != value:
+        if name not in ("epochs", "patience") and saved["config"].get(name) != value:
             raise DataError(
-                f"{path}: was trained with {name}={saved['config'][name]!r}, this run has "
+                f"{path}: was trained with {name}={saved['config'].get(name)!r}, this run has "
                 f"{value!r}; use the same, or another --out folder"
             )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{path}: its weights do not fit this model; it was trained on other data or by "
+            f"another version ({' '.join(str(error).split())}). Use another --out folder"
+        ) from error
     return {key: saved[key] for key in ("epoch", "history", "best")}
 
 
 def _train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
+    epoch: int,
     samples: Batch,
     loss_of: Callable[..., Tensor],
     config: TrainConfig,
     console: Console | None,
 ) -> tuple[float, int]:
     """Mean loss of the epoch and its number of samples."""
-    count = len(samples[0])
-    total = torch.zeros((), dtype=torch.float64)
-    for step, batch in _batches(samples, config, console):
-        loss = loss_of(*batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        total += loss.detach().double().cpu() * len(batch[0])
-        if step % 200 == 0 and not math.isfinite(float(total)):
-            raise FloatingPointError(
-                f"the loss of {config.model} is no longer finite; lower the learning rate "
-                f"({config.learning_rate}) and check the inputs"
-            )
+    count, size = len(samples[0]), config.batch_size
+    total = torch.zeros((), dtype=torch.float64, device=samples[0].device)
+    started = time.perf_counter()
+    with _progress(console) as progress:
+        name = f"{config.model} {epoch}/{config.epochs}"
+        task = progress.add_task(name, total=-(-count // size), speed="")
+        for step, start in enumerate(range(0, count, size), start=1):
+            batch = tuple(part[start : start + size] for part in samples)
+            loss = loss_of(*batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            total += loss.detach().double() * len(batch[0])
+            if step % 200 == 0:
+                _check_finite("loss", float(total), config, epoch)
+            if step % 50 == 0 and not progress.disable:
+                done = min(step * size, count)
+                speed = done / (time.perf_counter() - started)
+                text = f"loss {float(total) / done:.4f}  {speed:,.0f} samples/s"
+                progress.update(task, completed=step, speed=text)
+    # The steps after the last check may have lost it, too.
+    _check_finite("loss", float(total), config, epoch)
     return float(total) / count, count
 
 
-def _batches(
-    samples: Batch, config: TrainConfig, console: Console | None
-) -> Iterator[tuple[int, Batch]]:
-    count, size = len(samples[0]), config.batch_size
-    steps = -(-count // size)
-    progress = Progress(
+def _validated(
+    model: nn.Module, validate: Callable[[], Metrics], config: TrainConfig, epoch: int
+) -> Metrics:
+    """Metrics after an epoch; weights and metrics are finite."""
+    # A finite loss may still have had a gradient that was not.
+    for name, value in model.named_parameters():
+        if not bool(value.isfinite().all()):
+            _check_finite(f"weight {name}", math.nan, config, epoch)
+    model.eval()
+    metrics = validate()
+    for name, number in metrics.items():
+        _check_finite(name, number, config, epoch)
+    return metrics
+
+
+def _check_finite(what: str, value: float, config: TrainConfig, epoch: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"{config.model}: the {what} is no longer finite in epoch {epoch}; lower the learning "
+            f"rate ({config.learning_rate:g}) and check the inputs. This epoch is not kept"
+        )
+
+
+def _progress(console: Console | None) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
@@ -228,24 +300,27 @@ def _batches(
         disable=console is None or not console.is_terminal,
         transient=True,
     )
-    started = time.perf_counter()
-    with progress:
-        task = progress.add_task(config.model, total=steps, speed="")
-        for step, start in enumerate(range(0, count, size)):
-            yield step, tuple(part[start : start + size] for part in samples)
-            if step % 50 == 49:
-                speed = (step + 1) * size / (time.perf_counter() - started)
-                progress.update(task, completed=step + 1, speed=f"{speed:,.0f} samples/s")
 
 
-def _epoch_line(config: TrainConfig, record: dict[str, float], best_epoch: int) -> str:
+def _opening_line(config: TrainConfig, checkpoint: Path, epoch: int) -> str:
+    if epoch:
+        return f"{config.model}: going on after epoch {epoch} of {checkpoint}"
+    return f"{config.model}: starting afresh, {checkpoint} will be replaced"
+
+
+def _epoch_line(
+    config: TrainConfig, record: dict[str, float], state: dict[str, Any], seconds: float
+) -> str:
+    hidden = ("epoch", "samples_per_s")
     metrics = "  ".join(
-        f"{name} {value:.4f}"
-        for name, value in record.items()
-        if name not in ("epoch", "samples_per_s")
+        f"{name} {value:.4f}" for name, value in record.items() if name not in hidden
     )
-    kept = "kept" if best_epoch == record["epoch"] else f"best is epoch {best_epoch}"
+    best = state["best"]["epoch"]
+    kept = "kept" if best == record["epoch"] else f"best is epoch {best}"
+    # Patience may end it earlier.
+    most = min(config.epochs, best + config.patience) - state["epoch"]
     return (
-        f"{config.model}: epoch {record['epoch']}/{config.epochs}  {metrics}  "
-        f"{record['samples_per_s']:,.0f} samples/s  ({kept})"
+        f"{config.model}: epoch {state['epoch']}/{config.epochs}  {metrics}  "
+        f"{record['samples_per_s']:,.0f} samples/s  ({kept}"
+        + (f", {most * seconds / 60:.0f} min left if none is better)" if most else ")")
     )

@@ -67,14 +67,16 @@ class BlockLayout:
         self.routes_grad = (
             self.present if routes_grad is None else _bool_matrix("routes_grad", routes_grad, shape)
         )
-        _refuse_absent_routes(self.routes_grad, self.present, "block")
+        if not self.routes_all:
+            _refuse_absent_routes(self.routes_grad, self.present, "block")
         self.row_offsets: tuple[int, ...] = tuple(accumulate(self.row_sizes, initial=0))
         self.col_offsets: tuple[int, ...] = tuple(accumulate(self.col_sizes, initial=0))
         self.out_features: int = self.row_offsets[-1]
         self.in_features: int = self.col_offsets[-1]
         self.row_order = _order("row_order", row_order, self.out_features)
         self.col_order = _order("col_order", col_order, self.in_features)
-        fan_in = self.present.double() @ torch.tensor(self.col_sizes, dtype=torch.float64)
+        exact = torch.float32 if self.in_features < 2**24 else torch.float64
+        fan_in = self.present.to(exact) @ torch.tensor(self.col_sizes, dtype=exact)
         #: Visible input features of each row block, R integers: its fan-in.
         self.row_fan_in: tuple[int, ...] = tuple(map(int, fan_in.tolist()))
         #: Where each row block starts in the packed weight, R + 1 integers.
@@ -154,21 +156,22 @@ class BlockLayout:
             raise LayoutError(
                 f"grad_mask must have the shape of mask, {seen.shape}, got {routed.shape}"
             )
-        _refuse_absent_routes(torch.from_numpy(routed), torch.from_numpy(seen), "entry")
+        if routed is not seen:
+            _refuse_absent_routes(torch.from_numpy(routed), torch.from_numpy(seen), "entry")
         masks = [seen] if routed is seen else [seen, routed]
         row_class, row_order = _classes(
             np.concatenate([np.packbits(m, axis=1) for m in masks], axis=1), seen.sum(1)
         )
         col_class, col_order = _classes(
-            np.concatenate([np.packbits(m, axis=0) for m in masks]).T, seen.sum(0)
+            np.concatenate([np.packbits(_turned(m), axis=1) for m in masks], axis=1), seen.sum(0)
         )
         rows = [int(members[0]) for members in row_class]
         cols = [int(members[0]) for members in col_class]
         layout = cls(
             [len(members) for members in row_class],
             [len(members) for members in col_class],
-            torch.from_numpy(seen[rows][:, cols]),
-            torch.from_numpy(routed[rows][:, cols]),
+            torch.from_numpy(_pick(seen, rows, cols)),
+            None if routed is seen else torch.from_numpy(_pick(routed, rows, cols)),
             row_order=row_order,
             col_order=col_order,
         )
@@ -190,7 +193,7 @@ class BlockLayout:
     @cached_property
     def num_blocks(self) -> int:
         """Z, the number of present blocks."""
-        return int(self.present.sum())
+        return int(self.present.count_nonzero())
 
     @cached_property
     def num_routed_weights(self) -> int:
@@ -212,7 +215,7 @@ class BlockLayout:
     @cached_property
     def routes_all(self) -> bool:
         """Does every present block route its gradient (an ordinary masked linear map)?"""
-        return bool((self.routes_grad == self.present).all())
+        return self.routes_grad is self.present or torch.equal(self.routes_grad, self.present)
 
     def mask(self) -> Tensor:
         """Entry (o, f): may output unit o see input feature f? ``(out, in)``, bool."""
@@ -292,8 +295,8 @@ class BlockLayout:
     def _digest(self) -> int:
         state = hashlib.sha256()
         state.update(repr((self.row_sizes, self.col_sizes)).encode())
-        for blocks in (self.present, self.routes_grad):
-            state.update(np.packbits(blocks.numpy()).tobytes())
+        state.update(np.packbits(self.present.numpy()).tobytes())
+        state.update(b"-" if self.routes_all else np.packbits(self.routes_grad.numpy()).tobytes())
         for order in (self.row_order, self.col_order):
             state.update(b"-" if order is None else order.numpy().tobytes())
         return int.from_bytes(state.digest()[:8], "little") >> 1
@@ -377,7 +380,7 @@ def _bool_matrix(argument: str, value: Tensor, shape: tuple[int, int]) -> Tensor
             f"{argument} must be a bool matrix of row blocks x column blocks, {shape}, got "
             f"{matrix.dtype} {tuple(matrix.shape)}"
         )
-    return matrix.clone()
+    return matrix.clone(memory_format=torch.contiguous_format)
 
 
 def _refuse_absent_routes(routed: Tensor, present: Tensor, what: str) -> None:
@@ -412,6 +415,16 @@ def _mask_array(argument: str, mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool
             raise LayoutError(f"{argument} must hold booleans or zeros and ones")
         array = array.bool()
     return array.contiguous().numpy()
+
+
+def _turned(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return torch.from_numpy(mask).t().contiguous().numpy()  # torch transposes in blocks: 20x
+
+
+def _pick(
+    mask: np.ndarray[Any, np.dtype[np.bool_]], rows: list[int], cols: list[int]
+) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    return mask if len(rows) * len(cols) == mask.size else mask[np.ix_(rows, cols)]
 
 
 def _classes(

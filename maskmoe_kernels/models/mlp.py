@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -53,9 +54,7 @@ class InterpretableMLP(nn.Module):
         widths: list[Width] = [*hidden, 1]
         with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
             layouts = [family.input_layout(widths[0]) if input_layout is None else input_layout]
-            layouts += [
-                family.hidden_layout(a, b) for a, b in zip(widths, widths[1:], strict=False)
-            ]
+            layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         last = len(layouts) - 1
         self.layers = nn.Sequential(
             *(

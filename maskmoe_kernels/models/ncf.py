@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -134,7 +135,7 @@ class NCF(nn.Module):
         self.inputs = _Inputs(sizes, personal)
         widths = [sum(self.inputs.groups.values()), *hidden]
         layers: list[nn.Module] = []
-        for a, b in zip(widths, widths[1:], strict=False):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from maskmoe_kernels.backends.activations import activation_name
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.ops.functional import masked_linear
 
 
@@ -85,6 +86,22 @@ class MaskedLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
+        self._make_plan()
+
+    def _make_plan(self) -> None:
+        # torch.compile and torch.export trace the call, and a trace can find a plan but not
+        # build one; so it exists before the first call, wherever the parameters go.
+        with torch.device("cpu"):
+            plan_of(self.layout, self.weight.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
+        super()._apply(fn, recurse)  # .to(), .cuda(), to_empty()
+        self._make_plan()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._make_plan()
 
     @classmethod
     def from_layout(
@@ -169,9 +186,7 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        return masked_linear(
-            x, self.weight, self.bias, self.layout, self.activation, self.backend
-        )
+        return masked_linear(x, self.weight, self.bias, self.layout, self.activation, self.backend)
 
     def _load_from_state_dict(
         self,
@@ -202,9 +217,10 @@ class MaskedLinear(nn.Module):
             reason = self._mask_obstacle(mask)
             if reason is not None:
                 error_msgs.append(f"mask mismatch for {prefix}mask: {reason}")
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._make_plan()  # ``assign=True`` may have moved the parameters
 
     def _mask_obstacle(self, mask: Tensor) -> str | None:
         own = self.layout.mask()

@@ -148,8 +148,7 @@ def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
         return _NAMED[confidence](z)
     if not callable(confidence):
         raise LayoutError(
-            f"confidence must be one of {[*_NAMED]} or a function of the logits, got "
-            f"{confidence!r}"
+            f"confidence must be one of {[*_NAMED]} or a function of the logits, got {confidence!r}"
         )
     g = confidence(z)
     if g.shape != z.shape:

@@ -1,0 +1,1 @@
+"""Microbenchmarks: our layers beside the best that can be written without them."""

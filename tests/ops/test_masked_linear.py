@@ -1,0 +1,280 @@
+"""The masked linear map against its definition: values, gradients, blindness, determinism."""
+
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import maskmoe_kernels as mk
+from maskmoe_kernels.backends.choice import BACKENDS
+from maskmoe_kernels.backends.grouped import _schedule
+from maskmoe_kernels.testing import assert_blind, assert_close_to_oracle, dense_oracle, strategies
+
+ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "tanh", "silu"]
+# Their derivative at a non-finite z times a zero cotangent is zero, not NaN.
+FLAT = [None, "relu", "leaky_relu"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+FILLS = [float("nan"), float("inf"), float("-inf"), 1e38]
+ROWS = [0, 1, 15, 16, 17, 1000]
+
+backends = st.sampled_from(BACKENDS)
+activations = st.sampled_from(ACTIVATIONS)
+dtypes = st.sampled_from(DTYPES)
+seeds = st.integers(0, 2**16)
+
+NESTED = mk.SubsetFamily(
+    {"a": 7, "b": 1, "c": 33},
+    {"none": [], "a": ["a"], "ab": ["b", "a"], "c": ["c"], "all": ["a", "b", "c"]},
+)
+STRIPES = torch.arange(33)[:, None] % 3 >= torch.arange(34) % 4
+RANDOM = torch.rand(33, 17, generator=torch.Generator().manual_seed(1)) < 0.4
+RANDOM[5] = False
+LAYOUTS = {
+    "input": NESTED.input_layout([1, 7, 33, 7, 1]),
+    "hidden": NESTED.hidden_layout([33, 7, 1, 16, 7], [7, 1, 33, 17, 1]),
+    "interleaved": mk.BlockLayout.from_mask(STRIPES.repeat(2, 2)),
+    "random": mk.BlockLayout.from_mask(RANDOM, RANDOM & (torch.arange(17) % 2 == 0)),
+    "nothing": mk.BlockLayout([7, 1], [3, 2], torch.zeros(2, 2, dtype=torch.bool)),
+}
+
+
+def drawn(layout, rows, dtype=torch.float64, seed=0, bias=True):
+    """x, weight and bias, random, on one seed."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(*rows, layout.in_features), (layout.num_weights,), (layout.out_features,)]
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype) for s in shapes]
+    return tensors if bias else [*tensors[:2], None]
+
+
+def on(backend):
+    return lambda *args: mk.masked_linear(*args, backend=backend)
+
+
+def step(layout, x, weight, bias, cotangent, activation=None, backend=None):
+    """Output and the three gradients."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    y = mk.masked_linear(*leaves, layout, activation, backend)
+    return [y.detach(), *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)]
+
+
+def bits(t):
+    return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def test_the_examples_take_both_paths():
+    """Runs of products and the dense fallback both stand behind the tests below."""
+    dense = {name: _schedule(layout).dense for name, layout in LAYOUTS.items()}
+    assert not dense["hidden"]
+    assert not dense["interleaved"]
+    assert dense["random"]
+    assert LAYOUTS["interleaved"].row_order is not None
+
+
+# --- Law 3: one definition ---------------------------------------------------------------
+
+
+@given(
+    strategies.layouts(), backends, activations, dtypes, st.booleans(), st.integers(0, 4), seeds
+)
+@example(LAYOUTS["hidden"], "grouped", "gelu", torch.float32, True, 3, 0)
+@example(LAYOUTS["interleaved"], "grouped", "tanh", torch.bfloat16, True, 3, 0)
+@example(LAYOUTS["nothing"], "grouped", "relu", torch.float32, False, 2, 0)
+def test_matches_oracle(layout, backend, activation, dtype, bias, rows, seed):
+    inputs = drawn(layout, (rows,), dtype, seed, bias)
+    assert_close_to_oracle(on(backend), *inputs, layout, activation, seed=seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_matches_oracle_at_every_row_count(name, rows, dtype, backend, device):
+    inputs = [t.to(device) for t in drawn(LAYOUTS[name], (rows,), dtype)]
+    assert_close_to_oracle(on(backend), *inputs, LAYOUTS[name], "silu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_activation(name, activation, backend):
+    for bias in (True, False):
+        inputs = drawn(LAYOUTS[name], (17,), torch.float32, bias=bias)
+        assert_close_to_oracle(on(backend), *inputs, LAYOUTS[name], activation)
+
+
+VIEWS = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "sliced": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "every second": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "offset": lambda x: torch.cat([x.new_zeros(3), x.flatten()])[3:].view_as(x),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "one value": lambda x: x[:1, :1].expand(x.shape),
+    "reversed rows": lambda x: x.flip(0),
+    "many dimensions": lambda x: x.view(2, 1, 4, -1).transpose(0, 2),
+    "a vector": lambda x: x[0],
+    "no rows": lambda x: x.view(2, 4, -1)[:, :0],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_view_of_the_input(name, view, backend):
+    layout = LAYOUTS[name]
+    x, weight, bias = drawn(layout, (8,), torch.float32)
+    x = VIEWS[view](x)
+    assert_close_to_oracle(on(backend), x, weight, bias, layout, "tanh")
+
+
+@given(strategies.layouts(), backends, seeds)
+def test_parameters_and_cotangents_may_be_views(layout, backend, seed):
+    x, weight, bias = drawn(layout, (3,), torch.float64, seed)
+    cotangent = torch.randn(layout.out_features, 3, dtype=torch.float64).t()
+    plain = step(layout, x, weight, bias, cotangent.contiguous(), "tanh", backend)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in (x, weight, bias)]
+    leaves = [t.detach().requires_grad_() for t in strided]
+    y = mk.masked_linear(*leaves, layout, "tanh", backend)
+    for ours, expected in zip(
+        [y, *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)], plain, strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(strategies.layouts(), backends, activations, seeds)
+def test_only_asked_for_gradients_are_given(layout, backend, activation, seed):
+    x, weight, bias = drawn(layout, (2,), torch.float64, seed)
+    cotangent = torch.randn(2, layout.out_features, dtype=torch.float64)
+    every = step(layout, x, weight, bias, cotangent, activation, backend)
+    for k in range(3):
+        inputs = [t.detach().requires_grad_(j == k) for j, t in enumerate((x, weight, bias))]
+        y = mk.masked_linear(*inputs, layout, activation, backend)
+        if not y.requires_grad:  # nothing is routed
+            assert k == 0
+            assert not layout.routes_grad.any()
+            continue
+        (grad,) = torch.autograd.grad(y, inputs[k], cotangent, materialize_grads=True)
+        torch.testing.assert_close(grad, every[k + 1], rtol=1e-12, atol=1e-12)
+
+
+# --- Law 1: absent is absent -------------------------------------------------------------
+
+
+@given(
+    strategies.layouts(), backends, st.sampled_from(ACTIVATIONS), dtypes, st.booleans(), seeds
+)
+@example(LAYOUTS["random"], "grouped", "relu", torch.float32, True, 0)
+@example(LAYOUTS["hidden"], "grouped", "gelu", torch.float16, True, 0)
+def test_blind_bit_for_bit(layout, backend, activation, dtype, bias, seed):
+    x, weight, bias = drawn(layout, (2,), dtype, seed, bias)
+    assert_blind(
+        lambda x: mk.masked_linear(x, weight, bias, layout, activation, backend), x, layout.mask()
+    )
+
+
+@given(strategies.layouts(), backends, st.sampled_from(FLAT), st.sampled_from(FILLS), seeds)
+@example(LAYOUTS["random"], "grouped", "relu", float("inf"), 0)
+def test_every_gradient_is_blind(layout, backend, activation, fill, seed):
+    """With one feature spoilt, units that do not see it keep every bit of every gradient."""
+    mask, routed = layout.mask(), layout.grad_mask()
+    x, weight, bias = drawn(layout, (3,), torch.float32, seed)
+    feature = seed % layout.in_features
+    blind = ~mask[:, feature]
+    assume(blind.any())
+    cotangent = torch.randn(3, layout.out_features) * blind
+    spoilt = x.index_fill(1, torch.tensor([feature]), fill)
+    before = step(layout, x, weight, bias, cotangent, activation, backend)
+    after = step(layout, spoilt, weight, bias, cotangent, activation, backend)
+    assert same_bits(before[0][:, blind], after[0][:, blind])
+    assert same_bits(before[1], after[1])  # grad_x, of the seeing units' zero cotangents too
+    assert not after[1][:, ~(routed & blind[:, None]).any(0)].any()
+    of_blind = layout.pack(blind[:, None].expand_as(mask).contiguous())
+    assert same_bits(before[2][of_blind], after[2][of_blind])
+    assert same_bits(before[3], after[3])
+
+
+@given(strategies.layouts(), backends, st.sampled_from(FILLS), seeds)
+@example(LAYOUTS["random"], "grouped", float("nan"), 0)
+def test_a_seen_value_does_arrive(layout, backend, fill, seed):
+    """Blindness must not hide what is seen: the dense path's bookkeeping against the oracle."""
+    x, weight, bias = drawn(layout, (2,), torch.float64, seed)
+    x[:, seed % layout.in_features] = fill
+    x[1, seed // 7 % layout.in_features] = float("inf")
+    weight[seed % 3 :: 3] *= 0  # 0 * Inf is NaN, as in any dense product
+    ours = mk.masked_linear(x, weight, bias, layout, backend=backend)
+    torch.testing.assert_close(ours, dense_oracle(x, weight, bias, layout), equal_nan=True)
+
+
+@given(strategies.layouts(), backends, st.sampled_from(FILLS), seeds)
+def test_a_spoilt_cotangent_stays_with_its_unit(layout, backend, fill, seed):
+    unit = seed % layout.out_features
+    mask, routed = layout.mask(), layout.grad_mask()
+    x, weight, bias = drawn(layout, (2,), torch.float64, seed)
+    cotangent = torch.randn(2, layout.out_features, dtype=torch.float64)
+    spoilt = cotangent.index_fill(1, torch.tensor([unit]), fill)
+    _, *before = step(layout, x, weight, bias, cotangent, None, backend)
+    _, *after = step(layout, x, weight, bias, spoilt, None, backend)
+    assert same_bits(before[0][:, ~routed[unit]], after[0][:, ~routed[unit]])
+    others = torch.ones_like(mask)
+    others[unit] = False
+    assert same_bits(before[1][layout.pack(others)], after[1][layout.pack(others)])
+    assert same_bits(before[2][others[:, 0]], after[2][others[:, 0]])
+
+
+@given(strategies.masks(), backends, st.sampled_from(FILLS), seeds)
+def test_absent_weights_are_not_stored(mask, backend, fill, seed):
+    torch.manual_seed(seed)
+    dense = torch.nn.Linear(mask.shape[1], mask.shape[0])
+    clean = mk.MaskedLinear.from_linear(dense, mask, backend=backend)
+    with torch.no_grad():
+        dense.weight.masked_fill_(~mask, fill)
+    layer = mk.MaskedLinear.from_linear(dense, mask, backend=backend)
+    x = torch.randn(3, mask.shape[1])
+    assert same_bits(layer(x), clean(x))
+    assert layer.dense_weight().isfinite().all()
+    cotangent = torch.randn(3, mask.shape[0])
+    for module in (layer, clean):
+        module(x).backward(cotangent)
+    assert same_bits(layer.weight.grad, clean.weight.grad)
+
+
+# --- Law 4: the same result twice --------------------------------------------------------
+
+
+@given(strategies.layouts(), backends, activations, dtypes, seeds)
+def test_bitwise_equal_on_repeat(layout, backend, activation, dtype, seed):
+    inputs = drawn(layout, (5,), dtype, seed)
+    cotangent = torch.randn(5, layout.out_features).to(dtype)
+    first = step(layout, *inputs, cotangent, activation, backend)
+    # A layout that is equal, not identical, must also take the same path.
+    again = mk.BlockLayout(
+        layout.row_sizes, layout.col_sizes, layout.present, layout.routes_grad,
+        row_order=layout.row_order, col_order=layout.col_order,
+    )  # fmt: skip
+    for other in (layout, again):
+        second = step(other, *inputs, cotangent, activation, backend)
+        assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- Structure ---------------------------------------------------------------------------
+
+
+@given(strategies.layouts(), seeds)
+def test_jacobian_support_is_the_mask(layout, seed):
+    """Of the forward, by differences; of the gradient, the routed part of it."""
+    assume(layout.in_features * layout.out_features <= 4000)
+    x, weight, bias = drawn(layout, (1,), torch.float64, seed)
+    still = x.expand(layout.in_features, -1)
+    moved = still + torch.eye(layout.in_features, dtype=torch.float64)
+    change, before = (mk.masked_linear(t, weight, bias, layout) for t in (moved, still))
+    change = change - before
+    dense = layout.unpack(weight)
+    torch.testing.assert_close(change.t(), dense, rtol=0, atol=1e-9)
+    assert not change.t()[~layout.mask()].any()
+    rows = x.expand(layout.out_features, -1).clone().requires_grad_()
+    y = mk.masked_linear(rows, weight, bias, layout)
+    (grad,) = torch.autograd.grad(y, rows, torch.eye(layout.out_features, dtype=torch.float64))
+    torch.testing.assert_close(grad, dense * layout.grad_mask(), rtol=0, atol=1e-12)

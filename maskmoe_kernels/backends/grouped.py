@@ -123,7 +123,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayou
     y = x.new_empty(x.shape[0], layout.out_features)
     biases = None if bias is None else _ordered(bias, layout, "row_order")
     one_product = x.dtype in (torch.bfloat16, torch.float16)
-    for row, packed in zip(schedule.rows, weight.split(schedule.weight_sizes), strict=True):
+    for row, packed in zip(schedule.rows, weight.split_with_sizes(schedule.weight_sizes), strict=True):
         out = y[:, row.start : row.stop]
         start = None if biases is None else biases[row.start : row.stop]
         if not row.runs:
@@ -132,9 +132,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayou
         w = packed.view(row.stop - row.start, -1).t()
         seen = [x[:, first:last] for first, last in row.runs]
         if one_product and len(seen) > 1:
-            seen, parts = [torch.cat(seen, 1)], (w,)
-        else:
-            parts = (w,) if len(seen) == 1 else w.split(row.run_sizes)
+            seen = [torch.cat(seen, 1)]
+        parts = [w] if len(seen) == 1 else w.split_with_sizes(row.run_sizes)
         if start is None:
             torch.mm(seen[0], parts[0], out=out)
         else:
@@ -154,11 +153,11 @@ def _grad_weight(grad_z: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     x = _ordered(x, layout, "col_order")
     grad_z = _ordered(grad_z, layout, "row_order")
     grad = x.new_empty(layout.num_weights)
-    for row, packed in zip(schedule.rows, grad.split(schedule.weight_sizes), strict=True):
+    for row, packed in zip(schedule.rows, grad.split_with_sizes(schedule.weight_sizes), strict=True):
         if not row.runs:
             continue
         turned = grad_z[:, row.start : row.stop].t()
-        parts = packed.view(row.stop - row.start, -1).split(row.run_sizes, 1)
+        parts = packed.view(row.stop - row.start, -1).split_with_sizes(row.run_sizes, 1)
         for (first, last), part in zip(row.runs, parts, strict=True):
             torch.mm(turned, x[:, first:last], out=part)
     return grad

@@ -15,18 +15,11 @@ from torch import Tensor, nn
 
 from maskmoe_kernels.experiments import figures
 from maskmoe_kernels.experiments.baselines import most_popular
-from maskmoe_kernels.experiments.data.movielens import (
-    MovieLens,
-    Split,
-    draw_negatives,
-    leave_one_out,
-    read_fixed_negatives,
-    read_movielens,
-    sample_training_pairs,
-)
-from maskmoe_kernels.experiments.metrics import hit_rate, leave_one_out_ranks, ndcg
+from maskmoe_kernels.experiments.data.movielens import read_movielens
+from maskmoe_kernels.experiments.ranking import Task
 from maskmoe_kernels.experiments.report import machine, write_json
-from maskmoe_kernels.experiments.train import Run, TrainConfig, fit, load_checkpoint
+from maskmoe_kernels.experiments.train import Run, TrainConfig, fit
+from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 from maskmoe_kernels.objectives import gem_loss, mixture
 
@@ -45,7 +38,20 @@ CONFIDENCE = "rare"
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of one run; see ``maskmoe movielens --help``."""
+    """Settings of one run; see ``maskmoe movielens --help``.
+
+    Attributes:
+        models: Which of ``MODELS``.
+        epochs: Most epochs of each model.
+        patience: Epochs without a better validation NDCG@10 before a model stops.
+        batch_size: Samples per step.
+        seed: Of split, negatives, order and initial weights.
+        embeddings: ``"shared"`` or ``"strict"``; see :class:`InterpretableNCF`.
+        device: Where to train.
+        resume: Go on from the checkpoints that ``out`` holds.
+        sharpness: Of the smaller experts' confidence; ``None``: chosen on validation items.
+        max_loss: What that choice may lose of either metric; see :func:`choose_sharpness`.
+    """
 
     models: Sequence[str] = MODELS
     epochs: int = 20
@@ -55,84 +61,18 @@ class Options:
     embeddings: str = "shared"
     device: str = "cpu"
     resume: bool = False
-    sharpness: float | None = None  # None: chosen on validation items
+    sharpness: float | None = None
     max_loss: float = 0.01
 
 
-class Task:
-    """The data on a device: features, split, and the lists to rank.
-
-    Attributes:
-        data: The tables.
-        split: Leave-one-out split.
-        validation_lists: Validation item, then 99 drawn negatives, ``(U, 100)`` int64.
-        test_lists: Test item, then its negatives, ``(U, 100)`` int64.
-    """
-
-    def __init__(
-        self, data: MovieLens, seed: int, negatives: Path | None, device: str = "cpu"
-    ) -> None:
-        self.data = data
-        self.device = torch.device(device)
-        self.split: Split = leave_one_out(data, seed)
-        self.fixed_negatives = negatives is not None
-        drawn = draw_negatives(data, self.split, seed)
-        test = (
-            draw_negatives(data, self.split, seed + 1)
-            if negatives is None
-            else read_fixed_negatives(negatives, data, self.split)
-        )
-        self.validation_lists = torch.cat([self.split.validation[:, None], drawn], 1)
-        self.test_lists = torch.cat([self.split.test[:, None], test], 1)
-        self.codes = torch.stack([data.sex, data.age, data.occupation], 1).to(self.device)
-        year = data.year.double()
-        rated = year[data.rated_items]
-        standard = ((year - rated.mean()) / rated.std()).float()
-        self.numeric = torch.cat([standard[:, None], data.genres], 1).to(self.device)
-
-    @property
-    def sizes(self) -> NCFSizes:
-        """Sizes of the models for this data."""
-        return NCFSizes(
-            self.data.num_users, self.data.num_items, num_numeric=self.numeric.shape[1]
-        )
-
-    def logits(self, model: nn.Module, users: Tensor, items: Tensor) -> Tensor:
-        """Logits of user and item rows of equal shape, ``(*, H)``."""
-        out: Tensor = model(users, items, self.codes[users], self.numeric[items])
-        return out
-
-    @torch.inference_mode()
-    def list_logits(self, model: nn.Module, lists: Tensor, chunk: int = 256) -> Tensor:
-        """Logits of ranking lists ``(U, K)``: ``(U, K, H)`` on the CPU."""
-        parts = []
-        for start in range(0, len(lists), chunk):
-            items = lists[start : start + chunk].to(self.device)
-            users = torch.arange(start, start + len(items), device=self.device)
-            parts.append(self.logits(model, users[:, None].expand_as(items), items).cpu())
-        return torch.cat(parts)
-
-    def ranking(self, scores: Tensor, lists: Tensor) -> dict[str, float]:
-        """HR@10 and NDCG@10 of scores ``(U, K)``, the positive first."""
-        # Some published lists hold the positive among its own negatives.
-        same = lists[:, 1:] == lists[:, :1]
-        ranks = leave_one_out_ranks(scores[:, 0], scores[:, 1:], same)
-        return {"HR@10": hit_rate(ranks), "NDCG@10": ndcg(ranks)}
-
-    def epoch(self, seed: int, number: int) -> tuple[Tensor, ...]:
-        """Users, items and targets of epoch ``number``: 4 fresh negatives per positive."""
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        samples = sample_training_pairs(
-            self.split,
-            self.split.interacted_train,
-            self.data.rated_items,
-            generator=generator,
-        )
-        return tuple(part.to(self.device) for part in samples)
-
-
 def build(name: str, sizes: NCFSizes, embeddings: str = "shared") -> NCF | InterpretableNCF:
-    """One of ``MODELS``, freshly initialised."""
+    """One of ``MODELS``, freshly initialised.
+
+    Raises:
+        ValueError: Another name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {list(MODELS)}, got {name!r}")
     if name == "interpretable":
         return InterpretableNCF(sizes, embeddings=embeddings)
     return NCF(sizes, personal=name == "black-box")
@@ -146,38 +86,66 @@ def scores(model: nn.Module, logits: Tensor, sharpness: float = 1.0) -> Tensor:
 
 
 def run_movielens(
-    path: Path, out: Path, options: Options, negatives: Path | None = None,
+    path: Path,
+    out: Path,
+    options: Options,
+    negatives: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train what is asked for, evaluate, write ``report.json`` and the figures into ``out``.
 
+    Args:
+        path: MovieLens-1M; see :func:`read_movielens`.
+        out: Folder of checkpoints, report and figures; made if missing.
+        options: See :class:`Options`.
+        negatives: Fixed test negatives; see :func:`read_fixed_negatives`. ``None`` draws them.
+        console: For progress and tables; ``None`` is quiet.
+
+    Returns:
+        The report. All of it but the speeds follows from the data and the options.
+
     Raises:
         DataError: Damaged data, or a checkpoint of another configuration.
+        FloatingPointError: Training diverged.
     """
     task = Task(read_movielens(path), options.seed, negatives, options.device)
-    popular = most_popular(task.split, task.data.num_items)[task.test_lists]
-    report: dict[str, Any] = {
-        "experiment": "MovieLens-1M, leave one out, 1 positive among 99 negatives",
-        "machine": machine(),
-        "options": {**vars(options), "models": list(options.models)},
-        "fixed_negatives": task.fixed_negatives,
-        "most_popular": task.ranking(popular, task.test_lists),
-        "models": {},
-    }
+    report = _opening_report(task, path, negatives, options)
     if console is not None:
         check = report["most_popular"]
         console.print(
             f"most popular: HR@10 {check['HR@10']:.3f}  NDCG@10 {check['NDCG@10']:.3f}"
-            + ("  (known: 0.453, 0.254 with these negatives)" if task.fixed_negatives else "")
+            + ("  (known: 0.453, 0.254 with these negatives)" if task.fixed_negatives else ""),
+            highlight=False,
         )
     for name in options.models:
         model, run = train(name, task, out, options, console)
         report["models"][name] = _evaluate(name, model, run, task, options)
         write_json(out / "report.json", report)
-    draw(report, out)
+    missing = draw(report, out)
     if console is not None:
         print_report(report, console)
+        console.print(f"no figures: {missing}" if missing else f"report and figures: {out}")
     return report
+
+
+def _opening_report(
+    task: Task, path: Path, negatives: Path | None, options: Options
+) -> dict[str, Any]:
+    popular = most_popular(task.split, task.data.num_items)[task.test_lists]
+    return {
+        "experiment": "MovieLens-1M, leave one out, 1 positive among 99 negatives",
+        "machine": machine(),
+        "options": {
+            "data": path.resolve().name,
+            "negatives": None if negatives is None else negatives.name,
+            **vars(options),
+            "models": list(options.models),
+            "sharpness": "auto" if options.sharpness is None else options.sharpness,
+        },
+        "fixed_negatives": task.fixed_negatives,
+        "most_popular": task.ranking(popular, task.test_lists),
+        "models": {},
+    }
 
 
 def train(
@@ -245,6 +213,10 @@ def _evaluate(
     point = next(p for p in points if p["sharpness"] == chosen)
     largest = model.family.membership.sum(1).argmax()
     result |= {
+        "family": {
+            "groups": dict(model.family.groups),
+            "subsets": {name: list(of) for name, of in model.family.subsets.items()},
+        },
         "frontier": points,
         "sharpness": chosen,
         "chosen": "given" if options.sharpness is not None else f"max loss {options.max_loss}",
@@ -289,16 +261,56 @@ def choose_sharpness(points: Sequence[Mapping[str, Any]], max_loss: float) -> fl
         for p in points
         if all(p["validation"][key] >= top - max_loss for key, top in best.items())
     ]
+    if good:
+        return min(good)
     # Metrics peak at different points: with a tight max_loss none may satisfy both.
-    return min(good) if good else float(max(points, key=lambda p: p["validation"]["NDCG@10"])["sharpness"])
+    return float(max(points, key=lambda p: p["validation"]["NDCG@10"])["sharpness"])
 
 
-def draw(report: Mapping[str, Any], out: Path) -> None:
-    """All figures of a report."""
-    figures.learning_curves(
-        {name: model["history"] for name, model in report["models"].items()},
-        out / "learning_curves.png",
-    )
+def draw(report: Mapping[str, Any], out: Path) -> str | None:
+    """All figures of a report, as png files in ``out``.
+
+    Returns:
+        Why there are none, in words; ``None`` where they were drawn.
+    """
+    missing = figures.obstacle()
+    if missing is not None:
+        return missing
+    histories = {name: model["history"] for name, model in report["models"].items()}
+    figures.learning_curves(histories, out / "learning_curves.png")
+    interpretable = report["models"].get("interpretable")
+    if interpretable is None:
+        return None
+    figures.hasse(SubsetFamily(**interpretable["family"]), out / "hasse.png")
+    _draw_frontier(report["models"], out)
+    return None
+
+
+def _draw_frontier(models: Mapping[str, Any], out: Path) -> None:
+    """Figure 6 with the paper's mixing rule and with the chosen one; what lies between them."""
+    interpretable, chosen = models["interpretable"], models["interpretable"]["sharpness"]
+    for point in interpretable["frontier"]:
+        if point["sharpness"] not in (1, chosen):
+            continue
+        plain = point["sharpness"] == 1
+        figures.attribution_bars(
+            list(point["decided"]),
+            list(point["mean_attribution"].values()),
+            list(point["decided"].values()),
+            out / ("attribution.png" if plain else "attribution_chosen.png"),
+            title=f"Which features decide? Sharpness {point['sharpness']:g}",
+        )
+    points = [
+        {"sharpness": p["sharpness"], "decided": p["decided"], **_short_names(p["test"])}
+        for p in interpretable["frontier"]
+    ]
+    black_box = models.get("black-box")
+    levels = None if black_box is None else _short_names(black_box["test"])
+    figures.frontier(points, chosen, out / "frontier.png", levels)
+
+
+def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {"hr": metrics["HR@10"], "ndcg": metrics["NDCG@10"]}
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -314,15 +326,20 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     if interpretable is None:
         return
     names = list(interpretable["mean_attribution"])
-    table = Table(title="The mixing rule's frontier: what explanation by small experts costs")
-    for column in ("sharpness", "HR@10", "NDCG@10", *(f"decided by {n}" for n in names)):
+    alone = interpretable["largest_expert_alone"]
+    table = Table(
+        title="Interpretable: metrics (test), and what each expert holds, over sharpness",
+        caption="Experts: share of test items decided / mean attribution. "
+        f"* {interpretable['chosen']}. The largest expert alone: HR@10 {alone['HR@10']:.3f}, "
+        f"NDCG@10 {alone['NDCG@10']:.3f}.",
+    )
+    for column in ("sharpness", "HR@10", "NDCG@10", *names):
         table.add_column(column, justify="right")
     for point in interpretable["frontier"]:
         mark = " *" if point["sharpness"] == interpretable["sharpness"] else ""
         table.add_row(
             f"{point['sharpness']:g}{mark}",
-            f"{point['test']['HR@10']:.3f}",
-            f"{point['test']['NDCG@10']:.3f}",
-            *(f"{point['decided'][n]:.2f}" for n in names),
+            *(f"{value:.3f}" for value in point["test"].values()),
+            *(f"{point['decided'][n]:.2f}/{point['mean_attribution'][n]:.2f}" for n in names),
         )
     console.print(table)

@@ -317,10 +317,13 @@ def _epoch_line(
     )
     best = state["best"]["epoch"]
     kept = "kept" if best == record["epoch"] else f"best is epoch {best}"
-    # Patience may end it earlier.
+    # Patience may end it before config.epochs.
     most = min(config.epochs, best + config.patience) - state["epoch"]
-    return (
-        f"{config.model}: epoch {state['epoch']}/{config.epochs}  {metrics}  "
-        f"{record['samples_per_s']:,.0f} samples/s  ({kept}"
-        + (f", {most * seconds / 60:.0f} min left if none is better)" if most else ")")
-    )
+    left = "" if most < 1 else f", {_duration(most * seconds)} left if none is better"
+    speed = f"{record['samples_per_s']:,.0f} samples/s"
+    name = f"{config.model}: epoch {state['epoch']}/{config.epochs}"
+    return f"{name}  {metrics}  {speed}  ({kept}{left})"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -76,7 +76,7 @@ class BlockLayout:
         self.row_order = _order("row_order", row_order, self.out_features)
         self.col_order = _order("col_order", col_order, self.in_features)
         exact = torch.float32 if self.in_features < 2**24 else torch.float64
-        fan_in = self.present.to(exact) @ torch.tensor(self.col_sizes, dtype=exact)
+        fan_in = self.present.to(exact) @ torch.tensor(self.col_sizes, dtype=exact, device="cpu")
         #: Visible input features of each row block, R integers: its fan-in.
         self.row_fan_in: tuple[int, ...] = tuple(map(int, fan_in.tolist()))
         #: Where each row block starts in the packed weight, R + 1 integers.
@@ -118,12 +118,16 @@ class BlockLayout:
                 f"{list(cols.groups)} share none; name common groups alike in both"
             )
         member_r, member_c = (
-            torch.tensor([[name in s for name in names] for s in family.subsets.values()])
+            torch.tensor(
+                [[name in s for name in names] for s in family.subsets.values()], device="cpu"
+            )
             for family in (rows, cols)
         )
         present = ((~member_r).float() @ member_c.float().T) == 0
         equal = present & (((~member_c).float() @ member_r.float().T).T == 0)
-        same_name = torch.tensor([[a == b for b in cols.names] for a in rows.names]) & present
+        same_name = (
+            torch.tensor([[a == b for b in cols.names] for a in rows.names], device="cpu") & present
+        )
         routes = torch.where(same_name.any(0), same_name, equal)
         return cls(
             block_sizes("row_width", row_width, rows.num_experts),
@@ -198,7 +202,9 @@ class BlockLayout:
     @cached_property
     def num_routed_weights(self) -> int:
         """Weights in the blocks that route a gradient to the input."""
-        sizes = torch.tensor(self.row_sizes)[:, None] * torch.tensor(self.col_sizes)
+        sizes = torch.tensor(self.row_sizes, device="cpu")[:, None] * torch.tensor(
+            self.col_sizes, device="cpu"
+        )
         return int((sizes * self.routes_grad).sum())
 
     def row_blocks(self) -> list[list[int]]:
@@ -234,8 +240,8 @@ class BlockLayout:
         return ordered
 
     def _expand_ordered(self, blocks: Tensor) -> Tensor:
-        wide = blocks.repeat_interleave(torch.tensor(self.col_sizes), dim=1)
-        return wide.repeat_interleave(torch.tensor(self.row_sizes), dim=0)
+        wide = blocks.repeat_interleave(torch.tensor(self.col_sizes, device="cpu"), dim=1)
+        return wide.repeat_interleave(torch.tensor(self.row_sizes, device="cpu"), dim=0)
 
     @cached_property
     def _weight_index(self) -> Tensor:
@@ -257,7 +263,8 @@ class BlockLayout:
         """A table of this layout, built by ``build()`` once and kept on each ``device``."""
         key = (name, device)
         if key not in self._tables:
-            self._tables[key] = build().to(device)
+            with torch.inference_mode(False):  # or a later backward could not save it
+                self._tables[key] = build().to(device, copy=True)
         return self._tables[key]
 
     def pack(self, dense: Tensor) -> Tensor:
@@ -396,9 +403,9 @@ def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
     if order is None:
         return None
     order = torch.as_tensor(order).detach().cpu().to(torch.int64)
-    if not torch.equal(order.sort().values, torch.arange(size)):
+    if not torch.equal(order.sort().values, torch.arange(size, device="cpu")):
         raise LayoutError(f"{argument} must be a permutation of 0..{size - 1}")
-    if torch.equal(order, torch.arange(size)):
+    if torch.equal(order, torch.arange(size, device="cpu")):
         return None
     return order.clone()
 

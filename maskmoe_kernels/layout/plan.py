@@ -66,7 +66,7 @@ def encode(layout: BlockLayout) -> Tensor:
         int(layout.col_order is not None),
     ]
     parts = [
-        torch.tensor([*header, *layout.row_sizes, *layout.col_sizes]),
+        torch.tensor([*header, *layout.row_sizes, *layout.col_sizes], device="cpu"),
         _words(layout.present),
         _words(layout.routes_grad),
         *orders,
@@ -126,7 +126,7 @@ def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
         row_order=layout.col_order,
         col_order=layout.row_order,
     )
-    sizes = torch.tensor(layout.col_sizes)
+    sizes = torch.tensor(layout.col_sizes, device="cpu")
     # Where block (i, j) starts inside a unit's visible weights.
     start = (layout.present * sizes).cumsum(1) - sizes
     pieces: list[Any] = []

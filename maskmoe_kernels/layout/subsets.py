@@ -34,9 +34,7 @@ class SubsetFamily:
         [[False, False], [True, False]]
     """
 
-    def __init__(
-        self, groups: Mapping[str, int], subsets: Mapping[str, Iterable[str]]
-    ) -> None:
+    def __init__(self, groups: Mapping[str, int], subsets: Mapping[str, Iterable[str]]) -> None:
         if not isinstance(groups, Mapping) or not isinstance(subsets, Mapping):
             raise LayoutError(
                 "groups must be a mapping of name to width and subsets a mapping of name to group "
@@ -132,7 +130,7 @@ class SubsetFamily:
     def membership(self) -> Tensor:
         """Entry (i, n): is group X_n in S_i? ``(H, N)``, bool."""
         position = {group: n for n, group in enumerate(self.groups)}
-        member = torch.zeros(self.num_experts, self.num_groups, dtype=torch.bool)
+        member = torch.zeros(self.num_experts, self.num_groups, dtype=torch.bool, device="cpu")
         for i, members in enumerate(self.subsets.values()):
             member[i, [position[group] for group in members]] = True
         return member
@@ -145,7 +143,7 @@ class SubsetFamily:
     @cached_property
     def strict(self) -> Tensor:
         """Inclusion without its diagonal: row i is omega(i). ``(H, H)``, bool."""
-        return self.inclusion & ~torch.eye(self.num_experts, dtype=torch.bool)
+        return self.inclusion & ~torch.eye(self.num_experts, dtype=torch.bool, device="cpu")
 
     @cached_property
     def has_larger(self) -> Tensor:
@@ -161,7 +159,7 @@ class SubsetFamily:
 
     def rank(self) -> Tensor:
         """Length of the longest chain of strict subsets below each expert, ``(H,)``, int64."""
-        rank = torch.zeros(self.num_experts, dtype=torch.int64)
+        rank = torch.zeros(self.num_experts, dtype=torch.int64, device="cpu")
         for i in self.membership.sum(1).argsort(stable=True).tolist():
             below = rank[self.strict[i]]
             if below.numel():
@@ -170,7 +168,7 @@ class SubsetFamily:
 
     def visible_features(self) -> Tensor:
         """Entry (i, f): may expert i see input feature f? ``(H, in_features)``, bool."""
-        widths = torch.tensor(list(self.groups.values()))
+        widths = torch.tensor(list(self.groups.values()), device="cpu")
         return self.membership.repeat_interleave(widths, dim=1)
 
     def table(self, name: str, device: torch.device) -> Tensor:
@@ -178,7 +176,8 @@ class SubsetFamily:
         key = (name, device)
         if key not in self._tables:
             source = self.strict.double() if name == "strict" else self.has_larger
-            self._tables[key] = source.to(device)
+            with torch.inference_mode(False):  # or a later backward could not save it
+                self._tables[key] = source.to(device, copy=True)
         return self._tables[key]
 
     def input_layout(self, width: Width, *, strict: bool = False) -> BlockLayout:
@@ -197,7 +196,10 @@ class SubsetFamily:
             below = self.strict.to(torch.float32) @ member.to(torch.float32)
             routes = member & ~below.bool()
         return BlockLayout(
-            block_sizes("width", width, self.num_experts), list(self.groups.values()), member, routes
+            block_sizes("width", width, self.num_experts),
+            list(self.groups.values()),
+            member,
+            routes,
         )
 
     def hidden_layout(self, in_width: Width, out_width: Width) -> BlockLayout:
@@ -212,7 +214,7 @@ class SubsetFamily:
             block_sizes("out_width", out_width, count),
             block_sizes("in_width", in_width, count),
             self.inclusion,
-            torch.eye(count, dtype=torch.bool),
+            torch.eye(count, dtype=torch.bool, device="cpu"),
         )
 
     def __eq__(self, other: object) -> bool:

@@ -95,7 +95,7 @@ class MaskedLinear(nn.Module):
             plan_of(self.layout, self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
-        super()._apply(fn, recurse)  # .to(), .cuda(), to_empty()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
         self._make_plan()
         return self
 

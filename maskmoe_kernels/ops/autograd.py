@@ -30,7 +30,9 @@ class MaskedLinearFunction(torch.autograd.Function):
         activation: str,
     ) -> Tensor:
         """Output ``(*, out_features)``; keeps x, the weight and what the derivative needs."""
-        y, z = torch.ops.maskmoe.masked_linear(
+        y: Tensor
+        z: Tensor
+        y, z = torch.ops.maskmoe.masked_linear.default(
             x, weight, bias, plan, layout, out_features, activation, True
         )
         ctx.save_for_backward(x, weight, z if activation in NEEDS_INPUT else y, plan)
@@ -44,7 +46,7 @@ class MaskedLinearFunction(torch.autograd.Function):
         """grad_x, grad_weight and grad_bias, each only where needed."""
         x, weight, saved, plan = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_weight, grad_bias = torch.ops.maskmoe.masked_linear_backward(
+        grad_x, grad_weight, grad_bias = torch.ops.maskmoe.masked_linear_backward.default(
             grad_y, x, weight, saved, plan, ctx.layout, ctx.activation,
             need_x, need_weight, need_bias,
         )  # fmt: skip

@@ -70,7 +70,7 @@ def masked_linear(
             x, weight, bias, plan, layout.id, layout.out_features, name
         )  # type: ignore[no-untyped-call]
         return y
-    result: Tensor = torch.ops.maskmoe.masked_linear(
+    result: Tensor = torch.ops.maskmoe.masked_linear.default(
         x, weight, bias, plan, layout.id, layout.out_features, name, False
     )[0]
     return result

@@ -35,7 +35,7 @@ def assert_blind(
     ordinary number then decides.
 
     Args:
-        module: Maps ``(*, in)`` to ``(*, out)``; random layers see the same seed each time.
+        module: Maps ``(*, in)`` to ``(*, out)``; random layers draw the same each time.
         x: Input, ``(*, in)``, finite, at least one row.
         visible: Entry (o, f): may output o see feature f? ``(out, in)``, bool.
         seed: Of the cotangent.
@@ -58,11 +58,12 @@ def assert_blind(
         spoilers = visible[(visible & ~pattern).any(1)]
         forgiven = spoilers.any(0)
         plain = _run(module, x, units, visible.shape[0], seed)
-        _refuse_unseen_gradient(plain.grad_x, pattern, units, "with x as given", None)
         for fill in _FILLS if not pattern.all() else ():
             value = min(fill, torch.finfo(x.dtype).max) if math.isfinite(fill) else fill
             filled = _run(module, x.masked_fill(~pattern, value), units, visible.shape[0], seed)
             _compare(plain, filled, pattern, units, value, forgiven)
+        # Last: an output that depends on the unseen is the clearer complaint.
+        _refuse_unseen_gradient(plain.grad_x, pattern, units, "with x as given", None)
 
 
 @dataclass
@@ -84,8 +85,8 @@ def _run(
     module: Callable[[Tensor], Tensor], x: Tensor, units: Tensor, out: int, seed: int
 ) -> _Result:
     x = x.clone().requires_grad_()
+    # Every run starts from the caller's random state and gives it back.
     with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad():
-        torch.manual_seed(seed)
         y = module(x)
     if y.shape != (*x.shape[:-1], out):
         raise LayoutError(

@@ -1,0 +1,298 @@
+"""The ``maskmoe`` command: every subcommand, its exit code, and its one line on an error."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import maskmoe_kernels as mk
+from maskmoe_kernels.cli import main
+from maskmoe_kernels.experiments import figures
+from maskmoe_kernels.experiments.movielens import MODELS, Options
+from tests.experiments.tiny import write_movielens
+
+COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"])
+TRAIN = ["--epochs", "1", "--batch-size", "512"]
+
+
+@pytest.fixture(autouse=True)
+def _wide_screen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("pyarrow", reason="reads MovieLens")
+    return write_movielens(tmp_path_factory.mktemp("data") / "ml-1m")
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``maskmoe movielens`` leaves, figures included where matplotlib is there."""
+    out = tmp_path_factory.mktemp("out")
+    assert main(["movielens", "--data", str(folder), "--out", str(out), *TRAIN]) == 0
+    return out
+
+
+def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
+    """The one line on stderr of a command that fails with 2."""
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert "Traceback" not in told
+    return told
+
+
+# --- Help --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main([*command, "--help"])
+    assert left.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: {' '.join(['maskmoe', *command])} ")
+    if command:
+        assert f"example:\n  maskmoe {' '.join(command)} " in told
+    else:
+        assert all(" ".join(words) in told for words in COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--version"])
+    assert left.value.code == 0
+    assert mk.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["toy", "--task", "z", "--out", "x"], "invalid choice: 'z'"),
+        (["toy", "--task", "a"], "required: --out"),
+        (["toy", "--seed", "-1", "--out", "x"], "expected a whole number in [0, 2^32), got '-1'"),
+        (["movielens", "--out", "x"], "required: --data"),
+        (["movielens", "--epochs", "0"], "expected a whole number from 1, got '0'"),
+        (["movielens", "--batch-size", "1.5"], "expected a whole number from 1, got '1.5'"),
+        (["movielens", "--sharpness", "0"], "expected 'auto' or a number above 0, got '0'"),
+        (["movielens", "--sharpness", "nan"], "expected 'auto' or a number above 0, got 'nan'"),
+        (["movielens", "--max-loss", "2"], "expected a number from 0 to 1, got '2'"),
+        (["movielens", "--models", "bert"], "invalid choice: 'bert'"),
+        (["movielens", "explain", "--data", "x"], "required: --checkpoint, --user"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_arguments_that_cannot_be_parsed(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# --- info --------------------------------------------------------------------------------
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    told = capsys.readouterr().out
+    for word in (mk.__version__, torch.__version__, *mk.info()["backends"]):
+        assert word in told
+
+
+def test_info_says_why_a_backend_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"description": "kernels", "obstacle": "no GPU; pip install x[triton]"}
+    monkeypatch.setattr(mk, "info", lambda: {"cuda": None, "backends": {"triton": entry}})
+    assert main(["info"]) == 0
+    assert "no: no GPU; pip install x[triton]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "experts"),
+    [("ncf4", 4), ("toy3", 3), ("powerset4", 15), ("user item user+item", 3), ("a", 1)],
+)
+def test_layouts(words: str, experts: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", "--layout", *words.split()]) == 0
+    assert f": {experts} x {experts} blocks, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("powerset99", "1 to 8 groups, got 99"),
+        ("a+ b", "expected subsets such as a b a+b"),
+        ("a a", "may appear once"),
+        ("a+b b+a", "inclusion must be an order"),
+    ],
+)
+def test_layouts_that_are_none(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_of(capsys, ["info", "--layout", *words.split()])
+
+
+def test_info_needs_no_extra_and_no_experiment() -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'pyarrow', 'triton']));"
+        "from maskmoe_kernels.__main__ import main; code = main(['info']);"
+        "sys.exit(code or 'maskmoe_kernels.experiments' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- toy ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["a", "b", "c"])
+def test_toy(
+    task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    words = ["toy", "--task", task, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "x")]
+    assert main(words) == 0
+    report = json.loads((tmp_path / "x" / "report.json").read_text("utf-8"))
+    assert (report["task"], report["seed"], report["config"]["epochs"]) == (task, 3, 1)
+    told = capsys.readouterr().out
+    assert "accuracy" in told
+    assert "no figures: matplotlib is not installed" in told
+
+
+def test_a_device_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("nonsense", "meta", "cuda:99"):
+        told = error_of(capsys, ["toy", "--device", device, "--out", str(tmp_path)])
+        assert f"--device {device} cannot be used here: " in told
+
+
+def test_out_that_is_a_file(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["movielens", "--data", str(folder), "--out", str(tmp_path / "file"), *TRAIN]
+    assert "file" in error_of(capsys, [*words, "--models", "content"])
+
+
+# --- movielens ---------------------------------------------------------------------------
+
+
+def test_movielens(trained: Path) -> None:
+    report = json.loads((trained / "report.json").read_text("utf-8"))
+    assert list(report["models"]) == list(MODELS)
+    assert sorted(path.name for path in trained.glob("*.pt")) == [
+        "black-box.pt", "content.pt", "interpretable.pt"
+    ]  # fmt: skip
+    if figures.obstacle() is None:
+        names = {path.name for path in trained.glob("*.png")}
+        assert {"learning_curves.png", "attribution.png", "frontier.png", "hasse.png"} <= names
+
+
+def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    for path in trained.glob("*.pt"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--resume"]
+    assert main([*words, *TRAIN, "--sharpness", "2"]) == 0
+    assert "going on after epoch 1" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert report["models"]["interpretable"]["sharpness"] == 2
+    assert report["options"]["sharpness"] == 2
+    told = error_of(capsys, [*words, *TRAIN, "--seed", "1"])
+    assert "was trained with seed=0, this run has 1" in told
+
+
+def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--models", "content"]
+    wrong = tmp_path / "negatives.tsv"
+    wrong.write_text("(1,101)\t102\n")
+    told = error_of(capsys, [*words, *TRAIN, "--negatives", str(wrong)])
+    assert "negatives.tsv, line 1" in told
+
+
+def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr(
+        "maskmoe_kernels.experiments.movielens.run_movielens", lambda *args: got.extend(args)
+    )
+    words = (
+        "movielens --data d --negatives n --models content black-box content --epochs 7 "
+        "--patience 3 --batch-size 9 --seed 5 --embeddings strict --device cpu --resume "
+        "--sharpness 2.5 --max-loss 0.02 --out o"
+    )
+    assert main(words.split()) == 0
+    expected = Options(("content", "black-box"), 7, 3, 9, 5, "strict", "cpu", True, 2.5, 0.02)
+    assert got[:4] == [Path("d"), Path("o"), expected, Path("n")]
+    got.clear()
+    assert main("movielens --data d --out o --sharpness auto".split()) == 0
+    assert got[:4] == [Path("d"), Path("o"), Options(), None]
+
+
+def test_bad_data_is_one_line(tmp_path: Path, folder: Path, capsys: Any) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert "none.zip" in error_of(capsys, ["movielens", "--data", str(tmp_path / "none.zip"), *out])
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for path in folder.iterdir():
+        (bad / path.name).write_bytes(path.read_bytes().replace(b"3::M::", b"3::X::"))
+    assert "users.dat, line" in error_of(capsys, ["movielens", "--data", str(bad), *out])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("command", "hint"), [("movielens --data d", True), ("toy", False)])
+def test_ctrl_c(command: str, hint: bool, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("movielens.run_movielens", "toy.run_toy"):
+        monkeypatch.setattr(f"maskmoe_kernels.experiments.{name}", interrupted)
+    assert main([*command.split(), "--out", str(tmp_path)]) == 130
+    told = capsys.readouterr().err
+    assert told.startswith("interrupted")
+    assert ("--resume" in told) is hint
+
+
+def test_training_that_diverges(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    def diverged(*args: Any) -> None:
+        raise FloatingPointError("content: the loss is no longer finite\nin epoch 3")
+
+    monkeypatch.setattr("maskmoe_kernels.experiments.movielens.run_movielens", diverged)
+    words = ["movielens", "--data", "d", "--out", str(tmp_path)]
+    assert error_of(capsys, words) == "error: content: the loss is no longer finite in epoch 3\n"
+
+
+# --- movielens explain -------------------------------------------------------------------
+
+
+def test_explain(trained: Path, folder: Path, tmp_path: Path, capsys: Any) -> None:
+    words = ["movielens", "explain", "--data", str(folder), "--checkpoint"]
+    words += [str(trained / "interpretable.pt"), "--user", "2"]
+    assert main([*words, "--top", "3", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "User 2 is a man, aged 18-24" in told
+    assert "chosen in report.json" in told
+    written = json.loads((tmp_path / "explain-user-2.json").read_text("utf-8"))
+    assert [movie["rank"] for movie in written["movies"]] == [1, 2, 3]
+    assert main([*words, "--item", "241", "--sharpness", "1"]) == 0
+    assert "Never Seen [sic] (2000)" in capsys.readouterr().out
+
+
+def test_explain_says_what_is_wrong(trained: Path, folder: Path, capsys: Any) -> None:
+    words = ["movielens", "explain", "--data", str(folder)]
+    good = ["--checkpoint", str(trained / "interpretable.pt")]
+    assert "from 1 to 35" in error_of(capsys, [*words, *good, "--user", "99"])
+    assert "from 101 to 241" in error_of(capsys, [*words, *good, "--user", "1", "--item", "1"])
+    other = ["--checkpoint", str(trained / "content.pt"), "--user", "1"]
+    assert "holds the 'content' model" in error_of(capsys, [*words, *other])
+    none = ["--checkpoint", str(trained / "none.pt"), "--user", "1"]
+    assert "no such checkpoint" in error_of(capsys, [*words, *none])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments import figures
+from maskmoe_kernels.experiments import figures, toy
 from maskmoe_kernels.experiments.movielens import MODELS, Options
 from tests.experiments.tiny import write_movielens
 
@@ -162,6 +163,8 @@ def test_toy(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    small = partial(toy.ToyConfig, steps=5, test_samples=200)
+    monkeypatch.setattr(toy, "ToyConfig", small)
     words = ["toy", "--task", task, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "x")]
     assert main(words) == 0
     report = json.loads((tmp_path / "x" / "report.json").read_text("utf-8"))
@@ -244,8 +247,8 @@ def test_bad_data_is_one_line(tmp_path: Path, folder: Path, capsys: Any) -> None
     bad = tmp_path / "bad"
     bad.mkdir()
     for path in folder.iterdir():
-        (bad / path.name).write_bytes(path.read_bytes().replace(b"3::M::", b"3::X::"))
-    assert "users.dat, line" in error_of(capsys, ["movielens", "--data", str(bad), *out])
+        (bad / path.name).write_bytes(path.read_bytes().replace(b"\n4::M::", b"\n4::X::"))
+    assert "users.dat, line 4" in error_of(capsys, ["movielens", "--data", str(bad), *out, *TRAIN])
     assert not (tmp_path / "out").exists()
 
 

@@ -276,7 +276,7 @@ def _recommend(
     order = mixed.probability.argsort(descending=True, stable=True).tolist()
     # Its own verdict, not the mixture's: it is the deciding expert that is explained.
     favours = torch.sigmoid(2 * logits) >= _NEUTRAL
-    result = []
+    result: list[Recommendation] = []
     for rank, k in enumerate(order, start=1):
         movie = int(listed[k])
         if len(result) == top or (named is not None and movie != named):

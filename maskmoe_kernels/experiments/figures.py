@@ -520,20 +520,21 @@ def hasse(
     nodes = {name: _node(name, groups) for name, groups in family.subsets.items()}
     edges = family.hasse_edges()
     width, height, paths, heads = _place(nodes, family, edges)
-    width = max(width, 6.4)
+    margin = max(0.0, 6.4 - width) / 2
+    low, high, width = -margin, width + margin, width + 2 * margin
     page = height + _HEADING
     figure = _figure(width, page, constrained=False)
     ax = figure.add_axes((0, 0, 1, height / page))
-    ax.set_xlim(0, width)
+    ax.set_xlim(low, high)
     ax.set_ylim(0, height)
     ax.axis("off")
     _draw_hasse(ax, [node for node in nodes.values() if node.name], paths, heads)
-    line = "A line joins a subset to the smallest larger ones: the left one lies inside the right"
+    line = "A line joins nearest subsets: the one on the left lies inside the one on the right"
     figure.text(0.5, 1 - 0.18 / page, title, ha="center", va="top", fontsize=14)
     figure.text(
         0.5,
         1 - 0.5 / page,
-        "\n".join(textwrap.wrap(line, int(width / 0.078))),
+        "\n".join(textwrap.wrap(line, int(width / 0.074))),
         ha="center",
         va="top",
         fontsize=10,
@@ -591,7 +592,8 @@ def _bend_long_edges(
     edges: Sequence[tuple[str, str]],
 ) -> tuple[list[list[_Node]], list[tuple[str, str]]]:
     """Reserve room in every rank an edge passes: paths of nodes, and edges between neighbours."""
-    paths, steps = [], []
+    paths: list[list[_Node]] = []
+    steps: list[tuple[str, str]] = []
     for e, (small, large) in enumerate(edges):
         names = [small]
         for r in range(rank[small] + 1, rank[large]):

@@ -79,7 +79,7 @@ class ToyConfig:
     The loss is eq. 7 as the paper prints it: selection weights, not normalised. The authors'
     notebook weighs by ``"deselection"``, normalised per ``"sample"``; that gives the univariate
     experts less of the inner clusters (seeds 0 and 1, by ``square``: 0.896 and 0.868, against
-    0.902 and 0.907).
+    0.902 and 0.903).
 
     Attributes:
         confidence: Of the training weights.
@@ -104,14 +104,15 @@ def _tasks() -> dict[str, ToyTask]:
         {"x0": 1, "x1": 1, "x2": 1, "x3": 1}, {"x0": ["x0"], "x1": ["x1"], "x2+x3": ["x2", "x3"]}
     )
     # Left and right differ in the first input, top and bottom in the second.
-    cross = [((-1, 0), 0, 0), ((1, 0), 1, 0), ((0, 1), 1, 1), ((0, -1), 0, 1)]
-    xor = [((-1, -1), 0), ((1, -1), 1), ((-1, 1), 1), ((1, 1), 0)]
+    cross = [((-1.0, 0.0), 0, 0), ((1.0, 0.0), 1, 0), ((0.0, 1.0), 1, 1), ((0.0, -1.0), 0, 1)]
+    xor = [((-1.0, -1.0), 0), ((1.0, -1.0), 1), ((-1.0, 1.0), 1), ((1.0, 1.0), 0)]
     inner = tuple(Cluster(at, label, ("x1", "x2")[axis], "inner") for at, label, axis in cross)
     outer = tuple(Cluster((2 * x, 2 * y), label, "x1+x2", "outer") for (x, y), label in xor)
     first = tuple(
-        Cluster((*at, 0, 0), label, ("x0", "x1")[axis], "univariate") for at, label, axis in cross
+        Cluster((*at, 0.0, 0.0), label, ("x0", "x1")[axis], "univariate")
+        for at, label, axis in cross
     )
-    last = tuple(Cluster((0, 0, *at), label, "x2+x3", "xor", (2, 3)) for at, label in xor)
+    last = tuple(Cluster((0.0, 0.0, *at), label, "x2+x3", "xor", (2, 3)) for at, label in xor)
     tasks = (
         ToyTask("a", "four clusters, each separable by one input", plane, inner),
         ToyTask("b", "four inner clusters and an outer XOR", plane, inner + outer),

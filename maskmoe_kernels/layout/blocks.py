@@ -19,6 +19,8 @@ from maskmoe_kernels.errors import LayoutError
 if TYPE_CHECKING:
     from maskmoe_kernels.layout.subsets import SubsetFamily
 
+# Counts changes of the order inside packed weights; see BlockLayout.
+PACKING_VERSION = 1
 # Below this many weights a block is not worth a matrix product of its own.
 SMALL_BLOCK = 16
 # Up to this many units a side, a dense product is so cheap that nobody needs a warning.
@@ -84,6 +86,8 @@ class BlockLayout:
             accumulate(map(operator.mul, self.row_sizes, self.row_fan_in), initial=0)
         )
         self.num_weights: int = self.weight_offsets[-1]
+        #: Digest of what orders the packed weights; a checkpoint records it.
+        self.packing_id: int = self._packing_digest()
         #: 63-bit digest of the content; equal layouts have equal ids, on every machine.
         self.id: int = self._digest()
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
@@ -299,14 +303,16 @@ class BlockLayout:
                 f"{tuple(weight.shape)}; use layout.pack(dense) for a dense matrix"
             )
 
-    def _digest(self) -> int:
-        state = hashlib.sha256()
-        state.update(repr((self.row_sizes, self.col_sizes)).encode())
-        state.update(np.packbits(self.present.numpy()).tobytes())
-        state.update(b"-" if self.routes_all else np.packbits(self.routes_grad.numpy()).tobytes())
+    def _packing_digest(self) -> int:
+        parts = [repr((PACKING_VERSION, self.row_sizes, self.col_sizes)).encode()]
+        parts.append(np.packbits(self.present.numpy()).tobytes())
         for order in (self.row_order, self.col_order):
-            state.update(b"-" if order is None else order.numpy().tobytes())
-        return int.from_bytes(state.digest()[:8], "little") >> 1
+            parts.append(b"-" if order is None else order.numpy().tobytes())
+        return _digest(parts)
+
+    def _digest(self) -> int:
+        routes = b"-" if self.routes_all else np.packbits(self.routes_grad.numpy()).tobytes()
+        return _digest([str(self.packing_id).encode(), routes])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
@@ -340,6 +346,13 @@ class BlockLayout:
         if self.row_order is not None or self.col_order is not None:
             text += ", interleaved"
         return text + ")"
+
+
+def _digest(parts: Sequence[bytes]) -> int:
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(len(part).to_bytes(8, "little") + part)
+    return int.from_bytes(state.digest()[:8], "little") >> 1
 
 
 def _rebuild(

@@ -44,11 +44,11 @@ def draw_layout(
         >>> print(draw_layout(family.hidden_layout(16, 16), family.names, family.names))
         48 outputs x 48 inputs: 3 x 3 blocks, 5 present, density 0.556
         <BLANKLINE>
-                    x1  x2  x1+x2
-        name  size  16  16     16
-        x1      16   █   ·      ·
-        x2      16   ·   █      ·
-        x1+x2   16   ░   ░      █
+                     x1  x2  x1+x2
+        name   size  16  16     16
+        x1       16   █   ·      ·
+        x2       16   ·   █      ·
+        x1+x2    16   ░   ░      █
         <BLANKLINE>
         █ present, gradient to the input routed   ░ present, gradient stopped   · absent
     """

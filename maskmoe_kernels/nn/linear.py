@@ -188,6 +188,13 @@ class MaskedLinear(nn.Module):
         """``(*, in_features)`` to ``(*, out_features)``."""
         return masked_linear(x, self.weight, self.bias, self.layout, self.activation, self.backend)
 
+    def get_extra_state(self) -> Tensor:
+        """What orders the packed weight, so that no checkpoint loads in another order."""
+        return torch.tensor(self.layout.packing_id, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Checked while loading; nothing to set."""
+
     def _load_from_state_dict(
         self,
         state_dict: dict[str, Any],
@@ -202,6 +209,7 @@ class MaskedLinear(nn.Module):
         # A dense (out, in) weight, as nn.Linear saves it, is packed on the way in.
         weight = state_dict.get(prefix + "weight")
         expected = (self.out_features, self.in_features)
+        own = self.layout.packing_id
         if weight is not None and weight.dim() == 2:
             if tuple(weight.shape) == expected:
                 state_dict[prefix + "weight"] = self.layout.pack(weight)
@@ -211,6 +219,12 @@ class MaskedLinear(nn.Module):
                     f"in_features) = {expected}, got {tuple(weight.shape)} from checkpoint."
                 )
                 state_dict[prefix + "weight"] = self.weight.detach()
+        elif int(state_dict.get(prefix + "_extra_state", own)) != own:
+            error_msgs.append(
+                f"packing mismatch for {prefix}weight: the checkpoint's packed weight belongs to "
+                "another layout; save dense_weight() of the layer it came from and load that."
+            )
+        state_dict[prefix + "_extra_state"] = self.get_extra_state()
         # Layers that keep a dense weight (zuko's) save their mask beside it.
         mask = state_dict.pop(prefix + "mask", None)
         if mask is not None:

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
+from maskmoe_kernels.errors import BackendError
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -35,27 +35,47 @@ class MaskedLinearFunction(torch.autograd.Function):
         y, z = torch.ops.maskmoe.masked_linear.default(
             x, weight, bias, plan, layout, out_features, activation, True
         )
-        ctx.save_for_backward(x, weight, z if activation in NEEDS_INPUT else y, plan)
+        ctx.save_for_backward(x, weight, z if activation in NEEDS_INPUT else y, plan, bias)
         ctx.layout = layout
         ctx.activation = activation
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
-        x, weight, saved, plan = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-        grad_x, grad_weight, grad_bias = torch.ops.maskmoe.masked_linear_backward.default(
-            grad_y, x, weight, saved, plan, ctx.layout, ctx.activation,
-            need_x, need_weight, need_bias,
-        )  # fmt: skip
-        return (
-            grad_x if need_x else None,
-            grad_weight if need_weight else None,
-            grad_bias if need_bias else None,
-            None,
-            None,
-            None,
-            None,
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (*_gradients(ctx, grad_y), None, None, None, None)
+        # create_graph=True: what is computed here depends on all of these, and must say so.
+        x, weight, _, _, bias = ctx.saved_tensors
+        with torch.no_grad():
+            grads = _gradients(ctx, grad_y)
+        marked = [
+            None if grad is None else _NoDoubleBackward.apply(grad, grad_y, x, weight, bias)
+            for grad in grads
+        ]
+        return (*marked, None, None, None, None)
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+    x, weight, saved, plan, _ = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:3]
+    grads = torch.ops.maskmoe.masked_linear_backward.default(
+        grad_y, x, weight, saved, plan, ctx.layout, ctx.activation, needs[0], needs[1], needs[2]
+    )
+    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    # once_differentiable marks a gradient only if grad_y requires one: with a loss linear in y,
+    # a gradient penalty would silently be a constant.
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise BackendError(
+            "this backend cannot differentiate masked_linear twice; pass backend='reference', "
+            "which can"
         )

@@ -41,7 +41,9 @@ def _forward(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return grouped.forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+    # A loaded program calls the op as such, with weights that may still require a gradient.
+    with torch.no_grad():
+        return grouped.forward(x, weight, bias, layout_of(layout, plan), activation, keep)
 
 
 def _backward(

@@ -71,7 +71,10 @@ def save(
     path.parent.mkdir(parents=True, exist_ok=True)
     config = {"model": name, "options": options or "embeddings=shared"}
     # The last weights are not the best ones.
-    last = {key: torch.full_like(value, torch.nan) for key, value in model.state_dict().items()}
+    last = {key: value.clone() for key, value in model.state_dict().items()}
+    for value in last.values():
+        if value.is_floating_point():
+            value.fill_(torch.nan)
     best = {"epoch": 1, "metrics": {}, "model": model.state_dict()}
     torch.save({"format": 1, "config": config, "model": last, "best": best}, path)
     return path

@@ -59,14 +59,14 @@ def test_large_layouts_say_what_is_left_out():
         """
         200 outputs x 300 inputs: 100 x 100 blocks, 100 present, density 0.010
 
-                    0  1  2  …  98  99
-        name  size  3  3  3      3   3
-        0        2  █  ·  ·  …   ·   ·
-        1        2  ·  █  ·  …   ·   ·
-        2        2  ·  ·  █  …   ·   ·
-        …           …  …  …  …   …   …
-        98       2  ·  ·  ·  …   █   ·
-        99       2  ·  ·  ·  …   ·   █
+                    0 1 2 … 98 99
+        name  size  3 3 3    3  3
+        0        2  █ · · …  ·  ·
+        1        2  · █ · …  ·  ·
+        2        2  · · █ …  ·  ·
+        …           … … … …  …  …
+        98       2  · · · …  █  ·
+        99       2  · · · …  ·  █
 
         █ present   · absent
         … 95 of 100 row blocks are not drawn

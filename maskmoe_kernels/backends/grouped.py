@@ -85,7 +85,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
     z = _multiply(x.reshape(-1, layout.in_features), weight, bias, layout)
-    z = z.view(*x.shape[:-1], layout.out_features)
+    # Not a view: the caller may change the output in place.
+    z = torch.ops.aten._unsafe_view(z, [*x.shape[:-1], layout.out_features])
     if activation == "none":
         return z, z.new_empty(0)
     y = FUNCTIONS[activation](z)
@@ -123,7 +124,9 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayou
     y = x.new_empty(x.shape[0], layout.out_features)
     biases = None if bias is None else _ordered(bias, layout, "row_order")
     one_product = x.dtype in (torch.bfloat16, torch.float16)
-    for row, packed in zip(schedule.rows, weight.split_with_sizes(schedule.weight_sizes), strict=True):
+    for row, packed in zip(
+        schedule.rows, weight.split_with_sizes(schedule.weight_sizes), strict=True
+    ):
         out = y[:, row.start : row.stop]
         start = None if biases is None else biases[row.start : row.stop]
         if not row.runs:
@@ -153,7 +156,9 @@ def _grad_weight(grad_z: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     x = _ordered(x, layout, "col_order")
     grad_z = _ordered(grad_z, layout, "row_order")
     grad = x.new_empty(layout.num_weights)
-    for row, packed in zip(schedule.rows, grad.split_with_sizes(schedule.weight_sizes), strict=True):
+    for row, packed in zip(
+        schedule.rows, grad.split_with_sizes(schedule.weight_sizes), strict=True
+    ):
         if not row.runs:
             continue
         turned = grad_z[:, row.start : row.stop].t()

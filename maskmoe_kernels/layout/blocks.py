@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from maskmoe_kernels.errors import LayoutError
 
@@ -263,13 +264,9 @@ class BlockLayout:
         """Position in the flattened ``(out, in)`` matrix of each packed weight, int64."""
         return self.table("weight_index", device, lambda: self._weight_index)
 
-    def table(self, name: str, device: torch.device, build: Any) -> Tensor:
+    def table(self, name: str, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
         """A table of this layout, built by ``build()`` once and kept on each ``device``."""
-        key = (name, device)
-        if key not in self._tables:
-            with torch.inference_mode(False):  # or a later backward could not save it
-                self._tables[key] = build().to(device, copy=True)
-        return self._tables[key]
+        return keep_table(self._tables, (name, device), build)
 
     def pack(self, dense: Tensor) -> Tensor:
         """Keep the present blocks of ``dense`` ``(out, in)``: ``(num_weights,)``. Differentiable.
@@ -348,6 +345,24 @@ class BlockLayout:
         return text + ")"
 
 
+def keep_table(
+    tables: dict[tuple[str, torch.device], Tensor],
+    key: tuple[str, torch.device],
+    build: Callable[[], Tensor],
+) -> Tensor:
+    """``build()`` on the key's device, from ``tables`` if it is there already."""
+    if key not in tables:
+        # A table outlives the call that needs it first: no fake tensor of a trace, and no
+        # inference tensor, which a later backward could not save.
+        with (
+            _disable_current_modes(),
+            torch._C.DisableTorchFunction(),
+            torch.inference_mode(False),
+        ):
+            tables[key] = build().to(key[1], copy=True)
+    return tables[key]
+
+
 def _digest(parts: Sequence[bytes]) -> int:
     state = hashlib.sha256()
     for part in parts:
@@ -393,8 +408,13 @@ def block_sizes(argument: str, sizes: int | Sequence[int], count: int) -> tuple[
     return tuple(listed)
 
 
+def _on_cpu(value: Tensor) -> Tensor:
+    # as_tensor alone would follow ``with torch.device("meta")``.
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+
+
 def _bool_matrix(argument: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    matrix = torch.as_tensor(value).detach().cpu()
+    matrix = _on_cpu(value)
     if matrix.dtype != torch.bool or tuple(matrix.shape) != shape:
         raise LayoutError(
             f"{argument} must be a bool matrix of row blocks x column blocks, {shape}, got "
@@ -415,7 +435,7 @@ def _refuse_absent_routes(routed: Tensor, present: Tensor, what: str) -> None:
 def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
     if order is None:
         return None
-    order = torch.as_tensor(order).detach().cpu().to(torch.int64)
+    order = _on_cpu(order).to(torch.int64)
     if not torch.equal(order.sort().values, torch.arange(size, device="cpu")):
         raise LayoutError(f"{argument} must be a permutation of 0..{size - 1}")
     if torch.equal(order, torch.arange(size, device="cpu")):
@@ -424,7 +444,7 @@ def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
 
 
 def _mask_array(argument: str, mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    array = torch.as_tensor(mask).detach().cpu()
+    array = _on_cpu(mask)
     if array.dim() != 2 or 0 in array.shape:
         raise LayoutError(
             f"{argument} must be (out, in) with at least one row and one column, got "

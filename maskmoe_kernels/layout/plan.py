@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 PLAN_VERSION = 1
@@ -36,6 +36,11 @@ def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
     key = ("plan", device)
     plan = layout._tables.get(key)
     if plan is None:
+        if torch.compiler.is_dynamo_compiling():
+            raise BackendError(
+                "torch.compile cannot build the plan of a layout; call masked_linear once on this "
+                "device before compiling it (MaskedLinear has its plan from the start)"
+            )
         _known[layout.id] = layout
         plan = layout.table("plan", device, lambda: encode(layout))
     return plan

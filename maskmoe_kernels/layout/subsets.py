@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes
+from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes, keep_table
 
 Width = int | Sequence[int]
 
@@ -52,6 +52,8 @@ class SubsetFamily:
         }
         self._refuse_equal_subsets()
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        for name in ("strict", "has_larger"):  # now: torch.compile finds tables, it builds none
+            self.table(name, torch.device("cpu"))
 
     def _checked_subset(self, name: str, members: Iterable[str]) -> tuple[str, ...]:
         if isinstance(members, str):
@@ -173,12 +175,11 @@ class SubsetFamily:
 
     def table(self, name: str, device: torch.device) -> Tensor:
         """A table of this family (``"strict"`` in float64, ``"has_larger"``) kept on ``device``."""
-        key = (name, device)
-        if key not in self._tables:
-            source = self.strict.double() if name == "strict" else self.has_larger
-            with torch.inference_mode(False):  # or a later backward could not save it
-                self._tables[key] = source.to(device, copy=True)
-        return self._tables[key]
+        return keep_table(
+            self._tables,
+            (name, device),
+            lambda: self.strict.double() if name == "strict" else self.has_larger,
+        )
 
     def input_layout(self, width: Width, *, strict: bool = False) -> BlockLayout:
         """Experts x groups: block (i, n) is present iff X_n is in S_i.

@@ -60,8 +60,7 @@ class MaskedLinear(nn.Module):
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
                 f"{tuple(torch.as_tensor(mask).shape)}"
             )
-        with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
-            layout = BlockLayout.from_mask(mask, grad_mask)
+        layout = BlockLayout.from_mask(mask, grad_mask)
         self._build(layout, bias, activation, backend, device, dtype)
 
     def _build(
@@ -89,10 +88,9 @@ class MaskedLinear(nn.Module):
         self._make_plan()
 
     def _make_plan(self) -> None:
-        # torch.compile and torch.export trace the call, and a trace can find a plan but not
-        # build one; so it exists before the first call, wherever the parameters go.
-        with torch.device("cpu"):
-            plan_of(self.layout, self.weight.device)
+        # torch.compile can find a plan but not build one; so it exists before the first call,
+        # wherever the parameters go.
+        plan_of(self.layout, self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()

@@ -35,7 +35,8 @@ class MaskedLinearFunction(torch.autograd.Function):
         y, z = torch.ops.maskmoe.masked_linear.default(
             x, weight, bias, plan, layout, out_features, activation, True
         )
-        ctx.save_for_backward(x, weight, z if activation in NEEDS_INPUT else y, plan, bias)
+        saved = z if activation in NEEDS_INPUT or activation == "none" else y
+        ctx.save_for_backward(x, weight, saved, plan, bias)
         ctx.layout = layout
         ctx.activation = activation
         return y
@@ -49,10 +50,8 @@ class MaskedLinearFunction(torch.autograd.Function):
         x, weight, _, _, bias = ctx.saved_tensors
         with torch.no_grad():
             grads = _gradients(ctx, grad_y)
-        marked = [
-            None if grad is None else _NoDoubleBackward.apply(grad, grad_y, x, weight, bias)
-            for grad in grads
-        ]
+        mark: Any = _NoDoubleBackward.apply
+        marked = [None if g is None else mark(g, grad_y, x, weight, bias) for g in grads]
         return (*marked, None, None, None, None)
 
 

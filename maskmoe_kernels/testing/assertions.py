@@ -323,8 +323,7 @@ def assert_close_to_oracle(
     ours = op(*_three(inputs), layout, activation)
     if ours.shape != reference.shape or ours.dtype != x.dtype:
         raise AssertionError(
-            f"op gave {ours.dtype} {tuple(ours.shape)}, expected {x.dtype} "
-            f"{tuple(reference.shape)}"
+            f"op gave {ours.dtype} {tuple(ours.shape)}, expected {x.dtype} {tuple(reference.shape)}"
         )
     plain = dense_algebra(*_three(inputs), layout, activation)
     grads = [

@@ -128,10 +128,13 @@ def test_equal_by_content(layout):
 
 
 def test_ids_do_not_change_between_releases():
-    """A checkpoint or an exported program holds them."""
+    """Checkpoints and exported programs hold them: a new packing needs a new PACKING_VERSION."""
     layout = mk.BlockLayout([2, 3], [4, 1], torch.tensor([[1, 0], [1, 1]]).bool())
-    assert layout.id == 58_985_038_249_581_231
-    assert 0 <= layout.id < 2**63
+    assert layout.packing_id == 961_782_661_598_772_561
+    assert layout.id == 5_003_944_577_012_076_399
+    routed = mk.BlockLayout([2, 3], [4, 1], layout.present, torch.eye(2).bool())
+    assert routed.packing_id == layout.packing_id  # routes order no weight
+    assert routed.id != layout.id
 
 
 @given(strategies.families(max_experts=8), strategies.families(max_experts=8))

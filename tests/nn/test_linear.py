@@ -133,7 +133,7 @@ def test_round_trip_through_linear_is_bitwise(mask, seed, bias):
     assert back.layout == layer.layout
     for name, value in layer.state_dict().items():
         assert torch.equal(back.state_dict()[name], value)
-        assert value.dtype == torch.float64
+    assert {p.dtype for p in back.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh", "silu"])
@@ -303,6 +303,21 @@ def test_other_mask_in_the_checkpoint_is_refused():
         layer.load_state_dict({**state, "mask": torch.ones(2, 2)})
 
 
+def test_packed_weight_of_another_layout_is_refused():
+    other = MaskedLinear(7, 10, BLOCKS.flip(0))  # as many weights, in another order
+    layer = Nested(MaskedLinear)
+    state = layer.state_dict()
+    for key, value in other.state_dict().items():
+        assert state[f"first.{key}"].shape == value.shape
+        state[f"first.{key}"] = value
+    with pytest.raises(RuntimeError, match=r"packing mismatch for first\.weight"):
+        layer.load_state_dict(state)
+    # A layout that differs only in what it routes packs alike.
+    stopped = MaskedLinear(7, 10, BLOCKS, grad_mask=torch.zeros_like(BLOCKS))
+    stopped.load_state_dict(layer.first.state_dict())
+    assert torch.equal(stopped.dense_weight(), layer.first.dense_weight())
+
+
 def test_dense_checkpoint_forgets_invisible_weights():
     linear = nn.Linear(7, 10)
     with torch.no_grad():
@@ -318,7 +333,8 @@ def test_dense_checkpoint_forgets_invisible_weights():
 def test_without_bias():
     layer = MaskedLinear(7, 10, BLOCKS, bias=False)
     assert layer.bias is None
-    assert list(layer.state_dict()) == ["weight"]
+    assert "bias" not in layer.state_dict()
+    assert [name for name, _ in layer.named_parameters()] == ["weight"]
     x = torch.randn(4, 7)
     torch.testing.assert_close(layer(x), x @ layer.dense_weight().T)
     layer.load_state_dict(nn.Linear(7, 10, bias=False).state_dict())

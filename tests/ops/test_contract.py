@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils.flop_counter import FlopCounterMode
@@ -187,7 +188,7 @@ def test_func_transforms_agree_with_autograd(name, activation):
 def test_func_transforms_refuse_a_backend_that_cannot():
     layout = LAYOUTS["hidden"]
     x, weight, bias = drawn(layout, 4)
-    with pytest.raises(mk.BackendError, match="'grouped'.*'reference'"):
+    with pytest.raises(mk.BackendError, match=r"'grouped'.*'reference'"):
         torch.func.vmap(lambda x: mk.masked_linear(x, weight, bias, layout, backend="grouped"))(x)
 
 
@@ -239,7 +240,7 @@ def test_compiles_whole_with_a_dynamic_batch(compiler, dynamic):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_serves_every_batch():
     net = network()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(net, fullgraph=True, dynamic=True, backend=counter)
     for rows in (5, 8, 17, 31):
         torch.testing.assert_close(compiled(x_of(rows)), net(x_of(rows)))
@@ -296,7 +297,8 @@ def test_copies_train_alike(copied):
     other = copied(net)
     ours, theirs = train(net, net, (5,)), train(other, other, (5,))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(net.parameters(), other.parameters()))
+    pairs = zip(net.parameters(), other.parameters(), strict=True)
+    assert all(a.data_ptr() != b.data_ptr() for a, b in pairs)
 
 
 # --- autocast, FLOPs ---------------------------------------------------------------------

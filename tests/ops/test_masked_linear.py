@@ -77,9 +77,7 @@ def test_the_examples_take_both_paths():
 # --- Law 3: one definition ---------------------------------------------------------------
 
 
-@given(
-    strategies.layouts(), backends, activations, dtypes, st.booleans(), st.integers(0, 4), seeds
-)
+@given(strategies.layouts(), backends, activations, dtypes, st.booleans(), st.integers(0, 4), seeds)
 @example(LAYOUTS["hidden"], "grouped", "gelu", torch.float32, True, 3, 0)
 @example(LAYOUTS["interleaved"], "grouped", "tanh", torch.bfloat16, True, 3, 0)
 @example(LAYOUTS["nothing"], "grouped", "relu", torch.float32, False, 2, 0)
@@ -163,9 +161,7 @@ def test_only_asked_for_gradients_are_given(layout, backend, activation, seed):
 # --- Law 1: absent is absent -------------------------------------------------------------
 
 
-@given(
-    strategies.layouts(), backends, st.sampled_from(ACTIVATIONS), dtypes, st.booleans(), seeds
-)
+@given(strategies.layouts(), backends, activations, dtypes, st.booleans(), seeds)
 @example(LAYOUTS["random"], "grouped", "relu", torch.float32, True, 0)
 @example(LAYOUTS["hidden"], "grouped", "gelu", torch.float16, True, 0)
 def test_blind_bit_for_bit(layout, backend, activation, dtype, bias, seed):

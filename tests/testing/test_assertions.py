@@ -207,7 +207,7 @@ def test_isolated_fails_without_detach_where_no_element_is_shared():
         # Cut the logit of "a" off: its own parameters are then moved by nobody else.
         head = model.layers[1]
         head.weight[head.layout.weight_offsets[0] : head.layout.weight_offsets[1]] = 0
-    with pytest.raises(AssertionError, match="expert 'all' moves row block 0.*expert 'a'"):
+    with pytest.raises(AssertionError, match=r"expert 'all' moves row block 0.*expert 'a'"):
         assert_gradient_isolated(model, x_of()[:, :3], family)
 
 
@@ -284,7 +284,9 @@ def test_isolated_refuses_bad_arguments(model, options, message):
 
 def test_oracle_by_hand():
     """Two experts of one unit: the larger reads the smaller, whose gradient is stopped."""
-    layout = mk.BlockLayout([1, 1], [1, 1], torch.tensor([[1, 0], [1, 1]]).bool(), torch.eye(2).bool())
+    layout = mk.BlockLayout(
+        [1, 1], [1, 1], torch.tensor([[1, 0], [1, 1]]).bool(), torch.eye(2).bool()
+    )
     x = torch.tensor([[2.0, 3.0]], requires_grad=True)
     weight = torch.tensor([5.0, 7.0, 11.0], requires_grad=True)
     bias = torch.tensor([0.5, -100.0], requires_grad=True)
@@ -411,7 +413,9 @@ def kinds_of(family):
         "chain": bool(comparable.all()) and family.num_experts > 2,
         "antichain": not strict.any() and bool((overlap & others).any()),
         "disjoint": not (overlap & others).any() and family.num_experts > 2,
-        "nested": bool((comparable | ~overlap).all()) and not comparable.all() and bool(strict.any()),
+        "nested": bool((comparable | ~overlap).all())
+        and not comparable.all()
+        and bool(strict.any()),
         "empty subset": bool((~member).all(1).any()),
         "single group": family.num_groups == 1,
         "duplicate groups": family.num_groups > len(torch.unique(member.T, dim=0)),

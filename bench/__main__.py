@@ -37,8 +37,12 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--smoke", action="store_true", help="two tiny shapes: does it run?")
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["powerset4", "powerset6"])
-    parser.add_argument("--widths", nargs="+", type=int, default=[16, 32, 64], help="units an expert")
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=["powerset4", "powerset6"]
+    )
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=[16, 32, 64], help="units an expert"
+    )
     parser.add_argument("--batch", type=int, default=4096, help="rows")
     parser.add_argument("--rounds", type=int, default=20, help="interleaved rounds")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class Case:
 
 
 def measure(
-    case: Case, rounds: int, contenders: Sequence[ModuleType] = rivals.ALL, seed: int = 0
+    case: Case, rounds: int, contenders: Sequence[Any] = rivals.ALL, seed: int = 0
 ) -> dict[str, Any]:
     """Times in microseconds, relative errors and FLOPs of every contender on ``case``."""
     layout = FAMILIES[case.family]().hidden_layout(case.width, case.width)
@@ -47,7 +46,7 @@ def measure(
     dense /= layout.in_features**0.5
     bias, x = normal(layout.out_features), normal(case.batch, layout.in_features)
     grad = normal(case.batch, layout.out_features)
-    built = {module.NAME: module.build(layout, dense, bias) for module in contenders}
+    built = {kind.name: kind(layout, dense, bias) for kind in contenders}
     leaf = x.clone().requires_grad_()
     runs: dict[tuple[str, str], Callable[[], Any]] = {}
     for name, contender in built.items():
@@ -65,12 +64,12 @@ def measure(
         "density": layout.density,
         "flops": {"forward": flops, "step": step_flops},
         "contenders": {
-            module.NAME: {
-                "note": module.NOTE,
-                **{what: times[module.NAME, what] for what in ("forward", "step")},
-                "error": _errors(built[module.NAME], x, grad, truth),
+            kind.name: {
+                "note": kind.note,
+                **{what: times[kind.name, what] for what in ("forward", "step")},
+                "error": _errors(built[kind.name], x, grad, truth),
             }
-            for module in contenders
+            for kind in contenders
         },
     }
 

@@ -1,9 +1,12 @@
-"""One file a contender: ``NAME``, ``NOTE`` and ``build(layout, dense, bias)``.
+"""One file a contender: a class with ``name``, ``note``, ``parameters`` and ``dense_grad()``.
 
-``build`` returns a function of x whose autograd graph the harness walks; parameters are its
-attribute ``parameters``. Weight preparation belongs inside the call.
+It is built from ``(layout, dense, bias)`` and called with x; the harness walks the autograd graph
+of the result. Weight preparation belongs inside the call.
 """
 
-from bench.rivals import best_dense, masked_dense, ours, paper_style
+from bench.rivals.best_dense import BestDense
+from bench.rivals.masked_dense import MaskedDense
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle
 
-ALL = (ours, paper_style, masked_dense, best_dense)
+ALL = (Ours, PaperStyle, MaskedDense, BestDense)

@@ -9,9 +9,6 @@ from torch import Tensor
 
 from maskmoe_kernels import BlockLayout
 
-NAME = "best dense"
-NOTE = ""
-
 
 class _Function(torch.autograd.Function):
     @staticmethod
@@ -32,8 +29,11 @@ class _Function(torch.autograd.Function):
         return grad_x, (grad.t() @ x) * mask, grad.sum(0), None, None
 
 
-class build:  # noqa: N801
+class BestDense:
     """Needs equal widths and a gradient routed on the diagonal."""
+
+    name = "best dense"
+    note = ""
 
     def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
         self.mask = layout.mask().to(dense.dtype)

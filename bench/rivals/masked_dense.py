@@ -7,12 +7,12 @@ from torch import Tensor
 
 from maskmoe_kernels import BlockLayout
 
-NAME = "masked dense"
-NOTE = "no stop-gradient: another function backward"
 
-
-class build:  # noqa: N801
+class MaskedDense:
     """``F.linear(x, W * M, b)``."""
+
+    name = "masked dense"
+    note = "no stop-gradient: another function backward"
 
     def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
         self.mask = layout.mask().to(dense.dtype)

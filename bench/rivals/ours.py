@@ -6,12 +6,12 @@ from torch import Tensor
 
 from maskmoe_kernels import BlockLayout, masked_linear
 
-NAME = "ours"
-NOTE = ""
 
-
-class build:  # noqa: N801  (a function with attributes)
+class Ours:
     """Packed weight, routed gradient."""
+
+    name = "ours"
+    note = ""
 
     def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
         self.layout = layout

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from maskmoe_kernels import BlockLayout
 
-NAME = "paper style"
-NOTE = ""
 
-
-class build:  # noqa: N801
+class PaperStyle:
     """``Linear(cat([h_i, *[h_j.detach()]]))`` for each expert."""
+
+    name = "paper style"
+    note = ""
 
     def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
         self.layout = layout

@@ -11,7 +11,9 @@ unseen values are set aside first: a multiply by zero is not absence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,8 +29,7 @@ WEIGHTS_PER_CALL = 100
 
 @dataclass(frozen=True)
 class _Row:
-    start: int
-    stop: int
+    units: int
     runs: list[tuple[int, int]]  # features [first, last) of each run
     run_sizes: list[int]
 
@@ -36,6 +37,7 @@ class _Row:
 @dataclass(frozen=True)
 class _Schedule:
     rows: list[_Row]
+    row_sizes: list[int]
     weight_sizes: list[int]
     dense: bool
 
@@ -61,11 +63,11 @@ def _build_schedule(layout: BlockLayout) -> _Schedule:
                 runs[-1] = (runs[-1][0], last)
             else:
                 runs.append((first, last))
-        start, stop = layout.row_offsets[i : i + 2]
-        rows.append(_Row(start, stop, runs, [last - first for first, last in runs]))
+        rows.append(_Row(layout.row_sizes[i], runs, [last - first for first, last in runs]))
     calls = sum(len(row.runs) for row in rows)
-    sizes = [b - a for a, b in zip(layout.weight_offsets, layout.weight_offsets[1:], strict=False)]
-    return _Schedule(rows, sizes, dense=calls * WEIGHTS_PER_CALL > layout.num_weights)
+    sizes = [b - a for a, b in pairwise(layout.weight_offsets)]
+    dense = calls * WEIGHTS_PER_CALL > layout.num_weights
+    return _Schedule(rows, list(layout.row_sizes), sizes, dense)
 
 
 def _transposed(layout: BlockLayout, device: torch.device) -> tuple[BlockLayout, Tensor]:
@@ -122,31 +124,42 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayou
         return _dense_product(x, weight, bias, layout)
     x = _ordered(x, layout, "col_order")
     y = x.new_empty(x.shape[0], layout.out_features)
-    biases = None if bias is None else _ordered(bias, layout, "row_order")
-    one_product = x.dtype in (torch.bfloat16, torch.float16)
-    for row, packed in zip(
-        schedule.rows, weight.split_with_sizes(schedule.weight_sizes), strict=True
-    ):
-        out = y[:, row.start : row.stop]
-        start = None if biases is None else biases[row.start : row.stop]
-        if not row.runs:
-            out.zero_() if start is None else out.copy_(start.expand_as(out))
-            continue
-        w = packed.view(row.stop - row.start, -1).t()
-        seen = [x[:, first:last] for first, last in row.runs]
-        if one_product and len(seen) > 1:
-            seen = [torch.cat(seen, 1)]
-        parts = [w] if len(seen) == 1 else w.split_with_sizes(row.run_sizes)
-        if start is None:
-            torch.mm(seen[0], parts[0], out=out)
+    biases: Sequence[Tensor | None] = [None] * len(schedule.rows)
+    if bias is not None:
+        biases = _ordered(bias, layout, "row_order").split_with_sizes(schedule.row_sizes)
+    # Views are made many at a time: for small layers making them costs as much as multiplying.
+    rows = zip(
+        schedule.rows,
+        weight.split_with_sizes(schedule.weight_sizes),
+        y.split_with_sizes(schedule.row_sizes, 1),
+        biases,
+        strict=True,
+    )
+    for row, packed, out, start in rows:
+        if row.runs:
+            _row_product(row, x, packed.view(row.units, -1).t(), start, out)
+        elif start is None:
+            out.zero_()
         else:
-            torch.addmm(start, seen[0], parts[0], out=out)
-        for part, features in zip(parts[1:], seen[1:], strict=True):
-            out.addmm_(features, part)
+            out.copy_(start.expand_as(out))
     if layout.row_order is None:
         return y
     rank = layout.table("row_rank", x.device, layout.row_order.argsort)
     return y.index_select(1, rank)
+
+
+def _row_product(row: _Row, x: Tensor, w: Tensor, start: Tensor | None, out: Tensor) -> None:
+    """``out = start + x @ w`` over the runs of one row block."""
+    seen = [x[:, first:last] for first, last in row.runs]
+    if len(seen) > 1 and x.dtype in (torch.bfloat16, torch.float16):
+        seen = [torch.cat(seen, 1)]
+    parts = [w] if len(seen) == 1 else w.split_with_sizes(row.run_sizes)
+    if start is None:
+        torch.mm(seen[0], parts[0], out=out)
+    else:
+        torch.addmm(start, seen[0], parts[0], out=out)
+    for part, features in zip(parts[1:], seen[1:], strict=True):
+        out.addmm_(features, part)
 
 
 def _grad_weight(grad_z: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
@@ -156,13 +169,17 @@ def _grad_weight(grad_z: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     x = _ordered(x, layout, "col_order")
     grad_z = _ordered(grad_z, layout, "row_order")
     grad = x.new_empty(layout.num_weights)
-    for row, packed in zip(
-        schedule.rows, grad.split_with_sizes(schedule.weight_sizes), strict=True
-    ):
+    rows = zip(
+        schedule.rows,
+        grad.split_with_sizes(schedule.weight_sizes),
+        grad_z.split_with_sizes(schedule.row_sizes, 1),
+        strict=True,
+    )
+    for row, packed, given in rows:
         if not row.runs:
             continue
-        turned = grad_z[:, row.start : row.stop].t()
-        parts = packed.view(row.stop - row.start, -1).split_with_sizes(row.run_sizes, 1)
+        turned, full = given.t(), packed.view(row.units, -1)
+        parts = [full] if len(row.runs) == 1 else full.split_with_sizes(row.run_sizes, 1)
         for (first, last), part in zip(row.runs, parts, strict=True):
             torch.mm(turned, x[:, first:last], out=part)
     return grad

@@ -17,9 +17,10 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 def masked_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout, activation: str
 ) -> Tensor:
-    """``x`` (\\*, in) to (\\*, out), one gather and one product per row block."""
-    if layout.col_order is not None:
-        x = x[..., layout.table("col_order", x.device, lambda: layout.col_order)]
+    """``x`` ``(*, in)`` to ``(*, out)``, one gather and one product per row block."""
+    order = layout.col_order
+    if order is not None:
+        x = x[..., layout.table("col_order", x.device, lambda: order)]
     held = x.detach()
     columns = torch.arange(layout.in_features, device=x.device).split(list(layout.col_sizes))
     outputs = []

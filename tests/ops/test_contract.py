@@ -58,12 +58,12 @@ def x_of(*rows):
 # --- Registered ops ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_opcheck_forward(name, keep, activation):
     layout = LAYOUTS[name]
-    for rows in [(3,), (2, 2), (), (0,)]:
+    for rows in [(2, 2), (0,)]:
         x, weight, bias = drawn(layout, *rows)
         plan = plan_of(layout, x.device)
         for b in (bias, None):
@@ -72,11 +72,11 @@ def test_opcheck_forward(name, keep, activation):
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)])
-@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_opcheck_backward(name, activation, needs):
     layout = LAYOUTS[name]
-    for rows in [(3,), (2, 2), ()]:
+    for rows in [(2, 2), ()]:
         x, weight, _ = drawn(layout, *rows)
         grad_y = torch.randn(*rows, layout.out_features, dtype=x.dtype)
         plan = plan_of(layout, x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -57,6 +59,12 @@ def masked_linear(
                 raise BackendError(
                     f"backend {backend!r} does not support torch.func transforms; use "
                     "backend='reference' or leave the choice open with backend=None"
+                )
+            if backend is None:
+                warnings.warn(
+                    "torch.func transforms run masked_linear on the reference backend, which is "
+                    "slow; pass backend='reference' to say that you know",
+                    stacklevel=2,
                 )
             chosen = "reference"
     if chosen == "reference":

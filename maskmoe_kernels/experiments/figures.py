@@ -466,7 +466,11 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) ->
     ax.axvline(x[chosen], color=VERMILLION, lw=1.5, zorder=0, label="chosen (line)")
     if min(x) > 0 and max(x) / min(x) > 4:
         ax.set_xscale("log", base=2)
-        ax.set_xticks(x, [f"{value:g}" for value in x])
+        labelled = [x[0]]  # on a log axis neighbours closer than this would overlap
+        for value in x[1:]:
+            if value / labelled[-1] >= 1.45:
+                labelled.append(value)
+        ax.set_xticks(labelled, [f"{value:g}" for value in labelled])
         ax.minorticks_off()
     ax.set_xlabel("sharpness (no unit)")
     ax.set_ylabel("items decided (%)")

@@ -197,7 +197,8 @@ def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Block
     """One dense product that no unseen value enters, NaN and Inf included."""
     w = layout.unpack(weight)
     bad = ~x.isfinite()
-    finite = x.masked_fill(bad, 0)
+    # Where a unit sees it, its sign is what matters; where not, it meets a zero.
+    finite = x.nan_to_num(0.0, 1.0, -1.0)
     y = finite @ w.t() if bias is None else torch.addmm(bias, finite, w.t())
     y += 0.0  # -1 * 0 is -0: the sign of a zero must not tell of an unseen value either
     if x.device.type == "cpu" and not bad.any():
@@ -211,5 +212,7 @@ def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None, layout: Block
     nan = lost @ mask.to(cast).t() + (up + down) @ spoilt > 0
     high = up @ plus + down @ minus > 0
     low = up @ minus + down @ plus > 0
-    y = torch.where(high, torch.inf, torch.where(low, -torch.inf, y))
-    return torch.where(nan | (high & low), torch.nan, y)
+    # Added, not put in its place: a NaN or an opposite infinity in a weight or bias stays NaN.
+    y = torch.where(high, y + torch.inf, y)
+    y = torch.where(low, y - torch.inf, y)
+    return y.masked_fill(nan, torch.nan)

@@ -92,6 +92,7 @@ class BlockLayout:
         #: 63-bit digest of the content; equal layouts have equal ids, on every machine.
         self.id: int = self._digest()
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        self._registered: BlockLayout | None = None  # see layout/plan.py
 
     @classmethod
     def between(

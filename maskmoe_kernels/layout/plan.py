@@ -41,7 +41,9 @@ def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
                 "torch.compile cannot build the plan of a layout; call masked_linear once on this "
                 "device before compiling it (MaskedLinear has its plan from the start)"
             )
-        _known[layout.id] = layout
+        # Equal layouts keep the registered one alive: its id has to be known as long as any of
+        # them has a plan, or a call would read a plan back from its device.
+        layout._registered = _known.setdefault(layout.id, layout)
         plan = layout.table("plan", device, lambda: encode(layout))
     return plan
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
@@ -29,7 +30,8 @@ class InterpretableMLP(nn.Module):
         dtype: Floating-point type of the parameters.
 
     Raises:
-        LayoutError: A width that does not fit the family.
+        LayoutError: A width or an ``input_layout`` that does not fit the family, or an
+            ``input_layout`` through which an expert sees a group outside its subset.
 
     Example:
         >>> family = SubsetFamily.powerset({"a": 2, "b": 3})
@@ -51,9 +53,17 @@ class InterpretableMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.family = family
+        if not isinstance(hidden, Iterable) or isinstance(hidden, str):
+            raise LayoutError(
+                f"hidden must be a sequence with one entry per hidden layer, got {hidden!r}; write "
+                f"[{hidden!r}] for a single layer"
+            )
         widths: list[Width] = [*hidden, 1]
         with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
-            layouts = [family.input_layout(widths[0]) if input_layout is None else input_layout]
+            default = family.input_layout(widths[0])
+            if input_layout is not None:
+                _refuse_unfit(input_layout, default)
+            layouts = [default if input_layout is None else input_layout]
             layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         last = len(layouts) - 1
         self.layers = nn.Sequential(
@@ -73,3 +83,19 @@ class InterpretableMLP(nn.Module):
         """Input ``(*, family.in_features)`` to logits ``(*, H)``."""
         logits: Tensor = self.layers(x)
         return logits
+
+
+def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:
+    shape = (default.out_features, default.in_features)
+    if (given.out_features, given.in_features) != shape:
+        raise LayoutError(
+            f"input_layout must be (units of the first layer, input features) = {shape}, got "
+            f"{(given.out_features, given.in_features)}"
+        )
+    beyond = (given.mask() & ~default.mask()).nonzero()
+    if beyond.numel():
+        raise LayoutError(
+            f"input_layout lets {len(beyond)} weights see features outside their expert's subset, "
+            f"the first at (unit, feature) {tuple(beyond[0].tolist())}; take away from "
+            "family.input_layout(hidden[0]), add nothing to it"
+        )

@@ -217,7 +217,7 @@ class MaskedLinear(nn.Module):
                     f"in_features) = {expected}, got {tuple(weight.shape)} from checkpoint."
                 )
                 state_dict[prefix + "weight"] = self.weight.detach()
-        elif int(state_dict.get(prefix + "_extra_state", own)) != own:
+        elif _packing_in(state_dict.get(prefix + "_extra_state"), own) != own:
             error_msgs.append(
                 f"packing mismatch for {prefix}weight: the checkpoint's packed weight belongs to "
                 "another layout; save dense_weight() of the layer it came from and load that."
@@ -259,3 +259,8 @@ class MaskedLinear(nn.Module):
         if self.activation is not None:
             text += f", activation={self.activation}"
         return text
+
+
+def _packing_in(state: Tensor | None, own: int) -> int:
+    # A checkpoint mapped to "meta" has shapes only, and nothing to put in the wrong order.
+    return own if state is None or state.is_meta else int(state)

@@ -65,6 +65,8 @@ def gem_loss(
                 f"{name} must be the logits' shape without its last dimension, "
                 f"{tuple(logits.shape[:-1])}, got {tuple(value.shape)}"
             )
+    if mask is not None and mask.dtype != torch.bool:
+        raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = z.masked_fill(~mask.unsqueeze(-1), 0)

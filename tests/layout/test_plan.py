@@ -1,6 +1,7 @@
 """Plans: a layout as one integer tensor and back; the map that grad_x walks."""
 
 import gc
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -111,3 +112,19 @@ def test_ids_are_the_same_in_every_process():
     )
     family = mk.SubsetFamily.powerset({"a": 2, "b": 1})
     assert int(done.stdout) == family.hidden_layout(3, 2).id
+
+
+def test_a_dead_twin_does_not_take_the_registration_with_it() -> None:
+    layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2, dtype=torch.bool))
+    twin = pickle.loads(pickle.dumps(layout))
+    plan = plan_of(layout, torch.device("cpu"))
+    plan_of(twin, torch.device("cpu"))
+    number = layout.id
+    del twin
+    gc.collect()
+    assert layout_of(number, plan) is layout  # not decoded: on a GPU that waits for the device
+    twin = pickle.loads(pickle.dumps(layout))
+    plan_of(twin, torch.device("cpu"))
+    del layout
+    gc.collect()
+    assert layout_of(number, torch.empty(0)) == twin

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from maskmoe_kernels import InterpretableMLP, LayoutError, SubsetFamily, gem_loss, mixture
+from maskmoe_kernels import (
+    BlockLayout,
+    InterpretableMLP,
+    LayoutError,
+    SubsetFamily,
+    gem_loss,
+    mixture,
+)
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from maskmoe_kernels.testing.strategies import families
 
@@ -372,3 +379,21 @@ def test_a_thousand_experts_learn():
     torch.testing.assert_close(shares.sum(-1), torch.ones(8))
     hidden = x.masked_fill(~family.visible_features()[0], torch.nan)
     assert torch.equal(net(hidden)[:, 0], net(x)[:, 0])
+
+
+def test_input_layout_may_not_show_an_expert_more_than_its_subset() -> None:
+    family = SubsetFamily({"a": 2, "b": 3}, {"a": ["a"], "b": ["b"], "ab": ["a", "b"]})
+    everything = BlockLayout([4] * 3, [2, 3], torch.ones(3, 2, dtype=torch.bool))
+    with pytest.raises(LayoutError, match="outside their expert's subset"):
+        InterpretableMLP(family, [4], input_layout=everything)
+    with pytest.raises(LayoutError, match=r"input_layout must be .* \(12, 5\), got \(15, 5\)"):
+        InterpretableMLP(family, [4], input_layout=family.input_layout(5))
+    less = family.input_layout(4).mask()
+    less[0, 0] = False
+    InterpretableMLP(family, [4], input_layout=BlockLayout.from_mask(less))
+
+
+def test_hidden_as_a_number_is_refused() -> None:
+    family = SubsetFamily.powerset({"a": 2, "b": 3})
+    with pytest.raises(LayoutError, match=r"hidden must be a sequence .* got 16; write \[16\]"):
+        InterpretableMLP(family, 16)  # type: ignore[arg-type]

@@ -581,3 +581,10 @@ def test_exports_with_a_dynamic_batch(name):
     for rows in (1, 4, 19):
         x = torch.randn(rows, mask.shape[1])
         assert torch.equal(loaded(x), layer(x))
+
+
+def test_a_checkpoint_of_shapes_only_loads() -> None:
+    layer = mk.MaskedLinear(4, 3, torch.ones(3, 4, dtype=torch.bool), device="meta")
+    state = {name: value.to("meta") for name, value in layer.state_dict().items()}
+    layer.load_state_dict(state, assign=True)
+    assert layer.weight.is_meta

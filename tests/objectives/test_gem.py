@@ -285,3 +285,11 @@ def test_errors_carry_the_values(options, words):
     arguments = {"logits": torch.zeros(4, 7), "target": torch.ones(4), "family": CUBE, **options}
     with pytest.raises(LayoutError, match=words):
         gem_loss(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8])
+def test_a_mask_that_is_not_bool_is_refused(dtype: torch.dtype) -> None:
+    family = SubsetFamily.powerset({"a": 2, "b": 3})
+    mask = torch.ones(4, dtype=dtype)
+    with pytest.raises(LayoutError, match="mask must be bool"):
+        gem_loss(torch.randn(4, 3), torch.ones(4), family, mask=mask)

@@ -274,3 +274,25 @@ def test_jacobian_support_is_the_mask(layout, seed):
     y = mk.masked_linear(rows, weight, bias, layout)
     (grad,) = torch.autograd.grad(y, rows, torch.eye(layout.out_features, dtype=torch.float64))
     torch.testing.assert_close(grad, dense * layout.grad_mask(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entry", "bias"),
+    [(1.0, -torch.inf), (1.0, torch.nan), (torch.nan, 0.0), (-torch.inf, 0.0), (torch.inf, 0.0)],
+)
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_dense_product_keeps_what_weights_and_biases_make_of_infinity(
+    entry: float, bias: float, value: float
+) -> None:
+    mask = torch.ones(6, 6, dtype=torch.bool)
+    mask[5, 0] = False
+    layout = mk.BlockLayout.from_mask(mask)
+    dense = torch.ones(6, 6)
+    dense[0, 2] = entry
+    dense[1, 1] = torch.inf
+    x = torch.ones(3, 6)
+    x[0, 1] = value
+    x[1, 0] = value  # unseen by the last unit
+    arguments = x, layout.pack(dense), torch.full((6,), bias), layout
+    expected = mk.testing.dense_oracle(*arguments).float()
+    torch.testing.assert_close(mk.masked_linear(*arguments), expected, equal_nan=True)

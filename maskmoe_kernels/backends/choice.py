@@ -26,6 +26,12 @@ def obstacle(name: str, x: Tensor) -> str | None:
     return None
 
 
+def check_backend(backend: str | None) -> None:
+    """Raise BackendError unless ``backend`` is None or a name that exists."""
+    if backend is not None and backend not in BACKENDS:
+        raise BackendError(f"backend must be None or one of {list(BACKENDS)}, got {backend!r}")
+
+
 def choose(backend: str | None, x: Tensor) -> str:
     """The backend to run on ``x``: the named one, or the fastest that can.
 
@@ -37,8 +43,7 @@ def choose(backend: str | None, x: Tensor) -> str:
             if obstacle(name, x) is None:
                 return name
         raise BackendError(f"no backend can run: {obstacle(BACKENDS[-1], x)}")
-    if backend not in BACKENDS:
-        raise BackendError(f"backend must be None or one of {list(BACKENDS)}, got {backend!r}")
+    check_backend(backend)
     reason = obstacle(backend, x)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run: {reason}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.backends.activations import activation_name
+from maskmoe_kernels.backends.choice import check_backend
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
@@ -74,6 +75,7 @@ class MaskedLinear(nn.Module):
     ) -> None:
         super().__init__()
         activation_name(activation)
+        check_backend(backend)
         self.layout = layout
         self.in_features = layout.in_features
         self.out_features = layout.out_features
@@ -222,7 +224,10 @@ class MaskedLinear(nn.Module):
                 f"packing mismatch for {prefix}weight: the checkpoint's packed weight belongs to "
                 "another layout; save dense_weight() of the layer it came from and load that."
             )
-        state_dict[prefix + "_extra_state"] = self.get_extra_state()
+        if weight is None or weight.dim() == 2:
+            # Only a packed weight has to say how it is packed; one that does not is refused, as
+            # torch refuses any missing key, unless strict=False.
+            state_dict[prefix + "_extra_state"] = self.get_extra_state()
         # Layers that keep a dense weight (zuko's) save their mask beside it.
         mask = state_dict.pop(prefix + "mask", None)
         if mask is not None:

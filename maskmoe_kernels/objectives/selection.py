@@ -49,8 +49,8 @@ def selection(
     Raises:
         LayoutError: ``logits`` do not end in H, or an unknown confidence, or sharpness not above 0.
     """
-    own, above = _parts(logits, family, confidence, sharpness)
-    return own * above
+    own, above, unknown, reached = _parts(logits, family, confidence, sharpness)
+    return (own * above).masked_fill(unknown | reached, torch.nan)
 
 
 def deselection(
@@ -63,7 +63,8 @@ def deselection(
 
     Arguments, shape and errors as for :func:`selection`.
     """
-    return _parts(logits, family, confidence, sharpness)[1]
+    _, above, _, reached = _parts(logits, family, confidence, sharpness)
+    return above.masked_fill(reached, torch.nan)
 
 
 def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], Tensor]:
@@ -183,31 +184,30 @@ def _sharpened(g: Tensor, log_rest: Tensor, power: float) -> tuple[Tensor, Tenso
 
 def _parts(
     logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
-) -> tuple[Tensor, Tensor]:
-    """g_i and prod over omega(i) of (1 - g_j)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """g_i, prod over omega(i) of (1 - g_j), is g_i unknown, is a factor unknown; ``(*, H)`` each.
+
+    What is unknown (NaN) is set aside and put in at the end: a product with 0 would let it
+    through to experts outside its subset, and so would the derivative of one.
+    """
     check_logits(logits, family)
-    if not sharpness > 0:
-        raise LayoutError(f"sharpness must be above 0, got {sharpness}")
+    if not isinstance(sharpness, (int, float)) or not 1e-6 <= sharpness <= 1e6:
+        raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
     with torch.autocast(logits.device.type, enabled=False):
         z = logits if logits.dtype == torch.float64 else logits.float()
-        g, log_rest = _confidence(z, confidence)
+        unknown = z.isnan()
+        g, log_rest = _confidence(z.masked_fill(unknown, 0), confidence)
+        unknown = unknown | g.isnan()
         if sharpness != 1:
             sharp, sharp_rest = _sharpened(g, log_rest, sharpness)
             larger = family.table("has_larger", z.device)
             g = torch.where(larger, sharp, g)
             log_rest = torch.where(larger, sharp_rest, log_rest)
-        return g, _product_below(log_rest, family)
-
-
-def _product_below(log_rest: Tensor, family: SubsetFamily) -> Tensor:
-    """exp of the sum of ``log_rest`` over omega(i): ``(*, H)``."""
-    below = family.table("strict", log_rest.device)
-    unknown = log_rest.isnan()
-    # A product with 0 would let NaN through: experts outside omega(i) must not reach i.
-    terms = log_rest.masked_fill(unknown, 0).clamp(min=_LOG_FLOOR).double()
-    product = (terms @ below.T).exp()
-    reached = unknown.double() @ below.T > 0
-    return product.masked_fill(reached, torch.nan).to(log_rest.dtype)
+        below = family.table("strict", z.device).T
+        terms = log_rest.masked_fill(unknown, 0).clamp(min=_LOG_FLOOR).double()
+        above = (terms @ below).exp().to(g.dtype)
+        reached = unknown.double() @ below > 0
+        return g.masked_fill(unknown, 0), above, unknown, reached
 
 
 def check_logits(logits: Tensor, family: SubsetFamily) -> None:

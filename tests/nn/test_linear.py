@@ -588,3 +588,17 @@ def test_a_checkpoint_of_shapes_only_loads() -> None:
     state = {name: value.to("meta") for name, value in layer.state_dict().items()}
     layer.load_state_dict(state, assign=True)
     assert layer.weight.is_meta
+
+
+def test_a_packed_weight_must_say_how_it_is_packed():
+    """Parameters alone (an EMA, say) could belong to another order of the same size."""
+    source, target = (mk.MaskedLinear(4, 4, torch.ones(4, 4).tril()) for _ in range(2))
+    with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
+        target.load_state_dict(dict(source.named_parameters()))
+    target.load_state_dict(dict(source.named_parameters()), strict=False)
+    assert torch.equal(target.weight, source.weight)
+
+
+def test_an_unknown_backend_is_refused_at_once():
+    with pytest.raises(mk.BackendError, match="backend must be None or one of .*, got 'cuda'"):
+        mk.MaskedLinear(4, 4, torch.ones(4, 4), backend="cuda")

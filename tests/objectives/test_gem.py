@@ -278,7 +278,7 @@ def test_compiles_whole_with_a_dynamic_batch():
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must be .*\(4,\), got \(3,\)"),
         ({"logits": torch.zeros(4, 6)}, r"H=7, got \(4, 6\)"),
         ({"confidence": "cube"}, "'cube'"),
-        ({"sharpness": 0.0}, "above 0, got 0.0"),
+        ({"sharpness": 0.0}, "from 1e-6 to 1e6, got 0.0"),
     ],
 )
 def test_errors_carry_the_values(options, words):

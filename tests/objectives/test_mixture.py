@@ -168,5 +168,5 @@ def test_errors_carry_the_values():
         mixture(torch.zeros(4, 6), CUBE)
     with pytest.raises(LayoutError, match="'median'"):
         mixture(torch.zeros(4, 7), CUBE, "median")
-    with pytest.raises(LayoutError, match="above 0"):
+    with pytest.raises(LayoutError, match="from 1e-6 to 1e6, got 0"):
         mixture(torch.zeros(4, 7), CUBE, sharpness=0)

@@ -306,9 +306,9 @@ def test_a_thousand_experts():
         (torch.zeros(4, 7), {"confidence": "cube"}, "'abs', 'square', 'smooth', 'rare'.*'cube'"),
         (torch.zeros(4, 7), {"confidence": None}, "function of the logits, got None"),
         (torch.zeros(4, 7), {"confidence": lambda z: z[0]}, r"\(4, 7\), its result is \(7,\)"),
-        (torch.zeros(4, 7), {"sharpness": 0}, "above 0, got 0"),
-        (torch.zeros(4, 7), {"sharpness": -1.5}, "above 0, got -1.5"),
-        (torch.zeros(4, 7), {"sharpness": math.nan}, "above 0, got nan"),
+        (torch.zeros(4, 7), {"sharpness": 0}, "from 1e-6 to 1e6, got 0"),
+        (torch.zeros(4, 7), {"sharpness": -1.5}, "from 1e-6 to 1e6, got -1.5"),
+        (torch.zeros(4, 7), {"sharpness": math.nan}, "from 1e-6 to 1e6, got nan"),
     ],
 )
 def test_errors_carry_the_values(logits, options, words):
@@ -321,3 +321,15 @@ def test_errors_carry_the_values(logits, options, words):
 def test_rare_positive_refuses_what_it_cannot_scale(threshold, power):
     with pytest.raises(LayoutError, match=f"got {threshold} and {power}"):
         rare_positive(threshold, power)
+
+
+def test_a_nan_logit_stays_with_its_experts_backward_too():
+    """No product with 0 may carry it: experts that do not contain the subset keep finite values."""
+    family = SubsetFamily.powerset({"a": 1, "b": 1})
+    logits = torch.tensor([[0.3, -0.7, torch.nan]], requires_grad=True)
+    clean = torch.tensor([[0.3, -0.7, 0.5]], requires_grad=True)
+    for expert in (0, 1):
+        (grad,) = torch.autograd.grad(selection(logits, family)[0, expert], logits)
+        (expected,) = torch.autograd.grad(selection(clean, family)[0, expert], clean)
+        assert torch.equal(grad, expected)
+        assert grad[0, expert] != 0

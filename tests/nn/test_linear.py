@@ -593,12 +593,12 @@ def test_a_checkpoint_of_shapes_only_loads() -> None:
 def test_a_packed_weight_must_say_how_it_is_packed():
     """Parameters alone (an EMA, say) could belong to another order of the same size."""
     source, target = (mk.MaskedLinear(4, 4, torch.ones(4, 4).tril()) for _ in range(2))
-    with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*_extra_state"):
         target.load_state_dict(dict(source.named_parameters()))
     target.load_state_dict(dict(source.named_parameters()), strict=False)
     assert torch.equal(target.weight, source.weight)
 
 
 def test_an_unknown_backend_is_refused_at_once():
-    with pytest.raises(mk.BackendError, match="backend must be None or one of .*, got 'cuda'"):
+    with pytest.raises(mk.BackendError, match=r"backend must be None or one of .*, got 'cuda'"):
         mk.MaskedLinear(4, 4, torch.ones(4, 4), backend="cuda")

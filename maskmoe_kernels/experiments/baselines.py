@@ -9,11 +9,13 @@ from maskmoe_kernels.experiments.data.movielens import Split
 
 
 def most_popular(split: Split, num_items: int) -> Tensor:
-    """Number of training pairs of each item, the same score for every user.
+    """Number of known pairs of each item, the same score for every user.
 
-    Validation and test items are not counted: a baseline knows what a model in training knows.
+    All pairs but the test items count, validation items too: nothing is chosen here that would
+    need them, and the figures known for a published split count them.
 
     Returns:
         Scores, ``(num_items,)`` float32; exact, for counts stay below 2^24.
     """
-    return torch.bincount(split.train_items, minlength=num_items).float()
+    known = torch.cat([split.train_items, split.validation])
+    return torch.bincount(known, minlength=num_items).float()

@@ -43,7 +43,9 @@ def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
             )
         # Equal layouts keep the registered one alive: its id has to be known as long as any of
         # them has a plan, or a call would read a plan back from its device.
-        layout._registered = _known.setdefault(layout.id, layout)
+        registered = _known.setdefault(layout.id, layout)
+        if registered is not layout:  # a layout that held itself would wait for the collector
+            layout._registered = registered
         plan = layout.table("plan", device, lambda: encode(layout))
     return plan
 

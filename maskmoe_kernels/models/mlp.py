@@ -59,12 +59,11 @@ class InterpretableMLP(nn.Module):
                 f"[{hidden!r}] for a single layer"
             )
         widths: list[Width] = [*hidden, 1]
-        with torch.device("cpu"):  # tables of numbers, also under ``with torch.device("meta")``
-            default = family.input_layout(widths[0])
-            if input_layout is not None:
-                _refuse_unfit(input_layout, default)
-            layouts = [default if input_layout is None else input_layout]
-            layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
+        default = family.input_layout(widths[0])
+        if input_layout is not None:
+            _refuse_unfit(input_layout, default)
+        layouts = [default if input_layout is None else input_layout]
+        layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         last = len(layouts) - 1
         self.layers = nn.Sequential(
             *(

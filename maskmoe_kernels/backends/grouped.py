@@ -137,7 +137,7 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayou
     )
     for row, packed, out, start in rows:
         if row.runs:
-            _row_product(row, x, packed.view(row.units, -1).t(), start, out)
+            _row_product(row, x, packed.view(-1, row.units), start, out)
         elif start is None:
             out.zero_()
         else:
@@ -178,10 +178,10 @@ def _grad_weight(grad_z: Tensor, x: Tensor, layout: BlockLayout) -> Tensor:
     for row, packed, given in rows:
         if not row.runs:
             continue
-        turned, full = given.t(), packed.view(row.units, -1)
-        parts = [full] if len(row.runs) == 1 else full.split_with_sizes(row.run_sizes, 1)
+        full = packed.view(-1, row.units)
+        parts = [full] if len(row.runs) == 1 else full.split_with_sizes(row.run_sizes)
         for (first, last), part in zip(row.runs, parts, strict=True):
-            torch.mm(turned, x[:, first:last], out=part)
+            torch.mm(x[:, first:last].t(), given, out=part)
     return grad
 
 

@@ -7,7 +7,6 @@ everything else, so double backward, ``torch.func.grad`` and ``torch.func.vmap``
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskmoe_kernels.backends.activations import FUNCTIONS
@@ -29,8 +28,8 @@ def masked_linear(
         seen = [(x if routes[i][j] else held)[..., columns[j]] for j in blocks]
         features = torch.cat(seen, dim=-1) if seen else held[..., :0]
         start, stop = layout.weight_offsets[i : i + 2]
-        shape = (layout.row_sizes[i], layout.row_fan_in[i])
-        outputs.append(F.linear(features, weight[start:stop].view(shape)))
+        shape = (layout.row_fan_in[i], layout.row_sizes[i])
+        outputs.append(features @ weight[start:stop].view(shape))
     z = torch.cat(outputs, dim=-1)
     if layout.row_order is not None:
         z = z[..., layout.table("row_rank", x.device, layout.row_order.argsort)]

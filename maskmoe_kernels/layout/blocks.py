@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from maskmoe_kernels.layout.subsets import SubsetFamily
 
 # Counts changes of the order inside packed weights; see BlockLayout.
-PACKING_VERSION = 1
+PACKING_VERSION = 2
 # Below this many weights a block is not worth a matrix product of its own.
 SMALL_BLOCK = 16
 # Up to this many units a side, a dense product is so cheap that nobody needs a warning.
@@ -35,8 +35,9 @@ class BlockLayout:
     The gradient to the input walks ``routes_grad`` blocks only; the gradient to the weights
     walks every present block.
 
-    Packed weights are the present blocks, row block by row block; inside a row block, unit by
-    unit, each unit's visible weights in the order of the columns. Go through :meth:`pack` and
+    Packed weights are the present blocks, row block by row block; inside a row block, visible
+    feature by feature in the order of the columns, the weights of its units side by side: a
+    (fan-in, units) matrix that kernels read as it lies. Go through :meth:`pack` and
     :meth:`unpack`.
 
     Args:
@@ -252,7 +253,14 @@ class BlockLayout:
     @cached_property
     def _weight_index(self) -> Tensor:
         # Position in the flattened dense matrix of every packed weight.
-        position = self._expand_ordered(self.present).flatten().nonzero().squeeze(1)
+        by_unit = self._expand_ordered(self.present).flatten().nonzero().squeeze(1)
+        sizes = [b - a for a, b in pairwise(self.weight_offsets)]
+        position = torch.cat(
+            [
+                part.view(units, -1).t().reshape(-1)
+                for part, units in zip(by_unit.split(sizes), self.row_sizes, strict=True)
+            ]
+        )
         row = position // self.in_features
         col = position % self.in_features
         if self.row_order is not None:

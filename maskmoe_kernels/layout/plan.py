@@ -136,19 +136,20 @@ def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
         col_order=layout.row_order,
     )
     sizes = torch.tensor(layout.col_sizes, device="cpu")
-    # Where block (i, j) starts inside a unit's visible weights.
+    # Where block (i, j) starts among the features that row block i sees.
     start = (layout.present * sizes).cumsum(1) - sizes
     pieces: list[Any] = []
     for j, rows in enumerate(turned.row_blocks()):
         feature = np.arange(layout.col_sizes[j])[:, None]
         for_unit = [
             layout.weight_offsets[i]
-            + np.arange(layout.row_sizes[i]) * layout.row_fan_in[i]
-            + int(start[i, j])
+            + (int(start[i, j]) + feature) * layout.row_sizes[i]
+            + np.arange(layout.row_sizes[i])
             for i in rows
         ]
         if for_unit:
-            pieces.append((np.concatenate(for_unit)[None, :] + feature).ravel())
+            # Packed order of the turned map: its fan-in is the units, its units the features.
+            pieces.append(np.concatenate(for_unit, axis=1).T.ravel())
     index = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
     return turned, torch.from_numpy(index)
 

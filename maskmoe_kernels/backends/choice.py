@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskmoe_kernels.backends import native
 from maskmoe_kernels.errors import BackendError
 
 #: Fastest first; ``None`` takes the first that can run.
-BACKENDS: tuple[str, ...] = ("grouped", "reference")
+BACKENDS: tuple[str, ...] = ("native", "grouped", "reference")
 
 DESCRIPTIONS: dict[str, str] = {
+    "native": "C++ kernels for the CPU",
     "grouped": "PyTorch, one matrix product per run of present blocks",
     "reference": "plain differentiable PyTorch: slow, for double backward and torch.func",
 }
@@ -23,7 +25,17 @@ def obstacle(name: str, x: Tensor) -> str | None:
     """Why backend ``name`` cannot run on ``x``, in words for the user; None when it can."""
     if not x.is_floating_point():
         return f"x is {x.dtype}; convert it to a floating-point type first"
+    if name == "native":
+        return _native_obstacle(x)
     return None
+
+
+def _native_obstacle(x: Tensor) -> str | None:
+    if x.device.type not in ("cpu", "meta"):
+        return f"x is on {x.device}; these kernels are for the CPU"
+    if x.dtype not in native.DTYPES:
+        return f"x is {x.dtype}; these kernels compute in float32, bfloat16 and float16"
+    return native.OBSTACLE
 
 
 def check_backend(backend: str | None) -> None:
@@ -57,6 +69,8 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
+        "isa": {"used": native.isa(), "available": native.isas()},
+        "build": native.build_record(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "backends": {
             name: {"description": DESCRIPTIONS[name], "obstacle": obstacle(name, probe)}

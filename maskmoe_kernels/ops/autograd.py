@@ -9,6 +9,11 @@ from torch import Tensor
 
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.ops.registration import OPS
+
+# Attribute look-ups on torch.ops cost as much as small layers do.
+FORWARD = {name: getattr(torch.ops.maskmoe, name).default for name in OPS}
+BACKWARD = {name: getattr(torch.ops.maskmoe, name + "_backward").default for name in OPS}
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -28,37 +33,37 @@ class MaskedLinearFunction(torch.autograd.Function):
         layout: int,
         out_features: int,
         activation: str,
+        op: str,
     ) -> Tensor:
         """Output ``(*, out_features)``; keeps x, the weight and what the derivative needs."""
         y: Tensor
         z: Tensor
-        y, z = torch.ops.maskmoe.masked_linear.default(
-            x, weight, bias, plan, layout, out_features, activation, True
-        )
+        y, z = FORWARD[op](x, weight, bias, plan, layout, out_features, activation, True)
         saved = z if activation in NEEDS_INPUT or activation == "none" else y
         ctx.save_for_backward(x, weight, saved, plan, bias)
         ctx.layout = layout
         ctx.activation = activation
+        ctx.op = op
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (*_gradients(ctx, grad_y), None, None, None, None)
+            return (*_gradients(ctx, grad_y), None, None, None, None, None)
         # create_graph=True: what is computed here depends on all of these, and must say so.
         x, weight, _, _, bias = ctx.saved_tensors
         with torch.no_grad():
             grads = _gradients(ctx, grad_y)
         mark: Any = _NoDoubleBackward.apply
         marked = [None if g is None else mark(g, grad_y, x, weight, bias) for g in grads]
-        return (*marked, None, None, None, None)
+        return (*marked, None, None, None, None, None)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     x, weight, saved, plan, _ = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.maskmoe.masked_linear_backward.default(
+    grads = BACKWARD[ctx.op](
         grad_y, x, weight, saved, plan, ctx.layout, ctx.activation, needs[0], needs[1], needs[2]
     )
     return [grad if need else None for grad, need in zip(grads, needs, strict=True)]

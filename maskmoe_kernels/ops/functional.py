@@ -14,8 +14,7 @@ from maskmoe_kernels.backends.choice import choose
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
-from maskmoe_kernels.ops import registration as _registration  # noqa: F401  (registers the ops)
-from maskmoe_kernels.ops.autograd import MaskedLinearFunction
+from maskmoe_kernels.ops.autograd import FORWARD, MaskedLinearFunction
 
 
 def masked_linear(
@@ -70,15 +69,16 @@ def masked_linear(
     if chosen == "reference":
         return reference.masked_linear(x, weight, bias, layout, name)
     plan = plan_of(layout, x.device)
+    op = "grouped_linear" if chosen == "grouped" else "masked_linear"
     needs_grad = torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     )
     if needs_grad:
         y: Tensor = MaskedLinearFunction.apply(
-            x, weight, bias, plan, layout.id, layout.out_features, name
+            x, weight, bias, plan, layout.id, layout.out_features, name, op
         )  # type: ignore[no-untyped-call]
         return y
-    result: Tensor = torch.ops.maskmoe.masked_linear.default(
+    result: Tensor = FORWARD[op](
         x, weight, bias, plan, layout.id, layout.out_features, name, False
     )[0]
     return result

@@ -1,5 +1,9 @@
 """Registered ops: schemas, implementations, fakes and FLOP formulas.
 
+``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
+registers them for the CPU. Elsewhere, and for what they do not take, it is ``grouped_linear``, the
+PyTorch fallback, which can also be called by name.
+
 ``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
 a process that never built the layout. ``saved`` is the pre-activation for activations whose
 derivative needs it, otherwise the output.
@@ -15,20 +19,33 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maskmoe_kernels.backends import grouped
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
+from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.plan import layout_of
 
 _LIBRARY = torch.library.Library("maskmoe", "DEF")
-_LIBRARY.define(
-    "masked_linear(Tensor x, Tensor weight, Tensor? bias, Tensor plan, int layout, "
-    "SymInt out_features, str activation, bool keep) -> (Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor plan, int layout, SymInt out_features, "
+    "str activation, bool keep) -> (Tensor, Tensor)"
 )
-_LIBRARY.define(
-    "masked_linear_backward(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, "
-    "int layout, str activation, bool need_x, bool need_weight, bool need_bias) "
-    "-> (Tensor, Tensor, Tensor)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_BACKWARD = (
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, int layout, "
+    "str activation, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
+OPS = ("masked_linear", "grouped_linear")
+for _name in OPS:
+    _LIBRARY.define(_name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(_name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+
+# What the kernels ask before they compile a layout that they have not met.
+_LIBRARY.define("plan_obstacle(Tensor plan, int layout) -> str")
+
+
+def _plan_obstacle(plan: Tensor, layout: int) -> str:
+    try:
+        layout_of(layout, plan)
+    except LayoutError as error:
+        return str(error)
+    return ""
 
 
 def _forward(
@@ -62,11 +79,6 @@ def _backward(
     return grouped.backward(grad_y, x, weight, saved, layout_of(layout, plan), activation, needs)
 
 
-_LIBRARY.impl("masked_linear", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("masked_linear_backward", _backward, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("maskmoe::masked_linear", lib=_LIBRARY)
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
@@ -81,7 +93,6 @@ def _forward_fake(
     return y, torch.empty_like(y) if keep and activation in NEEDS_INPUT else x.new_empty(0)
 
 
-@torch.library.register_fake("maskmoe::masked_linear_backward", lib=_LIBRARY)
 def _backward_fake(
     grad_y: Tensor,
     x: Tensor,
@@ -101,12 +112,10 @@ def _backward_fake(
     )
 
 
-@register_flop_formula(torch.ops.maskmoe.masked_linear)
 def _forward_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
     return 2 * _rows(x) * int(weight[0])  # present blocks, never the dense size
 
 
-@register_flop_formula(torch.ops.maskmoe.masked_linear_backward)
 def _backward_flops(
     grad_y: Any,
     x: Any,
@@ -131,3 +140,13 @@ def _rows(shape: Any) -> int:
     for size in shape[:-1]:
         rows *= int(size)
     return rows
+
+
+_LIBRARY.impl("plan_obstacle", _plan_obstacle, "CompositeExplicitAutograd")
+for _name in OPS:
+    _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name + "_backward", _backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)
+    torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
+    register_flop_formula(getattr(torch.ops.maskmoe, _name))(_forward_flops)
+    register_flop_formula(getattr(torch.ops.maskmoe, _name + "_backward"))(_backward_flops)

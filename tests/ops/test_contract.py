@@ -84,7 +84,7 @@ def test_opcheck_backward(name, activation, needs):
         torch.library.opcheck(torch.ops.maskmoe.masked_linear_backward, args)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["grouped", "reference"])  # those that take float64
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradcheck(name, activation, backend):
@@ -132,7 +132,7 @@ def test_double_backward_works_on_reference():
 @pytest.mark.parametrize("which", range(3))
 def test_forward_mode_raises(which, backend):
     layout = LAYOUTS["hidden"]
-    inputs = drawn(layout, 3)
+    inputs = drawn(layout, 3, dtype=torch.float32)
     with forward_ad.dual_level():
         inputs[which] = forward_ad.make_dual(inputs[which], torch.randn_like(inputs[which]))
         with pytest.raises(mk.BackendError, match="forward-mode"):
@@ -143,7 +143,7 @@ def test_forward_mode_raises(which, backend):
 @pytest.mark.parametrize("which", range(3))
 def test_jvp_raises(which, backend):
     layout = LAYOUTS["hidden"]
-    inputs = drawn(layout, 3)
+    inputs = drawn(layout, 3, dtype=torch.float32)
 
     def of(value):
         arguments = [*inputs[:which], value, *inputs[which + 1 :]]
@@ -314,7 +314,8 @@ def test_autocast_takes_its_dtype(dtype, backend):
         assert nn.functional.linear(*drawn(layout, 5, dtype=torch.float32)[:1], torch.ones(
             1, layout.in_features)).dtype == y.dtype == dtype  # fmt: skip
         double = drawn(layout, 5)
-        assert mk.masked_linear(*double, layout, backend=backend).dtype == torch.float64
+        if backend != "native":  # which does not take float64, and says so when named
+            assert mk.masked_linear(*double, layout, backend=backend).dtype == torch.float64
     low = [t.detach().to(dtype).requires_grad_() for t in leaves]
     expected = mk.masked_linear(*low, layout, "tanh", backend)
     cotangent = torch.randn_like(expected)
@@ -396,9 +397,12 @@ def test_a_plan_is_enough():
     other = plan_of(LAYOUTS["wide"], x.device)
     del layout
     op = torch.ops.maskmoe.masked_linear
-    with pytest.raises(mk.LayoutError, match="plan describes layout"):
+    with pytest.raises((mk.LayoutError, RuntimeError), match="plan describes layout"):
         op(x, weight, bias, other, number, out, "none", False)
-    torch.testing.assert_close(op(x, weight, bias, plan, number, out, "none", False)[0], expected)
+    for dtype in (torch.float64, torch.float32):
+        x, weight, bias, expected = (t.to(dtype) for t in (x, weight, bias, expected))
+        y = op(x, weight, bias, plan, number, out, "none", False)[0]
+        torch.testing.assert_close(y, expected)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -6,9 +6,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends.choice import BACKENDS
 from maskmoe_kernels.backends.grouped import _schedule
 from maskmoe_kernels.testing import assert_blind, assert_close_to_oracle, dense_oracle, strategies
+from tests.ops.runners import RUNNERS, masked_linear, select
 
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "tanh", "silu"]
 # Their derivative at a non-finite z times a zero cotangent is zero, not NaN.
@@ -17,7 +17,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FILLS = [float("nan"), float("inf"), float("-inf"), 1e38]
 ROWS = [0, 1, 15, 16, 17, 1000]
 
-backends = st.sampled_from(BACKENDS)
+runners = st.sampled_from(RUNNERS)
 activations = st.sampled_from(ACTIVATIONS)
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**16)
@@ -46,14 +46,14 @@ def drawn(layout, rows, dtype=torch.float64, seed=0, bias=True):
     return tensors if bias else [*tensors[:2], None]
 
 
-def on(backend):
-    return lambda *args: mk.masked_linear(*args, backend=backend)
+def on(runner):
+    return lambda *args: masked_linear(*args, runner=runner)
 
 
-def step(layout, x, weight, bias, cotangent, activation=None, backend=None):
+def step(layout, x, weight, bias, cotangent, activation=None, runner=None):
     """Output and the three gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
-    y = mk.masked_linear(*leaves, layout, activation, backend)
+    y = masked_linear(*leaves, layout, activation, runner)
     return [y.detach(), *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)]
 
 
@@ -77,31 +77,31 @@ def test_the_examples_take_both_paths():
 # --- Law 3: one definition ---------------------------------------------------------------
 
 
-@given(strategies.layouts(), backends, activations, dtypes, st.booleans(), st.integers(0, 4), seeds)
+@given(strategies.layouts(), runners, activations, dtypes, st.booleans(), st.integers(0, 4), seeds)
 @example(LAYOUTS["hidden"], "grouped", "gelu", torch.float32, True, 3, 0)
 @example(LAYOUTS["interleaved"], "grouped", "tanh", torch.bfloat16, True, 3, 0)
 @example(LAYOUTS["nothing"], "grouped", "relu", torch.float32, False, 2, 0)
-def test_matches_oracle(layout, backend, activation, dtype, bias, rows, seed):
+def test_matches_oracle(layout, runner, activation, dtype, bias, rows, seed):
     inputs = drawn(layout, (rows,), dtype, seed, bias)
-    assert_close_to_oracle(on(backend), *inputs, layout, activation, seed=seed)
+    assert_close_to_oracle(on(runner), *inputs, layout, activation, seed=seed)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_matches_oracle_at_every_row_count(name, rows, dtype, backend, device):
+def test_matches_oracle_at_every_row_count(name, rows, dtype, runner, device):
     inputs = [t.to(device) for t in drawn(LAYOUTS[name], (rows,), dtype)]
-    assert_close_to_oracle(on(backend), *inputs, LAYOUTS[name], "silu")
+    assert_close_to_oracle(on(runner), *inputs, LAYOUTS[name], "silu")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_activation(name, activation, backend):
+def test_every_activation(name, activation, runner):
     for bias in (True, False):
         inputs = drawn(LAYOUTS[name], (17,), torch.float32, bias=bias)
-        assert_close_to_oracle(on(backend), *inputs, LAYOUTS[name], activation)
+        assert_close_to_oracle(on(runner), *inputs, LAYOUTS[name], activation)
 
 
 VIEWS = {
@@ -118,38 +118,38 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_any_view_of_the_input(name, view, backend):
+def test_any_view_of_the_input(name, view, runner):
     layout = LAYOUTS[name]
     x, weight, bias = drawn(layout, (8,), torch.float32)
     x = VIEWS[view](x)
-    assert_close_to_oracle(on(backend), x, weight, bias, layout, "tanh")
+    assert_close_to_oracle(on(runner), x, weight, bias, layout, "tanh")
 
 
-@given(strategies.layouts(), backends, seeds)
-def test_parameters_and_cotangents_may_be_views(layout, backend, seed):
+@given(strategies.layouts(), runners, seeds)
+def test_parameters_and_cotangents_may_be_views(layout, runner, seed):
     x, weight, bias = drawn(layout, (3,), torch.float64, seed)
     cotangent = torch.randn(layout.out_features, 3, dtype=torch.float64).t()
-    plain = step(layout, x, weight, bias, cotangent.contiguous(), "tanh", backend)
+    plain = step(layout, x, weight, bias, cotangent.contiguous(), "tanh", runner)
     strided = [torch.stack([t, t], -1)[..., 0] for t in (x, weight, bias)]
     leaves = [t.detach().requires_grad_() for t in strided]
-    y = mk.masked_linear(*leaves, layout, "tanh", backend)
+    y = masked_linear(*leaves, layout, "tanh", runner)
     for ours, expected in zip(
         [y, *torch.autograd.grad(y, leaves, cotangent, materialize_grads=True)], plain, strict=True
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@given(strategies.layouts(), backends, activations, seeds)
-def test_only_asked_for_gradients_are_given(layout, backend, activation, seed):
+@given(strategies.layouts(), runners, activations, seeds)
+def test_only_asked_for_gradients_are_given(layout, runner, activation, seed):
     x, weight, bias = drawn(layout, (2,), torch.float64, seed)
     cotangent = torch.randn(2, layout.out_features, dtype=torch.float64)
-    every = step(layout, x, weight, bias, cotangent, activation, backend)
+    every = step(layout, x, weight, bias, cotangent, activation, runner)
     for k in range(3):
         inputs = [t.detach().requires_grad_(j == k) for j, t in enumerate((x, weight, bias))]
-        y = mk.masked_linear(*inputs, layout, activation, backend)
+        y = masked_linear(*inputs, layout, activation, runner)
         if not y.requires_grad:  # nothing is routed
             assert k == 0
             assert not layout.routes_grad.any()
@@ -161,19 +161,19 @@ def test_only_asked_for_gradients_are_given(layout, backend, activation, seed):
 # --- Law 1: absent is absent -------------------------------------------------------------
 
 
-@given(strategies.layouts(), backends, activations, dtypes, st.booleans(), seeds)
+@given(strategies.layouts(), runners, activations, dtypes, st.booleans(), seeds)
 @example(LAYOUTS["random"], "grouped", "relu", torch.float32, True, 0)
 @example(LAYOUTS["hidden"], "grouped", "gelu", torch.float16, True, 0)
-def test_blind_bit_for_bit(layout, backend, activation, dtype, bias, seed):
+def test_blind_bit_for_bit(layout, runner, activation, dtype, bias, seed):
     x, weight, bias = drawn(layout, (2,), dtype, seed, bias)
     assert_blind(
-        lambda x: mk.masked_linear(x, weight, bias, layout, activation, backend), x, layout.mask()
+        lambda x: masked_linear(x, weight, bias, layout, activation, runner), x, layout.mask()
     )
 
 
-@given(strategies.layouts(), backends, st.sampled_from(FLAT), st.sampled_from(FILLS), seeds)
+@given(strategies.layouts(), runners, st.sampled_from(FLAT), st.sampled_from(FILLS), seeds)
 @example(LAYOUTS["random"], "grouped", "relu", float("inf"), 0)
-def test_every_gradient_is_blind(layout, backend, activation, fill, seed):
+def test_every_gradient_is_blind(layout, runner, activation, fill, seed):
     """With one feature spoilt, units that do not see it keep every bit of every gradient."""
     mask, routed = layout.mask(), layout.grad_mask()
     x, weight, bias = drawn(layout, (3,), torch.float32, seed)
@@ -182,8 +182,8 @@ def test_every_gradient_is_blind(layout, backend, activation, fill, seed):
     assume(blind.any())
     cotangent = torch.where(blind, torch.randn(3, layout.out_features), 0.0)
     spoilt = x.index_fill(1, torch.tensor([feature]), fill)
-    before = step(layout, x, weight, bias, cotangent, activation, backend)
-    after = step(layout, spoilt, weight, bias, cotangent, activation, backend)
+    before = step(layout, x, weight, bias, cotangent, activation, runner)
+    after = step(layout, spoilt, weight, bias, cotangent, activation, runner)
     assert same_bits(before[0][:, blind], after[0][:, blind])
     assert same_bits(before[1], after[1])  # grad_x, of the seeing units' zero cotangents too
     assert not after[1][:, ~(routed & blind[:, None]).any(0)].any()
@@ -192,27 +192,27 @@ def test_every_gradient_is_blind(layout, backend, activation, fill, seed):
     assert same_bits(before[3], after[3])
 
 
-@given(strategies.layouts(), backends, st.sampled_from(FILLS), seeds)
+@given(strategies.layouts(), runners, st.sampled_from(FILLS), seeds)
 @example(LAYOUTS["random"], "grouped", float("nan"), 0)
-def test_a_seen_value_does_arrive(layout, backend, fill, seed):
+def test_a_seen_value_does_arrive(layout, runner, fill, seed):
     """Blindness must not hide what is seen: the dense path's bookkeeping against the oracle."""
     x, weight, bias = drawn(layout, (2,), torch.float64, seed)
     x[:, seed % layout.in_features] = fill
     x[1, seed // 7 % layout.in_features] = float("inf")
     weight[seed % 3 :: 3] *= 0  # 0 * Inf is NaN, as in any dense product
-    ours = mk.masked_linear(x, weight, bias, layout, backend=backend)
+    ours = masked_linear(x, weight, bias, layout, runner=runner)
     torch.testing.assert_close(ours, dense_oracle(x, weight, bias, layout), equal_nan=True)
 
 
-@given(strategies.layouts(), backends, st.sampled_from(FILLS), seeds)
-def test_a_spoilt_cotangent_stays_with_its_unit(layout, backend, fill, seed):
+@given(strategies.layouts(), runners, st.sampled_from(FILLS), seeds)
+def test_a_spoilt_cotangent_stays_with_its_unit(layout, runner, fill, seed):
     unit = seed % layout.out_features
     mask, routed = layout.mask(), layout.grad_mask()
     x, weight, bias = drawn(layout, (2,), torch.float64, seed)
     cotangent = torch.randn(2, layout.out_features, dtype=torch.float64)
     spoilt = cotangent.index_fill(1, torch.tensor([unit]), fill)
-    _, *before = step(layout, x, weight, bias, cotangent, None, backend)
-    _, *after = step(layout, x, weight, bias, spoilt, None, backend)
+    _, *before = step(layout, x, weight, bias, cotangent, None, runner)
+    _, *after = step(layout, x, weight, bias, spoilt, None, runner)
     assert same_bits(before[0][:, ~routed[unit]], after[0][:, ~routed[unit]])
     others = torch.ones_like(mask)
     others[unit] = False
@@ -220,14 +220,14 @@ def test_a_spoilt_cotangent_stays_with_its_unit(layout, backend, fill, seed):
     assert same_bits(before[2][others[:, 0]], after[2][others[:, 0]])
 
 
-@given(strategies.masks(), backends, st.sampled_from(FILLS), seeds)
-def test_absent_weights_are_not_stored(mask, backend, fill, seed):
+@given(strategies.masks(), runners, st.sampled_from(FILLS), seeds)
+def test_absent_weights_are_not_stored(mask, runner, fill, seed):
     torch.manual_seed(seed)
     dense = torch.nn.Linear(mask.shape[1], mask.shape[0])
-    clean = mk.MaskedLinear.from_linear(dense, mask, backend=backend)
+    clean = mk.MaskedLinear.from_linear(dense, mask, backend=select(runner))
     with torch.no_grad():
         dense.weight.masked_fill_(~mask, fill)
-    layer = mk.MaskedLinear.from_linear(dense, mask, backend=backend)
+    layer = mk.MaskedLinear.from_linear(dense, mask, backend=select(runner))
     x = torch.randn(3, mask.shape[1])
     assert same_bits(layer(x), clean(x))
     assert layer.dense_weight().isfinite().all()
@@ -240,18 +240,18 @@ def test_absent_weights_are_not_stored(mask, backend, fill, seed):
 # --- Law 4: the same result twice --------------------------------------------------------
 
 
-@given(strategies.layouts(), backends, activations, dtypes, seeds)
-def test_bitwise_equal_on_repeat(layout, backend, activation, dtype, seed):
+@given(strategies.layouts(), runners, activations, dtypes, seeds)
+def test_bitwise_equal_on_repeat(layout, runner, activation, dtype, seed):
     inputs = drawn(layout, (5,), dtype, seed)
     cotangent = torch.randn(5, layout.out_features).to(dtype)
-    first = step(layout, *inputs, cotangent, activation, backend)
+    first = step(layout, *inputs, cotangent, activation, runner)
     # A layout that is equal, not identical, must also take the same path.
     again = mk.BlockLayout(
         layout.row_sizes, layout.col_sizes, layout.present, layout.routes_grad,
         row_order=layout.row_order, col_order=layout.col_order,
     )  # fmt: skip
     for other in (layout, again):
-        second = step(other, *inputs, cotangent, activation, backend)
+        second = step(other, *inputs, cotangent, activation, runner)
         assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -281,9 +281,8 @@ def test_jacobian_support_is_the_mask(layout, seed):
     [(1.0, -torch.inf), (1.0, torch.nan), (torch.nan, 0.0), (-torch.inf, 0.0), (torch.inf, 0.0)],
 )
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
-def test_dense_product_keeps_what_weights_and_biases_make_of_infinity(
-    entry: float, bias: float, value: float
-) -> None:
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_keeps_what_weights_and_biases_make_of_infinity(entry, bias, value, runner):
     mask = torch.ones(6, 6, dtype=torch.bool)
     mask[5, 0] = False
     layout = mk.BlockLayout.from_mask(mask)
@@ -295,4 +294,4 @@ def test_dense_product_keeps_what_weights_and_biases_make_of_infinity(
     x[1, 0] = value  # unseen by the last unit
     arguments = x, layout.pack(dense), torch.full((6,), bias), layout
     expected = mk.testing.dense_oracle(*arguments).float()
-    torch.testing.assert_close(mk.masked_linear(*arguments), expected, equal_nan=True)
+    torch.testing.assert_close(masked_linear(*arguments, runner=runner), expected, equal_nan=True)

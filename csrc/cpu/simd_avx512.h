@@ -1,0 +1,80 @@
+// AVX-512 as an instruction-set policy: 16 lanes, 32 registers, a mask register per condition.
+#pragma once
+
+#include <immintrin.h>
+#include <cstdint>
+
+namespace maskmoe::avx512 {
+
+struct Isa {
+  static constexpr int kLanes = 16;
+  static constexpr int kRows1 = 14;  // rows of a tile one vector wide
+  static constexpr int kRows2 = 14;  // rows of a tile two vectors wide: 28 sums, 2 weights, 1 x
+  using V = __m512;
+  using M = __mmask16;
+
+  static V zero() { return _mm512_setzero_ps(); }
+  static V set(float a) { return _mm512_set1_ps(a); }
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V a) { _mm512_storeu_ps(p, a); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }  // b where either is NaN
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+
+  // Lanes: bits of a mask, lowest first.
+  static M mask(uint32_t bits) { return static_cast<M>(bits); }
+  static V load(const float* p, M m) { return _mm512_maskz_loadu_ps(m, p); }
+  static void store(float* p, V a, M m) { _mm512_mask_storeu_ps(p, m, a); }
+  // c + a * b where m; elsewhere c, and a is not multiplied at all.
+  static V fma(V a, V b, V c, M m) { return _mm512_mask3_fmadd_ps(a, b, c, m); }
+
+  static M greater(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static M less_equal(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+  static V select(M m, V yes, V no) { return _mm512_mask_blend_ps(m, no, yes); }
+
+  // Bits, for exponents and signs.
+  static V and_bits(V a, V b) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static V or_bits(V a, V b) {
+    return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static V xor_bits(V a, V b) {
+    return _mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // 2 to the integral power n, n in [-126, 127].
+  static V power_of_two(V n) {
+    __m512i bits = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 23));
+  }
+  // a * 2^n, n integral in [-252, 254]: denormals, then 0, below; infinity above.
+  static V scale(V a, V n) { return _mm512_scalef_ps(a, n); }
+
+  static V load_bf16(const uint16_t* p) {
+    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+  }
+  static void store_bf16(uint16_t* p, V a) {  // to nearest, ties to even; NaN stays NaN
+    __m512i bits = _mm512_castps_si512(a);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    M nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+  }
+  static V load_fp16(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store_fp16(uint16_t* p, V a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  }
+};
+
+}  // namespace maskmoe::avx512

@@ -1,0 +1,44 @@
+// The Python module `_C`: importing it registers the ops; its functions choose the kernels.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "cpu/driver.h"
+
+namespace {
+
+PyObject* isas(PyObject*, PyObject*) {
+  PyObject* list = PyList_New(0);
+  for (const char* const* name = maskmoe::isas(); list != nullptr && *name != nullptr; ++name) {
+    PyObject* text = PyUnicode_FromString(*name);
+    if (text == nullptr || PyList_Append(list, text) != 0) Py_CLEAR(list);
+    Py_XDECREF(text);
+  }
+  return list;
+}
+
+PyObject* isa(PyObject*, PyObject*) {
+  const maskmoe::Kernels* k = maskmoe::kernels();
+  if (k == nullptr) Py_RETURN_NONE;
+  return PyUnicode_FromString(k->name);
+}
+
+PyObject* set_isa(PyObject*, PyObject* name) {
+  Py_ssize_t size;
+  const char* text = PyUnicode_AsUTF8AndSize(name, &size);
+  if (text == nullptr) return nullptr;
+  return PyBool_FromLong(maskmoe::set_isa(text));
+}
+
+PyMethodDef methods[] = {
+    {"isas", isas, METH_NOARGS, "Kernels that this build has and this machine can run."},
+    {"isa", isa, METH_NOARGS, "The kernels that run, or None."},
+    {"set_isa", set_isa, METH_O, "Run these kernels; '' for the best. False: not here."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", "Kernels for the CPU.", -1, methods,
+                   nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

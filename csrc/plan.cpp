@@ -1,0 +1,271 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+
+namespace maskmoe {
+namespace {
+
+constexpr int64_t kVersion = 1;  // PLAN_VERSION of layout/plan.py
+constexpr int64_t kHeader = 5;
+constexpr int64_t kWord = 32;
+constexpr size_t kMostPlans = 4096;
+
+std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> offsets(sizes.size() + 1, 0);
+  std::partial_sum(sizes.begin(), sizes.end(), offsets.begin() + 1);
+  return offsets;
+}
+
+Layout decode(const int64_t* values, int64_t count) {
+  if (count < kHeader || values[0] != kVersion) {
+    throw std::runtime_error("maskmoe: plan has version " +
+                             std::to_string(count > 0 ? values[0] : 0) + ", this build reads " +
+                             std::to_string(kVersion) + "; export again");
+  }
+  const int64_t rows = values[1], cols = values[2];
+  const int64_t words = (rows * cols + kWord - 1) / kWord;
+  const int64_t* end = values + count;
+  const int64_t* at = values + kHeader;
+  auto take = [&](int64_t n) {
+    if (n < 0 || n > end - at) throw std::runtime_error("maskmoe: plan is too short");
+    const int64_t* from = at;
+    at += n;
+    return from;
+  };
+  Layout layout;
+  const int64_t* sizes = take(rows);
+  layout.row_sizes.assign(sizes, sizes + rows);
+  sizes = take(cols);
+  layout.col_sizes.assign(sizes, sizes + cols);
+  auto bits = [&](std::vector<uint8_t>& out) {
+    const int64_t* word = take(words);
+    out.resize(rows * cols);
+    for (int64_t n = 0; n < rows * cols; ++n) out[n] = (word[n / kWord] >> (n % kWord)) & 1;
+  };
+  bits(layout.present);
+  bits(layout.routes);
+  layout.row_offsets = offsets_of(layout.row_sizes);
+  layout.col_offsets = offsets_of(layout.col_sizes);
+  layout.out_features = layout.row_offsets.back();
+  layout.in_features = layout.col_offsets.back();
+  if (values[3]) {
+    const int64_t* order = take(layout.out_features);
+    layout.row_order.assign(order, order + layout.out_features);
+  }
+  if (values[4]) {
+    const int64_t* order = take(layout.in_features);
+    layout.col_order.assign(order, order + layout.in_features);
+  }
+  if (at != end) throw std::runtime_error("maskmoe: plan is too long");
+  std::vector<int64_t> weights(rows);
+  layout.num_blocks = layout.num_routed = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t fan_in = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      if (!layout.present[i * cols + j]) continue;
+      fan_in += layout.col_sizes[j];
+      ++layout.num_blocks;
+      if (layout.routes[i * cols + j]) layout.num_routed += layout.row_sizes[i] * layout.col_sizes[j];
+    }
+    weights[i] = fan_in * layout.row_sizes[i];
+  }
+  layout.weight_offsets = offsets_of(weights);
+  layout.num_weights = layout.weight_offsets.back();
+  return layout;
+}
+
+// One direction, before panels: blocks of lanes, blocks of inputs, and where each weight lies.
+struct Direction {
+  const std::vector<int64_t>&lane_sizes, &lane_offsets, &input_sizes, &input_offsets;
+  std::vector<std::vector<int64_t>> seen;  // per lane block: input blocks, ascending
+  // Of block (lanes a, inputs b), at seen[a][n] == b: first weight and its two steps.
+  std::vector<std::vector<int64_t>> first;
+  std::vector<std::vector<int64_t>> input_step, lane_step;
+  bool in_place;  // lanes lie side by side in the packed weight
+};
+
+Direction forward_of(const Layout& l) {
+  Direction d{l.row_sizes, l.row_offsets, l.col_sizes, l.col_offsets, {}, {}, {}, {}, true};
+  const size_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
+  for (size_t i = 0; i < rows; ++i) {
+    auto& seen = d.seen.emplace_back();
+    auto& first = d.first.emplace_back();
+    int64_t at = l.weight_offsets[i];
+    for (size_t j = 0; j < cols; ++j) {
+      if (!l.present[i * cols + j]) continue;
+      seen.push_back(j);
+      first.push_back(at);
+      at += l.col_sizes[j] * l.row_sizes[i];
+    }
+    d.input_step.emplace_back(seen.size(), l.row_sizes[i]);
+    d.lane_step.emplace_back(seen.size(), 1);
+  }
+  return d;
+}
+
+Direction backward_of(const Layout& l) {
+  Direction d{l.col_sizes, l.col_offsets, l.row_sizes, l.row_offsets, {}, {}, {}, {}, false};
+  const size_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
+  d.seen.resize(cols);
+  d.first.resize(cols);
+  d.input_step.resize(cols);
+  d.lane_step.resize(cols);
+  for (size_t i = 0; i < rows; ++i) {
+    int64_t at = l.weight_offsets[i];
+    for (size_t j = 0; j < cols; ++j) {
+      if (!l.present[i * cols + j]) continue;
+      if (l.routes[i * cols + j]) {
+        d.seen[j].push_back(i);
+        d.first[j].push_back(at);
+        d.input_step[j].push_back(1);
+        d.lane_step[j].push_back(l.row_sizes[i]);
+      }
+      at += l.col_sizes[j] * l.row_sizes[i];
+    }
+  }
+  return d;
+}
+
+class Builder {
+ public:
+  Builder(const Direction& direction, int width) : d_(direction) {
+    out_.width = width;
+    out_.buffer_size = out_.indirect_size = 0;
+    out_.full = true;
+    const size_t blocks = d_.lane_sizes.size();
+    for (size_t a = 0; a < blocks;) {
+      // Neighbours of at most half a vector share one, as many as fit.
+      size_t b = a + 1;
+      if (2 * d_.lane_sizes[a] <= width) {
+        int64_t lanes = d_.lane_sizes[a];
+        while (b < blocks && lanes + d_.lane_sizes[b] <= width) lanes += d_.lane_sizes[b++];
+      }
+      b > a + 1 ? share(a, b) : split(a);
+      a = b;
+    }
+    for (int direct = 0; direct < 2; ++direct) {
+      for (Panel& panel : out_.panels) {
+        if (panel.direct != static_cast<bool>(direct)) continue;
+        panel.buffer = out_.buffer_size;
+        out_.buffer_size += panel.depth * panel.vectors * width;
+      }
+      if (!direct) out_.indirect_size = out_.buffer_size;
+    }
+  }
+
+  Panels take() { return std::move(out_); }
+
+ private:
+  Panel begin(int64_t first, int64_t lanes) const {
+    Panel panel{};
+    panel.first = first;
+    panel.lanes = static_cast<int32_t>(lanes);
+    panel.vectors = lanes > out_.width ? 2 : 1;
+    panel.segments = static_cast<int64_t>(out_.segments.size());
+    panel.copies = static_cast<int64_t>(out_.copies.size());
+    return panel;
+  }
+
+  void end(Panel panel) {
+    panel.segments_end = static_cast<int64_t>(out_.segments.size());
+    panel.copies_end = static_cast<int64_t>(out_.copies.size());
+    out_.full = out_.full && panel.lanes == panel.vectors * out_.width;
+    out_.panels.push_back(panel);
+  }
+
+  // Inputs [first, first + length) for the lanes in `mask`, as one segment with the last if both
+  // lie side by side.
+  void add_segment(const Panel& panel, int64_t first, int64_t length, uint32_t mask) {
+    if (static_cast<int64_t>(out_.segments.size()) > panel.segments) {
+      Segment& last = out_.segments.back();
+      if (last.first + last.length == first && last.mask == mask) {
+        last.length += length;
+        return;
+      }
+    }
+    out_.segments.push_back({first, length, mask});
+  }
+
+  // Block a alone, in panels of up to two vectors.
+  void split(size_t a) {
+    const int64_t size = d_.lane_sizes[a];
+    for (int64_t start = 0; start < size; start += 2 * out_.width) {
+      const int64_t lanes = std::min<int64_t>(size - start, 2 * out_.width);
+      Panel panel = begin(d_.lane_offsets[a] + start, lanes);
+      panel.direct = d_.in_place && lanes % out_.width == 0;
+      for (size_t n = 0; n < d_.seen[a].size(); ++n) {
+        const int64_t b = d_.seen[a][n], inputs = d_.input_sizes[b];
+        add_segment(panel, d_.input_offsets[b], inputs, ~0u);
+        const int64_t from = d_.first[a][n] + start * d_.lane_step[a][n];
+        if (n == 0) panel.weight = from;
+        out_.copies.push_back({from, d_.input_step[a][n], d_.lane_step[a][n], panel.depth, inputs,
+                               0, static_cast<int32_t>(lanes)});
+        panel.depth += inputs;
+      }
+      panel.stride = d_.in_place ? size : 0;
+      end(panel);
+    }
+  }
+
+  // Blocks a .. b-1 in one vector.
+  void share(size_t a, size_t b) {
+    const int64_t first = d_.lane_offsets[a];
+    Panel panel = begin(first, d_.lane_offsets[b] - first);
+    panel.shared = true;
+    std::map<int64_t, std::vector<std::pair<size_t, size_t>>> seen_by;  // input block -> (a, n)
+    for (size_t k = a; k < b; ++k) {
+      for (size_t n = 0; n < d_.seen[k].size(); ++n) seen_by[d_.seen[k][n]].push_back({k, n});
+    }
+    for (const auto& [block, who] : seen_by) {
+      const int64_t inputs = d_.input_sizes[block];
+      uint32_t mask = 0;
+      for (auto [k, n] : who) {
+        const int64_t lane = d_.lane_offsets[k] - first, lanes = d_.lane_sizes[k];
+        mask |= ((1u << lanes) - 1u) << lane;
+        out_.copies.push_back({d_.first[k][n], d_.input_step[k][n], d_.lane_step[k][n], panel.depth,
+                               inputs, static_cast<int32_t>(lane), static_cast<int32_t>(lanes)});
+      }
+      add_segment(panel, d_.input_offsets[block], inputs, mask);
+      panel.depth += inputs;
+    }
+    end(panel);
+  }
+
+  const Direction& d_;
+  Panels out_;
+};
+
+std::mutex mutex;
+std::map<std::pair<int64_t, int>, std::shared_ptr<const Plan>> known;
+
+}  // namespace
+
+bool too_fine(const Layout& layout) {
+  return layout.num_blocks > (1 << 16) && layout.num_weights < 16 * layout.num_blocks;
+}
+
+std::shared_ptr<const Plan> find_plan(int64_t id, int width) {
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find({id, width});
+  return found == known.end() ? nullptr : found->second;
+}
+
+std::shared_ptr<const Plan> build_plan(int64_t id, int width, const int64_t* values,
+                                       int64_t count) {
+  auto plan = std::make_shared<Plan>();
+  plan->layout = decode(values, count);
+  if (!too_fine(plan->layout)) {
+    plan->forward = Builder(forward_of(plan->layout), width).take();
+    plan->backward = Builder(backward_of(plan->layout), width).take();
+  }
+  std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() >= kMostPlans) known.clear();  // whoever still runs one holds it
+  return known[{id, width}] = std::move(plan);
+}
+
+}  // namespace maskmoe

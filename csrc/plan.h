@@ -1,0 +1,79 @@
+// A layout compiled for vector kernels: panels of output lanes, each with the inputs it sees.
+//
+// The kernels never meet a layout. They meet panels: up to two vectors of outputs ("lanes") of one
+// block, or one vector that several small blocks share; and segments: runs of inputs that the same
+// lanes of a panel see. Forward, lanes are units and inputs are features; for grad_x it is the
+// other way round, over routed blocks. Only these plain structures cross into code compiled for
+// one instruction set.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+namespace maskmoe {
+
+// A run of inputs, in block order, seen by the lanes in `mask`.
+struct Segment {
+  int64_t first;
+  int64_t length;
+  uint32_t mask;  // bits of lanes; only shared panels look at it
+};
+
+struct Panel {
+  int64_t first;   // its first lane, in block order of the outputs
+  int32_t lanes;   // how many lanes hold an output
+  int32_t vectors;  // 1 or 2
+  bool shared;     // several blocks: not every lane sees every segment
+  bool direct;     // float32 weights can be read where the packed weight has them
+  int64_t segments, segments_end;
+  int64_t copies, copies_end;
+  int64_t depth;   // inputs in all segments
+  int64_t weight;  // direct: offset in the packed weight; `stride` floats from input to input
+  int64_t stride;
+  int64_t buffer;  // offset in a buffer of (depth, vectors * lanes of a vector), for all panels
+};
+
+// One block's weights, between the packed order and a panel's buffer of (depth, width).
+struct Copy {
+  int64_t packed, input_step, lane_step;  // where in the packed weight, and its strides
+  int64_t row;                            // first input, counted in the panel's depth
+  int64_t inputs;
+  int32_t lane, lanes;
+};
+
+// One direction of a layout for vectors of `width` lanes.
+struct Panels {
+  int width;
+  std::vector<Panel> panels;
+  std::vector<Segment> segments;
+  std::vector<Copy> copies;
+  bool full;              // every lane of every panel holds an output
+  int64_t buffer_size;    // floats, over all panels
+  int64_t indirect_size;  // the part that panels with direct == false need
+};
+
+// What a layout is, decoded from the tensor that layout/plan.py encodes.
+struct Layout {
+  std::vector<int64_t> row_sizes, col_sizes;
+  std::vector<int64_t> row_offsets, col_offsets, weight_offsets;  // one longer
+  std::vector<uint8_t> present, routes;                           // (rows, cols)
+  std::vector<int64_t> row_order, col_order;                      // empty: in order
+  int64_t in_features, out_features, num_weights, num_routed, num_blocks;
+};
+
+struct Plan {
+  Layout layout;
+  Panels forward;   // lanes are units
+  Panels backward;  // lanes are features, routed blocks only
+};
+
+// Layouts of so many single weights would need tables larger than their weights.
+bool too_fine(const Layout& layout);
+
+// The plan of the layout with this id for vectors of `width` lanes; null: not built yet.
+std::shared_ptr<const Plan> find_plan(int64_t id, int width);
+// Builds and keeps it, from values that are known to be the layout's.
+std::shared_ptr<const Plan> build_plan(int64_t id, int width, const int64_t* values, int64_t count);
+
+}  // namespace maskmoe

@@ -1,0 +1,193 @@
+// The CPU implementation of the ops that maskmoe_kernels/ops/registration.py defines.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "cpu/driver.h"
+
+namespace maskmoe {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::optional<Dtype> dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::BFloat16: return Dtype::kBfloat16;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: return std::nullopt;
+  }
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "leaky_relu") return Activation::kLeakyRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "tanh") return Activation::kTanh;
+  STD_TORCH_CHECK(name == "silu", "maskmoe: unknown activation ", name);
+  return Activation::kSilu;
+}
+
+Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t dims) {
+  int64_t strides[64];
+  STD_TORCH_CHECK(dims <= 64, "maskmoe: at most 64 dimensions, got ", dims);
+  int64_t step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    strides[d] = step;
+    step *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor nothing(const Tensor& like) {
+  const int64_t zero = 0;
+  return empty_like_with(like, &zero, 1);
+}
+
+// A tensor (*, features) as a matrix; `held` keeps alive what the matrix points to.
+Matrix matrix_of(const Tensor& t, Tensor& held, Dtype dtype, const std::vector<int64_t>& order) {
+  const int64_t features = t.size(t.dim() - 1);
+  held = t;
+  int64_t stride = features;
+  if (t.dim() == 2 && (features == 1 || t.stride(1) == 1) && t.stride(0) >= features) {
+    stride = t.stride(0);
+  } else if (!t.is_contiguous()) {
+    held = torch::stable::contiguous(t);
+  }
+  return {held.data_ptr(), dtype, features, stride, order.empty() ? nullptr : order.data()};
+}
+
+int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  return rows;
+}
+
+Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+std::shared_ptr<const Plan> compile(const Tensor& plan, int64_t layout, int width) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(plan),
+                                    torch::stable::detail::from(layout)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("maskmoe::plan_obstacle", "", stack.data(), TORCH_ABI_VERSION));
+  const auto obstacle = torch::stable::detail::to<std::string>(stack[0]);
+  STD_TORCH_CHECK(obstacle.empty(), obstacle);
+  const Tensor values = dense(plan);
+  return build_plan(layout, width, static_cast<const int64_t*>(values.data_ptr()), values.numel());
+}
+
+// The plan if these kernels can run, else null: then the PyTorch path does.
+std::shared_ptr<const Plan> plan_of(const Tensor& x, const Tensor& plan, int64_t layout) {
+  const Kernels* k = kernels();
+  if (k == nullptr) return nullptr;
+  auto found = find_plan(layout, k->width);
+  if (found == nullptr) found = compile(plan, layout, k->width);
+  return too_fine(found->layout) || !dtype_of(x) ? nullptr : found;
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias,
+                                   Tensor plan, int64_t layout, int64_t out_features,
+                                   std::string activation, bool keep) {
+  const auto compiled = plan_of(x, plan, layout);
+  if (compiled == nullptr) {
+    std::array<StableIValue, 8> stack{
+        torch::stable::detail::from(x),      torch::stable::detail::from(weight),
+        torch::stable::detail::from(bias),   torch::stable::detail::from(plan),
+        torch::stable::detail::from(layout), torch::stable::detail::from(out_features),
+        torch::stable::detail::from(activation), torch::stable::detail::from(keep)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::grouped_linear", "",
+                                                        stack.data(), TORCH_ABI_VERSION));
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+  }
+  const Layout& of = compiled->layout;
+  const Dtype dtype = *dtype_of(x);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
+                      weight.numel() == of.num_weights &&
+                      (!bias || bias->numel() == of.out_features) &&
+                      weight.scalar_type() == x.scalar_type() &&
+                      (!bias || bias->scalar_type() == x.scalar_type()),
+                  "maskmoe::masked_linear: shapes or dtypes do not fit the layout");
+  const Activation act = activation_of(activation);
+  const bool kept = keep && (act == Activation::kGelu || act == Activation::kSilu);
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes[d] = x.size(d);
+  sizes.back() = of.out_features;
+  Tensor y = empty_like_with(x, sizes.data(), x.dim());
+  Tensor z = kept ? empty_like_with(x, sizes.data(), x.dim()) : nothing(x);
+  Tensor held;
+  const Matrix from = matrix_of(x, held, dtype, of.col_order);
+  const int64_t* row_order = of.row_order.empty() ? nullptr : of.row_order.data();
+  const Matrix to{y.data_ptr(), dtype, of.out_features, of.out_features, row_order};
+  Matrix before = to;
+  before.data = kept ? z.data_ptr() : nullptr;
+  weight = dense(weight);
+  if (bias) bias = dense(*bias);
+  masked_linear(*compiled, *kernels(), from, weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
+                to, before, act, rows_of(x));
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor saved,
+                                            Tensor plan, int64_t layout, std::string activation,
+                                            bool need_x, bool need_weight, bool need_bias) {
+  const auto compiled = plan_of(x, plan, layout);
+  if (compiled == nullptr) {
+    std::array<StableIValue, 10> stack{
+        torch::stable::detail::from(grad_y),      torch::stable::detail::from(x),
+        torch::stable::detail::from(weight),      torch::stable::detail::from(saved),
+        torch::stable::detail::from(plan),        torch::stable::detail::from(layout),
+        torch::stable::detail::from(activation),  torch::stable::detail::from(need_x),
+        torch::stable::detail::from(need_weight), torch::stable::detail::from(need_bias)};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::grouped_linear_backward", "",
+                                                        stack.data(), TORCH_ABI_VERSION));
+    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+            torch::stable::detail::to<Tensor>(stack[2])};
+  }
+  const Layout& of = compiled->layout;
+  const Dtype dtype = *dtype_of(x);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
+                      grad_y.size(grad_y.dim() - 1) == of.out_features &&
+                      rows_of(grad_y) == rows_of(x) && weight.numel() == of.num_weights &&
+                      grad_y.scalar_type() == x.scalar_type(),
+                  "maskmoe::masked_linear_backward: shapes or dtypes do not fit the layout");
+  const Activation act = activation_of(activation);
+  Tensor held_y, held_x, held_saved;
+  const Matrix given = matrix_of(grad_y, held_y, dtype, of.row_order);
+  const Matrix from = matrix_of(x, held_x, dtype, of.col_order);
+  Matrix before = given;
+  if (act != Activation::kNone) before = matrix_of(saved, held_saved, dtype, of.row_order);
+  std::vector<int64_t> sizes(x.dim());
+  for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
+  Tensor grad_x = need_x ? empty_like_with(x, sizes.data(), x.dim()) : nothing(x);
+  Tensor grad_weight = need_weight ? empty_like_with(x, &of.num_weights, 1) : nothing(x);
+  Tensor grad_bias = need_bias ? empty_like_with(x, &of.out_features, 1) : nothing(x);
+  weight = dense(weight);
+  masked_linear_backward(*compiled, *kernels(), given, before, from, weight.data_ptr(),
+                         {need_x ? grad_x.data_ptr() : nullptr,
+                          need_weight ? grad_weight.data_ptr() : nullptr,
+                          need_bias ? grad_bias.data_ptr() : nullptr},
+                         act, rows_of(x));
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace maskmoe
+
+STABLE_TORCH_LIBRARY_IMPL(maskmoe, CPU, m) {
+  m.impl("masked_linear", TORCH_BOX(&maskmoe::forward));
+  m.impl("masked_linear_backward", TORCH_BOX(&maskmoe::backward));
+}

@@ -1,0 +1,12 @@
+import pytest
+
+from maskmoe_kernels.backends import native
+
+
+@pytest.fixture(autouse=True)
+def _the_isa_stays():
+    """Runners choose an instruction set for the whole process: the next test starts afresh."""
+    before = native.isa()
+    yield
+    if before is not None:
+        native.set_isa(before)

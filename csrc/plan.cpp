@@ -87,10 +87,11 @@ struct Direction {
   std::vector<std::vector<int64_t>> first;
   std::vector<std::vector<int64_t>> input_step, lane_step;
   bool in_place;  // lanes lie side by side in the packed weight
+  const std::vector<int64_t>* slots;  // of each input, in block order; null: as they come
 };
 
 Direction forward_of(const Layout& l) {
-  Direction d{l.row_sizes, l.row_offsets, l.col_sizes, l.col_offsets, {}, {}, {}, {}, true};
+  Direction d{l.row_sizes, l.row_offsets, l.col_sizes, l.col_offsets, {}, {}, {}, {}, true, nullptr};
   const size_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
   for (size_t i = 0; i < rows; ++i) {
     auto& seen = d.seen.emplace_back();
@@ -108,8 +109,10 @@ Direction forward_of(const Layout& l) {
   return d;
 }
 
-Direction backward_of(const Layout& l) {
-  Direction d{l.col_sizes, l.col_offsets, l.row_sizes, l.row_offsets, {}, {}, {}, {}, false};
+// Its inputs are the outputs of the forward, in the slots that those have.
+Direction backward_of(const Layout& l, const Panels& forward) {
+  Direction d{l.col_sizes, l.col_offsets, l.row_sizes, l.row_offsets, {}, {}, {}, {}, false,
+              &forward.slots};
   const size_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
   d.seen.resize(cols);
   d.first.resize(cols);
@@ -135,8 +138,8 @@ class Builder {
  public:
   Builder(const Direction& direction, int width) : d_(direction) {
     out_.width = width;
-    out_.buffer_size = out_.indirect_size = 0;
-    out_.full = true;
+    out_.buffer_size = out_.indirect_size = out_.lines = 0;
+    out_.slots.resize(d_.lane_offsets.back());
     const size_t blocks = d_.lane_sizes.size();
     for (size_t a = 0; a < blocks;) {
       // Neighbours of at most half a vector share one, as many as fit.
@@ -174,13 +177,32 @@ class Builder {
   void end(Panel panel) {
     panel.segments_end = static_cast<int64_t>(out_.segments.size());
     panel.copies_end = static_cast<int64_t>(out_.copies.size());
-    out_.full = out_.full && panel.lanes == panel.vectors * out_.width;
+    panel.line = out_.lines;
+    out_.lines += panel.vectors;
+    for (int64_t n = 0; n < panel.lanes; ++n) {
+      out_.slots[panel.first + n] = panel.line * out_.width + n;
+    }
     out_.panels.push_back(panel);
   }
 
   // Inputs [first, first + length) for the lanes in `mask`, as one segment with the last if both
   // lie side by side.
   void add_segment(const Panel& panel, int64_t first, int64_t length, uint32_t mask) {
+    if (d_.slots != nullptr) {
+      // Pieces of neighbouring slots.
+      const std::vector<int64_t>& slots = *d_.slots;
+      for (int64_t end = first + length; first < end;) {
+        int64_t n = 1;
+        while (first + n < end && slots[first + n] == slots[first] + n) ++n;
+        add_slots(panel, slots[first], n, mask);
+        first += n;
+      }
+      return;
+    }
+    add_slots(panel, first, length, mask);
+  }
+
+  void add_slots(const Panel& panel, int64_t first, int64_t length, uint32_t mask) {
     if (static_cast<int64_t>(out_.segments.size()) > panel.segments) {
       Segment& last = out_.segments.back();
       if (last.first + last.length == first && last.mask == mask) {
@@ -261,7 +283,7 @@ std::shared_ptr<const Plan> build_plan(int64_t id, int width, const int64_t* val
   plan->layout = decode(values, count);
   if (!too_fine(plan->layout)) {
     plan->forward = Builder(forward_of(plan->layout), width).take();
-    plan->backward = Builder(backward_of(plan->layout), width).take();
+    plan->backward = Builder(backward_of(plan->layout, plan->forward), width).take();
   }
   std::lock_guard<std::mutex> lock(mutex);
   if (known.size() >= kMostPlans) known.clear();  // whoever still runs one holds it

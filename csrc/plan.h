@@ -13,15 +13,17 @@
 
 namespace maskmoe {
 
-// A run of inputs, in block order, seen by the lanes in `mask`.
+// A run of inputs that the lanes in `mask` see. Inputs lie in slots: kernels hold a tile of rows
+// line by line, a line being as many slots as a vector has lanes.
 struct Segment {
-  int64_t first;
+  int64_t first;  // slot
   int64_t length;
   uint32_t mask;  // bits of lanes; only shared panels look at it
 };
 
 struct Panel {
   int64_t first;   // its first lane, in block order of the outputs
+  int64_t line;    // where its lanes lie in a tile of outputs: every panel begins a line
   int32_t lanes;   // how many lanes hold an output
   int32_t vectors;  // 1 or 2
   bool shared;     // several blocks: not every lane sees every segment
@@ -48,7 +50,8 @@ struct Panels {
   std::vector<Panel> panels;
   std::vector<Segment> segments;
   std::vector<Copy> copies;
-  bool full;              // every lane of every panel holds an output
+  int64_t lines;          // of a tile of outputs
+  std::vector<int64_t> slots;  // of each output, in block order, in such a tile
   int64_t buffer_size;    // floats, over all panels
   int64_t indirect_size;  // the part that panels with direct == false need
 };

@@ -1,8 +1,9 @@
-"""The ``maskmoe`` command: ``info``, ``toy``, ``movielens`` and ``movielens explain``."""
+"""The ``maskmoe`` command: ``info``, ``toy``, ``movielens``, ``movielens explain``, ``bench``."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -33,18 +34,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; ``None`` takes the process's.
 
     Returns:
-        0, or 2 after an ``error: ...`` line on stderr, or 130 after Ctrl-C.
+        0, or 1 where a benchmark found something slower or broken, or 2 after an ``error: ...``
+        line on stderr, or 130 after Ctrl-C.
 
     Raises:
         SystemExit: 2 for arguments that cannot be parsed, 0 after ``--help`` or ``--version``.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    rest: list[str] = []
+    if words[:1] == ["bench"]:  # which reads its own words
+        words, rest = words[:1], words[1:]
     if words[:2] == ["movielens", "explain"]:
         words[:2] = ["movielens explain"]
-    arguments = _parser().parse_args(words)
-    command: Callable[[argparse.Namespace, Console], None] = arguments.run
+    arguments = _parser().parse_args(words, argparse.Namespace(words=rest))
+    command: Callable[[argparse.Namespace, Console], int | None] = arguments.run
     try:
-        command(arguments, Console())
+        return command(arguments, Console()) or 0
     except _USER_ERRORS as error:
         text = " ".join(str(error).split())
         _stderr().print(f"error: {text}", style="bold red")
@@ -52,7 +57,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _stderr().print(f"interrupted{arguments.hint}", style="yellow")
         return _INTERRUPTED
-    return 0
 
 
 def _stderr() -> Console:
@@ -159,6 +163,20 @@ def _explain(arguments: argparse.Namespace, console: Console) -> None:
     )
 
 
+def _bench(arguments: argparse.Namespace, console: Console) -> int:
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "bench" / "command.py").is_file():
+        raise BackendError(
+            "the benchmark lives in a checkout of maskmoe_kernels and is not part of the installed "
+            "package: clone the repository and run `make setup && .venv/bin/maskmoe bench` there"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    command = importlib.import_module("bench.command")
+    code: int = command.main(arguments.words, "maskmoe bench", console)
+    return code
+
+
 def _usable(device: str) -> str:
     """``device``, if torch can use it here."""
     try:
@@ -185,6 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_toy(commands)
     _add_movielens(commands)
     _add_explain(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -194,7 +213,7 @@ _Commands = argparse._SubParsersAction
 def _add(
     commands: _Commands[argparse.ArgumentParser],
     name: str,
-    run: Callable[[argparse.Namespace, Console], None],
+    run: Callable[[argparse.Namespace, Console], int | None],
     summary: str,
     text: str,
     example: str,
@@ -370,6 +389,19 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write the explanation there, as json"
+    )
+
+
+def _add_bench(commands: _Commands[argparse.ArgumentParser]) -> None:
+    _add(
+        commands,
+        "bench",
+        _bench,
+        "our layers beside the best rivals; compare results; training speed (in a checkout)",
+        "Interleaved rounds of our layers and their rivals on many shapes. `maskmoe bench --help`\n"
+        "in a checkout lists the options.",
+        "maskmoe bench --suite quick --out runs/bench",
+        hint="; every finished case is kept: run the same command with --resume to go on",
     )
 
 

@@ -88,8 +88,8 @@ inline typename I::V tanh(typename I::V x) {
   auto e = exp_parts<I>(I::add(b, b));
   auto power = I::power_of_two(e.n);
   auto e_plus_one = I::fma(power, e.y, I::add(power, one));
-  auto large = with_sign_of<I>(I::sub(one, I::div(I::set(2.0f), e_plus_one)), x);
-  return I::select(I::greater(a, I::set(0.8f)), large, small);
+  auto large = I::sub(one, I::div(I::set(2.0f), e_plus_one));
+  return with_sign_of<I>(I::select(I::greater(a, I::set(0.8f)), large, small), x);
 }
 
 // --- erf ---------------------------------------------------------------------------------------
@@ -119,10 +119,10 @@ inline typename I::V erf(typename I::V x) {
 //   gelu(z)  = max(z, 0) - a r(a) e^(-a^2 / 2)
 //   gelu'(z) = [z > 0] +- (a / sqrt(2 pi) - r(a)) e^(-a^2 / 2)
 // keep their relative accuracy in the tail. The bracket has a root at a0 = 0.7518; as (a - a0) s(a)
-// with s smooth and positive it keeps its accuracy there too. Both r and s are quotients written so
-// that their leading term takes no part in the division, and its rounding errors mostly cancel.
+// with s smooth and positive it keeps its accuracy there too. Both quotients below are arranged so
+// that rounding errors in their polynomials largely cancel or reach a small part of the result.
 
-constexpr float kGeluTail = 14.5f;  // e^(-a^2 / 2) is 0 in float from here on
+constexpr float kGeluTail = 15.0f;  // from here on all that e^(-a^2 / 2) multiplies is 0
 
 // e^(-a^2 / 2) for a in [0, kGeluTail]. The square is never rounded: n times the 16-bit head of
 // ln 2 is exact, and the fma subtracts it from the exact square.
@@ -145,11 +145,12 @@ inline typename I::V gelu(typename I::V z) {
   // |z|, but NaN for -infinity, as torch's -inf * 0.
   auto a = I::fma(I::set(-2.0f), I::min(I::zero(), z), z);
   a = I::min(I::set(kGeluTail), a);
-  // r = P / (2.5066 a P + Q) on [0, 14.5]: relative error 2^-25.4, and exactly 1/2 at 0.
-  auto p = polynomial<I>(a, 0x1.2d70a4p0f, 0x1.16b55ep0f, 0x1.e57eaep-2f, 0x1.c38cfp-4f,
-                         0x1.85ee68p-7f);
-  auto q = polynomial<I>(a, 0x1.2d70a4p1f, 0x1.1ad8d2p0f, 0x1.1cf6bp-2f, 0x1.e7605p-6f);
-  auto r = I::div(p, I::fma(I::mul(a, I::set(0x1.40d952p1f)), p, q));
+  // r = P / (2 P + a (2.5066 P + Q)) on [0, 14.5]: relative error 2^-26.7, exactly 1/2 at 0.
+  auto p = polynomial<I>(a, 0x1.151ebap0f, 0x1.e5112ap-1f, 0x1.9504f6p-2f, 0x1.66a29ap-4f,
+                         0x1.21d92ap-7f);
+  auto q = polynomial<I>(a, -0x1.f8d15p-1f, -0x1.226084p-1f, -0x1.39e0aep-3f, -0x1.21925ep-6f);
+  q = I::fma(I::fma(I::set(0x1.40d836p1f), p, q), a, I::add(p, p));
+  auto r = I::div(p, q);
   auto tail = times<I>(I::mul(a, r), gaussian<I>(a));
   return I::sub(I::max(I::set(-0.0f), z), tail);  // max(-0, -z) = -0: gelu keeps the sign of 0
 }

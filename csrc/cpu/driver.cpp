@@ -13,7 +13,7 @@ namespace maskmoe {
 namespace {
 
 constexpr int64_t kFlopsPerThread = 1 << 21;  // below, another thread costs more than it brings
-constexpr int64_t kTileFloats = 1 << 17;      // x and y of a tile: half of a 1 MiB cache
+constexpr int64_t kTileFloats = 1 << 16;      // a tile of x and y: a quarter of a 1 MiB cache
 constexpr int64_t kKept = 1 << 24;            // floats of scratch a thread keeps between calls
 
 // Scratch for one call; kept by the calling thread while it is small.
@@ -66,12 +66,12 @@ int64_t threads_for(int64_t flops, int64_t rows) {
 }
 
 int64_t tile_rows_for(int64_t features, int64_t rows) {
-  const int64_t fit = std::clamp<int64_t>(kTileFloats / features, 64, 256);
-  return std::max<int64_t>(1, std::min(fit, rows));
+  const int64_t fit = std::clamp<int64_t>(kTileFloats / features, 56, 252);
+  return std::max<int64_t>(1, std::min(fit / 28 * 28, rows));
 }
 
 PanelsView view(const Panels& p) {
-  return {p.panels.data(), static_cast<int64_t>(p.panels.size()), p.segments.data(),
+  return {p.panels.data(), static_cast<int64_t>(p.panels.size()), p.lines, p.segments.data(),
           p.copies.data()};
 }
 
@@ -146,8 +146,8 @@ void masked_linear_backward(const Plan& plan, const Kernels& k, const Matrix& gr
   Matrix grad_x = x;
   grad_x.data = grads.x;
   grad_x.stride = x.features;
-  Backward b{view(panels), view(plan.backward), grad_y, saved,       x, grad_x, nullptr, direct,
-             panels.full,  need_weight,         need_bias, activation, 0};
+  Backward b{view(panels), view(plan.backward), grad_y,    saved, x, grad_x, nullptr, direct,
+             need_weight,  need_bias,           activation, 0};
   b.tile_rows = tile_rows_for(x.features + grad_y.features, (rows + threads - 1) / threads);
   // Direct panels of the first task write where the result goes.
   const int64_t each_needs = Scratch::round_up(k.backward_scratch(b));

@@ -24,6 +24,7 @@ struct Matrix {
 struct PanelsView {
   const Panel* panels;
   int64_t count;
+  int64_t lines;
   const Segment* segments;
   const Copy* copies;
 };
@@ -46,7 +47,6 @@ struct Backward {
   Matrix grad_y, saved, x, grad_x;  // grad_x.data null: not wanted
   const float* turned_buffer;
   bool direct;            // float32: panels that say so are direct
-  bool full;              // no panel of `panels` has a lane without an output
   bool need_weight, need_bias;
   Activation activation;
   int64_t tile_rows;

@@ -6,6 +6,11 @@
 // where small blocks share a panel, a mask keeps an input from lanes that do not see it.
 // grad_x is the same walk with lanes and inputs exchanged. grad_weight keeps the sums of some
 // inputs by one panel in registers while it walks down the rows.
+//
+// Inputs are first copied (and converted) to a tile of lines: line n holds slots nL .. nL + L - 1
+// of all rows of the tile, row under row. A step then reads its rows at constant distances, which
+// saves an address in every multiply, and no stride of the caller's can make rows fall on the same
+// cache sets.
 #pragma once
 
 #include "kernels.h"
@@ -21,13 +26,6 @@ struct MaskedLinear {
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-  // Rows this far apart do not fall on the same few cache sets.
-  static int64_t row_stride(int64_t features) {
-    int64_t n = round_up(features, 16);
-    return n % 128 == 0 ? n + 16 : n;
-  }
-  static bool collides(int64_t stride) { return stride % 256 == 0; }
-
   // --- Elements: any dtype to and from float32 -------------------------------------------
 
   static float widen(const void* p, Dtype dtype, int64_t n) {
@@ -38,22 +36,32 @@ struct MaskedLinear {
     return one[0];
   }
 
-  static V load_as(const void* p, Dtype dtype, int64_t n) {
-    switch (dtype) {
-      case Dtype::kFloat32: return I::load(static_cast<const float*>(p) + n);
-      case Dtype::kBfloat16: return I::load_bf16(static_cast<const uint16_t*>(p) + n);
-      default: return I::load_fp16(static_cast<const uint16_t*>(p) + n);
-    }
+  template <Dtype D>
+  static V load_as(const void* p, int64_t n) {
+    if constexpr (D == Dtype::kFloat32) return I::load(static_cast<const float*>(p) + n);
+    if constexpr (D == Dtype::kBfloat16) return I::load_bf16(static_cast<const uint16_t*>(p) + n);
+    if constexpr (D == Dtype::kFloat16) return I::load_fp16(static_cast<const uint16_t*>(p) + n);
   }
 
-  // The last, partial vector of a row, without touching what lies behind it.
-  static V load_tail(const void* p, Dtype dtype, int64_t n, int64_t count) {
-    if (dtype == Dtype::kFloat32) {
+  // The last, partial vector of a row, without touching what lies behind it; then zeros.
+  template <Dtype D>
+  static V load_tail(const void* p, int64_t n, int64_t count) {
+    if constexpr (D == Dtype::kFloat32) {
       return I::load(static_cast<const float*>(p) + n, I::mask((1u << count) - 1));
     }
     uint16_t padded[L] = {};
     for (int64_t k = 0; k < count; ++k) padded[k] = static_cast<const uint16_t*>(p)[n + k];
-    return dtype == Dtype::kBfloat16 ? I::load_bf16(padded) : I::load_fp16(padded);
+    return load_as<D>(padded, 0);
+  }
+
+  // `run` is a lambda over a dtype known to the compiler.
+  template <class F>
+  static void with_dtype(Dtype dtype, const F& run) {
+    switch (dtype) {
+      case Dtype::kFloat32: run.template operator()<Dtype::kFloat32>(); break;
+      case Dtype::kBfloat16: run.template operator()<Dtype::kBfloat16>(); break;
+      case Dtype::kFloat16: run.template operator()<Dtype::kFloat16>(); break;
+    }
   }
 
   static void store_as(void* p, Dtype dtype, int64_t n, V a) {
@@ -79,11 +87,13 @@ struct MaskedLinear {
       for (int64_t n = 0; n < count; ++n) to[n] = widen(from, dtype, order[n]);
       return;
     }
-    int64_t n = 0;
-    for (; n + L <= count; n += L) I::store(to + n, load_as(from, dtype, n));
-    if (n < count) {
-      I::store(to + n, load_tail(from, dtype, n, count - n), I::mask((1u << (count - n)) - 1));
-    }
+    with_dtype(dtype, [&]<Dtype D>() {
+      int64_t n = 0;
+      for (; n + L <= count; n += L) I::store(to + n, load_as<D>(from, n));
+      if (n < count) {
+        I::store(to + n, load_tail<D>(from, n, count - n), I::mask((1u << (count - n)) - 1));
+      }
+    });
   }
 
   static void store(void* to, Dtype dtype, const int64_t* order, const float* from,
@@ -107,9 +117,55 @@ struct MaskedLinear {
     return static_cast<char*>(m.data) + row * m.stride * size;
   }
 
-  // Can tiles be read or written where the matrix has them?
+  // Can results be written where the matrix has them?
   static bool in_place(const Matrix& m) {
-    return m.dtype == Dtype::kFloat32 && m.order == nullptr && !collides(m.stride);
+    return m.dtype == Dtype::kFloat32 && m.order == nullptr;
+  }
+
+  // --- Tiles of lines -----------------------------------------------------------------------
+
+  static int64_t lines(int64_t features) { return (features + L - 1) / L; }
+  // Floats from line to line; never a multiple of a page, on which lines would collide.
+  static int64_t line_stride(int64_t tile_rows) {
+    const int64_t n = tile_rows * L;
+    return n % 256 == 0 ? n + L : n;
+  }
+
+  static constexpr int64_t kTogether = 8;  // rows that are copied side by side
+
+  // What is at `column` of rows [row, row + rows), to one line of a tile; zeros after `count`.
+  template <Dtype D, class F>
+  static void load_line(float* to, const Matrix& m, int64_t row, int64_t rows, int64_t column,
+                        int64_t count, const F& then) {
+    const char* from = static_cast<const char*>(row_of(m, row));
+    const int64_t step = m.stride * (D == Dtype::kFloat32 ? 4 : 2);
+    if (m.order != nullptr) {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        float lanes[L] = {};
+        for (int64_t k = 0; k < count; ++k) lanes[k] = widen(from, D, m.order[column + k]);
+        I::store(to, then(I::load(lanes), r));
+      }
+    } else if (count == L) {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        I::store(to, then(load_as<D>(from, column), r));
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        I::store(to, then(load_tail<D>(from, column, count), r));
+      }
+    }
+  }
+
+  static void load_tile(float* tile, int64_t line, const Matrix& m, int64_t row, int64_t rows) {
+    with_dtype(m.dtype, [&]<Dtype D>() {
+      for (int64_t r = 0; r < rows; r += kTogether) {
+        float* to = tile + r * L;
+        for (int64_t n = 0; n < m.features; n += L, to += line) {
+          load_line<D>(to, m, row + r, smaller(kTogether, rows - r), n,
+                       smaller(L, m.features - n), [](V a, int64_t) { return a; });
+        }
+      }
+    });
   }
 
   // --- Weights ---------------------------------------------------------------------------
@@ -198,8 +254,8 @@ struct MaskedLinear {
   // --- The product: rows x lanes, down the inputs ------------------------------------------
 
   struct Tile {
-    const float* x;
-    int64_t x_stride;
+    const float* x;  // the tile, at its first row
+    int64_t line;    // from line to line
     const float* weight;
     int64_t weight_stride;
     const Segment *segments, *segments_end;
@@ -209,6 +265,9 @@ struct MaskedLinear {
     int32_t lanes;
     Activation activation;  // none, relu or leaky_relu
   };
+
+  // Rows farther apart than this are fetched a tile ahead: the machine does not foresee them.
+  static constexpr int64_t kNear = 128;
 
   template <int R, int N, bool Shared>
   static void product(const Tile& t) {
@@ -224,28 +283,28 @@ struct MaskedLinear {
     }
     const float* w = t.weight;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
-      const float* x = t.x + s->first;
-      // The rows of the next tile lie too far apart for the machine to foresee them.
-#pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        __builtin_prefetch(x + (R + r) * t.x_stride);
-        if (s->length > 16) __builtin_prefetch(x + 16 + (R + r) * t.x_stride);
-      }
       M seen{};
       if constexpr (Shared) seen = I::mask(s->mask);
-      for (const float* end = x + s->length; x != end; ++x, w += t.weight_stride) {
-        V b[N];
+      const float* base = t.x + s->first / L * t.line;
+      int64_t k = s->first % L;
+      for (int64_t left = s->length; left > 0; base += t.line, k = 0) {
+        const float* x = base + k;
+        const int64_t steps = smaller(left, L - k);
+        left -= steps;
+        for (const float* end = x + steps; x != end; ++x, w += t.weight_stride) {
+          V b[N];
 #pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
+          for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          V a = I::set(x[r * t.x_stride]);
+          for (int r = 0; r < R; ++r) {
+            V a = I::set(x[r * L]);
 #pragma GCC unroll 2
-          for (int v = 0; v < N; ++v) {
-            if constexpr (Shared) {
-              sum[r][v] = I::fma(a, b[v], sum[r][v], seen);
-            } else {
-              sum[r][v] = I::fma(a, b[v], sum[r][v]);
+            for (int v = 0; v < N; ++v) {
+              if constexpr (Shared) {
+                sum[r][v] = I::fma(a, b[v], sum[r][v], seen);
+              } else {
+                sum[r][v] = I::fma(a, b[v], sum[r][v]);
+              }
             }
           }
         }
@@ -264,13 +323,26 @@ struct MaskedLinear {
         for (int v = 0; v < N; ++v) sum[r][v] = activate<I, Activation::kLeakyRelu>(sum[r][v]);
       }
     }
+    float* y = t.y;
+    if (t.lanes == N * L) {
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      float* y = t.y + r * t.y_stride;
-      __builtin_prefetch(y + R * t.y_stride, 1);
-      if constexpr (N == 2) __builtin_prefetch(y + R * t.y_stride + L, 1);
-      if constexpr (N == 2) I::store(y, sum[r][0]);
-      I::store(y + (N - 1) * L, sum[r][N - 1], last);
+      for (int r = 0; r < R; ++r, y += t.y_stride) {
+        if constexpr (N == 2) I::store(y, sum[r][0]);
+        I::store(y + (N - 1) * L, sum[r][N - 1]);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, y += t.y_stride) {
+        if constexpr (N == 2) I::store(y, sum[r][0]);
+        I::store(y + (N - 1) * L, sum[r][N - 1], last);
+      }
+    }
+    if (t.y_stride > kNear) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r, y += t.y_stride) {
+        __builtin_prefetch(y, 1);
+        if constexpr (N == 2) __builtin_prefetch(y + L, 1);
+      }
     }
   }
 
@@ -293,14 +365,14 @@ struct MaskedLinear {
   static constexpr Products table{};
 
   // All panels on `rows` rows; y in block order.
-  static void multiply(const PanelsView& view, const float* x, int64_t x_stride,
+  static void multiply(const PanelsView& view, const float* x, int64_t line,
                        const float* weight, const float* buffer, const float* bias, float* y,
                        int64_t y_stride, Activation activation, int64_t rows) {
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
       const bool direct = weight != nullptr && panel.direct;
       Tile tile{x,
-                x_stride,
+                line,
                 direct ? weight + panel.weight : buffer + panel.buffer,
                 direct ? panel.stride : panel.vectors * L,
                 view.segments + panel.segments,
@@ -316,7 +388,7 @@ struct MaskedLinear {
       for (int64_t left = rows, tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
         const int64_t height = (left + tiles - 1) / tiles;
         of[height](tile);
-        tile.x += height * x_stride;
+        tile.x += height * L;
         tile.y += height * y_stride;
         left -= height;
       }
@@ -329,40 +401,38 @@ struct MaskedLinear {
     return a == Activation::kNone || a == Activation::kRelu || a == Activation::kLeakyRelu;
   }
 
+  // Rows of a tile of results that cannot be written in place.
+  static int64_t row_stride(int64_t features) {
+    const int64_t n = round_up(features, 16);
+    return n % 128 == 0 ? n + 16 : n;
+  }
+
   static int64_t forward_scratch(const Forward& f) {
-    int64_t size = 0;
-    if (!in_place(f.x)) size += f.tile_rows * row_stride(f.x.features);
+    int64_t size = lines(f.x.features) * line_stride(f.tile_rows);
     if (!in_place(f.y) || !fused(f.activation)) size += f.tile_rows * row_stride(f.y.features);
     return size;
   }
 
   static void forward(const Forward& f, int64_t row, int64_t end, float* scratch) {
-    const bool x_here = in_place(f.x), y_here = in_place(f.y) && fused(f.activation);
-    const int64_t x_stride = x_here ? f.x.stride : row_stride(f.x.features);
+    const bool y_here = in_place(f.y) && fused(f.activation);
+    const int64_t line = line_stride(f.tile_rows);
     const int64_t y_stride = y_here ? f.y.stride : row_stride(f.y.features);
-    float* x_tile = scratch;
-    float* y_tile = scratch + (x_here ? 0 : f.tile_rows * x_stride);
+    float* x = scratch;
+    float* y_tile = scratch + lines(f.x.features) * line;
     const Activation inside = fused(f.activation) ? f.activation : Activation::kNone;
     for (; row < end; row += f.tile_rows) {
       const int64_t rows = smaller(f.tile_rows, end - row);
-      const float* x = x_tile;
-      if (x_here) {
-        x = static_cast<const float*>(row_of(f.x, row));
-      } else {
-        for (int64_t r = 0; r < rows; ++r) {
-          load(x_tile + r * x_stride, row_of(f.x, row + r), f.x.dtype, f.x.order, f.x.features);
-        }
-      }
+      load_tile(x, line, f.x, row, rows);
       float* y = y_here ? static_cast<float*>(row_of(f.y, row)) : y_tile;
-      multiply(f.panels, x, x_stride, f.weight, f.buffer, f.bias, y, y_stride, inside, rows);
+      multiply(f.panels, x, line, f.weight, f.buffer, f.bias, y, y_stride, inside, rows);
       if (y_here) continue;
       for (int64_t r = 0; r < rows; ++r) {
-        float* line = y_tile + r * y_stride;
+        float* of = y_tile + r * y_stride;
         if (f.z.data != nullptr) {
-          store(row_of(f.z, row + r), f.z.dtype, f.z.order, line, f.z.features);
+          store(row_of(f.z, row + r), f.z.dtype, f.z.order, of, f.z.features);
         }
-        if (!fused(f.activation)) activate_row(f.activation, line, f.y.features);
-        store(row_of(f.y, row + r), f.y.dtype, f.y.order, line, f.y.features);
+        if (!fused(f.activation)) activate_row(f.activation, of, f.y.features);
+        store(row_of(f.y, row + r), f.y.dtype, f.y.order, of, f.y.features);
       }
     }
   }
@@ -382,13 +452,10 @@ struct MaskedLinear {
 
   // --- Backward ----------------------------------------------------------------------------
 
-  static constexpr int64_t kAhead = 8;  // rows to fetch ahead of the sums
-
   struct Sums {
-    const float* x;  // of the first input
-    int64_t x_stride;
-    const float* g;  // of the panel's first lane
-    int64_t g_stride;
+    const float* x;  // the first input's slot, in the first row
+    const float* g;  // the panel's first line, in the first row
+    int64_t line;    // from line to line of g
     int64_t rows;
     float* to;
     int64_t to_stride;
@@ -406,12 +473,10 @@ struct MaskedLinear {
     }
     const float* x = s.x;
     const float* g = s.g;
-    for (int64_t r = 0; r < s.rows; ++r, x += s.x_stride, g += s.g_stride) {
+    for (int64_t r = 0; r < s.rows; ++r, x += L, g += L) {
       V b[N];
-      __builtin_prefetch(x + kAhead * s.x_stride);
-      __builtin_prefetch(g + kAhead * s.g_stride);
 #pragma GCC unroll 2
-      for (int v = 0; v < N; ++v) b[v] = I::load(g + v * L);
+      for (int v = 0; v < N; ++v) b[v] = I::load(g + v * s.line);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
         V a = I::set(x[k]);
@@ -438,125 +503,105 @@ struct MaskedLinear {
   }
 
   struct Outers {
-    Outer one[I::kRows1 + 1]{}, two[I::kRows2 + 1]{};
+    Outer one[I::kSums1 + 1]{}, two[I::kSums2 + 1]{};
     constexpr Outers() {
-      outers<1, I::kRows1>(one);
-      outers<2, I::kRows2>(two);
+      outers<1, I::kSums1>(one);
+      outers<2, I::kSums2>(two);
     }
   };
   static constexpr Outers outer_table{};
 
-  static void weight_sums(const Backward& b, const float* x, int64_t x_stride, const float* g,
-                          int64_t g_stride, int64_t rows, float* grad_weight, float* grad_buffer,
-                          bool add) {
+  static void weight_sums(const Backward& b, const float* x, const float* g, int64_t line,
+                          int64_t rows, float* grad_weight, float* grad_buffer, bool add) {
     for (int64_t p = 0; p < b.panels.count; ++p) {
       const Panel& panel = b.panels.panels[p];
       const bool direct = b.direct && panel.direct;
       const int64_t stride = direct ? panel.stride : panel.vectors * L;
-      Sums sums{nullptr, x_stride, g + panel.first, g_stride, rows,
+      Sums sums{nullptr, g + panel.line * line, line, rows,
                 direct ? grad_weight + panel.weight : grad_buffer + panel.buffer, stride, add};
       const Outer* of = panel.vectors == 2 ? outer_table.two : outer_table.one;
-      const int64_t most = panel.vectors == 2 ? I::kRows2 : I::kRows1;
+      const int64_t most = panel.vectors == 2 ? I::kSums2 : I::kSums1;
       for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
-        const Segment& segment = b.panels.segments[n];
-        sums.x = x + segment.first;
-        for (int64_t left = segment.length, parts = (left + most - 1) / most; parts > 0; --parts) {
-          const int64_t inputs = (left + parts - 1) / parts;
+        int64_t slot = b.panels.segments[n].first;
+        for (int64_t left = b.panels.segments[n].length; left > 0;) {
+          // As far as the line goes, in nearly equal parts.
+          const int64_t here = smaller(left, L - slot % L), parts = (here + most - 1) / most;
+          const int64_t inputs = (here + parts - 1) / parts;
+          sums.x = x + slot / L * line + slot % L;
           of[inputs](sums);
-          sums.x += inputs;
           sums.to += inputs * stride;
+          slot += inputs;
           left -= inputs;
         }
       }
     }
   }
 
+  // grad_z of a tile, every panel beginning a line; lanes without a unit are zero.
   template <Activation A>
-  static void gradient_rows(const Backward& b, float* g, int64_t g_stride, int64_t row,
-                            int64_t rows) {
-    const Matrix& y = b.grad_y;
-    for (int64_t r = 0; r < rows; ++r, g += g_stride) {
-      const void* given = row_of(y, row + r);
-      if (y.order != nullptr || A == Activation::kNone) {
-        load(g, given, y.dtype, y.order, y.features);
-      }
-      if constexpr (A == Activation::kNone) continue;
-      const void* saved = row_of(b.saved, row + r);
-      if (y.order != nullptr) {
-        for (int64_t n = 0; n < y.features; ++n) {
-          V one = activation_grad<I, A>(I::set(g[n]), I::set(widen(saved, y.dtype, y.order[n])));
-          I::store(g + n, one, I::mask(1));
+  static void gradient_tile(const Backward& b, float* g, int64_t line, int64_t row, int64_t rows) {
+    with_dtype(b.grad_y.dtype, [&]<Dtype D>() {
+      float saved[kTogether * L];
+      for (int64_t r = 0; r < rows; r += kTogether) {
+        float* to = g + r * L;
+        const int64_t some = smaller(kTogether, rows - r);
+        for (int64_t p = 0; p < b.panels.count; ++p) {
+          const Panel& panel = b.panels.panels[p];
+          for (int64_t n = 0; n < panel.lanes; n += L, to += line) {
+            const int64_t column = panel.first + n, count = smaller(L, panel.lanes - n);
+            if constexpr (A == Activation::kNone) {
+              load_line<D>(to, b.grad_y, row + r, some, column, count,
+                           [](V a, int64_t) { return a; });
+            } else {
+              load_line<D>(saved, b.saved, row + r, some, column, count,
+                           [](V a, int64_t) { return a; });
+              load_line<D>(to, b.grad_y, row + r, some, column, count, [&](V a, int64_t k) {
+                return activation_grad<I, A>(a, I::load(saved + k * L));
+              });
+            }
+          }
         }
-        continue;
       }
-      int64_t n = 0;
-      for (; n + L <= y.features; n += L) {
-        I::store(g + n, activation_grad<I, A>(load_as(given, y.dtype, n),
-                                              load_as(saved, y.dtype, n)));
-      }
-      if (n < y.features) {
-        const int64_t count = y.features - n;
-        V tail = activation_grad<I, A>(load_tail(given, y.dtype, n, count),
-                                       load_tail(saved, y.dtype, n, count));
-        I::store(g + n, tail, I::mask((1u << count) - 1));
-      }
-    }
+    });
   }
 
-  // grad_z of a tile, in block order.
-  static void gradient(const Backward& b, float* g, int64_t g_stride, int64_t row, int64_t rows) {
+  static void gradient(const Backward& b, float* g, int64_t line, int64_t row, int64_t rows) {
     switch (b.activation) {
-      case Activation::kNone: gradient_rows<Activation::kNone>(b, g, g_stride, row, rows); break;
-      case Activation::kRelu: gradient_rows<Activation::kRelu>(b, g, g_stride, row, rows); break;
+      case Activation::kNone: gradient_tile<Activation::kNone>(b, g, line, row, rows); break;
+      case Activation::kRelu: gradient_tile<Activation::kRelu>(b, g, line, row, rows); break;
       case Activation::kLeakyRelu:
-        gradient_rows<Activation::kLeakyRelu>(b, g, g_stride, row, rows);
+        gradient_tile<Activation::kLeakyRelu>(b, g, line, row, rows);
         break;
-      case Activation::kGelu: gradient_rows<Activation::kGelu>(b, g, g_stride, row, rows); break;
-      case Activation::kTanh: gradient_rows<Activation::kTanh>(b, g, g_stride, row, rows); break;
-      case Activation::kSilu: gradient_rows<Activation::kSilu>(b, g, g_stride, row, rows); break;
+      case Activation::kGelu: gradient_tile<Activation::kGelu>(b, g, line, row, rows); break;
+      case Activation::kTanh: gradient_tile<Activation::kTanh>(b, g, line, row, rows); break;
+      case Activation::kSilu: gradient_tile<Activation::kSilu>(b, g, line, row, rows); break;
     }
-  }
-
-  // A panel's partial last vector reads up to L - 1 floats behind a row; a tile has them.
-  static bool gradient_in_place(const Backward& b) {
-    return b.activation == Activation::kNone && in_place(b.grad_y) && b.full;
   }
 
   static int64_t backward_scratch(const Backward& b) {
-    int64_t size = row_stride(b.grad_y.features) + L;  // a tile's bias sums
-    if (!gradient_in_place(b)) size += b.tile_rows * row_stride(b.grad_y.features) + 2 * L;
-    if (b.need_weight && !in_place(b.x)) size += b.tile_rows * row_stride(b.x.features);
+    const int64_t line = line_stride(b.tile_rows);
+    int64_t size = b.panels.lines * line;
+    if (b.need_weight) size += lines(b.x.features) * line;
     if (b.grad_x.data != nullptr && !in_place(b.grad_x)) {
       size += b.tile_rows * row_stride(b.grad_x.features);
     }
-    return round_up(size, 16);
+    return size;
   }
 
   static void backward(const Backward& b, int64_t row, int64_t end, float* grad_weight,
                        float* grad_buffer, float* grad_bias, float* scratch) {
-    const bool g_here = gradient_in_place(b), x_here = in_place(b.x);
     const bool out_here = b.grad_x.data != nullptr && in_place(b.grad_x);
-    const int64_t g_stride = g_here ? b.grad_y.stride : row_stride(b.grad_y.features);
-    const int64_t x_stride = x_here ? b.x.stride : row_stride(b.x.features);
+    const int64_t line = line_stride(b.tile_rows);
     const int64_t out_stride = out_here ? b.grad_x.stride : row_stride(b.grad_x.features);
-    float* part = scratch;
-    scratch += round_up(row_stride(b.grad_y.features) + L, 16);
-    float* g_tile = scratch;
-    if (!g_here) scratch += round_up(b.tile_rows * g_stride + 2 * L, 16);
-    float* x_tile = scratch;
-    if (b.need_weight && !x_here) scratch += b.tile_rows * x_stride;
-    float* out_tile = scratch;
+    float* g = scratch;
+    float* x = g + b.panels.lines * line;
+    float* out_tile = x + (b.need_weight ? lines(b.x.features) * line : 0);
     for (bool add = false; row < end; row += b.tile_rows, add = true) {
       const int64_t rows = smaller(b.tile_rows, end - row);
-      const float* g = g_tile;
-      if (g_here) {
-        g = static_cast<const float*>(row_of(b.grad_y, row));
-      } else {
-        gradient(b, g_tile, g_stride, row, rows);
-      }
+      gradient(b, g, line, row, rows);
       if (b.grad_x.data != nullptr) {
         float* out = out_here ? static_cast<float*>(row_of(b.grad_x, row)) : out_tile;
-        multiply(b.turned, g, g_stride, nullptr, b.turned_buffer, nullptr, out, out_stride,
+        multiply(b.turned, g, line, nullptr, b.turned_buffer, nullptr, out, out_stride,
                  Activation::kNone, rows);
         for (int64_t r = 0; !out_here && r < rows; ++r) {
           store(row_of(b.grad_x, row + r), b.grad_x.dtype, b.grad_x.order,
@@ -564,31 +609,27 @@ struct MaskedLinear {
         }
       }
       if (b.need_weight) {
-        const float* x = x_tile;
-        if (x_here) {
-          x = static_cast<const float*>(row_of(b.x, row));
-        } else {
-          for (int64_t r = 0; r < rows; ++r) {
-            load(x_tile + r * x_stride, row_of(b.x, row + r), b.x.dtype, b.x.order, b.x.features);
-          }
-        }
-        weight_sums(b, x, x_stride, g, g_stride, rows, grad_weight, grad_buffer, add);
+        load_tile(x, line, b.x, row, rows);
+        weight_sums(b, x, g, line, rows, grad_weight, grad_buffer, add);
       }
-      if (b.need_bias) bias_sums(g, g_stride, rows, b.grad_y.features, part, grad_bias, add);
+      if (b.need_bias) bias_sums(b.panels, g, line, rows, grad_bias, add);
     }
   }
 
   // A tile is summed by itself first: with many tiles, rounding stays small.
-  static void bias_sums(const float* g, int64_t g_stride, int64_t rows, int64_t count, float* part,
-                        float* total, bool accumulate) {
-    float* to = accumulate ? part : total;
-    for (int64_t n = 0; n < count; n += L) {
-      const M live = count - n < L ? I::mask((1u << (count - n)) - 1) : I::mask(~0u);
-      V sum = I::load(g + n, live);
-      for (int64_t r = 1; r < rows; ++r) sum = I::add(sum, I::load(g + n + r * g_stride, live));
-      I::store(to + n, sum, live);
+  static void bias_sums(const PanelsView& view, const float* g, int64_t line, int64_t rows,
+                        float* total, bool add) {
+    for (int64_t p = 0; p < view.count; ++p) {
+      const Panel& panel = view.panels[p];
+      for (int64_t n = 0; n < panel.lanes; n += L, g += line) {
+        const int64_t count = smaller(L, panel.lanes - n);
+        const M live = I::mask(~0u >> (32 - count));
+        V sum = I::load(g);
+        for (int64_t r = 1; r < rows; ++r) sum = I::add(sum, I::load(g + r * L));
+        float* to = total + panel.first + n;
+        I::store(to, add ? I::add(I::load(to, live), sum) : sum, live);
+      }
     }
-    if (accumulate) add(total, part, count);
   }
 
   static constexpr Kernels kernels(const char* name) {

@@ -10,6 +10,8 @@ struct Isa {
   static constexpr int kLanes = 8;
   static constexpr int kRows1 = 8;  // rows of a tile one vector wide
   static constexpr int kRows2 = 6;  // rows of a tile two vectors wide: 12 sums, 2 weights, 1 x
+  static constexpr int kSums1 = 8;  // inputs by one vector of lanes whose weight sums are kept
+  static constexpr int kSums2 = 4;  // inputs by two vectors
   using V = __m256;
   using M = __m256i;  // a lane is all ones or all zeros
 

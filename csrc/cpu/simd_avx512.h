@@ -10,6 +10,8 @@ struct Isa {
   static constexpr int kLanes = 16;
   static constexpr int kRows1 = 14;  // rows of a tile one vector wide
   static constexpr int kRows2 = 14;  // rows of a tile two vectors wide: 28 sums, 2 weights, 1 x
+  static constexpr int kSums1 = 16;  // inputs by one vector of lanes whose weight sums are kept
+  static constexpr int kSums2 = 8;  // inputs by two vectors
   using V = __m512;
   using M = __mmask16;
 

@@ -1,8 +1,8 @@
 """The C++ kernels: whether they are here, which instruction set they use, and why not.
 
 Importing the extension registers the CPU implementation of the ops; there is nothing to call.
-``MASKMOE_ISA`` names the instruction set to use (``avx512``, ``avx2``), ``MASKMOE_EXTENSION`` another
-build of the extension to load (with sanitizers, say).
+``MASKMOE_ISA`` names the instruction set to use (``avx512``, ``avx2``), ``MASKMOE_EXTENSION`` a
+different build of the extension to load (with sanitizers, say).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _load() -> tuple[ModuleType | None, str]:
     except ImportError as error:
         if other or not isinstance(error, ModuleNotFoundError):
             return None, f"the extension does not load: {error}"
-        why = build_record().get("cpu") or "it was never built; run `python setup.py build_ext -i`"
+        why = build_record().get("cpu") or "it was never built; run `make build` or `pip install .`"
         return None, f"the C++ extension is not there: {why}"
 
 

@@ -93,6 +93,8 @@ class BlockLayout:
         #: 63-bit digest of the content; equal layouts have equal ids, on every machine.
         self.id: int = self._digest()
         self._tables: dict[tuple[str, torch.device], Tensor] = {}
+        #: (backend, dtype, device) of a call to the op and plan that serve it; see ops/.
+        self.routes: dict[tuple[str | None, torch.dtype, torch.device], Any] = {}
         self._registered: BlockLayout | None = None  # see layout/plan.py
 
     @classmethod

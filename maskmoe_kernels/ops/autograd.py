@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,24 +50,29 @@ class MaskedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return (*_gradients(ctx, grad_y), None, None, None, None, None)
-        # create_graph=True: what is computed here depends on all of these, and must say so.
-        x, weight, _, _, bias = ctx.saved_tensors
-        with torch.no_grad():
-            grads = _gradients(ctx, grad_y)
-        mark: Any = _NoDoubleBackward.apply
-        marked = [None if g is None else mark(g, grad_y, x, weight, bias) for g in grads]
-        return (*marked, None, None, None, None, None)
+        x, weight, saved, plan, bias = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if graph else nullcontext():
+            grad_x, grad_weight, grad_bias = BACKWARD[ctx.op](
+                grad_y, x, weight, saved, plan, ctx.layout, ctx.activation, need_x, need_weight,
+                need_bias,
+            )  # fmt: skip
+        grads: tuple[Tensor | None, ...] = (
+            grad_x if need_x else None,
+            grad_weight if need_weight else None,
+            grad_bias if need_bias else None,
+        )
+        if graph:
+            # create_graph=True: what was computed here depends on all of these, and must say so.
+            mark: Any = _NoDoubleBackward.apply
+            grads = tuple(None if g is None else mark(g, grad_y, x, weight, bias) for g in grads)
+        return (*grads, None, None, None, None, None)
 
 
-def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
-    x, weight, saved, plan, _ = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    grads = BACKWARD[ctx.op](
-        grad_y, x, weight, saved, plan, ctx.layout, ctx.activation, needs[0], needs[1], needs[2]
-    )
-    return [grad if need else None for grad, need in zip(grads, needs, strict=True)]
+# Function.apply looks for torch.func's wrappers first, for as long as a small layer takes; the front
+# end has sent those to another backend already.
+APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 
 class _NoDoubleBackward(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,10 @@ from maskmoe_kernels.backends.choice import choose
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
-from maskmoe_kernels.ops.autograd import FORWARD, MaskedLinearFunction
+from maskmoe_kernels.ops.autograd import APPLY, FORWARD, MaskedLinearFunction
+
+# The op behind a backend; the reference is none.
+OP_OF = {"native": "masked_linear", "grouped": "grouped_linear"}
 
 
 def masked_linear(
@@ -47,41 +51,56 @@ def masked_linear(
         LayoutError: A shape, dtype or device that does not fit, or an unknown activation.
         BackendError: The named backend cannot run, or forward-mode AD was asked for.
     """
-    name = activation_name(activation)
-    x, weight, bias = _autocast(x, weight, bias)
+    name = "none" if activation is None else activation_name(activation)
+    if torch._C._is_any_autocast_enabled():
+        x, weight, bias = _autocast(x, weight, bias)
     _check(x, weight, bias, layout)
-    chosen = choose(backend, x)
-    if not torch.compiler.is_compiling():
-        _refuse_forward_ad(x, weight, bias)
+    compiling = torch.compiler.is_compiling()
+    route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
+    op, plan = route or _route(backend, x, layout, keep=not compiling)
+    if not compiling:
+        if forward_ad._current_level >= 0:
+            _refuse_forward_ad(x, weight, bias)
         if torch._C._are_functorch_transforms_active():
-            if backend not in (None, "reference"):
-                raise BackendError(
-                    f"backend {backend!r} does not support torch.func transforms; use "
-                    "backend='reference' or leave the choice open with backend=None"
-                )
-            if backend is None:
-                warnings.warn(
-                    "torch.func transforms run masked_linear on the reference backend, which is "
-                    "slow; pass backend='reference' to say that you know",
-                    stacklevel=2,
-                )
-            chosen = "reference"
-    if chosen == "reference":
+            _warn_or_refuse_transform(backend)
+            op = None
+    if op is None:
         return reference.masked_linear(x, weight, bias, layout, name)
-    plan = plan_of(layout, x.device)
-    op = "grouped_linear" if chosen == "grouped" else "masked_linear"
-    needs_grad = torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if needs_grad:
-        y: Tensor = MaskedLinearFunction.apply(
-            x, weight, bias, plan, layout.id, layout.out_features, name, op
-        )  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        apply: Any = MaskedLinearFunction.apply if compiling else APPLY
+        y: Tensor = apply(x, weight, bias, plan, layout.id, layout.out_features, name, op)
         return y
     result: Tensor = FORWARD[op](
         x, weight, bias, plan, layout.id, layout.out_features, name, False
     )[0]
     return result
+
+
+def _route(
+    backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
+) -> tuple[str | None, Tensor]:
+    # The choice is the same for every call with these three; small layers feel what it costs.
+    op = OP_OF.get(choose(backend, x))
+    route = op, plan_of(layout, x.device)
+    if keep:
+        layout.routes[backend, x.dtype, x.device] = route
+    return route
+
+
+def _warn_or_refuse_transform(backend: str | None) -> None:
+    if backend not in (None, "reference"):
+        raise BackendError(
+            f"backend {backend!r} does not support torch.func transforms; use "
+            "backend='reference' or leave the choice open with backend=None"
+        )
+    if backend is None:
+        warnings.warn(
+            "torch.func transforms run masked_linear on the reference backend, which is slow; "
+            "pass backend='reference' to say that you know",
+            stacklevel=3,
+        )
 
 
 def _autocast(
@@ -100,6 +119,28 @@ def _autocast(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
+    # Layers can be so small that looking twice would show.
+    dtype, device = x.dtype, x.device
+    if (
+        x.dim() == 0
+        or x.size(-1) != layout.in_features
+        or weight.dim() != 1
+        or weight.numel() != layout.num_weights
+        or weight.dtype != dtype
+        or weight.device != device
+        or not dtype.is_floating_point
+    ):
+        _explain(x, weight, bias, layout)
+    if bias is not None and (
+        bias.dim() != 1
+        or bias.numel() != layout.out_features
+        or bias.dtype != dtype
+        or bias.device != device
+    ):
+        _explain(x, weight, bias, layout)
+
+
+def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
     if not x.is_floating_point():
         raise LayoutError(f"x must be floating-point, got {x.dtype}; convert it first")
     if x.dim() == 0 or x.shape[-1] != layout.in_features:
@@ -107,8 +148,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) 
             f"x must be (*, in_features) with in_features={layout.in_features}, got "
             f"{tuple(x.shape)}"
         )
-    if weight.dim() != 1 or weight.shape[0] != layout.num_weights:
-        layout.check_weight(weight)
+    layout.check_weight(weight)
     if bias is not None and (bias.dim() != 1 or bias.shape[0] != layout.out_features):
         raise LayoutError(
             f"bias must be (out_features,) = ({layout.out_features},), got {tuple(bias.shape)}"
@@ -123,8 +163,6 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) 
 
 def _refuse_forward_ad(*inputs: Tensor | None) -> None:
     # Silence would be worse than an error: an op without a rule gives a zero tangent.
-    if forward_ad._current_level < 0:
-        return
     if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in inputs):
         raise BackendError(
             "masked_linear has no forward-mode derivative: its gradient is routed, so it is not "

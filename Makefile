@@ -10,35 +10,56 @@ VENV  := .venv
 BIN   := $(VENV)/bin
 PY    := $(BIN)/python
 READY := $(VENV)/.ready
-PIP   := $(PY) -m pip --disable-pip-version-check --no-input install -qq
+BUILT := maskmoe_kernels/_build.json
+INSTALL := --disable-pip-version-check --no-input install -qq
+PIP   := $(PY) -m pip $(INSTALL)
+
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+TRIAL := build/wheel-$(TORCH)
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
 	sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' >/dev/null 2>&1
+SETUPTOOLS := -c 'import setuptools, sys; \
+	sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null
 # One thread a worker: the processes share the cores already.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test deep lint format bench-smoke clean
+.PHONY: help setup build demo test deep sanitize lint format bench bench-smoke wheel test-wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
+	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
+	@echo "           MASKMOE_BUILD=auto|cpu|cuda|none  CXX=g++"
 
-setup: $(READY) ## Create .venv and install the package with everything the tests need
+setup: $(BUILT) ## Create .venv and install the package with everything the tests need
 
-demo: $(READY) ## Train the toy task (b), print its table, draw its figures
+build: $(READY) ## Build the C++ extension in place, or say why it cannot be built
+	@$(BUILD_IN_PLACE)
+
+demo: $(BUILT) ## Train the toy task (b), print its table, draw its figures
 	@$(BIN)/maskmoe toy --task b --out $(DEMO)
 	@echo "The figures lie in $(DEMO):"
 	@ls $(DEMO)/*.png
 
-test: $(READY) ## Run the whole suite (ARGS='-m "not slow"' leaves out the slow tests)
+test: $(BUILT) ## Run the whole suite (ARGS='-m "not slow"' leaves out the slow tests)
 	@$(PYTEST)
 
-deep: $(READY) ## Run the suite with 2000 examples a property
+deep: $(BUILT) ## Run the suite with 2000 examples a property
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)
+
+sanitize: $(READY) ## Run the kernels' tests with the address and undefined-behaviour sanitizers
+	@CXX="$(CXX)" CXXFLAGS="$(SANITIZE)" MASKMOE_BUILD=cpu \
+	    $(PY) setup.py -q build_ext --build-lib build/sanitize
+	@export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
+	        $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    UBSAN_OPTIONS=print_stacktrace=1 \
+	    MASKMOE_EXTENSION=$(CURDIR)/build/sanitize/maskmoe_kernels/_C.abi3.so; \
+	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["obstacle"])' && \
+	$(PYTEST) $(wildcard tests/backends/test_native.py) tests/ops
 
 lint: $(READY) ## Check style, types and the import contract
 	@$(PY) -m ruff check .
@@ -50,10 +71,31 @@ format: $(READY) ## Format the code and apply the safe fixes
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-bench-smoke: $(READY) ## Run every benchmark once on tiny shapes
+bench: $(BUILT) ## Measure against every rival (ARGS='--suite full --out runs/full')
+	@$(PY) -m bench $(ARGS)
+
+bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
+wheel: $(READY) ## Build the wheel into dist/ and check what it asks of Python and torch
+	@rm -rf dist build/lib* build/bdist*
+	@$(PY) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
+	@$(PY) -c 'import abi3info' 2>/dev/null || $(PIP) --retries 1 abi3info || \
+	    echo "abi3info cannot be had here: Python's names are judged by their first letter." >&2
+	@$(PY) -m tests.abi dist/*.whl
+
+test-wheel: wheel ## Run the suite against the wheel, installed with torch TORCH in build/wheel-TORCH
+	@test -e $(TRIAL)/bin/python || $(PYTHON) -m venv $(TRIAL)
+	@$(TRIAL)/bin/python -m pip $(INSTALL) torch==$(TORCH)
+	@$(TRIAL)/bin/python -m pip $(INSTALL) "$$(echo dist/*.whl)[test]"
+	@$(TRIAL)/bin/python -m pip $(INSTALL) --force-reinstall --no-deps dist/*.whl
+	@rm -rf $(TRIAL)/suite && mkdir $(TRIAL)/suite
+	@cp -R pyproject.toml *.md *.cff tests bench $(TRIAL)/suite
+	@cd $(TRIAL)/suite && OMP_NUM_THREADS=1 \
+	    ../bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
 clean: ## Remove what was built and cached, but not .venv
+	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find maskmoe_kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
@@ -105,6 +147,7 @@ $(READY): pyproject.toml | $(VENV)/pyvenv.cfg
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null
 	@if grep -q 'include-system-site-packages = true' $(VENV)/pyvenv.cfg; then \
 	    echo "Installing maskmoe_kernels and what is missing beside it."; \
+	    $(PY) $(SETUPTOOLS) || $(PIP) --retries 1 'setuptools>=77' || true; \
 	    $(PIP) --no-deps --no-build-isolation -e . || \
 	        echo "Not installed, so there is no 'maskmoe' command; tests run from the checkout." >&2; \
 	    missing=$$($(PY) -c "$$MISSING") || exit 1; \
@@ -118,6 +161,17 @@ $(READY): pyproject.toml | $(VENV)/pyvenv.cfg
 	            echo "torch $(TORCH) cannot be had here; taking the newest there is." >&2; \
 	            $(PIP) 'torch>=2.11'; }; } || exit 1; \
 	    echo "Installing maskmoe_kernels and its tools."; \
-	    $(PIP) -e '.[test]' || exit 1; \
+	    $(PIP) -e '.[test]' 'setuptools>=77' || exit 1; \
 	fi
 	@touch $@
+
+# pip has built the extension already, without a word; what is compiled is not compiled again. Its
+# record is written anew every time, and removed when a build fails.
+define BUILD_IN_PLACE
+if $(PY) $(SETUPTOOLS); then $(PY) setup.py -q build_ext --inplace; \
+    else echo "maskmoe_kernels is built without the extension: no setuptools 77 in $(VENV)" >&2; fi
+endef
+
+# Folders count, too: a file may have been removed.
+$(BUILT): setup.py $(shell find csrc 2>/dev/null) $(READY)
+	@$(BUILD_IN_PLACE)

@@ -1,128 +1,208 @@
-"""Interleaved rounds of every contender on one shape, with error against float64 beside the time.
+"""Interleaved rounds of every contender on one case, in one process.
 
-Machines are shared and noisy: each round runs every contender once, in turn, and the report is
-the median over rounds and the spread (quartiles). Ratios of medians of one process are what
-counts. A step is forward, backward with a random gradient, gradients of x, weight and bias.
+Machines are shared and noisy: a round takes one sample of every contender and phase, in a new
+random order, and what is reported is the median over rounds with its quartiles. A sample of a fast
+contender is several calls, so that it lasts a millisecond. Ratios within one process are what
+counts.
 """
 
 from __future__ import annotations
 
+import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import rivals
-from bench.shapes import FAMILIES
-from maskmoe_kernels import BlockLayout
-from maskmoe_kernels.testing import dense_oracle
+from bench.contender import Contender, Layer, Unavailable
+from bench.counts import count
+from bench.limits import Settings, case_obstacle, obstacle
+from bench.problem import Problem
+from bench.shapes import Case
+from bench.truth import WORST, errors, rows_to_check, truth
+
+SAMPLE = 1e-3  # least seconds of a sample
+MOST_CALLS = 1000  # in one sample
+MOST_ROUNDS = 100
+SLOW, FEW = 30, 2  # this many times slower than the best: this many samples
+LONG_CALL = 1.0  # seconds beyond which the first call is warm-up enough
 
 
-@dataclass(frozen=True)
-class Case:
-    """One hidden layer: a family, d units per expert, B rows, a dtype."""
+@dataclass
+class Runner:
+    """Samples of one contender in one phase, in seconds a call."""
 
-    family: str
-    width: int
-    batch: int
-    dtype: torch.dtype = torch.float32
+    contender: Contender
+    phase: str
+    calls: int = 1
+    first: float = 0.0
+    estimate: float = 0.0
+    times_slower: float = 0.0
+    samples: list[float] = field(default_factory=list)
+
+    def warm_up(self) -> None:
+        """Plans, caches, threads, compilation; and how long a call takes."""
+        self.first = self.estimate = self.sample()
+        if self.first < LONG_CALL or self.contender.compiled:
+            self.estimate = self.sample()
+        self.calls = min(MOST_CALLS, max(1, round(SAMPLE / self.estimate + 0.5)))
+
+    def sample(self) -> float:
+        """Seconds a call; graphs for the backward are made before the clock starts."""
+        contender, calls = self.contender, range(self.calls)
+        synchronize = _synchronize(contender.problem.device)
+        if self.phase == "backward":
+            graphs = [contender.graph() for _ in calls]
+            synchronize()
+            start = time.perf_counter()
+            for graph in graphs:
+                contender.backward(graph)
+        else:
+            call = contender.forward if self.phase == "forward" else contender.step
+            synchronize()
+            start = time.perf_counter()
+            for _ in calls:
+                call()
+        synchronize()
+        return (time.perf_counter() - start) / len(calls)
+
+    def report(self) -> dict[str, Any]:
+        """Microseconds a call: median and quartiles, and what they were made from."""
+        low, median, high = (
+            1e6 * value for value in statistics.quantiles(self.samples, n=4, method="inclusive")
+        )
+        report: dict[str, Any] = {
+            "us": median,
+            "q25": low,
+            "q75": high,
+            "samples": len(self.samples),
+            "calls": self.calls,
+            "first_us": 1e6 * self.first,
+        }
+        if self.times_slower > SLOW:
+            report["fewer"] = f"{self.times_slower:.0f}x slower than the best in the warm-up"
+        return report
 
 
 def measure(
-    case: Case, rounds: int, contenders: Sequence[Any] = rivals.ALL, seed: int = 0
+    case: Case,
+    settings: Settings,
+    gflops: float,
+    contenders: Sequence[type[Contender]] = rivals.ALL,
 ) -> dict[str, Any]:
-    """Times in microseconds, relative errors and FLOPs of every contender on ``case``."""
-    layout = FAMILIES[case.family]().hidden_layout(case.width, case.width)
-    generator = torch.Generator().manual_seed(seed)
+    """Times, counts and errors of every contender on ``case``.
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(case.dtype)
+    Args:
+        case: What to compute.
+        settings: How to measure.
+        gflops: This machine's measured GEMM rate in the case's dtype.
+        contenders: Ours and the others.
 
-    dense = normal(layout.out_features, layout.in_features) * layout.mask()
-    dense /= layout.in_features**0.5
-    bias, x = normal(layout.out_features), normal(case.batch, layout.in_features)
-    grad = normal(case.batch, layout.out_features)
-    built = {kind.name: kind(layout, dense, bias) for kind in contenders}
-    leaf = x.clone().requires_grad_()
-    runs: dict[tuple[str, str], Callable[[], Any]] = {}
-    for name, contender in built.items():
-        runs[name, "forward"] = lambda c=contender: _forward(c, x)
-        runs[name, "step"] = lambda c=contender: _step(c, leaf, grad)
-    times = _rounds(runs, rounds)
-    truth = _truth(layout, dense, bias, x, grad)
-    flops = 2 * case.batch * layout.num_weights
-    step_flops = 2 * flops + 2 * case.batch * layout.num_routed_weights
+    Raises:
+        Unavailable: The case as a whole is beyond the settings.
+    """
+    problem = Problem.of(case, settings.device)
+    reason = case_obstacle(problem, settings, gflops)
+    if reason is not None:
+        raise Unavailable(reason)
+    if settings.compile:
+        torch._dynamo.reset()  # recompilations are limited, and the last case had its own
+    rows = rows_to_check(problem)
+    true = truth(problem, rows)
+    records: dict[str, dict[str, Any]] = {}
+    runners: list[Runner] = []
+    for kind in contenders:
+        record = records[kind.name] = {
+            "number": kind.number,
+            "note": kind.note,
+            "exact": kind.exact,
+            "floor": kind.floor,
+        }
+        try:
+            reason = obstacle(kind, problem, settings, gflops)
+            if reason is not None:
+                raise Unavailable(reason)
+            contender = kind(problem)
+            record["error"] = _checked(contender, true, rows)
+            ready = [Runner(contender, phase) for phase in kind.phases]
+            for runner in ready:
+                runner.warm_up()
+        except Exception as error:  # what cannot run is reported with its reason, not dropped
+            record["unavailable"] = _words(error)
+        else:
+            runners += ready
+    _run_rounds(runners, settings, case)
+    for runner in runners:
+        phases = records[runner.contender.name].setdefault("phases", {})
+        phases[runner.phase] = runner.report()
     return {
-        "family": case.family,
-        "d": case.width,
-        "B": case.batch,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "density": layout.density,
-        "flops": {"forward": flops, "step": step_flops},
-        "contenders": {
-            kind.name: {
-                "note": kind.note,
-                **{what: times[kind.name, what] for what in ("forward", "step")},
-                "error": _errors(built[kind.name], x, grad, truth),
-            }
-            for kind in contenders
-        },
+        **vars(case),
+        "experts": len(problem.layout.row_sizes),
+        "density": problem.layout.density,
+        "counts": {phase: vars(counts) for phase, counts in count(problem).items()},
+        "error_rows": rows,
+        "contenders": records,
     }
 
 
-def _forward(contender: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return contender(x)
+def _checked(contender: Contender, true: dict[str, Tensor], rows: int) -> dict[str, float]:
+    """Errors of what it computes; a floor has none.
+
+    Raises:
+        Unavailable: It claims to be exact and is not.
+    """
+    if not isinstance(contender, Layer):
+        return {}
+    found = errors(contender.results(rows), true)
+    limit = WORST[contender.problem.dtype]
+    wrong = {name: error for name, error in found.items() if not error <= limit}
+    if contender.exact and wrong:
+        name, error = max(wrong.items(), key=lambda pair: pair[1])
+        raise Unavailable(f"wrong: {name} is off by {error:.1e} of its largest value")
+    return found
 
 
-def _step(contender: Any, x: Tensor, grad: Tensor) -> None:
-    for leaf in (x, *contender.parameters):
-        leaf.grad = None
-    contender(x).backward(grad)
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 300 else text[:300] + " ..."
+    return text if isinstance(error, Unavailable) else f"{type(error).__name__}: {text}"
 
 
-def _rounds(
-    runs: dict[tuple[str, str], Callable[[], Any]], rounds: int
-) -> dict[tuple[str, str], dict[str, float]]:
-    for run in runs.values():
-        run()  # warm up: plans, caches, threads
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in runs}
-    for _ in range(rounds):
-        for key, run in runs.items():
-            start = time.perf_counter()
-            run()
-            samples[key].append((time.perf_counter() - start) * 1e6)
-    result = {}
-    for key, values in samples.items():
-        low, median, high = statistics.quantiles(values, n=4)
-        result[key] = {"us": median, "q25": low, "q75": high}
-    return result
+def _run_rounds(runners: list[Runner], settings: Settings, case: Case) -> None:
+    for phase in {runner.phase for runner in runners}:
+        same = [r for r in runners if r.phase == phase]
+        best = min((r.estimate for r in same if not r.contender.floor), default=float("inf"))
+        for runner in same:
+            runner.times_slower = runner.estimate / best
+    order = random.Random(str(case))
+    with _no_collection():
+        end = time.perf_counter() + settings.budget
+        for done in range(MOST_ROUNDS):
+            if done >= settings.rounds and time.perf_counter() > end:
+                break
+            for runner in order.sample(runners, len(runners)):
+                if done < FEW or runner.times_slower <= SLOW:
+                    runner.samples.append(runner.sample())
 
 
-def _truth(
-    layout: BlockLayout, dense: Tensor, bias: Tensor, x: Tensor, grad: Tensor
-) -> dict[str, Tensor]:
-    weight = layout.pack(dense).double().requires_grad_()
-    leaf = x.double().requires_grad_()
-    y = dense_oracle(leaf, weight, bias, layout)
-    grad_x, grad_w = torch.autograd.grad(y, (leaf, weight), grad.double())
-    return {"y": y.detach(), "grad_x": grad_x, "grad_weight": layout.unpack(grad_w)}
+def _synchronize(device: torch.device) -> Callable[[], None]:
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def _errors(contender: Any, x: Tensor, grad: Tensor, truth: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result relative to the largest true value."""
-    leaf = x.clone().requires_grad_()
-    for parameter in contender.parameters:
-        parameter.grad = None
-    y = contender(leaf)
-    y.backward(grad)
-    # Where a contender has no mask on its gradient of W, absent entries are compared too.
-    found = {"y": y.detach(), "grad_x": leaf.grad, "grad_weight": contender.dense_grad()}
-    return {
-        name: float((found[name].double() - value).abs().max() / value.abs().max())
-        for name, value in truth.items()
-    }
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,9 +1,12 @@
-"""The families everybody is measured on."""
+"""What is measured: families of experts, cases, and the suites made of them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
 
 from maskmoe_kernels import SubsetFamily
 
@@ -60,9 +63,112 @@ FAMILIES: dict[str, Callable[[], SubsetFamily]] = {
     "toy3": _toy3,
     "ncf4": _ncf4,
     "spotify8": _spotify8,
+    "chain16": lambda: _chain(16),
     "powerset4": lambda: _powerset(4),
     "powerset6": lambda: _powerset(6),
     "powerset8": lambda: _powerset(8),
     "pairs22": lambda: _singles_and_pairs(22),
-    "chain16": lambda: _chain(16),
+}
+#: 3 to 16 experts.
+SMALL = ("toy3", "ncf4", "spotify8", "chain16", "powerset4")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One hidden layer: a family, d units per expert, B rows, the name of a dtype."""
+
+    family: str
+    width: int
+    batch: int
+    dtype: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.family} d={self.width} B={self.batch} {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every combination of some families, widths, batches and dtypes."""
+
+    families: Sequence[str]
+    widths: Sequence[int]
+    batches: Sequence[int]
+    dtypes: Sequence[str] = tuple(DTYPES)
+
+    def cases(self) -> list[Case]:
+        """The cases, small batches first."""
+        combined = itertools.product(self.batches, self.dtypes, self.families, self.widths)
+        return [Case(family, width, batch, dtype) for batch, dtype, family, width in combined]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cases and how long to stay with each.
+
+    Attributes:
+        grids: What is measured.
+        rounds: Least rounds a case.
+        budget: Seconds a case may go on beyond its least rounds.
+        longest: Seconds; what would take longer at the measured GEMM rate is left out.
+    """
+
+    grids: Sequence[Grid]
+    rounds: int = 5
+    budget: float = 3.0
+    longest: float = 1.0
+
+    def cases(
+        self,
+        families: Sequence[str] | None = None,
+        widths: Sequence[int] | None = None,
+        batches: Sequence[int] | None = None,
+        dtypes: Sequence[str] | None = None,
+    ) -> list[Case]:
+        """All cases, each filter taking the place of the suite's own values."""
+        grids = [
+            Grid(
+                families or grid.families,
+                widths or grid.widths,
+                batches or grid.batches,
+                dtypes or grid.dtypes,
+            )
+            for grid in self.grids
+        ]
+        return list(dict.fromkeys(case for grid in grids for case in grid.cases()))
+
+
+SUITES = {
+    # Does everything run? One case has the batch from which a summary is made.
+    "smoke": Suite(
+        [
+            Grid(["toy3"], [16], [256]),
+            Grid(["powerset4"], [16], [64], ["float32"]),
+            Grid(["toy3"], [16], [2048], ["float32"]),
+        ],
+        rounds=3,
+        budget=0.1,
+    ),
+    # About two minutes: a small, a middle and a large family.
+    "quick": Suite(
+        [
+            Grid(["ncf4", "powerset4", "powerset6"], [16, 64], [4096], ["float32"]),
+            Grid(["ncf4", "powerset6"], [32], [256]),
+            Grid(["pairs22"], [16], [256], ["float32"]),
+            Grid(["powerset4"], [32], [4096], ["bfloat16"]),
+        ],
+        rounds=5,
+        budget=3.0,
+    ),
+    # About forty minutes on two cores of 100 GFLOP/s together.
+    "full": Suite(
+        [
+            Grid(list(FAMILIES), [16, 32, 64, 128], [256, 4096]),
+            # So many rows take long and move the same bytes a row: a few shapes are enough.
+            Grid(SMALL, [16], [65536]),
+            Grid(["toy3", "ncf4"], [64], [65536]),
+        ],
+        rounds=4,
+        budget=3.0,
+    ),
 }

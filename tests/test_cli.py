@@ -12,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+import bench.command
 import maskmoe_kernels as mk
+from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.experiments import figures, toy
 from maskmoe_kernels.experiments.movielens import MODELS, Options
 from tests.experiments.tiny import write_movielens
 
-COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"])
+COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["bench"])
+IN_CHECKOUT = (Path(mk.__file__).parent.parent / "bench").is_dir()
+needs_checkout = pytest.mark.skipif(not IN_CHECKOUT, reason="the installed package has no bench/")
 TRAIN = ["--epochs", "1", "--batch-size", "512"]
 
 
@@ -56,6 +60,8 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 @pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if command == ["bench"] and not IN_CHECKOUT:
+        pytest.skip("the installed package has no bench/")
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
     assert left.value.code == 0
@@ -299,3 +305,46 @@ def test_explain_says_what_is_wrong(trained: Path, folder: Path, capsys: Any) ->
     assert "holds the 'content' model" in error_of(capsys, [*words, *other])
     none = ["--checkpoint", str(trained / "none.pt"), "--user", "1"]
     assert "no such checkpoint" in error_of(capsys, [*words, *none])
+
+
+# --- bench -------------------------------------------------------------------------------
+
+
+@needs_checkout
+def test_bench_hands_its_words_on(monkeypatch: Any) -> None:
+    got: list[Any] = []
+
+    def command(words: list[str], program: str, console: Any) -> int:
+        got.append((words, program))
+        return len(got) - 1
+
+    monkeypatch.setattr(bench.command, "main", command)
+    assert main("bench --suite full --families toy3 --resume".split()) == 0
+    assert main("bench compare a.json b.json --threshold 1.2".split()) == 1
+    assert got == [
+        ("--suite full --families toy3 --resume".split(), "maskmoe bench"),
+        ("compare a.json b.json --threshold 1.2".split(), "maskmoe bench"),
+    ]
+
+
+@needs_checkout
+def test_bench_is_one_line_on_an_error(tmp_path: Path, capsys: Any) -> None:
+    missing = str(tmp_path / "none.json")
+    assert "none.json" in error_of(capsys, ["bench", "compare", missing, missing])
+    assert "--device cuda:99" in error_of(capsys, ["bench", "--device", "cuda:99"])
+
+
+def test_bench_lives_in_a_checkout(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli.py"))
+    for words in (["bench"], ["bench", "--help"], ["bench", "compare", "a", "b"]):
+        assert "lives in a checkout of maskmoe_kernels" in error_of(capsys, words)
+
+
+@needs_checkout
+def test_bench_resumes_after_ctrl_c(monkeypatch: Any, capsys: Any) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.command, "main", interrupted)
+    assert main(["bench"]) == 130
+    assert "--resume" in capsys.readouterr().err

@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from maskmoe_kernels import BlockLayout, masked_linear
+from bench.contender import Layer
+from bench.problem import Problem
+from maskmoe_kernels import masked_linear
 
 
-class Ours:
+class Ours(Layer):
     """Packed weight, routed gradient."""
 
     name = "ours"
-    note = ""
 
-    def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
-        self.layout = layout
-        self.weight = layout.pack(dense).detach().requires_grad_()
-        self.bias = bias.clone().requires_grad_()
-        self.parameters = (self.weight, self.bias)
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self.parameters = (problem.packed, problem.bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """``(B, in)`` to ``(B, out)``."""
-        return masked_linear(x, self.weight, self.bias, self.layout)
+        weight, bias = self.parameters
+        return masked_linear(x, weight, bias, self.problem.layout)
 
-    def dense_grad(self) -> Tensor:
-        """Gradient of the weight as ``(out, in)``."""
-        return self.layout.unpack(self.weight.grad)
+    def compact_grads(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return self.problem.from_packed(grads[0]), grads[1]

@@ -6,47 +6,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskmoe_kernels import BlockLayout
+from bench.contender import Compiled, Layer
+from bench.problem import Problem
 
 
-class PaperStyle:
-    """``Linear(cat([h_i, *[h_j.detach()]]))`` for each expert."""
+class PaperStyle(Layer):
+    """``Linear(cat([h_i, *[h_j.detach()]]))`` for each expert.
+
+    On any other layout an expert's input is detached wherever its block routes no gradient.
+    """
 
     name = "paper style"
-    note = ""
+    number = "1"
 
-    def __init__(self, layout: BlockLayout, dense: Tensor, bias: Tensor) -> None:
-        self.layout = layout
-        self.sizes = list(layout.row_sizes)
-        self.sources = layout.row_blocks()
-        blocks = dense.split(self.sizes)
-        self.weights = []
-        for rows, sources in zip(blocks, self.sources, strict=True):
-            parts = rows.split(list(layout.col_sizes), 1)
-            kept = torch.cat([parts[j] for j in sources], 1)
-            self.weights.append(kept.detach().requires_grad_())
-        self.biases = [b.clone().requires_grad_() for b in bias.split(self.sizes)]
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        layout = problem.layout
+        self.widths = list(layout.col_sizes)
+        routed = layout.routes_grad.tolist()
+        self.sources = [
+            [(j, routed[i][j]) for j in sources] for i, sources in enumerate(problem.sources)
+        ]
+        matrices = problem.row_matrices(problem.compact.detach())
+        biases = problem.bias.detach().split(list(layout.row_sizes))
+        self.weights = [matrix.requires_grad_() for matrix in matrices]
+        self.biases = [bias.requires_grad_() for bias in biases]
         self.parameters = (*self.weights, *self.biases)
 
+    @classmethod
+    def flops(cls, problem: Problem) -> int:
+        # Autograd works out the gradient of all sources, and drops that of the detached ones.
+        return 6 * problem.batch * problem.layout.num_weights
+
     def __call__(self, x: Tensor) -> Tensor:
-        """``(B, in)`` to ``(B, out)``."""
-        h = x.split(list(self.layout.col_sizes), 1)
+        h = x.split(self.widths, 1)
         held = [part.detach() for part in h]
-        outputs = [
-            F.linear(torch.cat([h[j] if j == i else held[j] for j in sources], 1), w, b)
-            for i, (sources, w, b) in enumerate(
-                zip(self.sources, self.weights, self.biases, strict=True)
-            )
-        ]
+        outputs = []
+        for sources, weight, bias in zip(self.sources, self.weights, self.biases, strict=True):
+            seen = [h[j] if routed else held[j] for j, routed in sources]
+            whole = seen[0] if len(seen) == 1 else torch.cat(seen, 1)
+            outputs.append(F.linear(whole, weight, bias))
         return torch.cat(outputs, 1)
 
-    def dense_grad(self) -> Tensor:
-        """Gradient of the weight as ``(out, in)``."""
-        dense = self.weights[0].new_zeros(self.layout.out_features, self.layout.in_features)
-        columns = self.layout.col_offsets
-        for i, sources in enumerate(self.sources):
-            start, stop = self.layout.row_offsets[i : i + 2]
-            widths = [self.layout.col_sizes[j] for j in sources]
-            for j, part in zip(sources, self.weights[i].grad.split(widths, 1), strict=True):
-                dense[start:stop, columns[j] : columns[j + 1]] = part
-        return dense
+    def compact_grads(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        count = len(self.weights)
+        return torch.cat([g.reshape(-1) for g in grads[:count]]), torch.cat(grads[count:])
+
+
+class PaperStyleCompiled(Compiled, PaperStyle):
+    """The same under ``torch.compile``."""
+
+    name = "paper style, compiled"

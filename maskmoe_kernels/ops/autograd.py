@@ -70,8 +70,8 @@ class MaskedLinearFunction(torch.autograd.Function):
         return (*grads, None, None, None, None, None)
 
 
-# Function.apply looks for torch.func's wrappers first, for as long as a small layer takes; the front
-# end has sent those to another backend already.
+# Function.apply looks for torch.func's wrappers first, which small layers feel; the front end has
+# sent those to another backend already.
 APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 

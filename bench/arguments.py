@@ -1,0 +1,151 @@
+"""The arguments of the command: a run, ``compare`` or ``train``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench.shapes import DTYPES, FAMILIES
+
+
+def parse(argv: Sequence[str], program: str) -> tuple[str, argparse.Namespace]:
+    """Which of ``run``, ``compare`` and ``train``, and its arguments.
+
+    Raises:
+        SystemExit: 2 for arguments that cannot be parsed, 0 after ``--help``.
+    """
+    words = list(argv)
+    kind = words.pop(0) if words[:1] in (["compare"], ["train"]) else "run"
+    return kind, _PARSERS[kind](program).parse_args(words)
+
+
+def _parser(program: str, text: str, *examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=program,
+        description=text,
+        epilog="\n  ".join(["example:", *examples]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _run_parser(program: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        program,
+        "Our layers beside the best that can be written without them: interleaved rounds on every\n"
+        "case of a suite. Writes bench.json, after each case, and two pictures into --out.\n"
+        f"See also `{program} compare --help` and `{program} train --help`.",
+        f"{program} --suite quick --out runs/bench",
+        f"{program} compare runs/before/bench.json runs/bench/bench.json",
+        f"{program} train --batch 256",
+    )
+    add = parser.add_argument
+    families = ", ".join(FAMILIES)
+    add("--suite", choices=("quick", "full"), default="quick", help="default: %(default)s")
+    add("--smoke", action="store_true", help="tiny cases of everything: does it run?")
+    add(
+        "--families",
+        nargs="+",
+        choices=FAMILIES,
+        metavar="NAME",
+        help=f"instead of the suite's: {families}",
+    )
+    add("--widths", nargs="+", type=_positive, metavar="D", help="units an expert")
+    add("--batch", nargs="+", type=_positive, metavar="B", help="rows")
+    add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
+    add("--rounds", type=_positive, metavar="N", help="least rounds a case")
+    add("--budget", type=_seconds, metavar="S", help="seconds of rounds a case")
+    add(
+        "--longest",
+        type=_seconds,
+        metavar="S",
+        help="leave out what would take longer than this at the rate of torch's own GEMM",
+    )
+    add(
+        "--memory",
+        type=_seconds,
+        default=12.0,
+        metavar="GB",
+        help="leave out what needs more (default: %(default)g)",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="the torch.compile variants too, up to 16 experts: tens of seconds each",
+    )
+    add("--resume", action="store_true", help="keep the cases that --out holds")
+    return _with_common(parser)
+
+
+def _compare_parser(program: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        f"{program} compare",
+        "What became slower or faster between two results. A change counts where our time, its\n"
+        "ratio to the floor and its ratio to the best rival all say so and the quartiles lie\n"
+        "apart. Exit status 1: something became slower.",
+        f"{program} compare runs/before/bench.json runs/bench/bench.json",
+    )
+    parser.set_defaults(threads=None)
+    add = parser.add_argument
+    add("first", type=Path, metavar="FIRST", help="bench.json of the earlier run")
+    add("second", type=Path, metavar="SECOND", help="bench.json of the later run")
+    add(
+        "--threshold",
+        type=_ratio,
+        default=1.1,
+        metavar="X",
+        help="a change below this ratio is none (default: %(default)g)",
+    )
+    return parser
+
+
+def _train_parser(program: str) -> argparse.ArgumentParser:
+    parser = _parser(
+        f"{program} train",
+        "Samples a second of training the MovieLens model: ours, the black box, paper style.\n"
+        "Random ids and labels of the real sizes. Writes training.json into --out.",
+        f"{program} train --batch 256",
+    )
+    add = parser.add_argument
+    add("--batch", nargs="+", type=_positive, default=[256, 4096], metavar="B", help="rows")
+    add("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--smoke", action="store_true", help="tiny: does it run?")
+    return _with_common(parser)
+
+
+def _with_common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    add("--threads", type=_positive, metavar="N", help="of torch (default: its own choice)")
+    add("--out", type=Path, metavar="DIR", help="default: runs/bench")
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
+    return value
+
+
+def _seconds(text: str) -> float:
+    return _number(text, 0)
+
+
+def _ratio(text: str) -> float:
+    return _number(text, 1)
+
+
+def _number(text: str, least: float) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from {least}, got {text!r}")
+    return value
+
+
+_PARSERS = {"run": _run_parser, "compare": _compare_parser, "train": _train_parser}

@@ -1,0 +1,172 @@
+"""The command: ``python -m bench``, which is also ``maskmoe bench``."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench import compare, pictures, results, training
+from bench.arguments import parse
+from bench.contender import Unavailable
+from bench.harness import measure
+from bench.limits import Settings
+from bench.roofs import Roofs, measure_roofs
+from bench.shapes import DTYPES, SUITES, Case
+from bench.summary import print_summary, summarize
+from bench.table import print_result
+from maskmoe_kernels.errors import BackendError, DataError
+
+
+def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
+    """Measure, compare or train.
+
+    Args:
+        argv: Arguments without the program's name.
+        program: Its name, for the help.
+        console: Where tables go.
+
+    Returns:
+        0; 1 where ours did not run, or became slower in a comparison.
+
+    Raises:
+        DataError: A result file that cannot be used.
+        BackendError: A device that is none.
+        OSError: A file that cannot be read or written.
+    """
+    kind, arguments = parse(argv or [], program)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    return _COMMANDS[kind](arguments, console)
+
+
+# --- Run ---------------------------------------------------------------------------------
+
+
+def _run(arguments: argparse.Namespace, console: Console) -> int:
+    check_device(arguments.device)
+    name = "smoke" if arguments.smoke else arguments.suite
+    out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
+    suite = SUITES[name]
+    settings = Settings(
+        rounds=arguments.rounds or suite.rounds,
+        budget=suite.budget if arguments.budget is None else arguments.budget,
+        longest=suite.longest if arguments.longest is None else arguments.longest,
+        memory=arguments.memory * 1e9,
+        compile=arguments.compile,
+        device=arguments.device,
+    )
+    cases = suite.cases(arguments.families, arguments.widths, arguments.batch, arguments.dtypes)
+    path = out / results.NAME
+    here = results.machine(arguments.device)
+    written = {"suite": name, **asdict(settings)}
+    document = results.start(path, here, written, arguments.resume)
+    _measure_all(cases, settings, document, path, console)
+    missing = pictures.draw(document, out)
+    print_summary(document["summary"], console)
+    if name == "smoke":
+        _smoke_the_rest(document, arguments, out, console)
+    console.print(
+        f"{path} and two pictures" if missing is None else f"{path}; no pictures: {missing}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 1 if document["summary"]["failed"] else 0
+
+
+def _measure_all(
+    cases: Sequence[Case],
+    settings: Settings,
+    document: dict[str, Any],
+    path: Path,
+    console: Console,
+) -> None:
+    """Every case that is not in ``document`` yet; written after each."""
+    small = document["settings"]["suite"] == "smoke"
+    done = results.finished(document)
+    open_cases = [case for case in cases if case not in done]
+    if len(open_cases) < len(cases):
+        kept = len(cases) - len(open_cases)
+        console.print(f"{kept} of {len(cases)} cases are done already", highlight=False)
+    document["summary"] = summarize(document["results"])
+    started = time.perf_counter()
+    for k, case in enumerate(open_cases):
+        if case.dtype not in document["roofs"]:
+            roofs = measure_roofs(DTYPES[case.dtype], settings.device, small)
+            document["roofs"][case.dtype] = asdict(roofs)
+        roofs = Roofs(**document["roofs"][case.dtype])
+        try:
+            result = measure(case, settings, roofs.gflops)
+        except (Unavailable, MemoryError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            document["skipped"][str(case)] = reason
+            console.print(f"{case}: skipped: {reason}", markup=False, highlight=False)
+        else:
+            document["results"].append(result)
+            print_result(result, console)
+        document["summary"] = summarize(document["results"])
+        results.save(path, document)
+        spent = time.perf_counter() - started
+        console.print(f"{k + 1} of {len(open_cases)} cases, {spent:.0f} s\n", highlight=False)
+
+
+def _smoke_the_rest(
+    document: dict[str, Any], arguments: argparse.Namespace, out: Path, console: Console
+) -> None:
+    """The other commands on what was just measured."""
+    console.print("The run compared to itself:")
+    compare.print_comparison(document, document, 1.1, console)
+    training.run(training.SMOKE, out, arguments.device, console)
+
+
+# --- Compare and train -------------------------------------------------------------------
+
+
+def _compare(arguments: argparse.Namespace, console: Console) -> int:
+    a, b = results.load(arguments.first), results.load(arguments.second)
+    return int(compare.print_comparison(a, b, arguments.threshold, console))
+
+
+def _train(arguments: argparse.Namespace, console: Console) -> int:
+    check_device(arguments.device)
+    plan = (
+        training.SMOKE
+        if arguments.smoke
+        else training.Plan(
+            batches=tuple(arguments.batch),
+            rounds=arguments.rounds,
+            compile=not arguments.no_compile,
+        )
+    )
+    out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
+    training.run(plan, out, arguments.device, console)
+    return 0
+
+
+def check_device(device: str) -> None:
+    """Raise BackendError unless torch can use ``device`` here."""
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackendError(f"--device {device} cannot be used here: {reason}") from error
+
+
+_COMMANDS = {"run": _run, "compare": _compare, "train": _train}
+
+
+def entry(words: list[str]) -> int | str:
+    """The exit status of ``python -m bench``: :func:`main`, or its error in one line."""
+    try:
+        return main(words, "python -m bench", Console())
+    except (BackendError, DataError, OSError) as error:
+        return f"error: {' '.join(str(error).split())}"
+    except KeyboardInterrupt:
+        return "interrupted; what was measured is kept: go on with --resume"

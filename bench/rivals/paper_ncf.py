@@ -1,0 +1,73 @@
+"""Rival 1 as a whole network: the interpretable NCF as a list of ``nn.Linear`` an expert."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels import BlockLayout
+from maskmoe_kernels.models import InterpretableNCF
+
+
+class PaperStyleNCF(nn.Module):
+    """The same function and the same weights as an :class:`InterpretableNCF`.
+
+    The activations of an expert stay a tensor of their own from the input to the logit, so that
+    nothing is split or joined but what an expert reads.
+
+    Args:
+        model: Whose weights to take.
+    """
+
+    def __init__(self, model: InterpretableNCF) -> None:
+        super().__init__()
+        self.inputs, self.family = model.inputs, model.family
+        self.layers = nn.ModuleList()  # of a list each
+        self.sources: list[list[list[tuple[int, bool]]]] = []
+        layers: Any = model.experts.layers
+        for layer in layers:
+            layout: BlockLayout = layer.layout
+            routed = layout.routes_grad.tolist()
+            sources = layout.row_blocks()
+            self.sources.append([[(j, routed[i][j]) for j in of] for i, of in enumerate(sources)])
+            self.layers.append(_linears(layout, layer.dense_weight().detach(), layer.bias.detach()))
+
+    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
+        """Logits ``(B, 4)``; arguments as :class:`InterpretableNCF`."""
+        inputs: Any = self.inputs
+        h = [inputs.content(codes, numeric), inputs.user(user), inputs.item(item)]
+        last = len(self.sources) - 1
+        layer: Any
+        for k, (layer, sources) in enumerate(zip(self.layers, self.sources, strict=True)):
+            held = [part.detach() for part in h]
+            seen = [
+                torch.cat([h[j] if routed else held[j] for j, routed in of], -1)
+                if len(of) > 1
+                else h[of[0][0]]
+                for of in sources
+            ]
+            h = [linear(x) for linear, x in zip(layer, seen, strict=True)]
+            if k < last:
+                h = [torch.relu(part) for part in h]
+        return torch.cat(h, -1)
+
+
+def _linears(layout: BlockLayout, weight: Tensor, bias: Tensor) -> nn.ModuleList:
+    """One ``nn.Linear`` a row block, over its sources side by side."""
+    linears = nn.ModuleList()
+    rows = zip(
+        weight.split(list(layout.row_sizes)),
+        bias.split(list(layout.row_sizes)),
+        layout.row_blocks(),
+        strict=True,
+    )
+    for own, own_bias, sources in rows:
+        parts = own.split(list(layout.col_sizes), 1)
+        kept = torch.cat([parts[j] for j in sources], 1)
+        linear = nn.Linear(kept.shape[1], len(kept))
+        linear.weight = nn.Parameter(kept.clone())
+        linear.bias = nn.Parameter(own_bias.clone())
+        linears.append(linear)
+    return linears

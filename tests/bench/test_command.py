@@ -1,0 +1,186 @@
+"""``maskmoe bench``: files, resuming, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench import command, results
+from bench.contender import Unavailable
+from bench.roofs import Roofs, measure_roofs
+from bench.shapes import Case
+from maskmoe_kernels.errors import BackendError, DataError
+from tests.bench.made import document, result
+
+TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
+TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32".split()
+TINY += "--rounds 2 --budget 0 --out".split()
+
+
+@pytest.fixture(autouse=True)
+def _quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "measure_roofs", lambda *_: Roofs(100.0, 10.0))
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(width=200)
+
+
+def run(words: list[str], console: Console) -> tuple[int, str]:
+    with console.capture() as capture:
+        code = command.main(words, "bench", console)
+    return code, capture.get()
+
+
+def cases(path: Path) -> list[str]:
+    written = json.loads((path / results.NAME).read_text("utf-8"))["results"]
+    return [r["family"] for r in written]
+
+
+def test_a_run(tmp_path: Path, console: Console) -> None:
+    code, told = run([*TINY, str(tmp_path)], console)
+    assert code == 0
+    written = results.load(tmp_path / results.NAME)
+    assert [r["family"] for r in written["results"]] == ["toy3", "ncf4"]
+    assert written["machine"]["backend"] in written["machine"]["info"]["backends"]
+    assert written["machine"]["cores"] > 0
+    assert written["settings"]["rounds"] == 2
+    assert written["roofs"]["float32"] == {"gflops": 100.0, "gbs": 10.0}
+    assert written["summary"]["compared"] == 6
+    assert "toy3 d=8 B=16 float32" in told
+    assert "2 of 2 cases" in told
+
+
+def test_a_killed_run_loses_nothing_and_resumes(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def measure(case: Case, *_: Any) -> dict[str, Any]:
+        if case.family == "ncf4" and not measured.count("again"):
+            raise KeyboardInterrupt
+        measured.append(case.family)
+        return result(case, TIMES)
+
+    monkeypatch.setattr(command, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        run([*TINY, str(tmp_path)], console)
+    assert cases(tmp_path) == ["toy3"]
+    assert results.load(tmp_path / results.NAME)["summary"]["compared"] == 3
+    measured.append("again")
+    code, told = run([*TINY, str(tmp_path), "--resume"], console)
+    assert code == 0
+    assert measured == ["toy3", "again", "ncf4"]
+    assert cases(tmp_path) == ["toy3", "ncf4"]
+    assert "1 of 2 cases are done already" in told
+
+
+def test_resuming_elsewhere_is_refused(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.save(tmp_path / results.NAME, document(result(Case("toy3", 8, 16), TIMES)))
+    with pytest.raises(DataError, match=r"measured elsewhere .*cpu: a / "):
+        run([*TINY, str(tmp_path), "--resume"], console)
+
+
+def test_skipped_cases_are_written(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(case: Case, *_: Any) -> dict[str, Any]:
+        if case.family == "toy3":
+            raise Unavailable("too large for [this]")
+        return result(case, TIMES)
+
+    monkeypatch.setattr(command, "measure", measure)
+    code, told = run([*TINY, str(tmp_path)], console)
+    assert code == 0
+    written = results.load(tmp_path / results.NAME)
+    assert written["skipped"] == {"toy3 d=8 B=16 float32": "too large for [this]"}
+    assert cases(tmp_path) == ["ncf4"]
+    assert "skipped: too large for [this]" in told
+
+
+def test_a_broken_layer_of_ours_is_an_error(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(case: Case, *_: Any) -> dict[str, Any]:
+        made = result(case, TIMES)
+        made["contenders"]["ours"] = {"unavailable": "no", "exact": True, "floor": False}
+        return made
+
+    monkeypatch.setattr(command, "measure", measure)
+    code, told = run([*TINY, str(tmp_path)], console)
+    assert code == 1
+    assert "ours did not run" in told
+
+
+def test_compare(tmp_path: Path, console: Console) -> None:
+    paths = []
+    for name, ours in (("old", 100.0), ("new", 150.0)):
+        made = document(result(Case("toy3", 8, 4096), TIMES | {"ours": ours}))
+        results.save(tmp_path / f"{name}.json", made)
+        paths.append(str(tmp_path / f"{name}.json"))
+    assert run(["compare", *paths], console)[0] == 1
+    assert run(["compare", *paths, "--threshold", "2"], console)[0] == 0
+    assert run(["compare", *reversed(paths)], console)[0] == 0
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 1}', "\xff"])
+def test_files_that_are_no_results(text: str, tmp_path: Path, console: Console) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=r"x\.json"):
+        run(["compare", str(path), str(path)], console)
+
+
+def test_train_smoke(tmp_path: Path, console: Console) -> None:
+    code, told = run(["train", "--smoke", "--out", str(tmp_path)], console)
+    assert code == 0
+    assert "samples/s" in told
+    assert (tmp_path / "training.json").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["train"]], ids=["run", "train"])
+def test_a_device_that_is_none(words: list[str], tmp_path: Path, console: Console) -> None:
+    with pytest.raises(BackendError, match="--device cuda:99 cannot be used here"):
+        run([*words, "--device", "cuda:99", "--out", str(tmp_path)], console)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--suite huge", "invalid choice: 'huge'"),
+        ("--families toy4", "invalid choice: 'toy4'"),
+        ("--rounds 0", "expected a whole number from 1, got '0'"),
+        ("--budget nan", "expected a number from 0, got 'nan'"),
+        ("compare a.json", "required: SECOND"),
+        ("compare a b --threshold 0.5", "expected a number from 1, got '0.5'"),
+    ],
+)
+def test_arguments_that_cannot_be_parsed(
+    words: str, message: str, console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.main(words.split(), "bench", console)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_entry_says_errors_in_one_line(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none.json")
+    told = command.entry(["compare", missing, missing])
+    assert isinstance(told, str)
+    assert told.startswith("error: ")
+    assert "none.json" in told
+
+
+def test_roofs_are_what_the_machine_does() -> None:
+    roofs = measure_roofs(torch.float32, "cpu", small=True)
+    assert 0.1 < roofs.gflops < 1e5
+    assert 0.1 < roofs.gbs < 1e4

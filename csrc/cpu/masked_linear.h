@@ -147,6 +147,8 @@ struct MaskedLinear {
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        // These columns of the rows after these.
+        __builtin_prefetch(from + kTogether * step + column * (D == Dtype::kFloat32 ? 4 : 2));
         I::store(to, then(load_as<D>(from, column), r));
       }
     } else {
@@ -266,8 +268,25 @@ struct MaskedLinear {
     Activation activation;  // none, relu or leaky_relu
   };
 
-  // Rows farther apart than this are fetched a tile ahead: the machine does not foresee them.
-  static constexpr int64_t kNear = 128;
+  // sum += x w for one input: its value in R rows, its weights for N vectors of lanes.
+  template <int R, int N, bool Shared>
+  [[gnu::always_inline]] static void step(V (&sum)[R][N], const float* x, const float* w, M seen) {
+    V b[N];
+#pragma GCC unroll 2
+    for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      V a = I::set(x[r * L]);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        if constexpr (Shared) {
+          sum[r][v] = I::fma(a, b[v], sum[r][v], seen);
+        } else {
+          sum[r][v] = I::fma(a, b[v], sum[r][v]);
+        }
+      }
+    }
+  }
 
   template <int R, int N, bool Shared>
   static void product(const Tile& t) {
@@ -282,31 +301,19 @@ struct MaskedLinear {
       for (int r = 0; r < R; ++r) sum[r][v] = start;
     }
     const float* w = t.weight;
+    // Copies: the compiler must believe that a store could change what `t` refers to.
+    const int64_t w_stride = t.weight_stride, y_stride = t.y_stride, line = t.line;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
       M seen{};
       if constexpr (Shared) seen = I::mask(s->mask);
-      const float* base = t.x + s->first / L * t.line;
-      int64_t k = s->first % L;
-      for (int64_t left = s->length; left > 0; base += t.line, k = 0) {
+      const float* base = t.x + static_cast<uint64_t>(s->first) / L * line;
+      int64_t k = static_cast<uint64_t>(s->first) % L;
+      for (int64_t left = s->length; left > 0; base += line, k = 0) {
         const float* x = base + k;
         const int64_t steps = smaller(left, L - k);
         left -= steps;
-        for (const float* end = x + steps; x != end; ++x, w += t.weight_stride) {
-          V b[N];
-#pragma GCC unroll 2
-          for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
-#pragma GCC unroll 16
-          for (int r = 0; r < R; ++r) {
-            V a = I::set(x[r * L]);
-#pragma GCC unroll 2
-            for (int v = 0; v < N; ++v) {
-              if constexpr (Shared) {
-                sum[r][v] = I::fma(a, b[v], sum[r][v], seen);
-              } else {
-                sum[r][v] = I::fma(a, b[v], sum[r][v]);
-              }
-            }
-          }
+        for (const float* end = x + steps; x != end; ++x, w += w_stride) {
+          step<R, N, Shared>(sum, x, w, seen);
         }
       }
     }
@@ -326,23 +333,22 @@ struct MaskedLinear {
     float* y = t.y;
     if (t.lanes == N * L) {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r, y += t.y_stride) {
+      for (int r = 0; r < R; ++r, y += y_stride) {
         if constexpr (N == 2) I::store(y, sum[r][0]);
         I::store(y + (N - 1) * L, sum[r][N - 1]);
       }
     } else {
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r, y += t.y_stride) {
+      for (int r = 0; r < R; ++r, y += y_stride) {
         if constexpr (N == 2) I::store(y, sum[r][0]);
         I::store(y + (N - 1) * L, sum[r][N - 1], last);
       }
     }
-    if (t.y_stride > kNear) {
+    // The next tile's rows, which the machine does not foresee.
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r, y += t.y_stride) {
-        __builtin_prefetch(y, 1);
-        if constexpr (N == 2) __builtin_prefetch(y + L, 1);
-      }
+    for (int r = 0; r < R; ++r, y += y_stride) {
+      __builtin_prefetch(y, 1);
+      if constexpr (N == 2) __builtin_prefetch(y + L, 1);
     }
   }
 
@@ -473,10 +479,11 @@ struct MaskedLinear {
     }
     const float* x = s.x;
     const float* g = s.g;
-    for (int64_t r = 0; r < s.rows; ++r, x += L, g += L) {
+    const int64_t line = s.line;
+    for (const float* end = g + s.rows * L; g != end; x += L, g += L) {
       V b[N];
 #pragma GCC unroll 2
-      for (int v = 0; v < N; ++v) b[v] = I::load(g + v * s.line);
+      for (int v = 0; v < N; ++v) b[v] = I::load(g + v * line);
 #pragma GCC unroll 16
       for (int k = 0; k < K; ++k) {
         V a = I::set(x[k]);
@@ -484,13 +491,21 @@ struct MaskedLinear {
         for (int v = 0; v < N; ++v) sum[k][v] = I::fma(a, b[v], sum[k][v]);
       }
     }
+    float* to = s.to;
+    const int64_t stride = s.to_stride;
+    if (s.add) {
 #pragma GCC unroll 16
-    for (int k = 0; k < K; ++k) {
-      float* to = s.to + k * s.to_stride;
+      for (int k = 0; k < K; ++k) {
 #pragma GCC unroll 2
-      for (int v = 0; v < N; ++v) {
-        I::store(to + v * L, s.add ? I::add(I::load(to + v * L), sum[k][v]) : sum[k][v]);
+        for (int v = 0; v < N; ++v) {
+          sum[k][v] = I::add(I::load(to + k * stride + v * L), sum[k][v]);
+        }
       }
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k, to += stride) {
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) I::store(to + v * L, sum[k][v]);
     }
   }
 
@@ -624,8 +639,14 @@ struct MaskedLinear {
       for (int64_t n = 0; n < panel.lanes; n += L, g += line) {
         const int64_t count = smaller(L, panel.lanes - n);
         const M live = I::mask(~0u >> (32 - count));
-        V sum = I::load(g);
-        for (int64_t r = 1; r < rows; ++r) sum = I::add(sum, I::load(g + r * L));
+        V part[4] = {I::zero(), I::zero(), I::zero(), I::zero()};  // one would wait for itself
+        int64_t r = 0;
+        for (; r + 4 <= rows; r += 4) {
+#pragma GCC unroll 4
+          for (int k = 0; k < 4; ++k) part[k] = I::add(part[k], I::load(g + (r + k) * L));
+        }
+        for (; r < rows; ++r) part[0] = I::add(part[0], I::load(g + r * L));
+        const V sum = I::add(I::add(part[0], part[1]), I::add(part[2], part[3]));
         float* to = total + panel.first + n;
         I::store(to, add ? I::add(I::load(to, live), sum) : sum, live);
       }

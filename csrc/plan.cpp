@@ -138,7 +138,7 @@ class Builder {
  public:
   Builder(const Direction& direction, int width) : d_(direction) {
     out_.width = width;
-    out_.buffer_size = out_.indirect_size = out_.lines = 0;
+    out_.lines = 0;
     out_.slots.resize(d_.lane_offsets.back());
     const size_t blocks = d_.lane_sizes.size();
     for (size_t a = 0; a < blocks;) {
@@ -151,13 +151,14 @@ class Builder {
       b > a + 1 ? share(a, b) : split(a);
       a = b;
     }
-    for (int direct = 0; direct < 2; ++direct) {
+    int64_t size = 0;
+    for (int place = 0; place < 4; ++place) {
+      out_.buffer_size[place] = size;
       for (Panel& panel : out_.panels) {
-        if (panel.direct != static_cast<bool>(direct)) continue;
-        panel.buffer = out_.buffer_size;
-        out_.buffer_size += panel.depth * panel.vectors * width;
+        if (static_cast<int>(panel.place) != place) continue;
+        panel.buffer = size;
+        size += panel.depth * panel.vectors * width;
       }
-      if (!direct) out_.indirect_size = out_.buffer_size;
     }
   }
 
@@ -219,7 +220,9 @@ class Builder {
     for (int64_t start = 0; start < size; start += 2 * out_.width) {
       const int64_t lanes = std::min<int64_t>(size - start, 2 * out_.width);
       Panel panel = begin(d_.lane_offsets[a] + start, lanes);
-      panel.direct = d_.in_place && lanes % out_.width == 0;
+      if (d_.in_place && lanes % out_.width == 0) {
+        panel.place = lanes == size ? Place::kTogether : Place::kApart;
+      }
       for (size_t n = 0; n < d_.seen[a].size(); ++n) {
         const int64_t b = d_.seen[a][n], inputs = d_.input_sizes[b];
         add_segment(panel, d_.input_offsets[b], inputs, ~0u);

@@ -21,17 +21,21 @@ struct Segment {
   uint32_t mask;  // bits of lanes; only shared panels look at it
 };
 
+// Where a panel's weights lie as it needs them. Inputs that lie apart share few cache sets, so with
+// many rows it is worth a copy.
+enum class Place : int { kBuffer, kApart, kTogether, kNowhere };
+
 struct Panel {
   int64_t first;   // its first lane, in block order of the outputs
   int64_t line;    // where its lanes lie in a tile of outputs: every panel begins a line
   int32_t lanes;   // how many lanes hold an output
   int32_t vectors;  // 1 or 2
   bool shared;     // several blocks: not every lane sees every segment
-  bool direct;     // float32 weights can be read where the packed weight has them
+  Place place;     // where float32 weights can be read
   int64_t segments, segments_end;
   int64_t copies, copies_end;
   int64_t depth;   // inputs in all segments
-  int64_t weight;  // direct: offset in the packed weight; `stride` floats from input to input
+  int64_t weight;  // in place: offset in the packed weight; `stride` floats from input to input
   int64_t stride;
   int64_t buffer;  // offset in a buffer of (depth, vectors * lanes of a vector), for all panels
 };
@@ -52,8 +56,7 @@ struct Panels {
   std::vector<Copy> copies;
   int64_t lines;          // of a tile of outputs
   std::vector<int64_t> slots;  // of each output, in block order, in such a tile
-  int64_t buffer_size;    // floats, over all panels
-  int64_t indirect_size;  // the part that panels with direct == false need
+  int64_t buffer_size[4];  // floats that panels before each Place need; the last: all of them
 };
 
 // What a layout is, decoded from the tensor that layout/plan.py encodes.

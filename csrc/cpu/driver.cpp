@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t kFlopsPerThread = 1 << 21;  // below, another thread costs more than it brings
 constexpr int64_t kTileFloats = 1 << 16;      // a tile of x and y: a quarter of a 1 MiB cache
+constexpr int64_t kFewRows = 64;
 constexpr int64_t kKept = 1 << 24;            // floats of scratch a thread keeps between calls
 
 // Scratch for one call; kept by the calling thread while it is small.
@@ -75,15 +76,29 @@ PanelsView view(const Panels& p) {
           p.copies.data()};
 }
 
-void pack(const Kernels& k, const Panels& panels, const void* weight, Dtype dtype,
-          bool skip_direct, float* buffer, int64_t threads) {
-  const int64_t count = static_cast<int64_t>(panels.panels.size());
-  const int64_t size = skip_direct ? panels.indirect_size : panels.buffer_size;
+int64_t buffer_size(const Panels& panels, Place in_place) {
+  return panels.buffer_size[static_cast<int>(in_place)];
+}
+
+// Which weights are read and written in place: with few rows a copy would cost more than it saves.
+Place place_for(Dtype dtype, int64_t rows) {
+  if (dtype != Dtype::kFloat32) return Place::kNowhere;
+  return rows < kFewRows ? Place::kApart : Place::kTogether;
+}
+
+// f(begin, end) on ranges of panels that together have `size` weights.
+template <class F>
+void each_panel(const Panels& panels, int64_t size, int64_t threads, const F& f) {
   if (size == 0) return;
+  const int64_t count = static_cast<int64_t>(panels.panels.size());
   const int64_t tasks = size < (1 << 16) ? 1 : std::min(threads, count);
-  each(tasks, [&](int64_t t) {
-    k.pack(view(panels), count * t / tasks, count * (t + 1) / tasks, weight, dtype, skip_direct,
-           buffer);
+  each(tasks, [&](int64_t t) { f(count * t / tasks, count * (t + 1) / tasks); });
+}
+
+void pack(const Kernels& k, const Panels& panels, const void* weight, Dtype dtype,
+          Place in_place, float* buffer, int64_t threads) {
+  each_panel(panels, buffer_size(panels, in_place), threads, [&](int64_t begin, int64_t end) {
+    k.pack(view(panels), begin, end, weight, dtype, in_place, buffer);
   });
 }
 
@@ -108,16 +123,16 @@ void masked_linear(const Plan& plan, const Kernels& k, const Matrix& x, const vo
   const Panels& panels = plan.forward;
   const bool direct = x.dtype == Dtype::kFloat32;
   const int64_t threads = threads_for(2 * rows * layout.num_weights, rows);
-  Forward f{view(panels), x, y, z, nullptr, nullptr, nullptr, activation, 0};
+  const Place in_place = place_for(x.dtype, rows);
+  Forward f{view(panels), x, y, z, nullptr, nullptr, in_place, nullptr, activation, 0};
   f.tile_rows = tile_rows_for(x.features + y.features, (rows + threads - 1) / threads);
   const int64_t each_needs = Scratch::round_up(k.forward_scratch(f));
-  const int64_t buffer_size =
-      Scratch::round_up(direct ? panels.indirect_size : panels.buffer_size);
+  const int64_t packed = Scratch::round_up(buffer_size(panels, in_place));
   const bool copy_bias = bias != nullptr && (!direct || y.order != nullptr);
   const int64_t bias_size = Scratch::round_up(copy_bias ? y.features : 0);
-  Scratch scratch(buffer_size + bias_size + threads * each_needs);
-  float* buffer = scratch.take(buffer_size);
-  pack(k, panels, weight, x.dtype, direct, buffer, threads);
+  Scratch scratch(packed + bias_size + threads * each_needs);
+  float* buffer = scratch.take(packed);
+  pack(k, panels, weight, x.dtype, in_place, buffer, threads);
   f.buffer = buffer;
   f.weight = direct ? static_cast<const float*>(weight) : nullptr;
   if (copy_bias) {
@@ -143,32 +158,35 @@ void masked_linear_backward(const Plan& plan, const Kernels& k, const Matrix& gr
   const int64_t work = (grads.x != nullptr ? layout.num_routed : 0) +
                        (need_weight ? layout.num_weights : 0) + layout.out_features;
   const int64_t threads = threads_for(2 * rows * work, rows);
+  const Place in_place = place_for(x.dtype, rows);
   Matrix grad_x = x;
   grad_x.data = grads.x;
   grad_x.stride = x.features;
-  Backward b{view(panels), view(plan.backward), grad_y,    saved, x, grad_x, nullptr, direct,
+  Backward b{view(panels), view(plan.backward), grad_y,    saved, x, grad_x, nullptr, in_place,
              need_weight,  need_bias,           activation, 0};
   b.tile_rows = tile_rows_for(x.features + grad_y.features, (rows + threads - 1) / threads);
   // Direct panels of the first task write where the result goes.
   const int64_t each_needs = Scratch::round_up(k.backward_scratch(b));
-  const int64_t turned = Scratch::round_up(grads.x != nullptr ? plan.backward.buffer_size : 0);
-  const int64_t buffer_size =
-      Scratch::round_up(!need_weight ? 0 : direct ? panels.indirect_size : panels.buffer_size);
-  const int64_t weights = Scratch::round_up(need_weight && direct ? layout.num_weights : 0);
+  const int64_t turned =
+      Scratch::round_up(grads.x != nullptr ? buffer_size(plan.backward, Place::kNowhere) : 0);
+  const int64_t packed = Scratch::round_up(need_weight ? buffer_size(panels, in_place) : 0);
+  const bool some_in_place =
+      need_weight && buffer_size(panels, in_place) < buffer_size(panels, Place::kNowhere);
+  const int64_t weights = Scratch::round_up(some_in_place ? layout.num_weights : 0);
   const int64_t biases = Scratch::round_up(need_bias ? layout.out_features : 0);
-  const int64_t own = buffer_size + biases;
+  const int64_t own = packed + biases;
   const int64_t wide = Scratch::round_up(need_weight && !direct ? layout.num_weights : 0);
   Scratch scratch(turned + wide + threads * (each_needs + own) + (threads - 1) * weights);
   float* turned_buffer = scratch.take(turned);
   if (grads.x != nullptr) {
-    pack(k, plan.backward, weight, x.dtype, false, turned_buffer, threads);
+    pack(k, plan.backward, weight, x.dtype, Place::kNowhere, turned_buffer, threads);
     b.turned_buffer = turned_buffer;
   }
   float* result = direct ? static_cast<float*>(grads.weight) : scratch.take(wide);
   std::vector<float*> weight_parts, buffer_parts, bias_parts;
   for (int64_t t = 0; t < threads; ++t) {
     weight_parts.push_back(t == 0 ? result : scratch.take(weights));
-    buffer_parts.push_back(scratch.take(buffer_size));
+    buffer_parts.push_back(scratch.take(packed));
     bias_parts.push_back(scratch.take(biases));
   }
   float* tiles = scratch.take(threads * each_needs);
@@ -184,10 +202,11 @@ void masked_linear_backward(const Plan& plan, const Kernels& k, const Matrix& gr
     if (rows == 0) {
       zero(result, layout.num_weights);
     } else {
-      const int64_t count = static_cast<int64_t>(panels.panels.size());
-      sum(k, first_buffer, buffer_parts, buffer_size, threads);
-      if (direct) sum(k, result, weight_parts, layout.num_weights, threads);
-      k.unpack(view(panels), 0, count, first_buffer, direct, result);
+      sum(k, first_buffer, buffer_parts, packed, threads);
+      if (some_in_place) sum(k, result, weight_parts, layout.num_weights, threads);
+      each_panel(panels, packed, threads, [&](int64_t begin, int64_t end) {
+        k.unpack(view(panels), begin, end, first_buffer, in_place, result);
+      });
     }
     if (!direct) k.store(grads.weight, x.dtype, nullptr, result, layout.num_weights);
   }

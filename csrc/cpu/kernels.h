@@ -33,20 +33,21 @@ struct PanelsView {
 struct Forward {
   PanelsView panels;
   Matrix x, y, z;         // z.data null: the pre-activation is not kept
-  const float* weight;    // packed; only read by direct panels, which only float32 has
+  const float* weight;    // packed; read by panels at `in_place` and beyond
   const float* buffer;    // the other panels' weights
+  Place in_place;
   const float* bias;      // float32 in block order, or null
   Activation activation;
   int64_t tile_rows;
 };
 
-// All gradients on rows of one batch. Weight gradients are written to `grad_weight` (direct
-// panels, packed order) and `grad_buffer` (all others), bias gradients in block order.
+// All gradients on rows of one batch. Weight gradients are written to `grad_weight` (panels at
+// `in_place` and beyond, packed order) and `grad_buffer` (all others), bias gradients in block order.
 struct Backward {
   PanelsView panels, turned;  // turned: lanes are features, inputs are units
   Matrix grad_y, saved, x, grad_x;  // grad_x.data null: not wanted
   const float* turned_buffer;
-  bool direct;            // float32: panels that say so are direct
+  Place in_place;
   bool need_weight, need_bias;
   Activation activation;
   int64_t tile_rows;
@@ -56,12 +57,12 @@ struct Backward {
 struct Kernels {
   const char* name;
   int width;  // lanes of a vector
-  // Copies the weights of panels [begin, end) into `buffer`; skips direct ones if told to.
+  // Copies the weights of panels [begin, end) that come before `in_place` into `buffer`.
   void (*pack)(const PanelsView&, int64_t begin, int64_t end, const void* weight, Dtype,
-               bool skip_direct, float* buffer);
-  // The way back: buffer to packed order, for panels that are not direct.
+               Place in_place, float* buffer);
+  // The way back, from buffer to packed order.
   void (*unpack)(const PanelsView&, int64_t begin, int64_t end, const float* buffer,
-                 bool skip_direct, float* weight);
+                 Place in_place, float* weight);
   int64_t (*forward_scratch)(const Forward&);
   void (*forward)(const Forward&, int64_t row, int64_t end, float* scratch);
   int64_t (*backward_scratch)(const Backward&);

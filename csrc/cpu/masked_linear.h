@@ -173,10 +173,10 @@ struct MaskedLinear {
   // --- Weights ---------------------------------------------------------------------------
 
   static void pack(const PanelsView& view, int64_t begin, int64_t end, const void* weight,
-                   Dtype dtype, bool skip_direct, float* buffer) {
+                   Dtype dtype, Place in_place, float* buffer) {
     for (int64_t p = begin; p < end; ++p) {
       const Panel& panel = view.panels[p];
-      if (skip_direct && panel.direct) continue;
+      if (panel.place >= in_place) continue;
       const int64_t width = panel.vectors * L;
       float* to = buffer + panel.buffer;
       if (panel.shared || panel.lanes < width) {
@@ -229,15 +229,21 @@ struct MaskedLinear {
   }
 
   static void unpack(const PanelsView& view, int64_t begin, int64_t end, const float* buffer,
-                     bool skip_direct, float* weight) {
+                     Place in_place, float* weight) {
     for (int64_t p = begin; p < end; ++p) {
       const Panel& panel = view.panels[p];
-      if (skip_direct && panel.direct) continue;
+      if (panel.place >= in_place) continue;
       const int64_t width = panel.vectors * L;
       for (int64_t c = panel.copies; c < panel.copies_end; ++c) {
         const Copy& copy = view.copies[c];
         const float* from = buffer + panel.buffer + copy.row * width + copy.lane;
         float* to = weight + copy.packed;
+        if (copy.lane_step == 1) {
+          for (int64_t k = 0; k < copy.inputs; ++k) {
+            load(to + k * copy.input_step, from + k * width, Dtype::kFloat32, nullptr, copy.lanes);
+          }
+          continue;
+        }
         for (int64_t k = 0; k < copy.inputs; ++k) {
           for (int64_t lane = 0; lane < copy.lanes; ++lane) {
             to[k * copy.input_step + lane * copy.lane_step] = from[k * width + lane];
@@ -372,11 +378,12 @@ struct MaskedLinear {
 
   // All panels on `rows` rows; y in block order.
   static void multiply(const PanelsView& view, const float* x, int64_t line,
-                       const float* weight, const float* buffer, const float* bias, float* y,
-                       int64_t y_stride, Activation activation, int64_t rows) {
+                       const float* weight, Place in_place, const float* buffer,
+                       const float* bias, float* y, int64_t y_stride, Activation activation,
+                       int64_t rows) {
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
-      const bool direct = weight != nullptr && panel.direct;
+      const bool direct = panel.place >= in_place;
       Tile tile{x,
                 line,
                 direct ? weight + panel.weight : buffer + panel.buffer,
@@ -430,7 +437,8 @@ struct MaskedLinear {
       const int64_t rows = smaller(f.tile_rows, end - row);
       load_tile(x, line, f.x, row, rows);
       float* y = y_here ? static_cast<float*>(row_of(f.y, row)) : y_tile;
-      multiply(f.panels, x, line, f.weight, f.buffer, f.bias, y, y_stride, inside, rows);
+      multiply(f.panels, x, line, f.weight, f.in_place, f.buffer, f.bias, y, y_stride, inside,
+               rows);
       if (y_here) continue;
       for (int64_t r = 0; r < rows; ++r) {
         float* of = y_tile + r * y_stride;
@@ -530,7 +538,7 @@ struct MaskedLinear {
                           int64_t rows, float* grad_weight, float* grad_buffer, bool add) {
     for (int64_t p = 0; p < b.panels.count; ++p) {
       const Panel& panel = b.panels.panels[p];
-      const bool direct = b.direct && panel.direct;
+      const bool direct = panel.place >= b.in_place;
       const int64_t stride = direct ? panel.stride : panel.vectors * L;
       Sums sums{nullptr, g + panel.line * line, line, rows,
                 direct ? grad_weight + panel.weight : grad_buffer + panel.buffer, stride, add};
@@ -616,8 +624,8 @@ struct MaskedLinear {
       gradient(b, g, line, row, rows);
       if (b.grad_x.data != nullptr) {
         float* out = out_here ? static_cast<float*>(row_of(b.grad_x, row)) : out_tile;
-        multiply(b.turned, g, line, nullptr, b.turned_buffer, nullptr, out, out_stride,
-                 Activation::kNone, rows);
+        multiply(b.turned, g, line, nullptr, Place::kNowhere, b.turned_buffer, nullptr, out,
+                 out_stride, Activation::kNone, rows);
         for (int64_t r = 0; !out_here && r < rows; ++r) {
           store(row_of(b.grad_x, row + r), b.grad_x.dtype, b.grad_x.order,
                 out_tile + r * out_stride, b.grad_x.features);

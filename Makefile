@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize lint format bench bench-smoke wheel test-wheel clean
+.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke wheel test-wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -60,6 +60,13 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	    MASKMOE_EXTENSION=$(CURDIR)/build/sanitize/maskmoe_kernels/_C.abi3.so; \
 	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["obstacle"])' && \
 	$(PYTEST) $(wildcard tests/backends/test_native.py) tests/ops
+
+emulate: $(READY) ## Run the kernels' tests on AMX tiles computed in plain C++
+	@CXX="$(CXX)" CXXFLAGS="-DMASKMOE_EMULATE_AMX $(CXXFLAGS)" MASKMOE_BUILD=cpu \
+	    $(PY) setup.py -q build_ext --build-lib build/emulate
+	@export MASKMOE_EXTENSION=$(CURDIR)/build/emulate/maskmoe_kernels/_C.abi3.so; \
+	$(PY) -c 'from maskmoe_kernels.backends import native; native.set_isa("amx-emulated")' && \
+	$(PYTEST) tests/ops
 
 lint: $(READY) ## Check style, types and the import contract
 	@$(PY) -m ruff check .

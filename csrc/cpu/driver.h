@@ -5,11 +5,11 @@
 
 namespace maskmoe {
 
-// The kernels that run: the widest the machine has, or those that set_isa named.
+// The kernels that run: the best the machine has, or those that set_isa named.
 const Kernels* kernels();
 // Names of what this build has and this machine can run, widest first, null at the end.
 const char* const* isas();
-// "" goes back to the widest. False: no such kernels here.
+// "" goes back to the best. False: no such kernels here.
 bool set_isa(const char* name);
 
 void masked_linear(const Plan& plan, const Kernels& k, const Matrix& x, const void* weight,

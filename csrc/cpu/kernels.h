@@ -77,5 +77,6 @@ struct Kernels {
 
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAmx;  // bfloat16 only; calls kAvx512 for the rest
 
 }  // namespace maskmoe

@@ -1,8 +1,8 @@
 """The C++ kernels: whether they are here, which instruction set they use, and why not.
 
 Importing the extension registers the CPU implementation of the ops; there is nothing to call.
-``MASKMOE_ISA`` names the instruction set to use (``avx512``, ``avx2``), ``MASKMOE_EXTENSION`` a
-different build of the extension to load (with sanitizers, say).
+``MASKMOE_ISA`` names the instruction set to use (``amx``, ``avx512``, ``avx2``),
+``MASKMOE_EXTENSION`` a different build of the extension to load (with sanitizers, say).
 """
 
 from __future__ import annotations

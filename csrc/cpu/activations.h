@@ -92,26 +92,6 @@ inline typename I::V tanh(typename I::V x) {
   return with_sign_of<I>(I::select(I::greater(a, I::set(0.8f)), large, small), x);
 }
 
-// --- erf ---------------------------------------------------------------------------------------
-
-// |x| <= 1: x + x P(x^2), relative error 2^-29.4. Beyond, to 4: 1 - P(|x|)^4, error 2^-26.8, since
-// the fourth root of erfc is far nearer to a polynomial than erfc itself.
-template <class I>
-inline typename I::V erf(typename I::V x) {
-  auto u = I::mul(x, x);
-  auto p = polynomial<I>(u, 0x1.06eba8p-3f, -0x1.81273ep-2f, 0x1.ce2ce6p-4f, -0x1.b7f71ap-6f,
-                         0x1.53f224p-8f, -0x1.a3515ep-11f, 0x1.4771fcp-14f);
-  auto small = I::fma(x, p, x);
-
-  auto a = absolute<I>(x);
-  auto root = polynomial<I>(I::min(I::set(4.0f), a), 0x1.008f7ap0f, -0x1.2cb122p-2f,
-                            -0x1.7db206p-4f, -0x1.219d6ap-6f, 0x1.681efap-5f, -0x1.a4150ep-7f,
-                            0x1.a13ba2p-11f, 0x1.6e97bap-13f, -0x1.720f66p-16f);
-  auto square = I::mul(root, root);
-  auto large = I::sub(I::set(1.0f), I::mul(square, square));
-  return I::select(I::greater(a, I::set(1.0f)), with_sign_of<I>(large, x), small);
-}
-
 // --- gelu --------------------------------------------------------------------------------------
 //
 // 1 + erf(z / sqrt 2) cancels for negative z. Instead, with a = |z| and the normal's distribution

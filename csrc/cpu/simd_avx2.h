@@ -49,7 +49,6 @@ struct Isa {
   static V and_bits(V a, V b) { return _mm256_and_ps(a, b); }
   static V or_bits(V a, V b) { return _mm256_or_ps(a, b); }
   static V xor_bits(V a, V b) { return _mm256_xor_ps(a, b); }
-  static V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // 2 to the integral power n, n in [-126, 127].
   static V power_of_two(V n) {
     __m256i bits = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

@@ -225,14 +225,4 @@ inline auto dispatch(Activation a, const Body& body) {
   return body.template operator()<Activation::kNone>();
 }
 
-// For a vector at a time, outside loops.
-template <class I>
-inline typename I::V activate(Activation a, typename I::V z) {
-  return dispatch<I>(a, [&]<Activation A>() { return activate<I, A>(z); });
-}
-template <class I>
-inline typename I::V activation_grad(Activation a, typename I::V grad_y, typename I::V saved) {
-  return dispatch<I>(a, [&]<Activation A>() { return activation_grad<I, A>(grad_y, saved); });
-}
-
 }  // namespace maskmoe

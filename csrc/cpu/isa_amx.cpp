@@ -334,16 +334,8 @@ struct Kernel {
 
   static void finish(const Results& to, int64_t row, int64_t rows, const Panel& panel,
                      const float* sums) {
-    switch (to.activation) {
-      case Activation::kNone: finish_as<Activation::kNone>(to, row, rows, panel, sums); break;
-      case Activation::kRelu: finish_as<Activation::kRelu>(to, row, rows, panel, sums); break;
-      case Activation::kLeakyRelu:
-        finish_as<Activation::kLeakyRelu>(to, row, rows, panel, sums);
-        break;
-      case Activation::kGelu: finish_as<Activation::kGelu>(to, row, rows, panel, sums); break;
-      case Activation::kTanh: finish_as<Activation::kTanh>(to, row, rows, panel, sums); break;
-      case Activation::kSilu: finish_as<Activation::kSilu>(to, row, rows, panel, sums); break;
-    }
+    dispatch<Isa>(to.activation,
+                  [&]<Activation A>() { finish_as<A>(to, row, rows, panel, sums); });
   }
 
   static int64_t pieces_size(int64_t count) {

@@ -193,19 +193,13 @@ struct MaskedLinear {
             load(at + k * width, from + k * copy.input_step, dtype, nullptr, copy.lanes);
           }
         } else {
-          float line[64];
+          float line[64];  // where lanes lie apart, inputs lie side by side
           for (int64_t lane = 0; lane < copy.lanes; ++lane) {
             const uint16_t* from =
                 static_cast<const uint16_t*>(weight) + copy.packed + lane * copy.lane_step;
             for (int64_t k = 0; k < copy.inputs; k += 64) {
               const int64_t count = smaller(64, copy.inputs - k);
-              if (copy.input_step == 1) {
-                load(line, from + k, dtype, nullptr, count);
-              } else {
-                for (int64_t n = 0; n < count; ++n) {
-                  line[n] = widen(from, dtype, (k + n) * copy.input_step);
-                }
-              }
+              load(line, from + k, dtype, nullptr, count);
               for (int64_t n = 0; n < count; ++n) at[(k + n) * width + lane] = line[n];
             }
           }
@@ -451,17 +445,12 @@ struct MaskedLinear {
     }
   }
 
-  template <Activation A>
-  static void activate_all(float* line, int64_t count) {
-    for (int64_t n = 0; n < count; n += L) {  // a tile's rows are padded
-      I::store(line + n, activate<I, A>(I::load(line + n)));
-    }
-  }
-
   static void activate_row(Activation a, float* line, int64_t count) {
-    if (a == Activation::kGelu) activate_all<Activation::kGelu>(line, count);
-    if (a == Activation::kTanh) activate_all<Activation::kTanh>(line, count);
-    if (a == Activation::kSilu) activate_all<Activation::kSilu>(line, count);
+    dispatch<I>(a, [&]<Activation A>() {
+      for (int64_t n = 0; n < count; n += L) {  // a tile's rows are padded
+        I::store(line + n, activate<I, A>(I::load(line + n)));
+      }
+    });
   }
 
   // --- Backward ----------------------------------------------------------------------------
@@ -589,16 +578,7 @@ struct MaskedLinear {
   }
 
   static void gradient(const Backward& b, float* g, int64_t line, int64_t row, int64_t rows) {
-    switch (b.activation) {
-      case Activation::kNone: gradient_tile<Activation::kNone>(b, g, line, row, rows); break;
-      case Activation::kRelu: gradient_tile<Activation::kRelu>(b, g, line, row, rows); break;
-      case Activation::kLeakyRelu:
-        gradient_tile<Activation::kLeakyRelu>(b, g, line, row, rows);
-        break;
-      case Activation::kGelu: gradient_tile<Activation::kGelu>(b, g, line, row, rows); break;
-      case Activation::kTanh: gradient_tile<Activation::kTanh>(b, g, line, row, rows); break;
-      case Activation::kSilu: gradient_tile<Activation::kSilu>(b, g, line, row, rows); break;
-    }
+    dispatch<I>(b.activation, [&]<Activation A>() { gradient_tile<A>(b, g, line, row, rows); });
   }
 
   static int64_t backward_scratch(const Backward& b) {

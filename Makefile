@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke wheel test-wheel clean
+.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-check wheel test-wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -84,6 +84,9 @@ bench: $(BUILT) ## Measure against every rival (ARGS='--suite full --out runs/fu
 bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
+gpu-check: $(BUILT) ## Prove and measure on a GPU, in 9 minutes (ARGS='--part graphs', '--dry-run')
+	@$(PY) -m bench.gpu_check $(ARGS)
+
 wheel: $(READY) ## Build the wheel into dist/ and check what it asks of Python and torch
 	@rm -rf dist build/lib* build/bdist*
 	@$(PY) -m pip wheel -q --no-build-isolation --no-deps --wheel-dir dist .
@@ -126,7 +129,7 @@ import importlib.metadata, re, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
-for line in project["dependencies"] + extras["plot"] + extras["data"] + extras["test"]:
+for line in project["dependencies"] + extras["plot"] + extras["data"] + extras["triton"] + extras["test"]:
     name = re.match(r"[\w.-]+", line).group()
     try:
         importlib.metadata.distribution(name)

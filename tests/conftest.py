@@ -7,6 +7,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():  # read when the kernels are imported, which is on first use
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("dev", max_examples=60, deadline=None, print_blob=True)
@@ -27,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if torch.device(config.getoption("--device")).type == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: this torch sees no GPU; leave the option out")
+    os.environ["MASKMOE_TEST_DEVICE"] = config.getoption("--device")  # for tests.ops.runners
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the cores already
 

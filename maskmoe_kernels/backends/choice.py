@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import platform
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.backends import native, triton
 from maskmoe_kernels.errors import BackendError
 
 #: Fastest first; ``None`` takes the first that can run.
-BACKENDS: tuple[str, ...] = ("native", "grouped", "reference")
+BACKENDS: tuple[str, ...] = ("triton", "native", "grouped", "reference")
 
 DESCRIPTIONS: dict[str, str] = {
+    "triton": "Triton kernels for NVIDIA GPUs",
     "native": "C++ kernels for the CPU",
     "grouped": "PyTorch, one matrix product per run of present blocks",
     "reference": "plain differentiable PyTorch: slow, for double backward and torch.func",
@@ -25,17 +30,19 @@ def obstacle(name: str, x: Tensor) -> str | None:
     """Why backend ``name`` cannot run on ``x``, in words for the user; None when it can."""
     if not x.is_floating_point():
         return f"x is {x.dtype}; convert it to a floating-point type first"
+    if name == "triton":
+        return _dtype_obstacle(x) or triton.obstacle(x.device)
     if name == "native":
-        return _native_obstacle(x)
+        if x.device.type not in ("cpu", "meta"):
+            return f"x is on {x.device}; these kernels are for the CPU"
+        return _dtype_obstacle(x) or native.OBSTACLE
     return None
 
 
-def _native_obstacle(x: Tensor) -> str | None:
-    if x.device.type not in ("cpu", "meta"):
-        return f"x is on {x.device}; these kernels are for the CPU"
-    if x.dtype not in native.DTYPES:
+def _dtype_obstacle(x: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"x is {x.dtype}; these kernels compute in float32, bfloat16 and float16"
-    return native.OBSTACLE
+    return None
 
 
 def check_backend(backend: str | None) -> None:
@@ -51,7 +58,8 @@ def choose(backend: str | None, x: Tensor) -> str:
         BackendError: An unknown name, or a named backend that cannot run on ``x``.
     """
     if backend is None:
-        for name in BACKENDS:
+        # Triton's interpreter is a test bench: on the CPU, it runs where it is named.
+        for name in BACKENDS if x.is_cuda else BACKENDS[1:]:
             if obstacle(name, x) is None:
                 return name
         raise BackendError(f"no backend can run: {obstacle(BACKENDS[-1], x)}")
@@ -62,18 +70,37 @@ def choose(backend: str | None, x: Tensor) -> str:
     return backend
 
 
+def warn_of_fallback(name: str, x: Tensor) -> None:
+    """Say once why ``x`` takes the PyTorch path, if kernels for its device are not to be had."""
+    if name == "grouped" and _dtype_obstacle(x) is None and x.device.type in ("cpu", "cuda"):
+        best = "triton" if x.is_cuda else "native"
+        _warn_once(f"masked_linear runs in plain PyTorch: no {best} kernels, {obstacle(best, x)}")
+
+
+@cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=5)
+
+
 def info() -> dict[str, Any]:
     """Versions, and every backend with what it is and why it cannot run here (None: it can)."""
-    probe = torch.empty(0)
+    cuda = torch.cuda.is_available()
+    probes = {"triton": torch.empty(0, device="cuda" if cuda else "cpu")}
     return {
         "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton")
+        if importlib.util.find_spec("triton")
+        else None,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "isa": {"used": native.isa(), "available": native.isas()},
         "build": native.build_record(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.cuda.get_device_name() if cuda else None,
         "backends": {
-            name: {"description": DESCRIPTIONS[name], "obstacle": obstacle(name, probe)}
+            name: {
+                "description": DESCRIPTIONS[name],
+                "obstacle": obstacle(name, probes.get(name, torch.empty(0))),
+            }
             for name in BACKENDS
         },
     }

@@ -16,12 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from maskmoe_kernels.errors import BackendError
-
-#: Types that the kernels compute in; float64 goes to PyTorch.
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _PACKAGE = Path(__file__).parent.parent
 

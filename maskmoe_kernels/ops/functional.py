@@ -11,14 +11,14 @@ from torch.autograd import forward_ad
 
 from maskmoe_kernels.backends import reference
 from maskmoe_kernels.backends.activations import activation_name
-from maskmoe_kernels.backends.choice import choose
+from maskmoe_kernels.backends.choice import choose, warn_of_fallback
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.ops.autograd import APPLY, FORWARD, MaskedLinearFunction
 
-# The op behind a backend; the reference is none.
-OP_OF = {"native": "masked_linear", "grouped": "grouped_linear"}
+# The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
+OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
 
 
 def masked_linear(
@@ -82,9 +82,14 @@ def _route(
     backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
 ) -> tuple[str | None, Tensor]:
     # The choice is the same for every call with these three; small layers feel what it costs.
-    op = OP_OF.get(choose(backend, x))
+    name = choose(backend, x)
+    op = OP_OF.get(name)
+    if name == "triton" and not x.is_cuda:  # the interpreter
+        op = "triton_linear"
     route = op, plan_of(layout, x.device)
     if keep:
+        if backend is None:
+            warn_of_fallback(name, x)
         layout.routes[backend, x.dtype, x.device] = route
     return route
 

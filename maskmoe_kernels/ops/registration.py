@@ -1,8 +1,8 @@
 """Registered ops: schemas, implementations, fakes and FLOP formulas.
 
 ``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
-registers them for the CPU. Elsewhere, and for what they do not take, it is ``grouped_linear``, the
-PyTorch fallback, which can also be called by name.
+registers its own for the CPU, and on CUDA it is ``triton_linear``. Elsewhere, and for what kernels
+do not take, it is ``grouped_linear``, the PyTorch fallback. Both can also be called by name.
 
 ``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
 a process that never built the layout. ``saved`` is the pre-activation for activations whose
@@ -11,13 +11,16 @@ derivative needs it, otherwise the output.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from maskmoe_kernels.backends import grouped
+from maskmoe_kernels.backends import grouped, triton
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.plan import layout_of
@@ -31,7 +34,7 @@ _BACKWARD = (
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, int layout, "
     "str activation, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
-OPS = ("masked_linear", "grouped_linear")
+OPS = ("masked_linear", "grouped_linear", "triton_linear")
 for _name in OPS:
     _LIBRARY.define(_name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.define(_name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,35 +51,57 @@ def _plan_obstacle(plan: Tensor, layout: int) -> str:
     return ""
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    plan: Tensor,
-    layout: int,
-    out_features: int,
-    activation: str,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    # A loaded program calls the op as such, with weights that may still require a gradient.
-    with torch.no_grad():
-        return grouped.forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+class _Implementation:
+    """The op and its backward on one way to compute them: ``of(x)`` gives its two functions."""
+
+    def __init__(self, of: Callable[[Tensor], Any]) -> None:
+        self._of = of
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: Tensor,
+        layout: int,
+        out_features: int,
+        activation: str,
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        # A loaded program calls the op as such, with weights that may still require a gradient.
+        with torch.no_grad():
+            y, z = self._of(x).forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+        return y, z
+
+    def backward(
+        self,
+        grad_y: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        saved: Tensor,
+        plan: Tensor,
+        layout: int,
+        activation: str,
+        need_x: bool,
+        need_weight: bool,
+        need_bias: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        needs = (need_x, need_weight, need_bias)
+        of = layout_of(layout, plan)
+        grads: tuple[Tensor, Tensor, Tensor] = self._of(x).backward(
+            grad_y, x, weight, saved, of, activation, needs
+        )
+        return grads
 
 
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    saved: Tensor,
-    plan: Tensor,
-    layout: int,
-    activation: str,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (need_x, need_weight, need_bias)
-    return grouped.backward(grad_y, x, weight, saved, layout_of(layout, plan), activation, needs)
+def _triton(x: Tensor) -> Any:
+    return grouped if triton.obstacle(x.device) else _launch()
+
+
+@cache
+def _launch() -> Any:
+    # Importing Triton costs as much as importing torch does: on the first call, not before.
+    return importlib.import_module("maskmoe_kernels.backends.triton.launch")
 
 
 def _forward_fake(
@@ -142,11 +167,17 @@ def _rows(shape: Any) -> int:
     return rows
 
 
+_GROUPED = _Implementation(lambda x: grouped)
+_TRITON = _Implementation(_triton)
+
 _LIBRARY.impl("plan_obstacle", _plan_obstacle, "CompositeExplicitAutograd")
 for _name in OPS:
-    _LIBRARY.impl(_name, _forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name + "_backward", _backward, "CompositeExplicitAutograd")
+    _way = _TRITON if _name == "triton_linear" else _GROUPED
+    _LIBRARY.impl(_name, _way.forward, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name + "_backward", _way.backward, "CompositeExplicitAutograd")
     torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
     register_flop_formula(getattr(torch.ops.maskmoe, _name))(_forward_flops)
     register_flop_formula(getattr(torch.ops.maskmoe, _name + "_backward"))(_backward_flops)
+_LIBRARY.impl("masked_linear", _TRITON.forward, "CUDA")
+_LIBRARY.impl("masked_linear_backward", _TRITON.backward, "CUDA")

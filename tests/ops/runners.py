@@ -1,26 +1,35 @@
-"""Every way to run the op here: each backend, and the C++ kernels for each instruction set."""
+"""Every way to run the op on the device under test: each backend, and the C++ kernels for each
+instruction set. Triton's kernels run in its interpreter where there is no GPU."""
+
+import os
 
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.backends import native, triton
 from maskmoe_kernels.backends.choice import BACKENDS
 
-RUNNERS = (
-    *(name for name in BACKENDS if name != "native"),
-    *(f"native {isa}" for isa in native.isas()),
-)
+DEVICE = torch.device(os.environ.get("MASKMOE_TEST_DEVICE", "cpu"))
+#: The interpreter takes a second where the others take a millisecond, and knows no bfloat16.
+INTERPRETED = ["triton"] if DEVICE.type == "cpu" and triton.obstacle(DEVICE) is None else []
+QUICK = [
+    *(["triton"] if DEVICE.type == "cuda" else [f"native {isa}" for isa in native.isas()]),
+    *(name for name in BACKENDS if name not in ("native", "triton")),
+]
+RUNNERS = (*QUICK, *INTERPRETED)
+#: For hypothesis to sample from: one example in ten or so for the interpreter.
+DRAWN = (*QUICK * 2, *INTERPRETED)
 
 
 def select(runner, dtype=torch.float32):
     """The backend of ``runner``, whose instruction set is used from now on.
 
-    The C++ kernels leave float64 to others, so there the choice is left open.
+    Kernels leave float64 to PyTorch, so there the choice is left open.
     """
     backend, _, isa = runner.partition(" ")
     if isa:
         native.set_isa(isa)
-    return None if backend == "native" and dtype == torch.float64 else backend
+    return None if backend in ("native", "triton") and dtype == torch.float64 else backend
 
 
 def masked_linear(x, weight, bias, layout, activation=None, runner=None):

@@ -1,0 +1,122 @@
+"""A layout's tiles on a device, made once for every way to cut them that is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from maskmoe_kernels.backends.triton.configs import Config, candidates
+from maskmoe_kernels.backends.triton.device import is_capturing, processors
+from maskmoe_kernels.backends.triton.tiles import Tiles, cut
+from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.plan import transposed
+
+_T = TypeVar("_T")
+# Blocks are too fine where tiles multiply this many times what a dense product would...
+_MOST_PADDING = 2.0
+# ...unless that is so little that it costs nothing worth a thought.
+_FEW = 1 << 18
+# Fewer chunks than this are not worth the sum over the parts of a split tile.
+_SHORT = 4
+
+
+class Product:
+    """Tiles of one layout; ``at(device)`` gives them where they are needed."""
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self.layout = layout
+        self._host: dict[tuple[int, int], Tiles] = {}
+        self._device: dict[tuple[object, ...], Any] = {}
+
+    def options(self, rows: Tensor, precision: str) -> list[Config]:
+        """Ways to multiply ``rows``, the likeliest first."""
+        count = processors(rows.device)
+        return candidates(self.layout, rows.shape[0], rows.dtype, precision, count)
+
+    def cut(self, lanes: int, depth: int) -> Tiles:
+        """The tiles, on the CPU."""
+        tiles = self._host.get((lanes, depth))
+        if tiles is None:
+            tiles = self._host[lanes, depth] = cut(self.layout, lanes, depth)
+        return tiles
+
+    def tiles(self, config: Config, device: torch.device, row_tiles: int | None = None) -> Tiles:
+        """The tiles on ``device``.
+
+        With ``row_tiles``, long ones are split where few rows leave processors without work.
+        """
+        host = self.cut(config.lanes, config.depth)
+        longest = None
+        if row_tiles is not None and config.parts == 1:
+            enough = 2 * processors(device)
+            share = max(_SHORT, math.ceil(row_tiles * host.chunk_walks / enough))
+            share = 1 << (share - 1).bit_length()  # few kinds of tables
+            if row_tiles * host.num_tiles < enough and host.longest > share:
+                longest = share
+        key = ("tiles", config.lanes, config.depth, longest, device)
+        return self._on(key, lambda: (host if longest is None else host.split(longest)).to(device))
+
+    def items(self, config: Config, features: int, device: torch.device) -> Tensor:
+        """Work of the weight gradient on ``device``; see :meth:`Tiles.weight_items`."""
+        host = self.cut(config.lanes, config.depth)
+        key = ("items", config.lanes, config.depth, features, device)
+        return self._on(key, lambda: host.weight_items(features).to(device))
+
+    def _on(self, key: tuple[object, ...], make: Callable[[], _T]) -> _T:
+        found: _T | None = self._device.get(key)
+        if found is None:
+            if is_capturing():
+                raise BackendError(
+                    "a CUDA graph is being captured, and the tables of this layout are not on the "
+                    "GPU yet; run one forward and backward of this size before the capture"
+                )
+            found = self._device[key] = make()
+        return found
+
+
+class Pair:
+    """The products of a layer: forward, and turned for grad_x.
+
+    Attributes:
+        forward: The layout's.
+        turned: Of its routed blocks, rows and columns exchanged.
+        fits: Whether tiles are worth their padding.
+    """
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self.forward = Product(layout)
+        turned, self._index = transposed(layout)
+        self.turned = Product(turned)
+        self.fits = layout.num_weights < 2**31 and all(map(_fits, (self.forward, self.turned)))
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """The routed weights in the order of the turned layout."""
+        device = weight.device
+        index = self.turned._on(("index", device), lambda: self._index.to(device))
+        return weight.index_select(0, index)
+
+
+_pairs: WeakKeyDictionary[BlockLayout, Pair] = WeakKeyDictionary()
+
+
+def products_of(layout: BlockLayout) -> Pair:
+    """The products of ``layout``, made on first use."""
+    pair = _pairs.get(layout)
+    if pair is None:
+        pair = _pairs[layout] = Pair(layout)
+    return pair
+
+
+def _fits(product: Product) -> bool:
+    config = candidates(product.layout, 128, torch.bfloat16, "ieee", 1)[0]
+    if product.layout.num_blocks > _FEW:
+        return False
+    padded = product.cut(config.lanes, 16).chunk_walks * 16 * config.lanes
+    dense = product.layout.out_features * product.layout.in_features
+    return padded <= max(_FEW, _MOST_PADDING * dense)

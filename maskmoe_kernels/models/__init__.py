@@ -1,6 +1,20 @@
 """Networks whose output is one logit per expert, and the black boxes they are measured against."""
 
+from maskmoe_kernels.models.gru import GRU, InterpretableGRU
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.models.ncf import NCF, InterpretableNCF, NCFSizes
+from maskmoe_kernels.models.sessions import second_layout, skip_sessions
+from maskmoe_kernels.models.transformer import InterpretableTransformer, Transformer
 
-__all__ = ["NCF", "InterpretableMLP", "InterpretableNCF", "NCFSizes"]
+__all__ = [
+    "GRU",
+    "NCF",
+    "InterpretableGRU",
+    "InterpretableMLP",
+    "InterpretableNCF",
+    "InterpretableTransformer",
+    "NCFSizes",
+    "Transformer",
+    "second_layout",
+    "skip_sessions",
+]

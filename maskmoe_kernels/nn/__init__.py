@@ -1,6 +1,18 @@
 """Modules built on the masked linear op."""
 
+from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.embedding import ContentEncoder
+from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.norm import ExpertNorm
+from maskmoe_kernels.nn.stacked import StackedLinear
 
-__all__ = ["ContentEncoder", "MaskedLinear"]
+__all__ = [
+    "ContentEncoder",
+    "ExpertNorm",
+    "MaskedGRU",
+    "MaskedGRUCell",
+    "MaskedLinear",
+    "MaskedMultiheadAttention",
+    "StackedLinear",
+]

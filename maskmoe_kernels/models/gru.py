@@ -1,0 +1,149 @@
+"""The interpretable recurrent network over sessions of two halves, and the black box beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.models.sessions import SessionBlackBox, SessionExperts, second_layout
+from maskmoe_kernels.nn.gru import MaskedGRU
+from maskmoe_kernels.nn.linear import MaskedLinear
+
+
+class InterpretableGRU(SessionExperts):
+    """A GRU reads A; from its last states another reads B, one logit per expert and step.
+
+    Expert i's logits are a function of S_i alone, in both halves; see :func:`second_layout`. The
+    logit of a step of B depends on that step and on earlier ones.
+
+    Args:
+        family: Subsets of A's groups; A's columns lie in the order of ``family.groups``.
+        second_groups: Group name to width of B, in the order of its columns, e.g.
+            ``InterpretableGRU(*skip_sessions())``.
+        width: Units per expert; an int, or one per expert.
+        layers: Layers of each GRU.
+        backend: See :func:`masked_linear`.
+        device: Where to create the parameters.
+        dtype: Floating-point type of the parameters.
+
+    Raises:
+        LayoutError: A group of B that the family does not know, or sizes that do not fit.
+    """
+
+    def __init__(
+        self,
+        family: SubsetFamily,
+        second_groups: Mapping[str, int],
+        width: Width = 16,
+        layers: int = 1,
+        *,
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        second = second_layout(family, second_groups, width)
+        super().__init__(family, second_groups)
+        options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
+        self.encoder = MaskedGRU(family, width, layers, batch_first=True, **options)
+        self.decoder = MaskedGRU(
+            family, width, layers, batch_first=True, input_layout=second, **options
+        )
+        self.head = MaskedLinear.from_layout(family.hidden_layout(width, 1), **options)
+
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        first_padding: Tensor | None = None,
+        second_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``(B, T2, H)``; at padded steps they mean nothing.
+
+        Args:
+            first: Steps of A, ``(B, T1, family.in_features)``.
+            second: Steps of B, ``(B, T2, in_B)``.
+            first_padding: ``(B, T1)`` bool, true where a step is padding; whatever it holds, NaN
+                and infinity included, reaches nothing.
+            second_padding: ``(B, T2)`` bool.
+
+        Raises:
+            LayoutError: Shapes or types that do not fit.
+        """
+        first, second = self.present(first, second, first_padding, second_padding)
+        _, state = self.encoder(first, padding_mask=first_padding)
+        states, _ = self.decoder(second, state, padding_mask=second_padding)
+        logits: Tensor = self.head(states)
+        return logits
+
+
+class GRU(SessionBlackBox):
+    """The black box: the same architecture with ``nn.GRU``, one logit a step.
+
+    Padding has to follow the steps: ``nn.GRU`` reads on through it, and the state is taken
+    where the steps end.
+
+    Args:
+        first_features: Width of A's steps.
+        second_features: Width of B's steps.
+        width: Units.
+        layers: Layers of each GRU.
+        device: Where to create the parameters.
+        dtype: Floating-point type of the parameters.
+
+    Raises:
+        LayoutError: Fewer than one layer.
+    """
+
+    def __init__(
+        self,
+        first_features: int,
+        second_features: int,
+        width: int = 128,
+        layers: int = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(first_features, second_features)
+        if layers < 1:
+            raise LayoutError(f"layers must be at least 1, got {layers}")
+        created: dict[str, Any] = {"device": device, "dtype": dtype}
+        # One nn.GRU a layer: the states of all layers are wanted where each session ends, and a
+        # deep nn.GRU returns those of its last layer only.
+        self.encoder, self.decoder = (
+            nn.ModuleList(
+                nn.GRU(features if k == 0 else width, width, batch_first=True, **created)
+                for k in range(layers)
+            )
+            for features in (first_features, second_features)
+        )
+        self.head = nn.Linear(width, 1, **created)
+
+    def forward(
+        self,
+        first: Tensor,
+        second: Tensor,
+        first_padding: Tensor | None = None,
+        second_padding: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``(B, T2)``; arguments as :class:`InterpretableGRU`."""
+        first, second = self.present(first, second, first_padding, second_padding)
+        for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
+            first, last = encoder(first)
+            if first_padding is not None:
+                last = _state_at_end(first, first_padding)
+            second, _ = decoder(second, last)
+        logits: Tensor = self.head(second)
+        return logits.squeeze(-1)
+
+
+def _state_at_end(states: Tensor, padding: Tensor) -> Tensor:
+    """The last state that is not padding, ``(1, B, units)``; zeros where all is padding."""
+    steps = (~padding).sum(1)[:, None, None]
+    last = states.gather(1, (steps - 1).clamp(min=0).expand(-1, 1, states.shape[-1]))
+    return last.masked_fill(steps == 0, 0).transpose(0, 1)

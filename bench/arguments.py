@@ -42,7 +42,8 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     families = ", ".join(FAMILIES)
-    add("--suite", choices=("quick", "full"), default="quick", help="default: %(default)s")
+    suites = ("quick", "full", "gpu-quick", "gpu")
+    add("--suite", choices=suites, help="default: quick, on a GPU gpu-quick")
     add("--smoke", action="store_true", help="tiny cases of everything: does it run?")
     add(
         "--families",
@@ -65,10 +66,10 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
     add(
         "--memory",
         type=_seconds,
-        default=12.0,
         metavar="GB",
-        help="leave out what needs more (default: %(default)g)",
+        help="leave out what needs more (default: 12; on a GPU, a third of what is free)",
     )
+    add("--within", type=_seconds, metavar="S", help="begin no case after so many seconds")
     add(
         "--compile",
         action="store_true",

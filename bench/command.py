@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,11 +18,14 @@ from bench.arguments import parse
 from bench.contender import Unavailable
 from bench.harness import measure
 from bench.limits import Settings
+from bench.precision import products
 from bench.roofs import Roofs, measure_roofs
 from bench.shapes import DTYPES, SUITES, Case
 from bench.summary import print_summary, summarize
 from bench.table import print_result
 from maskmoe_kernels.errors import BackendError, DataError
+
+LOST = 3  # the exit status where a fresh process can go on
 
 
 def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
@@ -33,7 +37,8 @@ def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
         console: Where tables go.
 
     Returns:
-        0; 1 where ours did not run, or became slower in a comparison.
+        0; 1 where ours did not run, or became slower in a comparison; 3 where the GPU was lost,
+        and a fresh process can go on with ``--resume``.
 
     Raises:
         DataError: A result file that cannot be used.
@@ -51,14 +56,16 @@ def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     check_device(arguments.device)
-    name = "smoke" if arguments.smoke else arguments.suite
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    name = arguments.suite or ("gpu-quick" if on_gpu else "quick")
+    name = "smoke" if arguments.smoke else name
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
     suite = SUITES[name]
     settings = Settings(
         rounds=arguments.rounds or suite.rounds,
         budget=suite.budget if arguments.budget is None else arguments.budget,
         longest=suite.longest if arguments.longest is None else arguments.longest,
-        memory=arguments.memory * 1e9,
+        memory=_memory(arguments),
         compile=arguments.compile,
         device=arguments.device,
     )
@@ -67,7 +74,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     here = results.machine(arguments.device)
     written = {"suite": name, **asdict(settings)}
     document = results.start(path, here, written, arguments.resume)
-    _measure_all(cases, settings, document, path, console)
+    within = math.inf if arguments.within is None else arguments.within
+    lost = _measure_all(cases, settings, document, path, within, console)
     missing = pictures.draw(document, out)
     print_summary(document["summary"], console)
     if name == "smoke":
@@ -78,7 +86,19 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         highlight=False,
         soft_wrap=True,
     )
+    if lost:
+        console.print("the GPU no longer answers this process: go on with --resume", style="red")
+        return LOST
     return 1 if document["summary"]["failed"] else 0
+
+
+def _memory(arguments: argparse.Namespace) -> float:
+    """Bytes that a contender may take: all of them are there at once."""
+    if arguments.memory is not None:
+        return float(arguments.memory) * 1e9
+    if torch.device(arguments.device).type == "cuda":
+        return torch.cuda.mem_get_info(arguments.device)[0] / 3
+    return 12e9
 
 
 def _measure_all(
@@ -86,26 +106,38 @@ def _measure_all(
     settings: Settings,
     document: dict[str, Any],
     path: Path,
+    within: float,
     console: Console,
-) -> None:
-    """Every case that is not in ``document`` yet; written after each."""
+) -> bool:
+    """Every case that is not in ``document`` yet, begun ``within`` seconds; written after each.
+
+    Returns:
+        Whether the GPU was lost: after a bad access no kernel runs in this process any more.
+    """
     small = document["settings"]["suite"] == "smoke"
     done = results.finished(document)
-    open_cases = [case for case in cases if case not in done]
+    open_cases = [c for c in cases if c not in done and str(c) not in document["skipped"]]
     if len(open_cases) < len(cases):
         kept = len(cases) - len(open_cases)
         console.print(f"{kept} of {len(cases)} cases are done already", highlight=False)
     document["summary"] = summarize(document["results"])
     started = time.perf_counter()
     for k, case in enumerate(open_cases):
+        if time.perf_counter() - started > within:
+            left = f"{len(open_cases) - k} cases left out: {within:g} s have passed (--within)"
+            console.print(left, style="yellow", highlight=False)
+            break
         if case.dtype not in document["roofs"]:
-            roofs = measure_roofs(DTYPES[case.dtype], settings.device, small)
+            with products(tf32=case.dtype == "tf32"):
+                roofs = measure_roofs(DTYPES[case.dtype], settings.device, small)
             document["roofs"][case.dtype] = asdict(roofs)
         roofs = Roofs(**document["roofs"][case.dtype])
         try:
             result = measure(case, settings, roofs.gflops)
         except (Unavailable, MemoryError, RuntimeError) as error:
             reason = " ".join(str(error).split())
+            if is_lost(settings.device):
+                reason = f"{results.GPU_LOST} {reason}"
             document["skipped"][str(case)] = reason
             console.print(f"{case}: skipped: {reason}", markup=False, highlight=False)
         else:
@@ -115,6 +147,20 @@ def _measure_all(
         results.save(path, document)
         spent = time.perf_counter() - started
         console.print(f"{k + 1} of {len(open_cases)} cases, {spent:.0f} s\n", highlight=False)
+        if is_lost(settings.device):
+            return True
+    return False
+
+
+def is_lost(device: str) -> bool:
+    """Does the GPU refuse further work of this process?"""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def _smoke_the_rest(

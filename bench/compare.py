@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.counts import PHASES
-from bench.ratios import Line, case_of, line_of
+from bench.ratios import RECORDED, Line, case_of, line_of
 from bench.results import differences
 
 
@@ -58,8 +59,8 @@ def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
         before = old.get(case_of(result))
         if before is None:
             continue
-        for phase in PHASES:
-            first, second = line_of(before, phase), line_of(result, phase)
+        for mode, phase in itertools.product(RECORDED, PHASES):
+            first, second = line_of(before, phase, mode), line_of(result, phase, mode)
             if first is not None and second is not None:
                 found.append(_change(first, second))
     return found
@@ -120,7 +121,7 @@ def _table(word: str, found: list[Change]) -> Table:
         ratios = (change.raw, change.to_floor, change.to_best)
         table.add_row(
             str(change.old.case),
-            change.old.phase,
+            change.old.label,
             f"{change.old.ours.us:,.1f}",
             f"{change.new.ours.us:,.1f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),

@@ -28,6 +28,8 @@ class Contender(ABC):
         floor: Is it a limit and no layer?
         compiled: Does its first call compile something?
         phases: Which of ``PHASES`` it can be measured in.
+        capturable: May a CUDA graph be captured of it?
+        rotates: Does it read the problem's own x and grad_y in every call?
     """
 
     name: ClassVar[str]
@@ -37,6 +39,8 @@ class Contender(ABC):
     floor: ClassVar[bool] = False
     compiled: ClassVar[bool] = False
     phases: ClassVar[tuple[str, ...]] = PHASES
+    capturable: ClassVar[bool] = True
+    rotates: ClassVar[bool] = True
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -107,7 +111,7 @@ class Layer(Contender):
         The whole batch runs, as it does on the clock; the truth needs the first ``rows`` alone.
         """
         x = self.problem.x
-        if "backward" not in self.phases:
+        if "step" not in self.phases:
             with torch.no_grad():
                 return {"y": self(x)[:rows]}
         y = self(x)
@@ -143,9 +147,14 @@ class DenseLayer(Layer):
 
 
 class Compiled(Layer):
-    """Mixed in before a layer: its call goes through ``torch.compile``."""
+    """Mixed in before a layer: its call goes through ``torch.compile``.
+
+    Attributes:
+        mode: Of ``torch.compile``.
+    """
 
     compiled = True
+    mode: ClassVar[str | None] = None
     #: A graph of hundreds of products takes minutes to compile.
     most_experts: ClassVar[int] = 16
 
@@ -155,9 +164,24 @@ class Compiled(Layer):
             raise Unavailable(
                 f"{experts} experts: compiled up to {self.most_experts}, more take minutes each"
             )
+        if self.mode is not None and problem.device.type != "cuda":
+            raise Unavailable(f"mode={self.mode!r} is for a GPU")
         super().__init__(problem)
         eager: Callable[[Tensor], Tensor] = super().__call__  # type: ignore[safe-super]
-        self._compiled = torch.compile(eager, dynamic=False)
+        self._compiled = torch.compile(eager, dynamic=False, mode=self.mode)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self.mode is not None:  # what the last call gave may be overwritten now
+            torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(x)
+
+
+class CompiledGraphs(Compiled):
+    """Mixed in before a layer: ``torch.compile`` in a mode that replays CUDA graphs of its own.
+
+    Its outputs live until the next call, so several forwards cannot wait for their backward.
+    """
+
+    mode = "reduce-overhead"
+    phases = ("forward", "step")
+    capturable = False

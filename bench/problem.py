@@ -24,6 +24,7 @@ class Problem:
         dtype: Of all values.
         device: Where they lie.
         seed: Of all values.
+        tf32: May float32 products be computed in tf32?
 
     Raises:
         ValueError: The layout has interleaved units.
@@ -36,12 +37,15 @@ class Problem:
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         seed: int = 0,
+        tf32: bool = False,
     ) -> None:
         if layout.row_order is not None or layout.col_order is not None:
             raise ValueError("the benchmark measures layouts whose blocks lie one after another")
         self.layout, self.batch, self.dtype = layout, batch, dtype
         self.device = torch.device(device)
-        self._generator = torch.Generator().manual_seed(seed)
+        self.tf32 = tf32
+        #: Its own: a CUDA graph that could not be captured may spoil torch's.
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         #: Row block i reads these column blocks.
         self.sources: list[list[int]] = layout.row_blocks()
         #: Where the matrix of each row block starts in the compact form.
@@ -53,12 +57,29 @@ class Problem:
         self.bias = self._normal(layout.out_features).requires_grad_()
         self.x = self._normal(batch, layout.in_features).requires_grad_()
         self.grad = self._normal(batch, layout.out_features)
+        #: Pairs of x and grad_y that calls may take in turn; the first is there from the start.
+        self.sets: list[tuple[Tensor, Tensor]] = [(self.x, self.grad)]
+        self.position = 0
 
     @classmethod
     def of(cls, case: Case, device: str = "cpu") -> Problem:
         """The hidden layer of ``case``."""
         layout = FAMILIES[case.family]().hidden_layout(case.width, case.width)
-        return cls(layout, case.batch, DTYPES[case.dtype], device)
+        return cls(layout, case.batch, DTYPES[case.dtype], device, tf32=case.dtype == "tf32")
+
+    def make_sets(self, cache: int) -> None:
+        """So many sets that between two calls on one of them twice ``cache`` bytes of x are read.
+
+        One is enough where x alone is as large, or where ``cache`` is 0.
+        """
+        for _ in range(1, -(-2 * cache // max(self.x.nbytes, 1))):
+            x = self._normal(self.batch, self.layout.in_features).requires_grad_()
+            self.sets.append((x, self._normal(self.batch, self.layout.out_features)))
+
+    def turn(self, k: int) -> None:
+        """From now on x and grad_y are those of set ``k``, counted round and round."""
+        self.position = k % len(self.sets)
+        self.x, self.grad = self.sets[self.position]
 
     @property
     def width(self) -> int | None:
@@ -89,11 +110,11 @@ class Problem:
     def _positions(self) -> tuple[Tensor, Tensor | None]:
         # Blocks lie in order, so ascending positions of the dense matrix are the compact form.
         # The second tells where each is in the packed weight; None: it is the compact form.
-        packed = self.layout.weight_index(torch.device("cpu"))
+        packed = self.layout.weight_index(torch.device("cpu")).to(self.device)
         if bool((packed[1:] > packed[:-1]).all()):  # sorting 10^8 positions takes half a minute
-            return packed.to(self.device), None
+            return packed, None
         position, order = packed.sort()
-        return position.to(self.device), order.to(self.device)
+        return position, order
 
     @cached_property
     def packed(self) -> Tensor:
@@ -125,10 +146,14 @@ class Problem:
         return dense.reshape(-1)[self._positions[0]]
 
     def _normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self._generator).to(self.device, self.dtype)
+        return self._drawn(*shape).to(self.dtype)
+
+    def _drawn(self, *shape: int) -> Tensor:
+        # Where they are needed: a billion values would take the host half a minute.
+        return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def _weights(self) -> Tensor:
-        flat = torch.randn(self.starts[-1], generator=self._generator)
+        flat = self._drawn(self.starts[-1])
         for matrix in self.row_matrices(flat):
             matrix /= max(matrix.shape[1], 1) ** 0.5
-        return flat.to(self.device, self.dtype)
+        return flat.to(self.dtype)

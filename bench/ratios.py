@@ -11,6 +11,10 @@ from bench.counts import PHASES
 from bench.shapes import Case
 
 OURS = "ours"
+#: Modes: inputs in the cache, inputs that have left it, a CUDA graph captured beforehand.
+HOT, COLD, GRAPH = "hot", "cold", "graph"
+#: Where a contender's record holds the times of a mode; a CPU has the first one only.
+RECORDED = {HOT: "phases", COLD: "cold", GRAPH: "graph"}
 Result = Mapping[str, Any]
 
 
@@ -37,6 +41,7 @@ class Line:
         floor: The slower of the floors: nobody can be faster than either.
         flops: That must be done.
         bytes: That must move.
+        mode: One of ``RECORDED``.
     """
 
     case: Case
@@ -47,6 +52,12 @@ class Line:
     floor: Time | None
     flops: int
     bytes: int
+    mode: str = HOT
+
+    @property
+    def label(self) -> str:
+        """Phase and, unless it is hot, mode."""
+        return self.phase if self.mode == HOT else f"{self.phase}, {self.mode}"
 
     @property
     def speedup(self) -> float | None:
@@ -84,27 +95,38 @@ def case_of(result: Result) -> Case:
     return Case(result["family"], result["width"], result["batch"], result["dtype"])
 
 
-def times(result: Result, phase: str) -> Iterator[tuple[Mapping[str, Any], Time]]:
-    """Every contender that was measured in ``phase``, with its record."""
+def is_ours(name: str) -> bool:
+    """Is this contender one of our backends, chosen or named?"""
+    return name == OURS or name.startswith(f"{OURS}, ")
+
+
+def times(result: Result, phase: str, mode: str = HOT) -> Iterator[tuple[Mapping[str, Any], Time]]:
+    """Every contender that was measured in ``phase`` and ``mode``, with its record."""
     for name, record in result["contenders"].items():
-        sample = record.get("phases", {}).get(phase)
+        sample = record.get(RECORDED[mode], {}).get(phase)
         if sample is not None:
             yield record, Time(name, sample["us"], sample["q25"], sample["q75"])
 
 
-def lines(result: Result) -> list[Line]:
+def lines(result: Result, mode: str = HOT) -> list[Line]:
     """One line a phase; none where ours was not measured."""
-    found = (line_of(result, phase) for phase in PHASES)
+    found = (line_of(result, phase, mode) for phase in PHASES)
     return [line for line in found if line is not None]
 
 
-def line_of(result: Result, phase: str) -> Line | None:
-    """Ours in ``phase``; ``None`` where it was not measured."""
-    measured = list(times(result, phase))
+def modes_of(results: Iterable[Result]) -> list[str]:
+    """The modes that anybody was measured in."""
+    seen = {key for result in results for record in result["contenders"].values() for key in record}
+    return [mode for mode, key in RECORDED.items() if key in seen]
+
+
+def line_of(result: Result, phase: str, mode: str = HOT) -> Line | None:
+    """Ours in ``phase`` and ``mode``; ``None`` where it was not measured."""
+    measured = list(times(result, phase, mode))
     ours = next((time for _, time in measured if time.name == OURS), None)
     if ours is None:
         return None
-    rivals = [(r, t) for r, t in measured if t.name != OURS and not r["floor"]]
+    rivals = [(r, t) for r, t in measured if not is_ours(t.name) and not r["floor"]]
     counts = result["counts"][phase]
     return Line(
         case_of(result),
@@ -115,6 +137,7 @@ def line_of(result: Result, phase: str) -> Line | None:
         max((t for r, t in measured if r["floor"]), key=lambda t: t.us, default=None),
         counts["flops"],
         counts["bytes"],
+        mode,
     )
 
 

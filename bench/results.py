@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,16 @@ from typing import Any
 import torch
 
 import maskmoe_kernels as mk
+from bench.clock import cache_bytes
 from bench.ratios import case_of
 from bench.shapes import Case
+from maskmoe_kernels.backends.choice import choose
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments import report
 
 FORMAT = 2
 NAME = "bench.json"
+GPU_LOST = "lost the GPU:"  # not tried again when a run is resumed
 #: Times of machines that differ in any of these cannot be compared directly.
 SAME = ("cpu", "cores", "threads", "gpu", "torch", "device")
 _ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "asimd")
@@ -24,15 +28,45 @@ _ISA = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx
 def machine(device: str) -> dict[str, Any]:
     """Processor, instruction sets, threads, versions, and what computes our layers."""
     info = mk.info()
-    usable = [name for name, entry in info["backends"].items() if entry["obstacle"] is None]
     return {
         **report.machine(),
         "device": device,
+        **_gpu(torch.device(device)),
         "isa": {"torch": torch.backends.cpu.get_cpu_capability(), "cpu": _cpu_flags()},
         "maskmoe_kernels": mk.__version__,
-        "backend": usable[0] if usable else None,
+        "backend": backend_on(device),
         "info": json.loads(json.dumps(info, default=str)),
     }
+
+
+def backend_on(device: str) -> str:
+    """The backend that ``backend=None`` chooses for float32 on ``device``."""
+    return choose(None, torch.empty(0, device=device))
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    """The GPU and what programs it; nothing for another device."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "gpu_properties": {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory": properties.total_memory,
+            "l2": cache_bytes(device),
+            "cuda": torch.version.cuda,
+            "triton": _version("triton"),
+        },
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu_flags() -> list[str]:
@@ -98,7 +132,8 @@ def start(
             f"{path}: cannot be resumed, it was measured elsewhere ({'; '.join(different)}); use "
             "another --out"
         )
-    return document | {"results": old["results"], "roofs": old["roofs"]}
+    skipped = {c: why for c, why in old["skipped"].items() if why.startswith(GPU_LOST)}
+    return document | {"results": old["results"], "roofs": old["roofs"], "skipped": skipped}
 
 
 def finished(document: dict[str, Any]) -> set[Case]:

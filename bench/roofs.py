@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from bench.clock import Clock, clock_of
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,16 @@ def measure_roofs(dtype: torch.dtype, device: str, small: bool = False) -> Roofs
     on_gpu = torch.device(device).type == "cuda"
     side = 256 if small else 8192 if on_gpu else 2048
     size = 2**22 if small else 2**30 if on_gpu else 2**27
-    a, b = (torch.randn(side, side).to(device, dtype) for _ in range(2))
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    random = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(side, side, generator=random, device=device).to(dtype) for _ in range(2))
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(generator=random)
     target = torch.empty_like(source)
-    product = _best(lambda: torch.mm(a, b), on_gpu)
-    copy = _best(lambda: target.copy_(source), on_gpu)
+    clock = clock_of(torch.device(device))
+    product = _best(lambda: torch.mm(a, b), clock)
+    copy = _best(lambda: target.copy_(source), clock)
     return Roofs(2 * side**3 / product / 1e9, 2 * size / copy / 1e9)
 
 
-def _best(call: Callable[[], Any], on_gpu: bool, runs: int = 7) -> float:
-    def seconds() -> float:
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        if on_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    seconds()
-    return min(seconds() for _ in range(runs))
+def _best(call: Callable[[], Any], clock: Clock, runs: int = 7) -> float:
+    clock.seconds(call)
+    return min(clock.seconds(call) for _ in range(runs))

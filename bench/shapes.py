@@ -71,7 +71,15 @@ FAMILIES: dict[str, Callable[[], SubsetFamily]] = {
 }
 #: 3 to 16 experts.
 SMALL = ("toy3", "ncf4", "spotify8", "chain16", "powerset4")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+#: "tf32" is float32 whose products may round their factors to ten bits.
+DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+#: Those that are measured on a CPU, too.
+EVERYWHERE = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ class Grid:
     families: Sequence[str]
     widths: Sequence[int]
     batches: Sequence[int]
-    dtypes: Sequence[str] = tuple(DTYPES)
+    dtypes: Sequence[str] = EVERYWHERE
 
     def cases(self) -> list[Case]:
         """The cases, small batches first."""
@@ -170,5 +178,29 @@ SUITES = {
         ],
         rounds=4,
         budget=3.0,
+    ),
+    # A GPU: by priority, for a run that is cut off. About four minutes.
+    "gpu-quick": Suite(
+        [
+            Grid(["powerset6", "pairs22"], [16], [65536], ["bfloat16"]),
+            Grid(["ncf4", "powerset6"], [64], [65536], ["bfloat16"]),
+            Grid(["ncf4", "powerset4"], [32], [256], ["bfloat16"]),
+            Grid(["powerset6"], [16, 64], [65536], ["float32"]),
+            Grid(["spotify8", "powerset4", "powerset8"], [32], [65536], ["bfloat16"]),
+            Grid(["toy3", "chain16"], [64], [65536], ["bfloat16"]),
+            Grid(["powerset6"], [32], [65536], ["tf32", "float16"]),
+            Grid(["ncf4", "pairs22"], [32], [4096], ["bfloat16"]),
+            Grid(["ncf4"], [128], [65536], ["bfloat16", "float32"]),
+            Grid(["ncf4", "powerset6"], [16], [1048576], ["bfloat16"]),
+            Grid(["powerset6", "toy3"], [16], [256], ["float32"]),
+        ],
+        rounds=5,
+        budget=0.5,
+    ),
+    # A GPU, everything: an hour or more.
+    "gpu": Suite(
+        [Grid(list(FAMILIES), [16, 32, 64, 128], [256, 4096, 65536, 1048576], tuple(DTYPES))],
+        rounds=7,
+        budget=1.0,
     ),
 }

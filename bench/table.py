@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.counts import PHASES
-from bench.ratios import Line, Result, Time, case_of, lines
+from bench.ratios import HOT, RECORDED, Line, Result, Time, case_of, lines, modes_of
 
 
 def print_result(result: Result, console: Console) -> None:
@@ -27,19 +27,25 @@ def print_result(result: Result, console: Console) -> None:
     )
     for head in heads:
         table.add_column(head, justify="left" if head == "ours" else "right")
-    for line in lines(result):
-        table.add_row(*_cells(line))
+    modes = modes_of([result])
+    for mode in modes:
+        for line in lines(result, mode):
+            table.add_row(*_cells(line))
     console.print(table)
-    console.print(_everybody(result))
+    for mode in modes:
+        console.print(_everybody(result, mode))
     for name, record in result["contenders"].items():
         if "unavailable" in record:
             text = f"  {name}: not measured: {record['unavailable']}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if "no_graph" in record:
+            text = f"  {name}: no CUDA graph: {record['no_graph']}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(line: Line) -> list[str]:
     return [
-        line.phase,
+        line.label,
         f"{line.ours.us:,.1f}",
         f"{line.ours.q25:,.0f}-{line.ours.q75:,.0f}",
         f"{line.gflops:,.1f}",
@@ -54,14 +60,17 @@ def _against(ratio: float | None, other: Time | None) -> str:
     return "-" if ratio is None or other is None else f"{ratio:.2f} ({other.name})"
 
 
-def _everybody(result: Result) -> Table:
-    table = Table("", *(f"{phase}, us" for phase in PHASES), "error", "note")
+def _everybody(result: Result, mode: str) -> Table:
+    key = RECORDED[mode]
+    table = Table(
+        "" if mode == HOT else mode, *(f"{phase}, us" for phase in PHASES), "error", "note"
+    )
     for column in table.columns[1:-1]:
         column.justify = "right"
     for name, record in result["contenders"].items():
-        if "phases" in record:
-            cells = [_time(record["phases"].get(phase)) for phase in PHASES]
-            table.add_row(name, *cells, _error(record), _note(record))
+        if key in record:
+            cells = [_time(record[key].get(phase)) for phase in PHASES]
+            table.add_row(name, *cells, _error(record), _note(record, key))
     return table
 
 
@@ -73,8 +82,8 @@ def _error(record: Mapping[str, Any]) -> str:
     return f"{max(record['error'].values()):.0e}" if record.get("error") else "-"
 
 
-def _note(record: Mapping[str, Any]) -> str:
-    fewer = {phase: s["fewer"] for phase, s in record["phases"].items() if "fewer" in s}
+def _note(record: Mapping[str, Any], key: str) -> str:
+    fewer = {phase: s["fewer"] for phase, s in record[key].items() if "fewer" in s}
     notes = [record["note"]] if record["note"] else []
     notes += [f"{phase}: few samples, {reason}" for phase, reason in fewer.items()]
     return "; ".join(notes)

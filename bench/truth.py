@@ -11,8 +11,15 @@ from maskmoe_kernels.testing import dense_oracle
 
 #: A layer above this error computes something else and must not be compared.
 WORST = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+#: Ten bits of a product's factors are left.
+WORST_TF32 = 1e-2
 #: Errors of larger problems are taken on their first rows: float64 is slow.
 MOST_FLOPS = 10**10
+
+
+def worst(problem: Problem) -> float:
+    """The largest relative error that a layer may have in the problem's precision."""
+    return WORST_TF32 if problem.tf32 else WORST[problem.dtype]
 
 
 def rows_to_check(problem: Problem) -> int:

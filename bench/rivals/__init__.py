@@ -1,5 +1,7 @@
 """One file a rival: a :class:`~bench.contender.Contender` that its author would call fast."""
 
+import torch
+
 from bench.contender import Contender
 from bench.rivals.best_dense import BestDense, BestDenseCompiled
 from bench.rivals.bsr import Bsr
@@ -13,8 +15,15 @@ from bench.rivals.masked_dense import (
     MaskedDenseCompiled,
 )
 from bench.rivals.nflows_layer import Nflows
-from bench.rivals.ours import Ours
-from bench.rivals.paper_style import PaperStyle, PaperStyleCompiled
+from bench.rivals.ours import Ours, OursGrouped, OursTriton
+from bench.rivals.paper_style import (
+    PaperStyle,
+    PaperStyleCompiled,
+    PaperStyleMaxAutotune,
+    PaperStyleReduceOverhead,
+)
+from bench.rivals.quack_gemm import Quack, QuackTuned
+from bench.rivals.stk_matrix import StkMatrix
 from bench.rivals.zuko_layer import Zuko
 
 #: Ours first, then by number.
@@ -37,9 +46,27 @@ ALL: tuple[type[Contender], ...] = (
     FloorGemm,
     FloorCopy,
 )
+#: On a GPU: these, too.
+GPU: tuple[type[Contender], ...] = (
+    *ALL,
+    OursTriton,
+    OursGrouped,
+    PaperStyleReduceOverhead,
+    PaperStyleMaxAutotune,
+    Quack,
+    QuackTuned,
+    StkMatrix,
+)
+
+
+def contenders(device: str) -> tuple[type[Contender], ...]:
+    """Who is measured on ``device``."""
+    return GPU if torch.device(device).type == "cuda" else ALL
+
 
 __all__ = [
     "ALL",
+    "GPU",
     "BestDense",
     "BestDenseCompiled",
     "Bsr",
@@ -54,7 +81,15 @@ __all__ = [
     "MaskedDenseCompiled",
     "Nflows",
     "Ours",
+    "OursGrouped",
+    "OursTriton",
     "PaperStyle",
     "PaperStyleCompiled",
+    "PaperStyleMaxAutotune",
+    "PaperStyleReduceOverhead",
+    "Quack",
+    "QuackTuned",
+    "StkMatrix",
     "Zuko",
+    "contenders",
 ]

@@ -31,10 +31,20 @@ class FloorGemm(Contender):
             max(1, round(weights / outputs))
             for weights in (layout.num_weights, layout.num_routed_weights)
         )
-        self.x, self.weight, self.routed = (
-            torch.randn(shape, dtype=problem.dtype, device=problem.device)
-            for shape in ((problem.batch, inner), (inner, outputs), (outputs, routed))
+        shapes = (
+            (inner, outputs),
+            (outputs, routed),
+            *[(problem.batch, inner)] * len(problem.sets),
         )
+        self.weight, self.routed, *self.inputs = (
+            torch.randn(shape, generator=problem.generator, device=problem.device).to(problem.dtype)
+            for shape in shapes
+        )
+
+    @property
+    def x(self) -> Tensor:
+        """Its input in the problem's present set."""
+        return self.inputs[self.problem.position]
 
     def forward(self) -> Tensor:
         return torch.mm(self.x, self.weight)
@@ -58,17 +68,21 @@ class FloorCopy(Contender):
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         sizes = {phase: counts.bytes // 2 for phase, counts in count(problem).items()}
-        source = torch.ones(max(sizes.values()), dtype=torch.uint8, device=problem.device)
-        target = torch.empty_like(source)
-        self.pairs = {phase: (target[:n], source[:n]) for phase, n in sizes.items()}
+        longest = max(sizes.values())
+        # Random: hardware may move a constant faster.
+        rows = torch.empty(
+            len(problem.sets), longest, dtype=torch.uint8, device=problem.device
+        ).random_(generator=problem.generator)
+        target = torch.empty_like(rows[0])
+        self.pairs = {phase: (target[:n], rows[:, :n]) for phase, n in sizes.items()}
 
     @classmethod
     def memory(cls, problem: Problem) -> int:
         return count(problem)["step"].bytes
 
     def _copy(self, phase: str) -> Tensor:
-        target, source = self.pairs[phase]
-        return target.copy_(source)
+        target, rows = self.pairs[phase]
+        return target.copy_(rows[self.problem.position])
 
     def forward(self) -> Tensor:
         return self._copy(PHASES[0])

@@ -97,6 +97,7 @@ class GroupedMMGathered(GroupedMM):
     name = "grouped_mm, gathered"
     note = "the gather is not in its time: a limit, not a layer"
     exact = False
+    rotates = False
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -1,6 +1,8 @@
-"""Our layer, with the backend that ``backend=None`` chooses."""
+"""Our layer, with the backend that ``backend=None`` chooses, and with others by name."""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,6 +15,7 @@ class Ours(Layer):
     """Packed weight, routed gradient."""
 
     name = "ours"
+    backend: ClassVar[str | None] = None
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -20,7 +23,21 @@ class Ours(Layer):
 
     def __call__(self, x: Tensor) -> Tensor:
         weight, bias = self.parameters
-        return masked_linear(x, weight, bias, self.problem.layout)
+        return masked_linear(x, weight, bias, self.problem.layout, backend=self.backend)
 
     def compact_grads(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return self.problem.from_packed(grads[0]), grads[1]
+
+
+class OursTriton(Ours):
+    """Our Triton kernels by name."""
+
+    name = "ours, triton"
+    backend = "triton"
+
+
+class OursGrouped(Ours):
+    """Our PyTorch fallback by name: what a GPU without our kernels would run."""
+
+    name = "ours, grouped"
+    backend = "grouped"

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contender import Compiled, Layer
+from bench.contender import Compiled, CompiledGraphs, Layer
 from bench.problem import Problem
 
 
@@ -57,3 +57,16 @@ class PaperStyleCompiled(Compiled, PaperStyle):
     """The same under ``torch.compile``."""
 
     name = "paper style, compiled"
+
+
+class PaperStyleReduceOverhead(CompiledGraphs, PaperStyle):
+    """The same under ``torch.compile(mode="reduce-overhead")``."""
+
+    name = "paper style, reduce-overhead"
+
+
+class PaperStyleMaxAutotune(CompiledGraphs, PaperStyle):
+    """The same under ``torch.compile(mode="max-autotune")``."""
+
+    name = "paper style, max-autotune"
+    mode = "max-autotune"

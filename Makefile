@@ -28,7 +28,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-check wheel test-wheel clean
+.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -83,6 +83,9 @@ bench: $(BUILT) ## Measure against every rival (ARGS='--suite full --out runs/fu
 
 bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
+
+gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
+	@$(PY) -m bench.gpu_static --check bench/results/gpu-static.json $(ARGS)
 
 gpu-check: $(BUILT) ## Prove and measure on a GPU, in 9 minutes (ARGS='--part graphs', '--dry-run')
 	@$(PY) -m bench.gpu_check $(ARGS)

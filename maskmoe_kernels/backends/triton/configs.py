@@ -1,13 +1,14 @@
-"""How work is cut for a chip: a few rules propose at most four ways, ``tune`` measures them."""
+"""How work is cut for a chip: a short model proposes at most four ways, ``tune`` measures them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 
+from maskmoe_kernels.backends.triton.tiles import Tiles
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 #: The partial sums of the weight gradient take at most this many bytes.
@@ -16,6 +17,9 @@ WORKSPACE = 256 << 20
 _L1 = 96 << 10
 # Every part in one program.
 ALL = 1 << 20
+# What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
+_MEMORY, _CACHE = 4e6, 6e6  # bytes
+_PRODUCTS = {"16 bit": 350e6, "tf32": 175e6, "tf32x3": 60e6, "ieee": 15e6}
 
 
 @dataclass(frozen=True)
@@ -40,29 +44,84 @@ class Config:
 
 
 def candidates(
-    layout: BlockLayout, rows: int, dtype: torch.dtype, precision: str, processors: int
+    cut: Callable[[int, int], Tiles],
+    layout: BlockLayout,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    processors: int,
+    gradient: bool = False,
 ) -> list[Config]:
     """At most four ways to compute ``layout``'s product over ``rows`` rows, the likeliest first.
 
-    Tiles are as wide as the row block of the average weight; as high as leaves every processor
-    two programs; and a program walks all tiles of its rows if those rows stay in its L1 cache.
+    Tiles are as wide as the model below finds best; as high as leaves every processor two
+    programs; and a program walks all tiles of its rows if those rows stay in its L1 cache.
+
+    Args:
+        cut: Gives the layout's tiles of so many lanes and so deep chunks.
+        layout: Its columns are what is multiplied.
+        rows: Rows of the batch.
+        dtype: Of all matrices.
+        precision: How products are taken: ``tl.dot``'s input precision.
+        processors: Multiprocessors of the GPU.
+        gradient: It is the product of x and grad_y, which gives grad_W.
     """
     exact = dtype == torch.float32 and precision == "ieee"
-    lanes = min(64 if exact else 128, max(16, _power(_width(layout))))
-    tiles = sum(math.ceil(units / lanes) for units in layout.row_sizes)
+    found = []
+    for lanes in (16, 32, 64) if exact else (16, 32, 64, 128):
+        depth = 16 if exact else _depth(layout, lanes, dtype)
+        tiles = cut(lanes, depth)
+        cost = _cost(tiles, layout, rows, dtype, precision, processors, gradient)
+        found.append((cost, lanes, depth, tiles))
+    (_, lanes, depth, tiles), second, *_ = sorted(found, key=lambda entry: entry[:2])
     enough = 2 * processors
-    high = next((m for m in (128, 64, 32) if rows / m * tiles >= enough), 16)
-    high = min(high, 32 if exact else 128, max(16, _power(rows)))
+    high = next((m for m in (128, 64, 32) if rows / m * tiles.num_tiles >= enough), 16)
+    # Registers: ragged features are loaded value by value; 3xTF32 splits every factor in two.
+    hungry = precision == "tf32x3" or tiles.feature_grain < 8
+    high = min(high, 32 if exact else 64 if hungry else 128, max(16, _power(rows)))
     near = high * layout.in_features * dtype.itemsize <= _L1
-    first = _config(high, lanes, ALL if near and rows / high >= enough else 1, exact)
-    other_high = max(16, high // 2) if high >= 64 else high * 2
+    parts = ALL if near and rows / high >= enough else 1
+    first = _config(high, lanes, depth, parts, exact, precision)
+    other_high = high // 2 if high >= 64 else high * 2
     options = [
         first,
-        _config(other_high, lanes, first.parts, exact),
-        replace(first, parts=1 if first.parts == ALL else ALL),
-        _config(high, lanes // 2 if lanes > 32 else lanes * 2, first.parts, exact),
+        _config(high, second[1], second[2], parts, exact, precision),
+        _config(other_high, lanes, depth, parts, exact, precision),
+        replace(first, parts=1 if parts == ALL else ALL),
     ]
     return list(dict.fromkeys(options))
+
+
+def _cost(
+    tiles: Tiles,
+    layout: BlockLayout,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    processors: int,
+    gradient: bool,
+) -> float:
+    """Microseconds a row, roughly: the slower of products and bytes, on the processors at work."""
+    entries = tiles.chunk_walks * tiles.depth
+    loaded = float(entries)
+    if gradient:  # beside its features, an item reads grad_y and what was saved
+        features = item_features(layout, tiles, dtype, precision)
+        loaded += (entries / features + tiles.num_tiles / 2) * 2 * tiles.lanes
+    # A tensor core's operands come slower than it multiplies where a tile is narrow.
+    lanes = tiles.lanes if precision == "ieee" and dtype == torch.float32 else max(64, tiles.lanes)
+    products = entries * lanes / _PRODUCTS[precision if dtype == torch.float32 else "16 bit"]
+    cached = loaded * dtype.itemsize / _CACHE
+    moved = (layout.in_features + layout.out_features) * dtype.itemsize / _MEMORY
+    busy = min(1.0, rows / 64 * tiles.num_tiles / processors)
+    return (max(products, cached, moved) + 0.1 * (products + cached)) / busy
+
+
+def _depth(layout: BlockLayout, lanes: int, dtype: torch.dtype) -> int:
+    """Features of a chunk: a block's where row blocks share tiles, else what hides the latency."""
+    most = 64 if lanes >= 64 and dtype.itemsize == 2 else 32
+    if 2 * _mean(layout.row_sizes) <= lanes:
+        return min(most, max(16, _power(_mean(layout.col_sizes))))
+    return most
 
 
 def gradient_options(
@@ -80,10 +139,14 @@ def gradient_options(
     return list(dict.fromkeys((replace(w, rows=step, parts=1), x) for w, x in pairs))
 
 
-def item_features(layout: BlockLayout, config: Config) -> int:
-    """Features of an item of grad_W, where its tile holds one row block."""
-    most = 32 if config.stages == 1 else 128 if config.lanes <= 64 else 64
-    return min(most, max(16, _power(max(layout.row_fan_in, default=1))))
+def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precision: str) -> int:
+    """Features of an item of grad_W: whole chunks."""
+    # Lanes with weights apart take registers for their addresses.
+    wide = tiles.lanes > (32 if tiles.shared else 64)
+    most = 64 if wide or dtype.itemsize > 2 else 128
+    if dtype == torch.float32 and precision == "ieee":
+        most = 32
+    return max(tiles.depth, min(most, _power(max(layout.row_fan_in, default=1))))
 
 
 def slabs(rows: int, items: int, sums: int, processors: int) -> int:
@@ -96,22 +159,15 @@ def slabs(rows: int, items: int, sums: int, processors: int) -> int:
     return max(1, min(wanted, rows // 256, WORKSPACE // (4 * max(sums, 1))))
 
 
-def _config(rows: int, lanes: int, parts: int, exact: bool) -> Config:
+def _config(rows: int, lanes: int, depth: int, parts: int, exact: bool, precision: str) -> Config:
     if exact:  # the plain units multiply out of registers: small tiles, nothing in flight
-        return Config(rows, lanes, 16, parts, 4, 1)
-    return Config(
-        rows, lanes, 64 if lanes >= 64 else 32, parts, 8 if rows * lanes >= 8192 else 4, 3
-    )
+        return Config(rows, lanes, depth, parts, 4, 1)
+    many = rows * lanes >= (4096 if precision == "tf32x3" else 8192)
+    return Config(rows, lanes, depth, parts, 8 if many else 4, 3)
 
 
-@lru_cache(maxsize=1024)
-def _width(layout: BlockLayout) -> float:
-    """Units of the row block that the average weight belongs to."""
-    weights = [u * f for u, f in zip(layout.row_sizes, layout.row_fan_in, strict=True)]
-    total = sum(weights)
-    if not total:
-        return max(layout.row_sizes)
-    return sum(u * w for u, w in zip(layout.row_sizes, weights, strict=True)) / total
+def _mean(sizes: Sequence[int]) -> float:
+    return sum(sizes) / len(sizes)
 
 
 def _power(value: float) -> int:

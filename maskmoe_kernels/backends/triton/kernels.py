@@ -185,13 +185,13 @@ def _grad_weight(
                 bias += tl.sum(b.to(tl.float32), 0)
     weight_sums += slab.to(tl.int64) * num_weights
     if SHARED:
-        seen = tl.where(at < end, N, 0)  # a tile without features has an item, for its bias
-        base = tl.load(bases + at // K * N + lane, mask=lane < seen, other=-1)
-        base = tl.max_contiguous(tl.multiple_of(base, WEIGHT_GRAIN), WEIGHT_GRAIN)
+        at_chunk = bases + (entry // K)[:, None] * N + lane[None, :]
+        base = tl.load(at_chunk, mask=(entry < end)[:, None] & (lane >= 0)[None, :], other=-1)
+        base = tl.max_contiguous(tl.multiple_of(base, [1, WEIGHT_GRAIN]), [1, WEIGHT_GRAIN])
         step = tl.load(strides + tile * N + lane)
         step = tl.max_constancy(tl.multiple_of(step, WEIGHT_GRAIN), WEIGHT_GRAIN)
-        place = base[None, :] + tl.arange(0, F)[:, None] * step[None, :]
-        mask = (feature >= 0)[:, None] & (base >= 0)[None, :]
+        place = base + (entry % K)[:, None] * step[None, :]
+        mask = (feature >= 0)[:, None] & (base >= 0)
     else:
         base = tl.multiple_of(tl.load(tiles + tile * 4), WEIGHT_GRAIN)
         width = tl.multiple_of(tl.load(tiles + tile * 4 + 1), WEIGHT_GRAIN)

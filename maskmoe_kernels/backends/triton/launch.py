@@ -151,16 +151,17 @@ class _Backward:
 
     def options(self) -> list[tuple[Config, Config]]:
         precision = precision_of(self.x.dtype)
-        of_weight = self.pair.forward.options(self.x, precision)
+        of_weight = self.pair.forward.options(self.x, precision, gradient=True)
         of_x = self.pair.turned.options(self.grad_y, precision)
         return gradient_options(of_weight, of_x, self.x.dtype)
 
     def run(self, config: tuple[Config, Config]) -> None:
         w, of_x = config
         device, rows = self.x.device, self.x.shape[0]
+        precision = precision_of(self.x.dtype)
         layout = self.pair.forward.layout
         t, turned = self.pair.forward.tiles(w, device), self.pair.turned.tiles(of_x, device)
-        features = t.depth if t.shared else item_features(layout, w)
+        features = item_features(layout, t, self.x.dtype, precision)
         items = self.pair.forward.items(w, features, device)
         num_items = items.shape[0] if self.grad_w else 0
         parts = turned.parts.shape[0] if self.grad_x.numel() else 0
@@ -174,6 +175,10 @@ class _Backward:
             partial = self.x.new_empty(count * entries, dtype=torch.float32)
             sums = partial.split([count * layout.num_weights, count * layout.out_features])
         bias = outputs[1].numel() > 0 and self.grad_w is not None
+        # Shared tiles, and derivatives with exponentials, take registers: shorter steps; and the
+        # derivative of 128 rows, more warps.
+        step = max(16, w.rows // (2 if t.shared or self.activation in NEEDS_INPUT else 1))
+        many = features * t.lanes >= 8192 or of_x.rows >= 128
         of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
         kernels.backward[(count * (num_items + of_rows),)](
             self.grad_y, self.saved, self.x, self.turned_weight, self.grad_x, *sums,
@@ -181,13 +186,13 @@ class _Backward:
             turned.parts, turned.tiles, turned.units, turned.features, turned.bases, turned.strides,
             rows, slab_rows, self.x.stride(0), layout.in_features, layout.out_features,
             layout.num_weights, num_items, parts,
-            ACT=self.activation, BIAS=bias, PRECISION=precision_of(self.x.dtype),
-            R=w.rows, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
+            ACT=self.activation, BIAS=bias, PRECISION=precision,
+            R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
             FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
             XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
             XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
-            num_warps=max(w.warps, of_x.warps), num_stages=w.stages,
+            num_warps=8 if many else of_x.warps, num_stages=w.stages,
         )  # fmt: skip
         if count > 1:
             kernels.total[(triton.cdiv(entries, _TOTAL),)](

@@ -34,10 +34,10 @@ class Product:
         self._host: dict[tuple[int, int], Tiles] = {}
         self._device: dict[tuple[object, ...], Any] = {}
 
-    def options(self, rows: Tensor, precision: str) -> list[Config]:
-        """Ways to multiply ``rows``, the likeliest first."""
-        count = processors(rows.device)
-        return candidates(self.layout, rows.shape[0], rows.dtype, precision, count)
+    def options(self, rows: Tensor, precision: str, gradient: bool = False) -> list[Config]:
+        """Ways to multiply ``rows``, the likeliest first; or to take the weight gradient."""
+        count, dtype = processors(rows.device), rows.dtype
+        return candidates(self.cut, self.layout, rows.shape[0], dtype, precision, count, gradient)
 
     def cut(self, lanes: int, depth: int) -> Tiles:
         """The tiles, on the CPU."""
@@ -114,9 +114,9 @@ def products_of(layout: BlockLayout) -> Pair:
 
 
 def _fits(product: Product) -> bool:
-    config = candidates(product.layout, 128, torch.bfloat16, "ieee", 1)[0]
-    if product.layout.num_blocks > _FEW:
+    layout = product.layout
+    if layout.num_blocks > _FEW:
         return False
-    padded = product.cut(config.lanes, 16).chunk_walks * 16 * config.lanes
-    dense = product.layout.out_features * product.layout.in_features
-    return padded <= max(_FEW, _MOST_PADDING * dense)
+    config = product.options(torch.empty(128, 0, dtype=torch.bfloat16, device="cpu"), "ieee")[0]
+    padded = product.cut(config.lanes, config.depth).chunk_walks * config.depth * config.lanes
+    return padded <= max(_FEW, _MOST_PADDING * layout.out_features * layout.in_features)

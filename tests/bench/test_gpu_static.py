@@ -1,0 +1,61 @@
+"""Every kernel compiles for every chip within its means: no spills, tensor cores, wide offsets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent.parent
+TABLE = ROOT / "bench/results/gpu-static.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_compiled_as_in_the_committed_table(architecture, tmp_path):
+    written = tmp_path / "table.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_static", "--arch", architecture,
+         "--check", TABLE, "--write", written],
+        cwd=ROOT, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(written.read_text())["rows"]
+    assert {row["kernel"] for row in rows} >= {"forward", "backward", "total", "finish"}
+    hot = [row for row in rows if row["kernel"] in ("forward", "backward")]
+    assert {row["arch"] for row in rows} == {f"sm_{architecture}"}
+    assert all(row["64-bit products"] for row in hot)
+    assert sum(row["async copies"] > 0 for row in hot) > len(hot) / 2
+
+
+def test_a_kernel_that_breaks_a_rule_is_named():
+    from bench import gpu_static
+
+    good = {"registers": 90, "spilled": 0, "shared": 1024, "tensor": 8, "wgmma": 8,
+            "async copies": 4, "64-bit products": 3}  # fmt: skip
+    shape = gpu_static.Shape("toy3", 16, 65536)
+    kept = next(k for k in gpu_static.launches(shape) if k.kernel.__name__ == "forward")
+    assert gpu_static.complaints(kept, good, 90) == []
+    for change, said in (
+        ({"spilled": 64}, "spills 64 bytes"),
+        ({"shared": 300_000}, "300000 bytes of shared memory, of 232448"),
+        ({"tensor": 0}, "no tensor-core instruction"),
+        ({"wgmma": 0}, "no wgmma, though its tiles have 64 rows"),
+        ({"64-bit products": 0}, "no 64-bit product in its offsets"),
+    ):
+        assert gpu_static.complaints(kept, good | change, 90) == [said]
+    row = {"shape": "s", "kernel": "k", "cut": "c", "arch": "sm_90", **good}
+    version = gpu_static.triton.__version__
+    assert gpu_static.differences({"triton": version, "rows": [row]}, [row]) == []
+    assert gpu_static.differences({"triton": "0", "rows": []}, [row]) == []
+    assert gpu_static.differences({"triton": version, "rows": []}, [row]) == [
+        "s k c sm_90: not in the committed table; write it anew"
+    ]
+    more = row | {"registers": 120}
+    assert gpu_static.differences({"triton": version, "rows": [row]}, [more]) == [
+        "s k c sm_90: registers 90 -> 120"
+    ]

@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 _MOST_PADDING = 2.0
 # ...unless that is so little that it costs nothing worth a thought.
 _FEW = 1 << 18
+_MANY = 4096
 # Fewer chunks than this are not worth the sum over the parts of a split tile.
 _SHORT = 4
 
@@ -115,7 +116,7 @@ def products_of(layout: BlockLayout) -> Pair:
 
 def _fits(product: Product) -> bool:
     layout = product.layout
-    if layout.num_blocks > _FEW:
+    if layout.num_blocks > _MANY and not layout.has_blocks:  # not worth the time to cut them
         return False
     config = product.options(torch.empty(128, 0, dtype=torch.bfloat16, device="cpu"), "ieee")[0]
     padded = product.cut(config.lanes, config.depth).chunk_walks * config.depth * config.lanes

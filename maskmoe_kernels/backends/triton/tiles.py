@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -111,19 +110,6 @@ class Tiles:
         return torch.tensor(items, dtype=torch.int32).view(-1, 4)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """One row block.
-
-    ``blocks`` holds, for each column block that it reads, the place among them and the first row
-    of the packed (fan-in, units) matrix, which starts at ``weight``.
-    """
-
-    units: np.ndarray
-    weight: int
-    blocks: dict[int, tuple[int, int]]
-
-
 def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:
     """Tiles of ``layout``.
 
@@ -132,23 +118,20 @@ def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:
         lanes: Units of a tile, a power of two of at least 16.
         depth: Features of a chunk, a power of two of at least 16.
     """
-    rows = _rows(layout)
-    features = _columns(layout)
-    groups = list(_groups(layout, rows, lanes))
-    shared = any(len(group) > 1 for group in groups)
-    builder = _Shared(lanes, depth) if shared else _Plain(lanes, depth)
+    groups = list(_groups(layout, lanes))
+    cutter = _Cutter(layout, lanes, depth, shared=any(len(group) > 1 for group in groups))
     for group in groups:
-        builder.add([rows[i] for i in group], features)
-    tiles = np.array(builder.tiles, dtype=np.int32).reshape(-1, 4)
-    units = np.array(builder.units, dtype=np.int32).reshape(-1, lanes)
-    chunks = np.array(builder.features, dtype=np.int32).reshape(-1, depth)
+        cutter.add(np.array(group))
+    tiles = np.array(cutter.tiles, dtype=np.int32).reshape(-1, 4)
+    units = _stacked(cutter.units, lanes)
+    chunks = _stacked(cutter.features, depth)
+    bases = _stacked(cutter.bases, lanes)
+    strides = _stacked(cutter.strides, lanes)
     parts, splits = _parts(tiles, None)
-    bases = np.array(builder.bases, dtype=np.int32).reshape(-1, lanes)
-    strides = np.array(builder.strides, dtype=np.int32).reshape(-1, lanes)
     return Tiles(
         lanes,
         depth,
-        shared,
+        cutter.shared,
         torch.from_numpy(parts),
         torch.from_numpy(splits),
         torch.from_numpy(tiles),
@@ -160,133 +143,134 @@ def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:
         longest=int((tiles[:, 3] - tiles[:, 2]).max()),
         feature_grain=_grain(chunks),
         unit_grain=_grain(units),
-        weight_grain=_lane_grain(bases, strides) if shared else _divisor(tiles[:, :2]),
+        weight_grain=_lane_grain(bases, strides) if cutter.shared else _divisor(tiles[:, :2]),
     )
 
 
-def _columns(layout: BlockLayout) -> list[np.ndarray]:
-    order = np.arange(layout.in_features) if layout.col_order is None else layout.col_order.numpy()
-    return np.split(order, layout.col_offsets[1:-1])
-
-
-def _rows(layout: BlockLayout) -> list[_Row]:
-    order = np.arange(layout.out_features) if layout.row_order is None else layout.row_order.numpy()
-    rows = []
-    for i, blocks in enumerate(layout.row_blocks()):
-        starts = accumulate((layout.col_sizes[j] for j in blocks), initial=0)
-        seen = {
-            j: (place, start) for place, (j, start) in enumerate(zip(blocks, starts, strict=False))
-        }
-        first, last = layout.row_offsets[i : i + 2]
-        rows.append(_Row(order[first:last], layout.weight_offsets[i], seen))
-    return rows
-
-
-def _groups(layout: BlockLayout, rows: list[_Row], lanes: int) -> Iterator[list[int]]:
+def _groups(layout: BlockLayout, lanes: int) -> Iterator[list[int]]:
     """Row blocks by tile: wide ones alone, the others in the company that reads most alike."""
-    small = [i for i, row in enumerate(rows) if 2 * len(row.units) <= lanes]
-    yield from ([i] for i, row in enumerate(rows) if 2 * len(row.units) > lanes)
-    if not small:
-        return
-    sizes = np.array(layout.row_sizes)[small]
-    reads = layout.present.numpy()[small].astype(np.float32)
-    reads *= np.array(layout.col_sizes, dtype=np.float32)
+    all_sizes = np.array(layout.row_sizes)
+    small = np.flatnonzero(2 * all_sizes <= lanes)
+    yield from ([i] for i in np.flatnonzero(2 * all_sizes > lanes).tolist())
+    sizes = all_sizes[small]
+    reads = layout.present.numpy()[small] * np.array(layout.col_sizes, dtype=np.float32)
+    readers = np.ascontiguousarray(reads.T)
     fan_in = reads.sum(1)
     left = np.ones(len(small), dtype=bool)
-    queue = iter(np.argsort(-fan_in, kind="stable"))
-    while left.any():
-        member = next(k for k in queue if left[k])
-        group, free = [small[member]], lanes - sizes[member]
+    for member in np.argsort(-fan_in, kind="stable").tolist():
+        if not left[member]:
+            continue
+        group, free = [member], lanes - sizes[member]
         left[member] = False
         union = reads[member] > 0
-        while True:
-            fits = left & (sizes <= free)
-            if not fits.any():
-                break
-            # The one that adds the fewest features; among those, the one that reads the most.
-            added = fan_in - reads @ union if len(small) <= _MANY else -fan_in
-            member = int(np.lexsort((-fan_in, np.where(fits, added, np.inf)))[0])
-            group.append(small[member])
+        common = reads @ union.astype(np.float32)
+        # The one that adds the fewest features comes next; among those, the one that reads most.
+        while (fits := np.flatnonzero(left & (sizes <= free))).size:
+            added = (fan_in - common if len(small) <= _MANY else -fan_in)[fits]
+            member = int(fits[np.lexsort((-fan_in[fits], added))[0]])
+            group.append(member)
             free -= sizes[member]
             left[member] = False
-            union |= reads[member] > 0
-        yield sorted(group)
+            new = (reads[member] > 0) & ~union
+            common += readers[new].sum(0)
+            union |= new
+        yield sorted(small[group].tolist())
 
 
-class _Plain:
-    """Tiles of one row block each: the weights of its chunks lie one after another."""
+class _Cutter:
+    """Collects the tables, tile by tile."""
 
-    def __init__(self, lanes: int, depth: int) -> None:
-        self.lanes, self.depth = lanes, depth
+    def __init__(self, layout: BlockLayout, lanes: int, depth: int, shared: bool) -> None:
+        self.lanes, self.depth, self.shared = lanes, depth, shared
+        self.present = layout.present.numpy()
+        self.row_sizes, self.col_sizes = np.array(layout.row_sizes), np.array(layout.col_sizes)
+        self.row_offsets, self.col_offsets = layout.row_offsets, np.array(layout.col_offsets)
+        self.weights = np.array(layout.weight_offsets)
+        seen = self.present * self.col_sizes
+        #: Where each column block starts in the packed (fan-in, units) matrix of each row block.
+        self.starts = seen.cumsum(1) - seen
+        self.row_order = _order(layout.row_order, layout.out_features)
+        self.col_order = _order(layout.col_order, layout.in_features)
+        self.num_chunks = 0
         self.tiles: list[tuple[int, int, int, int]] = []
         self.units: list[np.ndarray] = []
         self.features: list[np.ndarray] = []
         self.bases: list[np.ndarray] = []
         self.strides: list[np.ndarray] = []
 
-    def add(self, group: list[_Row], columns: list[np.ndarray]) -> None:
-        (row,) = group
-        first = len(self.features)
-        self._chunk([columns[j] for j in row.blocks])
-        width = len(row.units)
+    def add(self, members: np.ndarray) -> None:
+        """The tile of some row blocks, or the tiles of a wide one."""
+        columns, run_of, chunks_of = self._chunks(members)
+        first, last = self.num_chunks - int(chunks_of.sum()), self.num_chunks
+        width = int(self.row_sizes[members].sum())
         for lane in range(0, width, self.lanes):
-            self.tiles.append((row.weight + lane, width, first, len(self.features)))
-            self.units.append(_padded(row.units[lane : lane + self.lanes], self.lanes))
+            if self.shared and lane:  # bases differ, so these chunks stand once more
+                self._chunks(members)
+                first, last = last, self.num_chunks
+            plain = (self.weights[members[0]] + lane, self.row_sizes[members[0]])
+            self.tiles.append((*((0, 0) if self.shared else plain), first, last))
+            units = np.concatenate(
+                [self.row_order[self.row_offsets[i] : self.row_offsets[i + 1]] for i in members]
+            )[lane : lane + self.lanes]
+            self.units.append(_padded(units, self.lanes))
+            if self.shared:
+                heads = columns[np.flatnonzero(np.diff(run_of, prepend=-1))]
+                self._lanes(members, heads, chunks_of, lane)
 
-    def _chunk(self, columns: list[np.ndarray]) -> None:
-        seen = np.concatenate(columns) if columns else np.zeros(0, dtype=np.int64)
-        for at in range(0, len(seen), self.depth):
-            self.features.append(_padded(seen[at : at + self.depth], self.depth))
+    def _chunks(self, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The features of a tile in chunks, each of a run of columns that the same members read.
+
+        Between two columns of a run no member reads another one, so that a run's weights lie one
+        after another for each of them.
+
+        Returns:
+            The column blocks that somebody reads, the run of each, the chunks of each run.
+        """
+        reads = self.present[members]
+        columns = np.flatnonzero(reads.any(0))
+        seen = reads[:, columns]
+        run_of = np.cumsum((seen[:, 1:] != seen[:, :-1]).any(0)) if columns.size else columns
+        run_of = np.concatenate([[0], run_of]) if columns.size else columns
+        sizes = self.col_sizes[columns]
+        lengths = np.bincount(run_of, sizes).astype(np.int64) if columns.size else columns
+        chunks_of = -(-lengths // self.depth)
+        total = int(sizes.sum())
+        within = np.arange(total) - np.repeat(sizes.cumsum() - sizes, sizes)
+        feature = self.col_order[np.repeat(self.col_offsets[columns], sizes) + within]
+        in_run = np.arange(total) - np.repeat(lengths.cumsum() - lengths, lengths)
+        table = np.tile(np.arange(-self.depth, 0), int(chunks_of.sum()))
+        table[np.repeat((chunks_of.cumsum() - chunks_of) * self.depth, lengths) + in_run] = feature
+        self.features.append(table)
+        self.num_chunks += int(chunks_of.sum())
+        return columns, run_of, chunks_of
+
+    def _lanes(
+        self, members: np.ndarray, heads: np.ndarray, chunks_of: np.ndarray, lane: int
+    ) -> None:
+        """Where each lane's weights for each chunk start; ``heads`` are the runs' first columns."""
+        sizes = self.row_sizes[members]
+        member = np.repeat(np.arange(len(members)), sizes)[lane : lane + self.lanes]
+        unit = np.concatenate([np.arange(n) for n in sizes])[lane : lane + self.lanes]
+        run = np.repeat(np.arange(len(heads)), chunks_of)
+        done = np.arange(len(run)) - np.repeat(chunks_of.cumsum() - chunks_of, chunks_of)
+        row = self.starts[members][:, heads][:, run] + done * self.depth
+        base = self.weights[members][:, None] + row * sizes[:, None]
+        base = np.where(self.present[members][:, heads][:, run], base, -1)[member]
+        base = np.where(base < 0, -1, base + unit[:, None]).T
+        table = np.full((len(run), self.lanes), -1)
+        table[:, : len(member)] = base
+        self.bases.append(table)
+        self.strides.append(np.pad(sizes[member], (0, self.lanes - len(member))))
 
 
-class _Shared(_Plain):
-    """Tiles of several row blocks: each lane has a base a chunk and a stride of its own."""
-
-    def add(self, group: list[_Row], columns: list[np.ndarray]) -> None:
-        width = sum(len(row.units) for row in group)
-        if width > self.lanes:  # a wide one among small ones
-            (row,) = group
-            for lane in range(0, width, self.lanes):
-                self._tile([(row, lane)], columns)
-        else:
-            self._tile([(row, 0) for row in group], columns)
-
-    def _tile(self, members: list[tuple[_Row, int]], columns: list[np.ndarray]) -> None:
-        first = len(self.features)
-        for run in _runs([row for row, _ in members]):
-            before = len(self.features)
-            self._chunk([columns[j] for j in run])
-            for c in range(len(self.features) - before):
-                bases = [
-                    row.weight
-                    + (row.blocks[run[0]][1] + c * self.depth) * len(row.units)
-                    + np.arange(lane, min(lane + self.lanes, len(row.units)))
-                    if run[0] in row.blocks
-                    else np.full(min(self.lanes, len(row.units) - lane), -1)
-                    for row, lane in members
-                ]
-                self.bases.append(_filled(np.concatenate(bases), self.lanes, -1))
-        units = [row.units[lane : lane + self.lanes] for row, lane in members]
-        strides = [
-            np.full(len(u), len(row.units)) for u, (row, _) in zip(units, members, strict=True)
-        ]
-        self.tiles.append((0, 0, first, len(self.features)))
-        self.units.append(_padded(np.concatenate(units), self.lanes))
-        self.strides.append(_filled(np.concatenate(strides), self.lanes, 0))
+def _order(order: Tensor | None, size: int) -> np.ndarray:
+    return np.arange(size) if order is None else order.numpy()
 
 
-def _runs(members: list[_Row]) -> list[list[int]]:
-    """Column blocks that the same members read, each as neighbours in its packed weights."""
-    runs: list[list[int]] = []
-    expected: dict[int, int] = {}
-    for j in sorted({j for row in members for j in row.blocks}):
-        places = {k: row.blocks[j][0] for k, row in enumerate(members) if j in row.blocks}
-        if places == expected:
-            runs[-1].append(j)
-        else:
-            runs.append([j])
-        expected = {k: place + 1 for k, place in places.items()}
-    return runs
+def _stacked(tables: list[np.ndarray], width: int) -> np.ndarray:
+    if not tables:
+        return np.zeros((0, width), dtype=np.int32)
+    return np.concatenate([t.reshape(-1, width) for t in tables]).astype(np.int32)
 
 
 def _parts(tiles: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -312,10 +296,6 @@ def _parts(tiles: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarr
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
     # Aligned runs stay runs through the padding: ..., -2, -1.
     return np.concatenate([values, np.arange(len(values) - size, 0)])
-
-
-def _filled(values: np.ndarray, size: int, value: int) -> np.ndarray:
-    return np.concatenate([values, np.full(size - len(values), value)])
 
 
 def _grain(table: np.ndarray, absent: int | None = None) -> int:

@@ -104,12 +104,17 @@ def _compare_parser(program: str) -> argparse.ArgumentParser:
 def _train_parser(program: str) -> argparse.ArgumentParser:
     parser = _parser(
         f"{program} train",
-        "Samples a second of training the MovieLens model: ours, the black box, paper style.\n"
-        "Random ids and labels of the real sizes. Writes training.json into --out.",
+        "Samples a second of training a model of ours and its black box on random inputs of the\n"
+        "real sizes: MovieLens (and paper style), or skip: the Transformers, in sessions. Writes\n"
+        "training.json or skip_training.json into --out.",
         f"{program} train --batch 256",
     )
     add = parser.add_argument
-    add("--batch", nargs="+", type=_positive, default=[256, 4096], metavar="B", help="rows")
+    add("--model", choices=("movielens", "skip"), default="movielens", help="default: %(default)s")
+    add(
+        "--batch", nargs="+", type=_positive, metavar="B",
+        help="samples (default: movielens 256 4096, skip 128)",
+    )  # fmt: skip
     add("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--smoke", action="store_true", help="tiny: does it run?")

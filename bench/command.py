@@ -182,17 +182,22 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     check_device(arguments.device)
+    subject, smoke = training.SUBJECT, training.SMOKE
+    if arguments.model == "skip":
+        from bench import skip_training  # which needs pyarrow
+
+        subject, smoke = skip_training.SUBJECT, skip_training.SMOKE
     plan = (
-        training.SMOKE
+        smoke
         if arguments.smoke
         else training.Plan(
-            batches=tuple(arguments.batch),
+            batches=arguments.batch,
             rounds=arguments.rounds,
             compile=not arguments.no_compile,
         )
     )
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
-    training.run(plan, out, arguments.device, console)
+    training.run(plan, out, arguments.device, console, subject)
     return 0
 
 

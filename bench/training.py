@@ -1,8 +1,9 @@
-"""``python -m bench.training``: samples a second of training the MovieLens model.
+"""``python -m bench.training``: samples a second of training a model, beside its rivals.
 
-Three models on random ids and labels of MovieLens-1M's sizes, each trained as the experiment
-trains it: features gathered by id, GEM loss (the black box: cross-entropy), backward, fused Adam.
-Rounds are interleaved in one process; eager and under ``torch.compile`` (model and loss).
+This is the MovieLens one; :mod:`bench.skip_training` trains on sessions. Three models on random ids
+and labels of MovieLens-1M's sizes, each trained as the experiment trains it: features gathered by
+id, GEM loss (the black box: cross-entropy), backward, fused Adam. Rounds are interleaved in one
+process; eager and under ``torch.compile`` (model and loss).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,40 @@ class Plan:
     """What to train and for how long.
 
     Attributes:
-        batches: Samples a step.
+        batches: Samples a step; ``None``: those of the subject.
         rounds: Interleaved rounds.
         compile: Whether to measure ``torch.compile`` too.
         seconds: Least seconds of a sample of the clock.
         sizes: Of the tables.
     """
 
-    batches: Sequence[int] = (256, 4096)
+    batches: Sequence[int] | None = None
     rounds: int = 15
     compile: bool = True
     seconds: float = 0.3
     sizes: NCFSizes = MOVIELENS
+
+
+Make = Callable[[str, bool], "Trainer"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained.
+
+    Attributes:
+        title: Of the table.
+        file: Where the results go.
+        notes: Model to what it is; ours first, then its rivals.
+        batches: Samples a step.
+        prepare: Batch size, plan and device to what makes a trainer by name, compiled or not.
+    """
+
+    title: str
+    file: str
+    notes: Mapping[str, str]
+    batches: Sequence[int]
+    prepare: Callable[[int, Plan, str], Make]
 
 
 SMOKE = Plan((64,), rounds=3, compile=False, seconds=0.02, sizes=NCFSizes(50, 40))
@@ -101,10 +124,23 @@ class Trainer:
     def __init__(
         self, name: str, data: Data, sizes: NCFSizes, device: str, compiled: bool = False
     ) -> None:
-        self.name, self.data, self.compiled = name, data, compiled
-        self.model = build(name, sizes).to(device)
+        model = build(name, sizes).to(device)
+        self.start(name, data, model, loss_of(model, data), device, compiled)
+
+    def start(
+        self,
+        name: str,
+        data: Any,
+        model: nn.Module,
+        loss: Callable[..., Tensor],
+        device: str,
+        compiled: bool,
+        clip: float | None = None,
+    ) -> None:
+        """Set up optimiser and counters; ``data`` has ``batch`` and ``step(k)``."""
+        self.name, self.data, self.compiled, self.clip = name, data, compiled, clip
+        self.model = model
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3, fused=True)
-        loss = loss_of(self.model, data)
         self.loss: Callable[..., Tensor] = torch.compile(loss, dynamic=False) if compiled else loss
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.done = 0
@@ -118,6 +154,8 @@ class Trainer:
             loss = self.loss(*batch)
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if self.clip is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()
             self.total += loss.detach().double() * len(batch[0])
             self.done += 1
@@ -164,16 +202,26 @@ def loss_of(model: nn.Module, data: Data) -> Callable[[Tensor, Tensor, Tensor], 
     return loss
 
 
-def measure(batch: int, plan: Plan, device: str) -> list[dict[str, Any]]:
-    """Samples a second of every model at one batch size."""
+def _prepare(batch: int, plan: Plan, device: str) -> Make:
     data = Data(plan.sizes, batch, device)
+    return lambda name, compiled: Trainer(name, data, plan.sizes, device, compiled)
+
+
+SUBJECT = Subject("Training the MovieLens model", NAME, NOTES, (256, 4096), _prepare)
+
+
+def measure(
+    batch: int, plan: Plan, device: str, subject: Subject = SUBJECT
+) -> list[dict[str, Any]]:
+    """Samples a second of every model at one batch size."""
+    make = subject.prepare(batch, plan, device)
     records, trainers = [], []
     for compiled in (False, True) if plan.compile else (False,):
-        for name in NOTES:
+        for name, note in subject.notes.items():
             record: dict[str, Any] = {"model": name, "compiled": compiled, "batch": batch}
-            records.append(record | {"note": NOTES[name]})
+            records.append(record | {"note": note})
             try:
-                trainer = Trainer(name, data, plan.sizes, device, compiled)
+                trainer = make(name, compiled)
                 trainer.warm_up(plan.seconds)
                 trainers.append((records[-1], trainer))
             except Exception as error:  # what cannot run is reported, not dropped
@@ -212,22 +260,24 @@ def ratios(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def run(plan: Plan, out: Path, device: str, console: Console) -> dict[str, Any]:
-    """Measure every batch size, print, write ``training.json`` into ``out`` after each."""
+def run(
+    plan: Plan, out: Path, device: str, console: Console, subject: Subject = SUBJECT
+) -> dict[str, Any]:
+    """Measure every batch size, print, write the subject's file into ``out`` after each."""
     document: dict[str, Any] = {"machine": results.machine(device), "results": [], "ratios": []}
-    for batch in plan.batches:
+    for batch in plan.batches or subject.batches:
         what = "eager and compiled, which takes minutes" if plan.compile else "eager"
         console.print(f"batch {batch}: {what}", highlight=False)
-        document["results"] += measure(batch, plan, device)
+        document["results"] += measure(batch, plan, device, subject)
         document["ratios"] = ratios(document["results"])
-        write_json(out / NAME, document)
-    _print(document, console)
-    console.print(str(out / NAME), markup=False, highlight=False, soft_wrap=True)
+        write_json(out / subject.file, document)
+    _print(document, subject, console)
+    console.print(str(out / subject.file), markup=False, highlight=False, soft_wrap=True)
     return document
 
 
-def _print(document: dict[str, Any], console: Console) -> None:
-    table = Table(title="Training the MovieLens model")
+def _print(document: dict[str, Any], subject: Subject, console: Console) -> None:
+    table = Table(title=subject.title)
     for column in ("batch", "how", "model", "samples/s", "quartiles", "ours is"):
         table.add_column(column, justify="left" if column in ("how", "model") else "right")
     ratio = {(r["batch"], r["compiled"], r["to"]): r["ratio"] for r in document["ratios"]}

@@ -20,7 +20,8 @@ from maskmoe_kernels.experiments import figures, toy
 from maskmoe_kernels.experiments.movielens import MODELS, Options
 from tests.experiments.tiny import write_movielens
 
-COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["bench"])
+COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["skip"], ["bench"])
+SKIP = [["skip", name] for name in ("prepare", "generate", "train", "evaluate", "explain")]
 IN_CHECKOUT = (Path(mk.__file__).parent.parent / "bench").is_dir()
 needs_checkout = pytest.mark.skipif(not IN_CHECKOUT, reason="the installed package has no bench/")
 TRAIN = ["--epochs", "1", "--batch-size", "512"]
@@ -58,7 +59,7 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 # --- Help --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], *COMMANDS], ids=" ".join)
+@pytest.mark.parametrize("command", [[], *COMMANDS, *SKIP], ids=" ".join)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if command == ["bench"] and not IN_CHECKOUT:
         pytest.skip("the installed package has no bench/")
@@ -96,6 +97,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["movielens", "--max-loss", "2"], "expected a number from 0 to 1, got '2'"),
         (["movielens", "--models", "bert"], "invalid choice: 'bert'"),
         (["movielens", "explain", "--data", "x"], "required: --checkpoint, --user"),
+        (["skip"], "COMMAND"),
+        (["skip", "train", "--data", "x"], "required: --out"),
+        (["skip", "train", "--lr", "-1"], "expected a number above 0, got '-1'"),
+        (["skip", "train", "--workers", "-1"], "expected a whole number from 0, got '-1'"),
+        (["skip", "train", "--model", "bert"], "invalid choice: 'bert'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -307,6 +313,36 @@ def test_explain_says_what_is_wrong(trained: Path, folder: Path, capsys: Any) ->
     assert "no such checkpoint" in error_of(capsys, [*words, *none])
 
 
+# --- skip --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("prepare none --out o", "none: expected a file or a folder, got nothing there"),
+        ("generate --sessions 5 --tracks 9 --out o", "tracks must be at least 2000, got 9"),
+        ("train --data none --out o", "expected the manifest of prepared shards"),
+        ("train --data none --out o --device cuda:99", "--device cuda:99 cannot be used here"),
+        ("evaluate --data none --out o", "expected the manifest of prepared shards"),
+        ("evaluate --data none --runs none --out o", "no such checkpoint; train a model first"),
+        ("explain --data none --run none", "no such checkpoint; train a model first"),
+    ],
+)
+def test_skip_is_one_line_on_an_error(
+    words: str, message: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    pytest.importorskip("pyarrow", reason="reads sessions")
+    monkeypatch.chdir(tmp_path)
+    assert message in error_of(capsys, ["skip", *words.split()])
+    assert not list(tmp_path.glob("o/*"))
+
+
+def test_skip_without_pyarrow(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for words in ("train --data d --out o", "generate --sessions 9 --out o"):
+        assert "[data]" in error_of(capsys, ["skip", *words.split()])
+
+
 # --- bench -------------------------------------------------------------------------------
 
 
@@ -335,7 +371,7 @@ def test_bench_is_one_line_on_an_error(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_bench_lives_in_a_checkout(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli" / "__init__.py"))
     for words in (["bench"], ["bench", "--help"], ["bench", "compare", "a", "b"]):
         assert "lives in a checkout of maskmoe_kernels" in error_of(capsys, words)
 

@@ -95,14 +95,14 @@ def toy_panels(
     _refuse_many(names)
     columns = 3
     rows = -(-(len(names) + 3) // columns)
-    figure = _figure(3.6 * columns, 3.5 * rows * len(planes) + 1.5)
+    figure = canvas(3.6 * columns, 3.5 * rows * len(planes) + 1.5)
     axes = figure.subplots(rows * len(planes), columns, squeeze=False)
     for k, plane in enumerate(planes):
         flat = [ax for row in axes[k * rows : (k + 1) * rows] for ax in row]
         _panels_of_plane(flat, plane, names)
     figure.suptitle(f"{title}\nEach expert answers only where its own inputs suffice", fontsize=13)
     _label_and_expert_legend(figure, names)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _panels_of_plane(axes: Sequence[Any], plane: Plane, names: Sequence[str]) -> None:
@@ -130,7 +130,7 @@ def toy_plane(
     Arguments and errors as for :func:`toy_panels`; points are a square lattice.
     """
     _refuse_many(names)
-    figure = _figure(6.2 * len(planes), 7.4)
+    figure = canvas(6.2 * len(planes), 7.4)
     for ax, plane in zip(figure.subplots(1, len(planes), squeeze=False)[0], planes, strict=True):
         side = round(len(plane.points) ** 0.5)
         if side * side != len(plane.points):
@@ -146,7 +146,7 @@ def toy_plane(
         _mark_centers(ax, plane)
         _plane_axes(ax, plane, "")
     figure.suptitle(f"{title}\nWhich expert answers where, and where the answer turns", fontsize=13)
-    lines = _module("lines")
+    lines = module("lines")
     handles = [
         *_expert_handles(names, "attributed to {}"),
         lines.Line2D([], [], color="black", lw=1.2, label="decision boundary (prediction 0.5)"),
@@ -161,7 +161,7 @@ def toy_plane(
         title="The experts' colours are mixed by their share of the attribution",
         title_fontsize=9,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 _LABELS = ((0, BLUE), (1, VERMILLION))
@@ -203,7 +203,7 @@ def _label_and_expert_legend(figure: Any, names: Sequence[str]) -> None:
 
 
 def _expert_handles(names: Sequence[str], text: str) -> list[Any]:
-    patches = _module("patches")
+    patches = module("patches")
     return [
         patches.Patch(color=color, label=text.format(name))
         for name, color in zip(names, EXPERTS, strict=False)
@@ -212,7 +212,7 @@ def _expert_handles(names: Sequence[str], text: str) -> list[Any]:
 
 def _dot(color: str, label: str, edge: bool = False) -> Any:
     style = {"markeredgecolor": "white" if edge else color, "markersize": 9 if edge else 7}
-    return _module("lines").Line2D([], [], ls="", marker="o", color=color, label=label, **style)
+    return module("lines").Line2D([], [], ls="", marker="o", color=color, label=label, **style)
 
 
 def _refuse_many(names: Sequence[str]) -> None:
@@ -271,7 +271,7 @@ def attribution_bars(
     for argument, values in {**series, "paper": paper or names}.items():
         if len(values) != len(names):
             raise LayoutError(f"{argument} must hold {len(names)} values, got {len(values)}")
-    figure = _figure(8.0, 2.1 + (0.62 if paper is None else 0.85) * len(names))
+    figure = canvas(8.0, 2.1 + (0.62 if paper is None else 0.85) * len(names))
     ax = figure.subplots()
     at = torch.arange(len(names)).float()
     shown = [
@@ -286,18 +286,21 @@ def attribution_bars(
         percent = [100 * value for value in values]
         bars = ax.barh(places, percent, 0.92 * step, color=color, label=label)
         ax.bar_label(bars, fmt="%.1f %%", padding=4, fontsize=9)
-    ax.set_yticks(at.numpy(), [_wrap(name, 22) for name in names], fontsize=10)
+    ax.set_yticks(at.numpy(), [wrap(name, 22) for name in names], fontsize=10)
     ax.invert_yaxis()
     ax.set_xlim(0, 1.16 * 100 * max([*mean_attribution, *most_attributed_share, *(paper or [])]))
     ax.set_xlabel("share (%)")
     ax.set_ylabel("expert")
-    _light(ax, "x")
+    light_grid(ax, "x")
     figure.suptitle(f"{title}\nHow much of the answers rests on each expert", fontsize=13)
     figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 History = Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]]
+
+
+_METRICS = ("accuracy", "acc", "maa", "metric")
 
 
 def learning_curves(
@@ -311,7 +314,8 @@ def learning_curves(
     Args:
         curves: Model name to its history: column name to one value per epoch, or one record
             per epoch. Columns that end in ``loss`` go into the first panel, those with an ``@``
-            or named ``accuracy`` or ``metric`` into panels of their own; others are not drawn.
+            or named ``accuracy``, ``acc``, ``maa`` or ``metric`` into panels of their own; others
+            are not drawn.
         path: Where to write the PNG.
         monitor: Column whose largest value names the kept epoch; the first metric where a
             model has no such column.
@@ -323,12 +327,12 @@ def learning_curves(
     """
     tables = {name: _columns(history) for name, history in curves.items()}
     columns = list(dict.fromkeys(key for table in tables.values() for key in table))
-    metrics = [key for key in columns if "@" in key or key.lower() in ("accuracy", "metric")]
+    metrics = [key for key in columns if "@" in key or key.lower() in _METRICS]
     losses = [key for key in columns if key.endswith("loss")]
     if not losses + metrics:
         raise LayoutError(f"nothing to draw: no loss or metric among the columns {columns}")
     panels = [losses] * bool(losses) + [[metric] for metric in metrics]
-    figure = _figure(1.2 + 4.4 * len(panels), 4.6 + 0.2 * len(tables))
+    figure = canvas(1.2 + 4.4 * len(panels), 4.6 + 0.2 * len(tables))
     for ax, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _curves_panel(ax, tables, keys, monitor)
     handles, labels = [], []
@@ -338,10 +342,10 @@ def learning_curves(
                 handles.append(handle)
                 labels.append(label)
     star = {"marker": "*", "ms": 14, "mfc": "white", "mec": BLACK, "ls": ""}
-    handles.append(_module("lines").Line2D([], [], label="kept epoch", **star))
+    handles.append(module("lines").Line2D([], [], label="kept epoch", **star))
     figure.suptitle(f"{title}\nThe starred epoch is the one whose weights are kept", fontsize=13)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _columns(history: History) -> dict[str, list[float]]:
@@ -371,8 +375,8 @@ def _curves_panel(
     ax.set_title(f"{name}: {'lower' if loss else 'higher'} is better", fontsize=11)
     ax.set_ylabel("loss (nats)" if loss else f"{name}, validation (0 to 1)")
     ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(_module("ticker").MaxNLocator(integer=True))
-    _light(ax, "both")
+    ax.xaxis.set_major_locator(module("ticker").MaxNLocator(integer=True))
+    light_grid(ax, "both")
 
 
 def _kept_epoch(table: Mapping[str, Sequence[float]], monitor: str) -> int | None:
@@ -407,7 +411,7 @@ def frontier(
     sharpness = [float(point["sharpness"]) for point in points]
     if not points or chosen not in sharpness:
         raise LayoutError(f"chosen must be the sharpness of a point, one of {sharpness}: {chosen}")
-    figure = _figure(12.5, 6.0)
+    figure = canvas(12.5, 6.0)
     left, middle, right = figure.subplots(1, 3)
     largest = list(points[0]["decided"])[-1]
     at = sharpness.index(chosen)
@@ -432,7 +436,7 @@ def frontier(
         frameon=False,
         fontsize=10,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _frontier_panel(
@@ -451,7 +455,7 @@ def _frontier_panel(
     )
     ax.set_xlabel(f"items decided by {largest!r} (%)")
     ax.margins(0.12)
-    _light(ax, "both")
+    light_grid(ax, "both")
 
 
 def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) -> None:
@@ -476,7 +480,7 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) ->
     ax.set_ylabel("items decided (%)")
     ax.set_title("Who decides", fontsize=11)
     ax.set_ylim(bottom=0)
-    _light(ax, "both")
+    light_grid(ax, "both")
 
 
 # --- Hasse diagram -----------------------------------------------------------------------
@@ -527,7 +531,7 @@ def hasse(
     margin = max(0.0, 6.4 - width) / 2
     low, high, width = -margin, width + margin, width + 2 * margin
     page = height + _HEADING
-    figure = _figure(width, page, constrained=False)
+    figure = canvas(width, page, constrained=False)
     ax = figure.add_axes((0, 0, 1, height / page))
     ax.set_xlim(low, high)
     ax.set_ylim(0, height)
@@ -544,7 +548,7 @@ def hasse(
         fontsize=10,
         color="#444444",
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def _node(name: str, groups: Sequence[str]) -> _Node:
@@ -641,7 +645,7 @@ def _draw_hasse(
     paths: Sequence[Sequence[_Node]],
     heads: Sequence[tuple[float, str]],
 ) -> None:
-    patches = _module("patches")
+    patches = module("patches")
     for path in paths:
         # Leave each node on its right and enter it on its left.
         x = [node.x + side * node.width / 2 for node in path for side in (-1, 1)][1:-1]
@@ -665,7 +669,7 @@ def _draw_hasse(
 # --- Common ------------------------------------------------------------------------------
 
 
-def _module(name: str) -> Any:
+def module(name: str) -> Any:
     """A module of matplotlib.
 
     Raises:
@@ -677,25 +681,29 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"matplotlib.{name}")
 
 
-def _figure(width: float, height: float, constrained: bool = True) -> Any:
+def canvas(width: float, height: float, constrained: bool = True) -> Any:
     """A figure of that many inches, bound to no window and no global state."""
     layout = "constrained" if constrained else None
-    figure = _module("figure").Figure(figsize=(width, height), layout=layout, facecolor="white")
+    figure = module("figure").Figure(figsize=(width, height), layout=layout, facecolor="white")
     if constrained:
         figure.get_layout_engine().set(h_pad=0.12, w_pad=0.1)
     return figure
 
 
-def _save(figure: Any, path: str | Path) -> None:
-    _module("backends.backend_agg").FigureCanvasAgg(figure)
+def save(figure: Any, path: str | Path) -> None:
+    """Write a figure as PNG, atomically."""
+    module("backends.backend_agg").FigureCanvasAgg(figure)
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI, format="png"))
 
 
-def _light(ax: Any, axis: str) -> None:
+def light_grid(ax: Any, axis: str) -> None:
+    """A pale grid along ``"x"``, ``"y"`` or ``"both"``, and no frame above or at the right."""
     ax.grid(axis=axis, color="#DDDDDD", lw=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _wrap(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width)) or text
+def wrap(text: str, width: int) -> str:
+    """Text in lines of at most ``width`` characters; a line may also end after a ``+``."""
+    lines = textwrap.wrap(text.replace("+", "+ "), width + 2)
+    return "\n".join(line.replace("+ ", "+") for line in lines) or text

@@ -244,7 +244,7 @@ def _train_epoch(
     count, size = len(samples[0]), config.batch_size
     total = torch.zeros((), dtype=torch.float64, device=samples[0].device)
     started = time.perf_counter()
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         name = f"{config.model} {epoch}/{config.epochs}"
         task = progress.add_task(name, total=-(-count // size), speed="")
         for step, start in enumerate(range(0, count, size), start=1):
@@ -289,7 +289,8 @@ def _check_finite(what: str, value: float, config: TrainConfig, epoch: int) -> N
         )
 
 
-def _progress(console: Console | None) -> Progress:
+def progress_bar(console: Console | None) -> Progress:
+    """A bar of steps with a free text ``speed``; hidden where there is no terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -319,11 +320,12 @@ def _epoch_line(
     kept = "kept" if best == record["epoch"] else f"best is epoch {best}"
     # Patience may end it before config.epochs.
     most = min(config.epochs, best + config.patience) - state["epoch"]
-    left = "" if most < 1 else f", {_duration(most * seconds)} left if none is better"
+    left = "" if most < 1 else f", {duration(most * seconds)} left if none is better"
     speed = f"{record['samples_per_s']:,.0f} samples/s"
     name = f"{config.model}: epoch {state['epoch']}/{config.epochs}"
     return f"{name}  {metrics}  {speed}  ({kept}{left})"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """In words, such as "90 s" or "12 min"."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,19 +1,27 @@
-"""The ``maskmoe`` command: ``info``, ``toy``, ``movielens``, ``movielens explain``, ``bench``."""
+"""The ``maskmoe`` command: ``info``, ``toy``, ``movielens``, ``skip``, ``bench``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.cli import skip
+from maskmoe_kernels.cli.arguments import (
+    Commands,
+    add_command,
+    add_common,
+    positive,
+    share,
+    sharpness,
+    usable,
+)
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.draw import draw_layout
@@ -123,7 +131,7 @@ def _toy(arguments: argparse.Namespace, console: Console) -> None:
         task=arguments.task,
         seed=arguments.seed,
         out=arguments.out,
-        device=_usable(arguments.device),
+        device=usable(arguments.device),
         epochs=arguments.epochs,
         console=console,
     )
@@ -140,7 +148,7 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         embeddings=arguments.embeddings,
-        device=_usable(arguments.device),
+        device=usable(arguments.device),
         resume=arguments.resume,
         sharpness=arguments.sharpness,
         max_loss=arguments.max_loss,
@@ -164,7 +172,7 @@ def _explain(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _bench(arguments: argparse.Namespace, console: Console) -> int:
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "bench" / "command.py").is_file():
         raise BackendError(
             "the benchmark lives in a checkout of maskmoe_kernels and is not part of the installed "
@@ -175,16 +183,6 @@ def _bench(arguments: argparse.Namespace, console: Console) -> int:
     command = importlib.import_module("bench.command")
     code: int = command.main(arguments.words, "maskmoe bench", console)
     return code
-
-
-def _usable(device: str) -> str:
-    """``device``, if torch can use it here."""
-    try:
-        torch.zeros(1, device=device).item()  # "meta" has no values
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackendError(f"--device {device} cannot be used here: {reason}") from error
-    return device
 
 
 # --- Arguments ---------------------------------------------------------------------------
@@ -203,35 +201,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_toy(commands)
     _add_movielens(commands)
     _add_explain(commands)
+    skip.add_to(commands)
     _add_bench(commands)
     return parser
 
 
-_Commands = argparse._SubParsersAction
-
-
-def _add(
-    commands: _Commands[argparse.ArgumentParser],
-    name: str,
-    run: Callable[[argparse.Namespace, Console], int | None],
-    summary: str,
-    text: str,
-    example: str,
-    hint: str = "",
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=text,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.set_defaults(run=run, hint=hint)
-    return parser
-
-
-def _add_info(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = _add(
+def _add_info(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
         commands,
         "info",
         _info,
@@ -249,8 +225,8 @@ def _add_info(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_toy(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = _add(
+def _add_toy(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
         commands,
         "toy",
         _toy,
@@ -267,13 +243,13 @@ def _add_toy(commands: _Commands[argparse.ArgumentParser]) -> None:
         "inputs; c: four inputs, XOR on the last two (default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=_positive, help="passes of 500 steps of 256 samples (default: 30)"
+        "--epochs", type=positive, help="passes of 500 steps of 256 samples (default: 30)"
     )
-    _add_common(parser)
+    add_common(parser)
 
 
-def _add_movielens(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = _add(
+def _add_movielens(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
         commands,
         "movielens",
         _movielens,
@@ -304,24 +280,24 @@ def _add_movielens(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     _add_training(parser)
     _add_mixing(parser)
-    _add_common(parser)
+    add_common(parser)
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
-        type=_positive,
+        type=positive,
         default=20,
         help="most passes over the data, each with 4 fresh negatives a positive (default: 20)",
     )
     parser.add_argument(
         "--patience",
-        type=_positive,
+        type=positive,
         default=5,
         help="epochs without a better validation NDCG@10 before a model stops (default: 5)",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, default=256, help="samples a step (default: 256)"
+        "--batch-size", type=positive, default=256, help="samples a step (default: 256)"
     )
     parser.add_argument(
         "--embeddings",
@@ -340,7 +316,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_mixing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sharpness",
-        type=_sharpness,
+        type=sharpness,
         default=None,
         metavar="auto|X",
         help="power of the smaller experts' confidence: 1 is the paper's rule, larger leaves more "
@@ -349,15 +325,15 @@ def _add_mixing(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-loss",
-        type=_share,
+        type=share,
         default=0.01,
         metavar="LOSS",
         help="what auto may lose of HR@10 and of NDCG@10, each between 0 and 1 (default: 0.01)",
     )
 
 
-def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
-    parser = _add(
+def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
+    parser = add_command(
         commands,
         "movielens explain",
         _explain,
@@ -377,11 +353,11 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--user", type=int, required=True, metavar="ID", help="id in users.dat")
     parser.add_argument("--item", type=int, metavar="ID", help="one movie's id in movies.dat")
     parser.add_argument(
-        "--top", type=_positive, default=10, metavar="N", help="how many movies (default: 10)"
+        "--top", type=positive, default=10, metavar="N", help="how many movies (default: 10)"
     )
     parser.add_argument(
         "--sharpness",
-        type=_sharpness,
+        type=sharpness,
         default=None,
         metavar="auto|X",
         help="as in training; auto: the one in the report.json beside the checkpoint, 1 where "
@@ -392,8 +368,8 @@ def _add_explain(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
 
 
-def _add_bench(commands: _Commands[argparse.ArgumentParser]) -> None:
-    _add(
+def _add_bench(commands: Commands[argparse.ArgumentParser]) -> None:
+    add_command(
         commands,
         "bench",
         _bench,
@@ -414,52 +390,3 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="MovieLens-1M: ml-1m.zip or the folder it unpacks to, from "
         "https://grouplens.org/datasets/movielens/1m/",
     )
-
-
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing"
-    )
-    parser.add_argument(
-        "--seed", type=_seed, default=0, help="of everything random, from 0 (default: 0)"
-    )
-    parser.add_argument(
-        "--device", default="cpu", help="where to train: cpu, cuda, cuda:1, ... (default: cpu)"
-    )
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return value
-
-
-def _seed(text: str) -> int:
-    # Seeds are multiplied and added to; torch takes 64 bits.
-    if not (text.isascii() and text.isdigit()) or int(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"expected a whole number in [0, 2^32), got {text!r}")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _sharpness(text: str) -> float | None:
-    value = _number(text)
-    if text == "auto":
-        return None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected 'auto' or a number above 0, got {text!r}")
-    return value
-
-
-def _share(text: str) -> float:
-    value = _number(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
-    return value

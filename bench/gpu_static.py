@@ -35,7 +35,13 @@ from triton.compiler import ASTSource
 
 from bench.counts import count
 from bench.shapes import FAMILIES
-from maskmoe_kernels.backends.triton import kernels, launch, products
+from maskmoe_kernels.backends.triton import (
+    gem_kernels,
+    kernels,
+    launch,
+    products,
+    selection_kernels,
+)
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 ARCHITECTURES = (80, 90, 100)
@@ -201,7 +207,7 @@ def _all_of(kind: str, layout: Any, rows: Any, precision: str, options: Any, run
     return choices[0]
 
 
-def facts(compiled: Any, architecture: int) -> dict[str, Any]:
+def facts(compiled: Any) -> dict[str, Any]:
     """Resources and instructions of a compiled kernel."""
     ptx = compiled.asm["ptx"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -247,33 +253,48 @@ def complaints(launch_: Launch, found: dict[str, Any], architecture: int) -> lis
     return wrong
 
 
+def objectives() -> Iterator[Launch]:
+    """The fused objectives for a few and for many experts."""
+    for name, kernel, signature, constants, warps, stages in (
+        *selection_kernels.variants(),
+        *gem_kernels.variants(),
+    ):
+        if "CONFIDENCE=abs" in name and constants["HB"] in (4, 64):
+            pointers = [k for k, kind in enumerate(signature.values()) if kind.startswith("*")]
+            yield Launch(
+                kernel, tuple(signature.items()), tuple(constants.items()), tuple(pointers),
+                warps, stages, 0,
+            )  # fmt: skip
+
+
 def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool) -> list[dict]:
     """One row a distinct kernel and architecture."""
     rows, seen = [], set()
-    for shape in shapes:
-        for kept in launches(shape, every):
-            if kept.key in seen:
-                continue
-            seen.add(kept.key)
-            for architecture in architectures:
-                found = facts(kept.compile(architecture), architecture)
-                rows.append(
-                    {
-                        "shape": shape.name,
-                        "kernel": kept.kernel.__name__,
-                        "cut": cut_of(kept),
-                        "arch": f"sm_{architecture}",
-                        **found,
-                        "wrong": complaints(kept, found, architecture),
-                    }
-                )
+    named = [(shape.name, kept) for shape in shapes for kept in launches(shape, every)]
+    named += [(f"up to {dict(kept.constants)['HB']} experts", kept) for kept in objectives()]
+    for name, kept in named:
+        if kept.key in seen:
+            continue
+        seen.add(kept.key)
+        for architecture in architectures:
+            found = facts(kept.compile(architecture))
+            rows.append(
+                {
+                    "shape": name,
+                    "kernel": kept.kernel.__name__,
+                    "cut": cut_of(kept),
+                    "arch": f"sm_{architecture}",
+                    **found,
+                    "wrong": complaints(kept, found, architecture),
+                }
+            )
     return rows
 
 
 def cut_of(kept: Launch) -> str:
     """The configuration in short."""
     constants = dict(kept.constants)
-    names = ("M", "R", "F", "N", "K", "SHARED", "SPLIT", "PARTS", "XM", "XN", "XK", "XSHARED")
+    names = ("M", "R", "F", "N", "K", "SHARED", "SPLIT", "PARTS", "XM", "XN", "XK", "XSHARED", "HB")
     parts = [
         f"{name}={int(constants[name]) if constants[name] < 1 << 20 else 'all'}"
         for name in names
@@ -336,7 +357,7 @@ def estimates(families: list[str], widths: tuple[int, ...], batch: int) -> list[
                 if name not in ("forward", "backward"):
                     continue
                 if kept.key not in resources:
-                    resources[kept.key] = facts(kept.compile(90), 90)
+                    resources[kept.key] = facts(kept.compile(90))
                 row[f"{name} blocks a processor"] = _resident(resources[kept.key], kept.warps)
                 products_, bytes_ = _work(layout, constants, name, batch)
                 taken, cached = taken + products_, cached + bytes_

@@ -7,8 +7,14 @@ from maskmoe_kernels import testing
 from maskmoe_kernels.backends.choice import info
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
 from maskmoe_kernels.layout import BlockLayout, SubsetFamily
-from maskmoe_kernels.models import InterpretableMLP
-from maskmoe_kernels.nn import MaskedLinear
+from maskmoe_kernels.models import InterpretableGRU, InterpretableMLP, InterpretableTransformer
+from maskmoe_kernels.nn import (
+    ExpertNorm,
+    MaskedGRU,
+    MaskedGRUCell,
+    MaskedLinear,
+    MaskedMultiheadAttention,
+)
 from maskmoe_kernels.objectives import gem_loss, mixture, selection
 from maskmoe_kernels.ops import masked_linear
 
@@ -18,9 +24,15 @@ __all__ = [
     "BackendError",
     "BlockLayout",
     "DataError",
+    "ExpertNorm",
+    "InterpretableGRU",
     "InterpretableMLP",
+    "InterpretableTransformer",
     "LayoutError",
+    "MaskedGRU",
+    "MaskedGRUCell",
     "MaskedLinear",
+    "MaskedMultiheadAttention",
     "SubsetFamily",
     "gem_loss",
     "info",

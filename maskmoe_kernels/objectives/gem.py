@@ -13,7 +13,9 @@ from maskmoe_kernels.objectives.selection import (
     check_logits,
     deselection,
     selection,
+    takes_kernels,
 )
+from maskmoe_kernels.ops import objectives as fused
 
 _WEIGHTINGS = {"selection": selection, "deselection": deselection}
 _NORMALIZE = (None, "sample", "expert", "batch")
@@ -67,6 +69,10 @@ def gem_loss(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    if not target.requires_grad and takes_kernels(logits, family, confidence, sharpness):
+        return fused.gem_loss(
+            logits, target, mask, family, str(confidence), sharpness, weighting, normalize
+        )
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = z.masked_fill(~mask.unsqueeze(-1), 0)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.objectives.selection import Confidence, selection
+from maskmoe_kernels.objectives.selection import Confidence, selection, takes_kernels
+from maskmoe_kernels.ops import objectives as fused
 
 
 class Mixture(NamedTuple):
@@ -44,6 +45,9 @@ def mixture(
     Raises:
         LayoutError: As :func:`selection`.
     """
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    if not differentiable and takes_kernels(logits, family, confidence, sharpness):
+        return Mixture(*fused.mixture(logits, family, str(confidence), sharpness))
     alpha = selection(logits, family, confidence, sharpness)
     total = alpha.sum(-1, keepdim=True)
     nobody = total == 0

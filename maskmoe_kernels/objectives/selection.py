@@ -15,6 +15,7 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.ops import objectives as fused
 
 #: A confidence by name, or any function of the logits with values in [0, 1].
 Confidence = str | Callable[[Tensor], Tensor]
@@ -49,6 +50,8 @@ def selection(
     Raises:
         LayoutError: ``logits`` do not end in H, or an unknown confidence, or sharpness not above 0.
     """
+    if takes_kernels(logits, family, confidence, sharpness):
+        return fused.selection(logits, family, str(confidence), sharpness, own=True)
     own, above, unknown, reached = _parts(logits, family, confidence, sharpness)
     return (own * above).masked_fill(unknown | reached, torch.nan)
 
@@ -63,6 +66,8 @@ def deselection(
 
     Arguments, shape and errors as for :func:`selection`.
     """
+    if takes_kernels(logits, family, confidence, sharpness):
+        return fused.selection(logits, family, str(confidence), sharpness, own=False)
     _, above, _, reached = _parts(logits, family, confidence, sharpness)
     return above.masked_fill(reached, torch.nan)
 
@@ -190,9 +195,6 @@ def _parts(
     What is unknown (NaN) is set aside and put in at the end: a product with 0 would let it
     through to experts outside its subset, and so would the derivative of one.
     """
-    check_logits(logits, family)
-    if not isinstance(sharpness, (int, float)) or not 1e-6 <= sharpness <= 1e6:
-        raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
     with torch.autocast(logits.device.type, enabled=False):
         z = logits if logits.dtype == torch.float64 else logits.float()
         unknown = z.isnan()
@@ -208,6 +210,20 @@ def _parts(
         above = (terms @ below).exp().to(g.dtype)
         reached = unknown.double() @ below > 0
         return g.masked_fill(unknown, 0), above, unknown, reached
+
+
+def takes_kernels(
+    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+) -> bool:
+    """Whether the fused ops compute this; else PyTorch does, with the same result.
+
+    Raises:
+        LayoutError: ``logits`` do not end in H, or sharpness is outside its range.
+    """
+    check_logits(logits, family)
+    if not isinstance(sharpness, (int, float)) or not 1e-6 <= sharpness <= 1e6:
+        raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
+    return fused.obstacle(logits, confidence) is None
 
 
 def check_logits(logits: Tensor, family: SubsetFamily) -> None:

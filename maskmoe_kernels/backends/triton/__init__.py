@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -38,6 +39,10 @@ def obstacle(device: torch.device) -> str | None:
     return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+# What torch.compiler.assume_constant_result does; but that imports the compiler, and Triton.
+_function: Any = _capability
+_function._dynamo_marked_constant = True

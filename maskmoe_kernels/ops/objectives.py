@@ -1,0 +1,299 @@
+"""The fused objectives as registered ops: selection, mixture and the loss, on Triton's kernels.
+
+What they take is said by :func:`obstacle`; all else is PyTorch's, in ``objectives``, and gives the
+same numbers. ``selection`` has a fused backward; ``mixture`` is fused where nothing asks for its
+gradient and composed from ``selection`` where something does; the weights of ``gem_loss`` carry no
+gradient (eq. 4), so its backward is one product.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from maskmoe_kernels.backends import triton as backend
+from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
+from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.blocks import keep_table
+from maskmoe_kernels.layout.subsets import SubsetFamily
+
+#: Devices whose tensors go to the kernels unasked. (Tests of the interpreter add the CPU.)
+DEVICES = {"cuda"}
+
+_LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
+_FORWARD = "Tensor smaller, Tensor above, Tensor larger, str confidence, float sharpness"
+_SCHEMAS = (
+    f"selection(Tensor logits, {_FORWARD}, bool keep) -> (Tensor, Tensor)",
+    "selection_backward(Tensor? grad_alpha, Tensor? grad_product, Tensor logits, Tensor alpha, "
+    "Tensor product, Tensor bigger, Tensor below, Tensor larger, str confidence, float sharpness) "
+    "-> Tensor",
+    f"mixture(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor)",
+    f"gem_loss(Tensor logits, Tensor target, Tensor? mask, {_FORWARD}, str weighting, "
+    "str normalize) -> (Tensor, Tensor, Tensor)",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# Triton is imported when a kernel is first called, not before.
+def _selection(*args: Any) -> tuple[Tensor, Tensor]:
+    from maskmoe_kernels.backends.triton import selection_kernels
+
+    return selection_kernels.forward(*args)
+
+
+def _selection_backward(*args: Any) -> Tensor:
+    from maskmoe_kernels.backends.triton import selection_kernels
+
+    return selection_kernels.backward(*args)
+
+
+def _mixture(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from maskmoe_kernels.backends.triton import selection_kernels
+
+    return selection_kernels.mixture(*args)
+
+
+def _gem_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from maskmoe_kernels.backends.triton import gem_kernels
+
+    return gem_kernels.gem_loss(*args)
+
+
+def _selection_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    alpha = logits.new_empty(logits.shape, dtype=torch.float32)
+    return alpha, torch.empty_like(alpha) if args[-1] else alpha.new_empty(0)
+
+
+def _selection_backward_fake(
+    grad_alpha: Tensor | None, grad_product: Tensor | None, logits: Tensor, *args: Any
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _mixture_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    alpha = logits.new_empty(logits.shape, dtype=torch.float32)
+    return alpha.new_empty(logits.shape[:-1]), alpha, torch.empty_like(alpha)
+
+
+def _gem_loss_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    grad = logits.new_empty(logits.shape, dtype=torch.float32)
+    scale = grad.new_empty(logits.shape[-1] if args[-1] == "expert" else 1)
+    return grad.new_empty(()), grad, scale
+
+
+for _name, _run, _fake in (
+    ("selection", _selection, _selection_fake),
+    ("selection_backward", _selection_backward, _selection_backward_fake),
+    ("mixture", _mixture, _mixture_fake),
+    ("gem_loss", _gem_loss, _gem_loss_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake("maskmoe::" + _name, _fake, lib=_LIBRARY)
+
+
+def obstacle(logits: Tensor, confidence: Any) -> str | None:
+    """Why the fused ops do not take these logits, in words for the user; None when they do."""
+    if logits.device.type not in DEVICES:
+        return f"the logits are on {logits.device}; these kernels are for NVIDIA GPUs"
+    if logits.dtype not in DTYPES:
+        return f"the logits are {logits.dtype}; these kernels compute in float32"
+    if logits.shape[-1] > MAX_EXPERTS:
+        return f"there are {logits.shape[-1]} experts; these kernels hold up to {MAX_EXPERTS}"
+    if not isinstance(confidence, str) or confidence not in CONFIDENCES:
+        return "the confidence is a function; these kernels know those that have a name"
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return "torch.func transforms and forward-mode AD go through PyTorch"
+    return _device_obstacle(logits.device)
+
+
+def _device_obstacle(device: torch.device) -> str | None:
+    return backend.obstacle(device)
+
+
+def _keep_tables(family: SubsetFamily, device: torch.device) -> None:
+    # Runs while torch.compile traces, too; the trace then finds the tables as it finds any other.
+    for name in ("smaller", "above", "bigger", "below", "larger"):
+        key = (f"fused {name}", device)
+        keep_table(family._tables, key, partial(_build, family, name))
+
+
+def table(family: SubsetFamily, name: str, device: torch.device) -> Tensor:
+    """A table of ``family`` for the kernels, built once per device.
+
+    ``"smaller"`` and ``"bigger"``: the experts inside another one's subset, and those with a
+    subset inside theirs, int32. ``"above"`` and ``"below"``: for each of these, which experts
+    are above (below) it, ``(count, H)`` uint8. ``"larger"``: ``family.has_larger``.
+    """
+    _keep_tables(family, device)
+    return family._tables[f"fused {name}", device]
+
+
+def _build(family: SubsetFamily, name: str) -> Tensor:
+    strict = family.strict
+    if name == "larger":
+        return family.has_larger
+    if name in ("smaller", "above"):
+        strict = strict.T
+    listed = strict.any(1)
+    if name in ("above", "below"):
+        return strict[listed].to(torch.uint8).contiguous()
+    return listed.nonzero().flatten().to(torch.int32)
+
+
+# What torch.compiler.assume_constant_result does; but that imports the compiler, and Triton.
+_CONSTANT: tuple[Any, ...] = (_device_obstacle, _keep_tables)
+for _function in _CONSTANT:
+    _function._dynamo_marked_constant = True
+
+
+def selection(
+    logits: Tensor, family: SubsetFamily, confidence: str, sharpness: float, *, own: bool
+) -> Tensor:
+    """alpha with ``own``, else the products over omega(i): ``(*, H)`` float32, differentiable."""
+    tables = _tables(family, logits.device)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        device = logits.device
+        below = table(family, "bigger", device), table(family, "below", device)
+        apply: Any = _Selection.apply
+        both = apply(logits, *tables, *below, confidence, float(sharpness))
+    else:
+        both = torch.ops.maskmoe.selection(logits, *tables, confidence, float(sharpness), not own)
+    result: Tensor = both[0 if own else 1]
+    return result
+
+
+def mixture(
+    logits: Tensor, family: SubsetFamily, confidence: str, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability, alpha and attribution, float32; it has no derivative."""
+    result: tuple[Tensor, Tensor, Tensor] = torch.ops.maskmoe.mixture(
+        logits, *_tables(family, logits.device), confidence, float(sharpness)
+    )
+    return result
+
+
+def gem_loss(
+    logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    family: SubsetFamily,
+    confidence: str,
+    sharpness: float,
+    weighting: str,
+    normalize: str | None,
+) -> Tensor:
+    """The loss, ``()`` float32, differentiable in the logits."""
+    tables = _tables(family, logits.device)
+    options = (confidence, float(sharpness), weighting, normalize or "none")
+    if torch.is_grad_enabled() and logits.requires_grad:
+        apply: Any = _GemLoss.apply
+        loss: Tensor = apply(logits, target, mask, *tables, *options)
+    else:
+        loss = torch.ops.maskmoe.gem_loss(logits, target, mask, *tables, *options)[0]
+    return loss
+
+
+def _tables(family: SubsetFamily, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        table(family, "smaller", device),
+        table(family, "above", device),
+        table(family, "larger", device),
+    )
+
+
+class _Selection(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        smaller: Tensor,
+        above: Tensor,
+        larger: Tensor,
+        bigger: Tensor,
+        below: Tensor,
+        confidence: str,
+        sharpness: float,
+    ) -> tuple[Tensor, Tensor]:
+        alpha: Tensor
+        product: Tensor
+        alpha, product = torch.ops.maskmoe.selection(
+            logits, smaller, above, larger, confidence, sharpness, True
+        )
+        ctx.save_for_backward(logits, alpha, product, bigger, below, larger)
+        ctx.options = confidence, sharpness
+        ctx.set_materialize_grads(False)
+        return alpha, product
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_alpha: Tensor | None, grad_product: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits = ctx.saved_tensors[0]
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if graph else nullcontext():
+            grad = torch.ops.maskmoe.selection_backward(
+                grad_alpha, grad_product, *ctx.saved_tensors, *ctx.options
+            )
+        if graph:
+            grad = _once(grad, grad_alpha, grad_product, logits)
+        return grad, None, None, None, None, None, None, None
+
+
+class _GemLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        mask: Tensor | None,
+        smaller: Tensor,
+        above: Tensor,
+        larger: Tensor,
+        *options: Any,
+    ) -> Tensor:
+        loss: Tensor
+        loss, grad, scale = torch.ops.maskmoe.gem_loss(
+            logits, target, mask, smaller, above, larger, *options
+        )
+        ctx.save_for_backward(logits, grad, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, unscaled, scale = ctx.saved_tensors
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if graph else nullcontext():
+            grad = torch.empty_like(unscaled, dtype=logits.dtype)
+            torch.mul(unscaled, scale * grad_loss, out=grad)  # rounds once, also to 16 bits
+        if graph:
+            grad = _once(grad, grad_loss, logits)
+        return (grad, *[None] * 9)
+
+
+def _once(grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+    apply: Any = _NoDoubleBackward.apply
+    marked: Tensor = apply(grad, *depends_on)
+    return marked
+
+
+class _NoDoubleBackward(torch.autograd.Function):
+    # With create_graph=True the gradient depends on all of these, and must say so.
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise BackendError(
+            "the fused objectives cannot be differentiated twice; pass float64 logits or a "
+            "confidence of your own, which go through PyTorch"
+        )

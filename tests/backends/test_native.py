@@ -169,6 +169,8 @@ def test_an_extension_that_does_not_load_gives_its_reason(tmp_path):
     done = run(code, MASKMOE_EXTENSION=str(broken))
     assert "the extension does not load" in done.stdout, done.stderr
     assert "torch.Size([1, 2])" in done.stdout
+    said = "masked_linear runs in plain PyTorch: no native kernels, the extension does not load"
+    assert done.stderr.count(said) == 1
 
 
 def test_a_missing_reason_is_a_reason():

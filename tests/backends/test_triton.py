@@ -245,6 +245,32 @@ class _Spy:
         return self.kernel[grid]
 
 
+WIDE = mk.BlockLayout([256, 130], [20, 130], torch.tensor([[True, False], [True, True]]))
+
+
+@runnable
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_compiled_and_exported_with_wide_experts(backend):
+    """One graph; experts wider than any tile."""
+    torch.manual_seed(0)
+    layer = mk.MaskedLinear.from_layout(WIDE, activation="silu", backend="triton", device=DEVICE)
+    x, grad_y = torch.randn(9, 150, device=DEVICE), torch.randn(9, 386, device=DEVICE)
+    mk.testing.assert_close_to_oracle(
+        lambda *args: mk.masked_linear(*args, backend="triton"),
+        x, layer.weight.detach(), layer.bias.detach(), WIDE, "silu",
+    )  # fmt: skip
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend=backend)):
+        layer.zero_grad()
+        y = run(x)
+        y.backward(grad_y)
+        results.append([y.detach(), *(p.grad.clone() for p in layer.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    with torch.no_grad():
+        program = torch.export.export(layer, (x,))
+        assert torch.equal(program.module()(x), results[0][0])
+
+
 @runnable
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True),
                                    (True, False, True)])  # fmt: skip

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import assume, example, given
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends.grouped import _schedule
 from maskmoe_kernels.testing import assert_blind, assert_close_to_oracle, dense_oracle, strategies
-from tests.ops.runners import DEVICE, DRAWN, INTERPRETED, RUNNERS, masked_linear, select
+from tests.ops.runners import DEVICE, DRAWN, INTERPRETED, QUICK, RUNNERS, masked_linear, select
 
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "tanh", "silu"]
 # Their derivative at a non-finite z times a zero cotangent is zero, not NaN.
@@ -170,7 +170,18 @@ def test_only_asked_for_gradients_are_given(layout, runner, activation, seed):
 # --- Law 1: absent is absent -------------------------------------------------------------
 
 
-@given(strategies.layouts(), runners, activations, dtypes, st.booleans(), seeds)
+@pytest.mark.skipif(not INTERPRETED, reason="there is no interpreter here")
+@settings(max_examples=settings().max_examples // 15)
+@given(strategies.layouts(), activations, dtypes, st.booleans(), seeds)
+def test_interpreted_kernels_are_blind(layout, activation, dtype, bias, seed):
+    """As the next one; it fills in five values for every kind of unit, which takes long here."""
+    x, weight, bias = drawn(layout, (2,), dtype, seed, bias)
+    assert_blind(
+        lambda x: masked_linear(x, weight, bias, layout, activation, "triton"), x, layout.mask()
+    )
+
+
+@given(strategies.layouts(), st.sampled_from(QUICK), activations, dtypes, st.booleans(), seeds)
 @example(LAYOUTS["random"], "grouped", "relu", torch.float32, True, 0)
 @example(LAYOUTS["hidden"], "grouped", "gelu", torch.float16, True, 0)
 def test_blind_bit_for_bit(layout, runner, activation, dtype, bias, seed):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.backends import native, triton
+from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.errors import BackendError
 
 #: Fastest first; ``None`` takes the first that can run.
@@ -40,7 +41,7 @@ def obstacle(name: str, x: Tensor) -> str | None:
 
 
 def _dtype_obstacle(x: Tensor) -> str | None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in DTYPES:
         return f"x is {x.dtype}; these kernels compute in float32, bfloat16 and float16"
     return None
 

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.models.sessions import SessionBlackBox, SessionExperts, second_layout
+from maskmoe_kernels.models.sessions import (
+    SessionBlackBox,
+    SessionExperts,
+    check_layers,
+    second_layout,
+)
 from maskmoe_kernels.nn.gru import MaskedGRU
 from maskmoe_kernels.nn.linear import MaskedLinear
 
@@ -110,8 +114,7 @@ class GRU(SessionBlackBox):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(first_features, second_features)
-        if layers < 1:
-            raise LayoutError(f"layers must be at least 1, got {layers}")
+        check_layers(layers)
         created: dict[str, Any] = {"device": device, "dtype": dtype}
         # One nn.GRU a layer: the states of all layers are wanted where each session ends, and a
         # deep nn.GRU returns those of its last layer only.

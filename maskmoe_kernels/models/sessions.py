@@ -73,6 +73,12 @@ def second_layout(
     )
 
 
+def check_layers(layers: int) -> None:
+    """Raise LayoutError unless there is a layer."""
+    if layers < 1:
+        raise LayoutError(f"layers must be at least 1, got {layers}")
+
+
 class SessionModel(nn.Module):
     """A model of sessions: checks both halves and takes what is padding out of them.
 

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import block_sizes
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.models.sessions import SessionBlackBox, SessionExperts, second_layout
+from maskmoe_kernels.models.sessions import (
+    SessionBlackBox,
+    SessionExperts,
+    check_layers,
+    second_layout,
+)
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.norm import ExpertNorm
@@ -146,7 +151,7 @@ class InterpretableTransformer(SessionExperts):
     ) -> None:
         second = second_layout(family, second_groups, width)
         super().__init__(family, second_groups)
-        _check_layers(layers)
+        check_layers(layers)
         if feedforward is None:
             widths = block_sizes("width", width, family.num_experts)
             feedforward = [FEEDFORWARD_FACTOR * units for units in widths]
@@ -221,7 +226,7 @@ class Transformer(SessionBlackBox):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(first_features, second_features)
-        _check_layers(layers)
+        check_layers(layers)
         if heads < 1 or width % heads:
             raise LayoutError(f"width={width} must be a multiple of heads={heads}")
         created: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -264,8 +269,3 @@ class Transformer(SessionBlackBox):
 def _opened(padding: Tensor | None) -> Tensor | None:
     # torch's attention gives NaN where all is padding; its zeros do no harm there.
     return None if padding is None else padding & ~padding.all(1, keepdim=True)
-
-
-def _check_layers(layers: int) -> None:
-    if layers < 1:
-        raise LayoutError(f"layers must be at least 1, got {layers}")

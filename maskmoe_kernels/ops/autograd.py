@@ -65,8 +65,10 @@ class MaskedLinearFunction(torch.autograd.Function):
         )
         if graph:
             # create_graph=True: what was computed here depends on all of these, and must say so.
-            mark: Any = _NoDoubleBackward.apply
-            grads = tuple(None if g is None else mark(g, grad_y, x, weight, bias) for g in grads)
+            grads = tuple(
+                None if g is None else differentiable_once(g, _ONCE, grad_y, x, weight, bias)
+                for g in grads
+            )
         return (*grads, None, None, None, None, None)
 
 
@@ -75,17 +77,25 @@ class MaskedLinearFunction(torch.autograd.Function):
 APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 
+_ONCE = "this backend cannot differentiate masked_linear twice; pass backend='reference', which can"
+
+
+def differentiable_once(grad: Tensor, refusal: str, *depends_on: Tensor | None) -> Tensor:
+    """``grad``, marked as a function of ``depends_on`` whose derivative raises ``refusal``."""
+    apply: Any = _NoDoubleBackward.apply
+    marked: Tensor = apply(grad, refusal, *depends_on)
+    return marked
+
+
 class _NoDoubleBackward(torch.autograd.Function):
     # once_differentiable marks a gradient only if grad_y requires one: with a loss linear in y,
     # a gradient penalty would silently be a constant.
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, refusal: str, *depends_on: Tensor | None) -> Tensor:
+        ctx.refusal = refusal
         return grad.view_as(grad)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
-        raise BackendError(
-            "this backend cannot differentiate masked_linear twice; pass backend='reference', "
-            "which can"
-        )
+        raise BackendError(ctx.refusal)

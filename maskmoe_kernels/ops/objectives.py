@@ -18,13 +18,17 @@ from torch.autograd import forward_ad
 
 from maskmoe_kernels.backends import triton as backend
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
-from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.ops.autograd import differentiable_once
 
 #: Devices whose tensors go to the kernels unasked. (Tests of the interpreter add the CPU.)
 DEVICES = {"cuda"}
 
+_ONCE = (
+    "the fused objectives cannot be differentiated twice; pass float64 logits or a confidence of "
+    "your own, which go through PyTorch"
+)
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _FORWARD = "Tensor smaller, Tensor above, Tensor larger, str confidence, float sharpness"
 _SCHEMAS = (
@@ -243,7 +247,7 @@ class _Selection(torch.autograd.Function):
                 grad_alpha, grad_product, *ctx.saved_tensors, *ctx.options
             )
         if graph:
-            grad = _once(grad, grad_alpha, grad_product, logits)
+            grad = differentiable_once(grad, _ONCE, grad_alpha, grad_product, logits)
         return grad, None, None, None, None, None, None, None
 
 
@@ -274,26 +278,5 @@ class _GemLoss(torch.autograd.Function):
             grad = torch.empty_like(unscaled, dtype=logits.dtype)
             torch.mul(unscaled, scale * grad_loss, out=grad)  # rounds once, also to 16 bits
         if graph:
-            grad = _once(grad, grad_loss, logits)
+            grad = differentiable_once(grad, _ONCE, grad_loss, logits)
         return (grad, *[None] * 9)
-
-
-def _once(grad: Tensor, *depends_on: Tensor | None) -> Tensor:
-    apply: Any = _NoDoubleBackward.apply
-    marked: Tensor = apply(grad, *depends_on)
-    return marked
-
-
-class _NoDoubleBackward(torch.autograd.Function):
-    # With create_graph=True the gradient depends on all of these, and must say so.
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor | None) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise BackendError(
-            "the fused objectives cannot be differentiated twice; pass float64 logits or a "
-            "confidence of your own, which go through PyTorch"
-        )

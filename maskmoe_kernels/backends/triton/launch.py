@@ -18,12 +18,12 @@ from maskmoe_kernels.backends.activations import NEEDS_INPUT, grad_before
 from maskmoe_kernels.backends.triton import INTERPRETED, kernels, tune
 from maskmoe_kernels.backends.triton.configs import Config, gradient_options, item_features, slabs
 from maskmoe_kernels.backends.triton.device import on, processors
+from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.backends.triton.products import Pair, Product, products_of
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 #: torch's float32_matmul_precision to that of a float32 product here.
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Entries of grad_W that a program of ``total`` sums.
 _TOTAL = 1024
 
@@ -37,14 +37,14 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
-    pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
+    if x.dtype not in DTYPES or not products_of(layout).fits:
         return grouped.forward(x, weight, bias, layout, activation, keep)
     y = x.new_empty(*x.shape[:-1], layout.out_features)
     z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else x.new_empty(0)
     if y.numel():
         bias = None if bias is None else bias.contiguous()
-        job = _Forward(pair.forward, _matrix(x), weight.contiguous(), bias, y, z, activation)
+        product = products_of(layout).forward
+        job = _Forward(product, _matrix(x), weight.contiguous(), bias, y, z, activation)
         with on(x.device):
             precision = precision_of(x.dtype)
             job.run(tune.choose("forward", layout, job.x, precision, job.options, job.run))
@@ -61,9 +61,9 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x over routed blocks, grad_weight over present blocks, grad_bias; empty if unneeded."""
-    pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
+    if x.dtype not in DTYPES or not products_of(layout).fits:
         return grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+    pair = products_of(layout)
     need_x, need_weight, need_bias = needs
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight = x.new_empty(layout.num_weights if need_weight else 0)

@@ -28,7 +28,7 @@ _SHORT = 4
 
 
 class Product:
-    """Tiles of one layout; ``at(device)`` gives them where they are needed."""
+    """The tiles of one layout."""
 
     def __init__(self, layout: BlockLayout) -> None:
         self.layout = layout

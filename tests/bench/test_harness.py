@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import time
 from collections import Counter
 from typing import Any
 
@@ -75,6 +74,29 @@ def test_fast_contenders_are_called_several_times_a_sample(
         assert runner.calls * seconds >= SAMPLE or calls == MOST_CALLS
 
 
+class Time:
+    """Stands for the module: time passes by sleeping, and a little whenever someone asks."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-7
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+time = Time()
+
+
+@pytest.fixture
+def told_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lasts how long is scripted, not a matter of who else is on the machine."""
+    monkeypatch.setattr("bench.clock.time", time)
+    monkeypatch.setattr("bench.harness.time", time)
+
+
 class Scripted(Contender):
     """A contender that sleeps, and notes who was called."""
 
@@ -105,12 +127,14 @@ def scripted(name: str, **attributes: Any) -> type[Scripted]:
     return type(name, (Scripted,), {"name": name, "called": [], **attributes})
 
 
+@pytest.mark.usefixtures("told_time")
 def test_the_graph_is_made_before_the_clock_starts() -> None:
     kind = scripted("graph", seconds=0.0, preparation=0.02, phases=("backward",))
     found = measure(CASE, QUICK, FAST, [kind])["contenders"]["graph"]
     assert found["phases"]["backward"]["us"] < 5000
 
 
+@pytest.mark.usefixtures("told_time")
 def test_rounds_are_interleaved() -> None:
     log: list[str] = []
     kinds = [
@@ -125,6 +149,7 @@ def test_rounds_are_interleaved() -> None:
     assert all(set(rounds[k : k + 2]) == {"a", "b"} for k in range(0, 12, 2))
 
 
+@pytest.mark.usefixtures("told_time")
 def test_rounds_go_on_within_the_budget() -> None:
     kind = scripted("one", seconds=0.002, phases=("forward",))
     settings = Settings(rounds=2, budget=0.2, longest=10.0)
@@ -132,6 +157,7 @@ def test_rounds_go_on_within_the_budget() -> None:
     assert 10 < found["phases"]["forward"]["samples"] <= 100
 
 
+@pytest.mark.usefixtures("told_time")
 def test_slow_contenders_get_few_samples() -> None:
     fast = scripted("fast", seconds=0.0, floor=False)
     slow = scripted("slow", seconds=0.05, floor=False)

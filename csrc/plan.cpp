@@ -90,8 +90,9 @@ struct Direction {
   const std::vector<int64_t>* slots;  // of each input, in block order; null: as they come
 };
 
-Direction forward_of(const Layout& l) {
-  Direction d{l.row_sizes, l.row_offsets, l.col_sizes, l.col_offsets, {}, {}, {}, {}, true, nullptr};
+// Its inputs are the units of the layer before, in the slots that those have; null: a row's values.
+Direction forward_of(const Layout& l, const std::vector<int64_t>* slots) {
+  Direction d{l.row_sizes, l.row_offsets, l.col_sizes, l.col_offsets, {}, {}, {}, {}, true, slots};
   const size_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
   for (size_t i = 0; i < rows; ++i) {
     auto& seen = d.seen.emplace_back();
@@ -266,7 +267,27 @@ class Builder {
 };
 
 std::mutex mutex;
-std::map<std::pair<int64_t, int>, std::shared_ptr<const Plan>> known;
+std::map<std::pair<std::vector<int64_t>, int>, std::shared_ptr<const Chain>> known;
+
+// The layers up to the first that is too fine.
+Chain chain_of(int width, const std::vector<Encoded>& layouts) {
+  Chain chain;
+  chain.reserve(layouts.size());  // a layer refers to the slots of the one before
+  for (const Encoded& encoded : layouts) {
+    Plan plan{decode(encoded.values, encoded.count), {}, {}};
+    const Plan* before = chain.empty() ? nullptr : &chain.back();
+    if (before != nullptr && (plan.layout.col_sizes != before->layout.row_sizes ||
+                              plan.layout.col_order != before->layout.row_order)) {
+      throw std::runtime_error("maskmoe: the units of one layer are not the inputs of the next");
+    }
+    if (too_fine(plan.layout)) return {};
+    const auto* slots = before == nullptr ? nullptr : &before->forward.slots;
+    plan.forward = Builder(forward_of(plan.layout, slots), width).take();
+    plan.backward = Builder(backward_of(plan.layout, plan.forward), width).take();
+    chain.push_back(std::move(plan));
+  }
+  return chain;
+}
 
 }  // namespace
 
@@ -274,23 +295,18 @@ bool too_fine(const Layout& layout) {
   return layout.num_blocks > (1 << 16) && layout.num_weights < 16 * layout.num_blocks;
 }
 
-std::shared_ptr<const Plan> find_plan(int64_t id, int width) {
+std::shared_ptr<const Chain> find_plan(const std::vector<int64_t>& ids, int width) {
   std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find({id, width});
+  auto found = known.find({ids, width});
   return found == known.end() ? nullptr : found->second;
 }
 
-std::shared_ptr<const Plan> build_plan(int64_t id, int width, const int64_t* values,
-                                       int64_t count) {
-  auto plan = std::make_shared<Plan>();
-  plan->layout = decode(values, count);
-  if (!too_fine(plan->layout)) {
-    plan->forward = Builder(forward_of(plan->layout), width).take();
-    plan->backward = Builder(backward_of(plan->layout, plan->forward), width).take();
-  }
+std::shared_ptr<const Chain> build_plan(const std::vector<int64_t>& ids, int width,
+                                        const std::vector<Encoded>& layouts) {
+  auto chain = std::make_shared<const Chain>(chain_of(width, layouts));
   std::lock_guard<std::mutex> lock(mutex);
   if (known.size() >= kMostPlans) known.clear();  // whoever still runs one holds it
-  return known[{id, width}] = std::move(plan);
+  return known[{ids, width}] = std::move(chain);
 }
 
 }  // namespace maskmoe

@@ -77,9 +77,19 @@ struct Plan {
 // Layouts of so many single weights would need tables larger than their weights.
 bool too_fine(const Layout& layout);
 
-// The plan of the layout with this id for vectors of `width` lanes; null: not built yet.
-std::shared_ptr<const Plan> find_plan(int64_t id, int width);
-// Builds and keeps it, from values that are known to be the layout's.
-std::shared_ptr<const Plan> build_plan(int64_t id, int width, const int64_t* values, int64_t count);
+// One layer, or layers one after the other: the inputs of each lie where the one before leaves its
+// units in a tile. Empty: one of them is too fine.
+using Chain = std::vector<Plan>;
+
+// The plan of the layouts with these ids for vectors of `width` lanes; null: not built yet.
+std::shared_ptr<const Chain> find_plan(const std::vector<int64_t>& ids, int width);
+
+struct Encoded {
+  const int64_t* values;
+  int64_t count;
+};
+// Builds and keeps it, from values that are known to be the layouts'.
+std::shared_ptr<const Chain> build_plan(const std::vector<int64_t>& ids, int width,
+                                        const std::vector<Encoded>& layouts);
 
 }  // namespace maskmoe

@@ -1,109 +1,17 @@
 // The CPU implementation of the ops that maskmoe_kernels/ops/registration.py defines.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include "cpu/driver.h"
+#include "tensors.h"
 
 namespace maskmoe {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::optional<Dtype> dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBfloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: return std::nullopt;
-  }
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "tanh") return Activation::kTanh;
-  STD_TORCH_CHECK(name == "silu", "maskmoe: unknown activation ", name);
-  return Activation::kSilu;
-}
-
-Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t dims) {
-  int64_t strides[64];
-  STD_TORCH_CHECK(dims <= 64, "maskmoe: at most 64 dimensions, got ", dims);
-  int64_t step = 1;
-  for (int64_t d = dims - 1; d >= 0; --d) {
-    strides[d] = step;
-    step *= sizes[d] > 1 ? sizes[d] : 1;
-  }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-Tensor nothing(const Tensor& like) {
-  const int64_t zero = 0;
-  return empty_like_with(like, &zero, 1);
-}
-
-// A tensor (*, features) as a matrix; `held` keeps alive what the matrix points to.
-Matrix matrix_of(const Tensor& t, Tensor& held, Dtype dtype, const std::vector<int64_t>& order) {
-  const int64_t features = t.size(t.dim() - 1);
-  held = t;
-  int64_t stride = features;
-  if (t.dim() == 2 && (features == 1 || t.stride(1) == 1) && t.stride(0) >= features) {
-    stride = t.stride(0);
-  } else if (!t.is_contiguous()) {
-    held = torch::stable::contiguous(t);
-  }
-  return {held.data_ptr(), dtype, features, stride, order.empty() ? nullptr : order.data()};
-}
-
-int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-  return rows;
-}
-
-Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-std::shared_ptr<const Plan> compile(const Tensor& plan, int64_t layout, int width) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(plan),
-                                    torch::stable::detail::from(layout)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("maskmoe::plan_obstacle", "", stack.data(), TORCH_ABI_VERSION));
-  const auto obstacle = torch::stable::detail::to<std::string>(stack[0]);
-  STD_TORCH_CHECK(obstacle.empty(), obstacle);
-  const Tensor values = dense(plan);
-  return build_plan(layout, width, static_cast<const int64_t*>(values.data_ptr()), values.numel());
-}
-
-// The plan if these kernels can run, else null: then the PyTorch path does.
-std::shared_ptr<const Plan> plan_of(const Tensor& x, const Tensor& plan, int64_t layout) {
-  const Kernels* k = kernels();
-  if (k == nullptr) return nullptr;
-  auto found = find_plan(layout, k->width);
-  if (found == nullptr) found = compile(plan, layout, k->width);
-  return too_fine(found->layout) || !dtype_of(x) ? nullptr : found;
-}
-
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                    Tensor plan, int64_t layout, int64_t out_features,
                                    std::string activation, bool keep) {
-  const auto compiled = plan_of(x, plan, layout);
-  if (compiled == nullptr) {
+  const auto chain = chain_of(x, {plan}, {layout});
+  if (chain == nullptr) {
     std::array<StableIValue, 8> stack{
         torch::stable::detail::from(x),      torch::stable::detail::from(weight),
         torch::stable::detail::from(bias),   torch::stable::detail::from(plan),
@@ -113,7 +21,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
                                                         stack.data(), TORCH_ABI_VERSION));
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
   }
-  const Layout& of = compiled->layout;
+  const Plan& compiled = chain->front();
+  const Layout& of = compiled.layout;
   const Dtype dtype = *dtype_of(x);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
                       weight.numel() == of.num_weights &&
@@ -136,7 +45,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
   before.data = kept ? z.data_ptr() : nullptr;
   weight = dense(weight);
   if (bias) bias = dense(*bias);
-  masked_linear(*compiled, *kernels(), from, weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
+  masked_linear(compiled, *kernels(), from, weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
                 to, before, act, rows_of(x));
   return {y, z};
 }
@@ -144,8 +53,8 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor saved,
                                             Tensor plan, int64_t layout, std::string activation,
                                             bool need_x, bool need_weight, bool need_bias) {
-  const auto compiled = plan_of(x, plan, layout);
-  if (compiled == nullptr) {
+  const auto chain = chain_of(x, {plan}, {layout});
+  if (chain == nullptr) {
     std::array<StableIValue, 10> stack{
         torch::stable::detail::from(grad_y),      torch::stable::detail::from(x),
         torch::stable::detail::from(weight),      torch::stable::detail::from(saved),
@@ -157,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weig
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
             torch::stable::detail::to<Tensor>(stack[2])};
   }
-  const Layout& of = compiled->layout;
+  const Plan& compiled = chain->front();
+  const Layout& of = compiled.layout;
   const Dtype dtype = *dtype_of(x);
   STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
                       grad_y.size(grad_y.dim() - 1) == of.out_features &&
@@ -176,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weig
   Tensor grad_weight = need_weight ? empty_like_with(x, &of.num_weights, 1) : nothing(x);
   Tensor grad_bias = need_bias ? empty_like_with(x, &of.out_features, 1) : nothing(x);
   weight = dense(weight);
-  masked_linear_backward(*compiled, *kernels(), given, before, from, weight.data_ptr(),
+  masked_linear_backward(compiled, *kernels(), given, before, from, weight.data_ptr(),
                          {need_x ? grad_x.data_ptr() : nullptr,
                           need_weight ? grad_weight.data_ptr() : nullptr,
                           need_bias ? grad_bias.data_ptr() : nullptr},

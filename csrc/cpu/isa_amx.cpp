@@ -383,7 +383,7 @@ struct Kernel {
         for (int64_t r = 0; r < rows; r += most) {
           const int64_t here = smaller(most, rows - r);
           Float::multiply(one, floats + r * L, line, nullptr, Place::kNowhere, buffer,
-                          bias == nullptr ? nullptr : bias + panel.first, sums, kBlock,
+                          bias == nullptr ? nullptr : bias + panel.first, {sums, kBlock, 0},
                           Activation::kNone, here);
           finish(to, row + r, here, panel, sums);
         }
@@ -600,9 +600,18 @@ struct Kernel {
     Tiles::release();
   }
 
+  // Networks keep their activations in float32.
+  static int64_t network_saved(const Network& n) { return kAvx512.network_saved(n); }
+  static int64_t network_scratch(const Network& n) { return kAvx512.network_scratch(n); }
+  static void network(const Network& n, int64_t begin, int64_t end, const LayerSums* sums,
+                      const GemSums& gem, float* scratch) {
+    kAvx512.network(n, begin, end, sums, gem, scratch);
+  }
+
   static constexpr Kernels kernels(const char* name) {
-    return {name,    L,   pack, Float::unpack, forward_scratch, forward, backward_scratch,
-            backward, Float::add, Float::load, Float::store};
+    return {name,     L,          pack,        Float::unpack, forward_scratch, forward,
+            backward_scratch, backward, Float::add, Float::load, Float::store, network_saved,
+            network_scratch, network};
   }
 };
 

@@ -1,6 +1,6 @@
-#include "masked_linear.h"
+#include "masked_mlp.h"
 #include "simd_avx2.h"
 
 namespace maskmoe {
-const Kernels kAvx2 = MaskedLinear<avx2::Isa>::kernels("avx2");
+const Kernels kAvx2 = kernels_of<avx2::Isa>("avx2");
 }

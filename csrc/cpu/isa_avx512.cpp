@@ -1,6 +1,6 @@
-#include "masked_linear.h"
+#include "masked_mlp.h"
 #include "simd_avx512.h"
 
 namespace maskmoe {
-const Kernels kAvx512 = MaskedLinear<avx512::Isa>::kernels("avx512");
+const Kernels kAvx512 = kernels_of<avx512::Isa>("avx512");
 }

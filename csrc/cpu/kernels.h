@@ -6,6 +6,7 @@
 
 #include "../plan.h"
 #include "activations.h"
+#include "confidence.h"
 
 namespace maskmoe {
 
@@ -53,6 +54,69 @@ struct Backward {
   int64_t tile_rows;
 };
 
+// --- Networks: layers one after the other on a tile of rows ------------------------------------
+
+struct NetworkLayer {
+  PanelsView panels, turned;
+  const float *weight, *buffer, *turned_buffer;  // as in Forward and Backward
+  const float* bias;                             // float32 in block order, or null
+};
+
+// Columns of the input: those of a matrix, or the row of a table that `ids` names.
+struct Part {
+  const void* data;
+  int64_t stride;
+  const int64_t* ids;  // null: a sample's own row
+  int64_t width;
+};
+
+// The loss of generalised EM over the logits of H experts (eq. 4, eq. 7).
+struct Gem {
+  int64_t experts;
+  const int64_t* slots;              // of each logit, in the last layer's tile
+  const int64_t *inside, *inside_at;  // expert i's strict subsets: inside[inside_at[i] .. [i + 1])
+  const uint8_t* larger;             // has expert i a strict superset?
+  const float* target;
+  Confidence confidence;
+  float sharpness;
+  bool own;         // weights with the expert's own confidence: selection; else deselection
+  bool per_sample;  // weights of a sample are divided by their sum
+  float scale;      // of every gradient
+  float* kept;      // (rows, experts): gradients for a second pass; null: backward follows at once
+};
+
+// Sums over the rows of one thread, one entry an expert: of w BCE, and of w.
+struct GemSums {
+  double *loss, *weight;
+};
+
+// Sums of one thread for one layer, as in Backward.
+struct LayerSums {
+  float *weight, *buffer, *bias;
+};
+
+struct Network {
+  const NetworkLayer* layers;
+  int64_t depth;
+  Activation activation;  // of all layers but the last
+  Place in_place;
+  Dtype dtype;
+  const Part* parts;
+  int64_t num_parts, in_features;
+  const int64_t* in_order;  // feature at each position of the block order, or null
+  int64_t rows, tile_rows;
+  const uint8_t* mask;    // which samples count; null: all
+  float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
+  int64_t saved_stride;
+  bool forward;           // else the activations are those in `saved`
+  bool backward, need_weights;
+  Matrix logits;          // to write; data null: not wanted
+  Matrix grad_logits;     // data null: `gem` has them
+  const float* scale;     // factor of each expert's grad_logits, or null
+  Matrix grad_inputs;     // data null: not wanted
+  const Gem* gem;         // or null
+};
+
 // One instruction set. Scratch is in floats; pointers to it are 64-byte aligned.
 struct Kernels {
   const char* name;
@@ -73,6 +137,12 @@ struct Kernels {
   // Converts `count` values, `order[n]` giving the place of each in the result where it is given.
   void (*load)(float* to, const void* from, Dtype, const int64_t* order, int64_t count);
   void (*store)(void* to, Dtype, const int64_t* order, const float* from, int64_t count);
+  // Floats of a tile's activations in `saved`.
+  int64_t (*network_saved)(const Network&);
+  int64_t (*network_scratch)(const Network&);
+  // Tiles [begin, end) through all layers, and back if asked for; `sums` has a layer each.
+  void (*network)(const Network&, int64_t begin, int64_t end, const LayerSums* sums,
+                  const GemSums& gem, float* scratch);
 };
 
 extern const Kernels kAvx2;

@@ -264,8 +264,17 @@ struct MaskedLinear {
     const float* bias;  // of the panel's first lane, or null
     float* y;
     int64_t y_stride;
+    int64_t y_second;  // from the first vector of lanes to the second
     int32_t lanes;
+    bool whole;  // vectors are stored whole, lanes without an output being zero
     Activation activation;  // none, relu or leaky_relu
+  };
+
+  // Where results go: rows of outputs in block order, or a tile of lines.
+  struct Output {
+    float* data;
+    int64_t stride;  // from row to row
+    int64_t line;    // from line to line of a tile; 0: rows
   };
 
   // sum += x w for one input: its value in R rows, its weights for N vectors of lanes.
@@ -303,6 +312,7 @@ struct MaskedLinear {
     const float* w = t.weight;
     // Copies: the compiler must believe that a store could change what `t` refers to.
     const int64_t w_stride = t.weight_stride, y_stride = t.y_stride, line = t.line;
+    const int64_t second = N == 2 ? t.y_second : 0;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
       M seen{};
       if constexpr (Shared) seen = I::mask(s->mask);
@@ -331,19 +341,20 @@ struct MaskedLinear {
       }
     }
     float* y = t.y;
-    if (t.lanes == N * L) {
+    if (t.whole || t.lanes == N * L) {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r, y += y_stride) {
         if constexpr (N == 2) I::store(y, sum[r][0]);
-        I::store(y + (N - 1) * L, sum[r][N - 1]);
+        I::store(y + second, sum[r][N - 1]);
       }
     } else {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r, y += y_stride) {
         if constexpr (N == 2) I::store(y, sum[r][0]);
-        I::store(y + (N - 1) * L, sum[r][N - 1], last);
+        I::store(y + second, sum[r][N - 1], last);
       }
     }
+    if (t.whole) return;  // a tile stays in the cache
     // The next tile's rows, which the machine does not foresee.
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, y += y_stride) {
@@ -370,11 +381,11 @@ struct MaskedLinear {
   };
   static constexpr Products table{};
 
-  // All panels on `rows` rows; y in block order.
+  // All panels on `rows` rows.
   static void multiply(const PanelsView& view, const float* x, int64_t line,
                        const float* weight, Place in_place, const float* buffer,
-                       const float* bias, float* y, int64_t y_stride, Activation activation,
-                       int64_t rows) {
+                       const float* bias, const Output& y, Activation activation, int64_t rows) {
+    const bool lined = y.line != 0;
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
       const bool direct = panel.place >= in_place;
@@ -385,9 +396,11 @@ struct MaskedLinear {
                 view.segments + panel.segments,
                 view.segments + panel.segments_end,
                 bias == nullptr ? nullptr : bias + panel.first,
-                y + panel.first,
-                y_stride,
+                y.data + (lined ? panel.line * y.line : panel.first),
+                y.stride,
+                lined ? y.line : L,
                 panel.lanes,
+                lined,
                 activation};
       const Product* of = panel.shared ? table.shared : panel.vectors == 2 ? table.two : table.one;
       const int64_t most = panel.vectors == 2 ? I::kRows2 : I::kRows1;
@@ -396,7 +409,7 @@ struct MaskedLinear {
         const int64_t height = (left + tiles - 1) / tiles;
         of[height](tile);
         tile.x += height * L;
-        tile.y += height * y_stride;
+        tile.y += height * y.stride;
         left -= height;
       }
     }
@@ -431,7 +444,7 @@ struct MaskedLinear {
       const int64_t rows = smaller(f.tile_rows, end - row);
       load_tile(x, line, f.x, row, rows);
       float* y = y_here ? static_cast<float*>(row_of(f.y, row)) : y_tile;
-      multiply(f.panels, x, line, f.weight, f.in_place, f.buffer, f.bias, y, y_stride, inside,
+      multiply(f.panels, x, line, f.weight, f.in_place, f.buffer, f.bias, {y, y_stride, 0}, inside,
                rows);
       if (y_here) continue;
       for (int64_t r = 0; r < rows; ++r) {
@@ -523,19 +536,20 @@ struct MaskedLinear {
   };
   static constexpr Outers outer_table{};
 
-  static void weight_sums(const Backward& b, const float* x, const float* g, int64_t line,
-                          int64_t rows, float* grad_weight, float* grad_buffer, bool add) {
-    for (int64_t p = 0; p < b.panels.count; ++p) {
-      const Panel& panel = b.panels.panels[p];
-      const bool direct = panel.place >= b.in_place;
+  static void weight_sums(const PanelsView& view, Place in_place, const float* x, const float* g,
+                          int64_t line, int64_t rows, float* grad_weight, float* grad_buffer,
+                          bool add) {
+    for (int64_t p = 0; p < view.count; ++p) {
+      const Panel& panel = view.panels[p];
+      const bool direct = panel.place >= in_place;
       const int64_t stride = direct ? panel.stride : panel.vectors * L;
       Sums sums{nullptr, g + panel.line * line, line, rows,
                 direct ? grad_weight + panel.weight : grad_buffer + panel.buffer, stride, add};
       const Outer* of = panel.vectors == 2 ? outer_table.two : outer_table.one;
       const int64_t most = panel.vectors == 2 ? I::kSums2 : I::kSums1;
       for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
-        int64_t slot = b.panels.segments[n].first;
-        for (int64_t left = b.panels.segments[n].length; left > 0;) {
+        int64_t slot = view.segments[n].first;
+        for (int64_t left = view.segments[n].length; left > 0;) {
           // As far as the line goes, in nearly equal parts.
           const int64_t here = smaller(left, L - slot % L), parts = (here + most - 1) / most;
           const int64_t inputs = (here + parts - 1) / parts;
@@ -604,8 +618,8 @@ struct MaskedLinear {
       gradient(b, g, line, row, rows);
       if (b.grad_x.data != nullptr) {
         float* out = out_here ? static_cast<float*>(row_of(b.grad_x, row)) : out_tile;
-        multiply(b.turned, g, line, nullptr, Place::kNowhere, b.turned_buffer, nullptr, out,
-                 out_stride, Activation::kNone, rows);
+        multiply(b.turned, g, line, nullptr, Place::kNowhere, b.turned_buffer, nullptr,
+                 {out, out_stride, 0}, Activation::kNone, rows);
         for (int64_t r = 0; !out_here && r < rows; ++r) {
           store(row_of(b.grad_x, row + r), b.grad_x.dtype, b.grad_x.order,
                 out_tile + r * out_stride, b.grad_x.features);
@@ -613,7 +627,7 @@ struct MaskedLinear {
       }
       if (b.need_weight) {
         load_tile(x, line, b.x, row, rows);
-        weight_sums(b, x, g, line, rows, grad_weight, grad_buffer, add);
+        weight_sums(b.panels, b.in_place, x, g, line, rows, grad_weight, grad_buffer, add);
       }
       if (b.need_bias) bias_sums(b.panels, g, line, rows, grad_bias, add);
     }
@@ -641,10 +655,6 @@ struct MaskedLinear {
     }
   }
 
-  static constexpr Kernels kernels(const char* name) {
-    return {name, L, pack, unpack, forward_scratch, forward, backward_scratch, backward,
-            add,  load, store};
-  }
 };
 
 }  // namespace maskmoe

@@ -63,6 +63,16 @@ struct Isa {
     return _mm256_mul_ps(first, _mm256_castsi256_ps(_mm256_slli_epi32(rest, 23)));
   }
 
+  // Of a normal x > 0: n and m in [1, 2) with x = m 2^n.
+  static V exponent(V a) {
+    __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(a), 23);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)));
+  }
+  static V mantissa(V a) {
+    __m256 digits = _mm256_and_ps(a, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff)));
+    return _mm256_or_ps(digits, _mm256_set1_ps(1.0f));
+  }
+
   static V load_bf16(const uint16_t* p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));

@@ -56,6 +56,10 @@ struct Isa {
   // a * 2^n, n integral in [-252, 254]: denormals, then 0, below; infinity above.
   static V scale(V a, V n) { return _mm512_scalef_ps(a, n); }
 
+  // Of a normal x > 0: n and m in [1, 2) with x = m 2^n.
+  static V exponent(V a) { return _mm512_getexp_ps(a); }
+  static V mantissa(V a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
+
   static V load_bf16(const uint16_t* p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));

@@ -1,0 +1,388 @@
+// A network on a batch, shared out over threads: each takes tiles of rows through all layers.
+
+#include <cstring>
+#include <string>
+
+#include "driver.h"
+#include "sharing.h"
+
+namespace maskmoe {
+namespace {
+
+constexpr int64_t kTileFloats = 1 << 17;  // a tile of activations: half of a 1 MiB cache
+constexpr int64_t kKeptBytes = 1 << 24;   // beyond, activations are cheaper computed than read
+
+int64_t weights_of(const NetworkInputs& in) {
+  int64_t sum = 0;
+  for (const Plan& plan : in.chain) sum += plan.layout.num_weights;
+  return sum;
+}
+
+// Does every layer but the first route gradients from an expert to itself only?
+bool isolated(const Chain& chain) {
+  const int64_t experts = chain[0].layout.row_sizes.size();
+  for (size_t k = 1; k < chain.size(); ++k) {
+    const Layout& l = chain[k].layout;
+    const int64_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
+    if (rows != experts || cols != experts) return false;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < cols; ++j) {
+        if (i != j && l.routes[i * cols + j]) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// One call: weights where the kernels want them, scratch, and everyone's sums.
+class Call {
+ public:
+  Call(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, int64_t flops)
+      : in_(in), k_(k), tiling_(tiling),
+        threads_(std::min(threads_for(flops, in.rows), std::max<int64_t>(tiling.count, 1))) {
+    const Layout& first = in.chain[0].layout;
+    network.depth = static_cast<int64_t>(in.chain.size());
+    network.activation = in.activation;
+    network.in_place = place_for(in.dtype, in.rows);
+    network.dtype = in.dtype;
+    network.parts = in.parts.data();
+    network.num_parts = static_cast<int64_t>(in.parts.size());
+    network.in_features = first.in_features;
+    network.in_order = first.col_order.empty() ? nullptr : first.col_order.data();
+    network.rows = in.rows;
+    network.mask = in.mask;
+    network.tile_rows = tiling.rows;
+    for (const Plan& plan : in.chain) {
+      layers_.push_back({view(plan.forward), view(plan.backward), nullptr, nullptr, nullptr, nullptr});
+    }
+    network.layers = layers_.data();
+  }
+
+  Network network{};
+
+  int64_t threads() const { return threads_; }
+
+  // Allocates; afterwards `own` floats can be taken from `scratch`. `gem` experts, or 0.
+  void prepare(const NetworkGradients& grads, int64_t experts, int64_t own) {
+    const bool weights = !grads.weights.empty();
+    need_inputs_ = network.grad_inputs.data != nullptr;
+    network.need_weights = weights;
+    const Place in_place = network.in_place;
+    int64_t size = own;
+    for (size_t n = 0; n < in_.chain.size(); ++n) {
+      const Plan& plan = in_.chain[n];
+      size += Scratch::round_up(buffer_size(plan.forward, in_place));
+      if (turns(n)) size += Scratch::round_up(buffer_size(plan.backward, Place::kNowhere));
+      if (copies_bias(n)) size += Scratch::round_up(plan.layout.out_features);
+      if (network.backward) {
+        sums.emplace_back(plan, in_.dtype, in_place, weights, !grads.biases.empty(), threads_);
+        size += sums.back().scratch();
+      }
+    }
+    const int64_t tile = Scratch::round_up(k_.network_scratch(network));
+    const int64_t totals = Scratch::round_up(4 * experts);  // two doubles each
+    scratch = std::make_unique<Scratch>(size + threads_ * (tile + totals));
+    bring_weights();
+    for (size_t n = 0; n < sums.size(); ++n) {
+      sums[n].take(*scratch, weights ? grads.weights[n] : nullptr);
+    }
+    for (int64_t t = 0; t < threads_; ++t) {
+      double* of = reinterpret_cast<double*>(scratch->take(totals));
+      totals_.push_back({of, of + experts});
+      tiles_.push_back(scratch->take(tile));
+    }
+  }
+
+  void run() {
+    if (in_.rows == 0) return;
+    each(threads_, [&](int64_t t) {
+      std::vector<LayerSums> own;
+      for (const ThreadSums& layer : sums) own.push_back(layer.of(t));
+      k_.network(network, tiling_.count * t / threads_, tiling_.count * (t + 1) / threads_,
+                 own.data(), totals_[t], tiles_[t]);
+    });
+  }
+
+  void finish(const NetworkGradients& grads, const float* scale) {
+    for (size_t n = 0; n < sums.size(); ++n) {
+      const Layout& layout = in_.chain[n].layout;
+      sums[n].finish(k_, grads.weights.empty() ? nullptr : grads.weights[n],
+                     grads.biases.empty() ? nullptr : grads.biases[n],
+                     layout.row_order.empty() ? nullptr : layout.row_order.data(), in_.rows, scale);
+    }
+  }
+
+  // Sums of all threads, of w BCE and of w, for every expert.
+  void add_totals(int64_t experts, double* loss, double* weight) const {
+    std::fill_n(loss, experts, 0.0);
+    std::fill_n(weight, experts, 0.0);
+    for (int64_t t = 0; t < threads_ && in_.rows > 0; ++t) {
+      for (int64_t i = 0; i < experts; ++i) {
+        loss[i] += totals_[t].loss[i];
+        weight[i] += totals_[t].weight[i];
+      }
+    }
+  }
+
+  std::vector<ThreadSums> sums;
+  std::unique_ptr<Scratch> scratch;
+
+ private:
+  bool turns(size_t layer) const { return network.backward && (layer > 0 || need_inputs_); }
+  bool copies_bias(size_t layer) const {
+    return !in_.biases.empty() &&
+           (in_.dtype != Dtype::kFloat32 || !in_.chain[layer].layout.row_order.empty());
+  }
+
+  void bring_weights() {
+    for (size_t n = 0; n < in_.chain.size(); ++n) {
+      const Plan& plan = in_.chain[n];
+      NetworkLayer& layer = layers_[n];
+      float* buffer = scratch->take(buffer_size(plan.forward, network.in_place));
+      pack(k_, plan.forward, in_.weights[n], in_.dtype, network.in_place, buffer, threads_);
+      layer.buffer = buffer;
+      if (in_.dtype == Dtype::kFloat32) layer.weight = static_cast<const float*>(in_.weights[n]);
+      if (turns(n)) {
+        float* turned = scratch->take(buffer_size(plan.backward, Place::kNowhere));
+        pack(k_, plan.backward, in_.weights[n], in_.dtype, Place::kNowhere, turned, threads_);
+        layer.turned_buffer = turned;
+      }
+      if (copies_bias(n)) {
+        float* bias = scratch->take(plan.layout.out_features);
+        const auto& order = plan.layout.row_order;
+        k_.load(bias, in_.biases[n], in_.dtype, order.empty() ? nullptr : order.data(),
+                plan.layout.out_features);
+        layer.bias = bias;
+      } else if (!in_.biases.empty()) {
+        layer.bias = static_cast<const float*>(in_.biases[n]);
+      }
+    }
+  }
+
+  const NetworkInputs& in_;
+  const Kernels& k_;
+  const Tiling tiling_;
+  const int64_t threads_;
+  bool need_inputs_ = false;
+  std::vector<NetworkLayer> layers_;
+  std::vector<GemSums> totals_;
+  std::vector<float*> tiles_;
+};
+
+int64_t work_of(const NetworkInputs& in, bool forward, bool need_inputs, bool need_weights) {
+  int64_t work = 0;
+  for (size_t n = 0; n < in.chain.size(); ++n) {
+    const Layout& l = in.chain[n].layout;
+    work += (forward + need_weights) * l.num_weights + l.out_features;
+    if (n > 0 || need_inputs) work += l.num_routed;
+  }
+  return 2 * in.rows * work;
+}
+
+// Where gradients of the inputs go: straight to x if that is all there is, else to rows of all
+// parts, from which they are shared out.
+class InputGradients {
+ public:
+  InputGradients(const NetworkInputs& in, const NetworkGradients& grads)
+      : in_(in), grads_(grads),
+        tables_(std::any_of(grads.tables.begin(), grads.tables.end(), [](void* p) { return p; })),
+        straight_(grads.x.data != nullptr && in.parts.size() == 1) {}
+
+  bool wanted() const { return tables_ || grads_.x.data != nullptr; }
+  bool straight() const { return straight_; }
+
+  int64_t scratch() const {
+    if (!wanted() || straight()) return 0;
+    int64_t size = Scratch::round_up(in_.rows * features());
+    for (size_t p = 0; p < in_.parts.size(); ++p) size += Scratch::round_up(wide(p));
+    return size;
+  }
+
+  Matrix before() const {  // what `take` fills in; not null where something is wanted
+    if (straight() || !wanted()) return grads_.x;
+    static float placeholder;
+    return rows_at(&placeholder);
+  }
+
+  Matrix take(Scratch& scratch) {
+    if (straight() || !wanted()) return grads_.x;
+    rows_ = scratch.take(in_.rows * features());
+    for (size_t p = 0; p < in_.parts.size(); ++p) wide_.push_back(scratch.take(wide(p)));
+    return rows_at(rows_);
+  }
+
+  // Every table row sums the samples that named it, in the order of the batch.
+  void share_out(const Kernels& k, int64_t threads) const {
+    if (straight() || !wanted()) return;
+    int64_t column = 0, x_column = 0;
+    for (size_t p = 0; p < in_.parts.size(); column += in_.parts[p].width, ++p) {
+      const Part& part = in_.parts[p];
+      if (part.ids == nullptr) {
+        if (grads_.x.data != nullptr) copy_columns(k, column, x_column, part.width);
+        x_column += part.width;
+      } else if (grads_.tables[p] != nullptr) {
+        const int64_t count = in_.table_rows[p];
+        float* to = direct() ? static_cast<float*>(grads_.tables[p]) : wide_[p];
+        const int64_t tasks = count * part.width < (1 << 14) ? 1 : threads;
+        each(tasks, [&](int64_t t) {
+          add_rows(k, part, column, count * t / tasks, count * (t + 1) / tasks, to);
+        });
+        if (!direct()) k.store(grads_.tables[p], in_.dtype, nullptr, to, count * part.width);
+      }
+    }
+  }
+
+ private:
+  bool direct() const { return in_.dtype == Dtype::kFloat32; }
+  int64_t features() const { return in_.chain[0].layout.in_features; }
+  int64_t wide(size_t p) const {
+    return direct() || grads_.tables[p] == nullptr ? 0 : in_.table_rows[p] * in_.parts[p].width;
+  }
+  Matrix rows_at(float* data) const {
+    const auto& order = in_.chain[0].layout.col_order;
+    return {data, Dtype::kFloat32, features(), features(), order.empty() ? nullptr : order.data()};
+  }
+
+  void copy_columns(const Kernels& k, int64_t column, int64_t x_column, int64_t width) const {
+    const int64_t size = direct() ? 4 : 2;
+    for (int64_t r = 0; r < in_.rows; ++r) {
+      char* to = static_cast<char*>(grads_.x.data) + (r * grads_.x.stride + x_column) * size;
+      k.store(to, in_.dtype, nullptr, rows_ + r * features() + column, width);
+    }
+  }
+
+  void add_rows(const Kernels& k, const Part& part, int64_t column, int64_t begin, int64_t end,
+                float* to) const {
+    std::fill(to + begin * part.width, to + end * part.width, 0.0f);
+    for (int64_t r = 0; r < in_.rows; ++r) {
+      const int64_t id = part.ids[r];
+      if (id < begin || id >= end) continue;
+      k.add(to + id * part.width, rows_ + r * features() + column, part.width);
+    }
+  }
+
+  const NetworkInputs& in_;
+  const NetworkGradients& grads_;
+  const bool tables_, straight_;
+  float* rows_ = nullptr;
+  std::vector<float*> wide_;
+};
+
+}  // namespace
+
+Tiling tiles_of(const NetworkInputs& in) {
+  int64_t floats = in.chain[0].layout.in_features, most = 0;
+  for (const Plan& plan : in.chain) {
+    floats += plan.layout.out_features;
+    most = std::max(most, plan.layout.out_features);
+  }
+  const int64_t fit = std::clamp<int64_t>(kTileFloats / (floats + 2 * most), 56, 252) / 28 * 28;
+  int64_t count = (in.rows + fit - 1) / fit;
+  // Few tiles are shared out evenly.
+  const int64_t threads = threads_for(6 * in.rows * weights_of(in), in.rows);
+  if (count < 8 * threads) count = (count + threads - 1) / threads * threads;
+  const int64_t rows = count == 0 ? 1 : std::max<int64_t>((in.rows + count - 1) / count, 1);
+  return {rows, (in.rows + rows - 1) / rows};
+}
+
+int64_t worth_keeping(const NetworkInputs& in, const Kernels& k, const Tiling& tiling) {
+  Call call(in, k, tiling, 0);
+  const int64_t floats = k.network_saved(call.network);
+  return 4 * floats * tiling.count <= kKeptBytes ? floats : 0;
+}
+
+void network_forward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
+                     const Matrix& logits, float* saved) {
+  Call call(in, k, tiling, 2 * in.rows * weights_of(in));
+  call.network.forward = true;
+  call.network.logits = logits;
+  call.network.saved = saved;
+  call.network.saved_stride = k.network_saved(call.network);
+  call.prepare({}, 0, 0);
+  call.run();
+}
+
+void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
+                      const Matrix& grad_logits, const float* saved,
+                      const NetworkGradients& grads) {
+  InputGradients inputs(in, grads);
+  Call call(in, k, tiling,
+            work_of(in, saved == nullptr, inputs.wanted(), !grads.weights.empty()));
+  Network& n = call.network;
+  n.forward = saved == nullptr;
+  n.saved = const_cast<float*>(saved);  // read only, without `forward`
+  n.saved_stride = k.network_saved(n);
+  n.backward = true;
+  n.grad_logits = grad_logits;
+  n.grad_inputs = inputs.before();
+  call.prepare(grads, 0, inputs.scratch());
+  n.grad_inputs = inputs.take(*call.scratch);
+  call.run();
+  call.finish(grads, nullptr);
+  inputs.share_out(k, call.threads());
+}
+
+float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, Gem gem,
+                  Normalize normalize, const NetworkGradients& grads) {
+  const int64_t experts = gem.experts;
+  InputGradients inputs(in, grads);
+  const bool weights = !grads.weights.empty(), wanted = weights || inputs.wanted();
+  const bool by_sums = normalize == Normalize::kExpert || normalize == Normalize::kBatch;
+  const bool twice = wanted && by_sums && (inputs.wanted() || !isolated(in.chain));
+  int64_t counted = in.rows;
+  if (in.mask != nullptr) {
+    counted = std::count_if(in.mask, in.mask + in.rows, [](uint8_t m) { return m != 0; });
+  }
+  const float per_sample = 1.0f / static_cast<float>(std::max<int64_t>(counted, 1));
+  gem.scale = by_sums ? 1.0f : per_sample;
+  gem.per_sample = normalize == Normalize::kSample;
+
+  Call call(in, k, tiling, work_of(in, true, inputs.wanted(), weights));
+  Network& n = call.network;
+  n.gem = &gem;
+  n.forward = true;
+  n.backward = wanted;
+  n.grad_inputs = inputs.before();
+  n.saved_stride = k.network_saved(n);
+  const bool keeps = twice && 4 * n.saved_stride * tiling.count <= kKeptBytes;
+  const int64_t kept = Scratch::round_up(keeps ? n.saved_stride * tiling.count : 0);
+  const int64_t kept_grads = Scratch::round_up(twice ? in.rows * experts : 0);
+  const int64_t factors = Scratch::round_up(experts);
+  call.prepare(grads, experts, inputs.scratch() + kept + kept_grads + factors);
+  n.grad_inputs = inputs.take(*call.scratch);
+  float* saved = call.scratch->take(kept);
+  float* grad_logits = call.scratch->take(kept_grads);
+  float* scale = call.scratch->take(factors);
+
+  if (twice) {
+    n.saved = keeps ? saved : nullptr;
+    gem.kept = grad_logits;
+    n.backward = false;
+  }
+  call.run();
+  std::vector<double> loss(experts), weight(experts);
+  call.add_totals(experts, loss.data(), weight.data());
+  double total = 0, all = 0;
+  for (double w : weight) all += w;
+  for (int64_t i = 0; i < experts; ++i) {
+    const double by = normalize == Normalize::kExpert ? weight[i] : all;
+    const double factor = by_sums ? (by == 0 ? 1 : 1 / by) : per_sample;
+    total += loss[i] * factor;
+    scale[i] = static_cast<float>(factor);
+  }
+  if (twice) {
+    n.gem = nullptr;
+    n.forward = !keeps;
+    n.backward = true;
+    n.grad_logits = {grad_logits, Dtype::kFloat32, experts, experts, nullptr};
+    n.scale = scale;
+    call.run();
+  }
+  if (wanted) {
+    call.finish(grads, by_sums && !twice ? scale : nullptr);
+    inputs.share_out(k, call.threads());
+  }
+  return static_cast<float>(total);
+}
+
+}  // namespace maskmoe

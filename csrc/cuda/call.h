@@ -1,0 +1,89 @@
+// What the kernels are given: one structure a launch, passed by value.
+#pragma once
+
+#include "cuda/numbers.h"
+
+namespace maskmoe::fused {
+
+// Columns of the input: a matrix, or rows of a table that ids choose.
+struct Part {
+  const void* data;
+  const int64_t* ids;  // null: row r is sample r
+  int64_t stride;      // elements from row to row
+  int64_t rows;        // of a table
+};
+
+// Where a part's gradient goes, sample by sample.
+struct Sink {
+  void* data;
+  int64_t stride;
+};
+
+struct Objective {
+  const float* target;
+  const uint8_t* mask;          // null: every sample counts
+  const int16_t* above;         // (experts, experts): strict subsets of each expert
+  const int32_t* above_count;   // how many
+  const float* scale;           // of each expert, known before; null: after the launch
+  float* sums;                  // of each block: losses, weights (per expert), samples; or null
+  float sharpness;
+  Confidence confidence;
+  bool own;     // alpha, or without the own confidence
+  bool sample;  // weights divided by their sum over the experts
+};
+
+struct Call {
+  Tables tables;
+  Room room;
+  Activation activation;
+  int64_t rows;
+  const void* image;       // blocks of weights, in the order of Core<T>
+  const float* last;       // 16 weights an entry
+  const float* biases;     // padded
+  void* logits;            // (rows, experts); the gradient of them for a backward
+  float* partial;          // of each block: gradients of blocks, entries and biases; null: none
+  int64_t partial_size;
+  bool sinks_wanted;
+  Part parts[kMostParts];
+  Sink sinks[kMostParts];
+  Objective objective;
+};
+
+// What the packing and the reduction know of the parameters.
+struct Parameters {
+  Tables tables;
+  const void* weights[kMostLayers];
+  const void* biases[kMostLayers];  // null: none
+  void* image;
+  float* last;
+  float* padded_biases;
+  int32_t blocks;                  // how many to pack
+  const uint8_t* strict;           // (experts, experts); null: no objective
+  int16_t* above;
+  int32_t* above_count;
+};
+
+struct Gradients {
+  Tables tables;
+  const float* partial;
+  int64_t partial_size, partials;
+  const float* scale;  // of each expert; null: 1
+  void* weights[kMostLayers];
+  void* biases[kMostLayers];  // null: none
+};
+
+struct Totals {
+  const float* sums;  // (blocks, 2 experts + 1)
+  int64_t blocks;
+  int32_t experts;
+  int32_t normalize;  // 0 none, 1 sample, 2 expert, 3 batch
+  float* scale;       // (experts,)
+  float* loss;
+};
+
+MASKMOE_DEVICE int64_t partial_entries(const Tables& t) { return int64_t{kBlock} * t.forward_blocks; }
+MASKMOE_DEVICE int64_t partial_biases(const Tables& t) {
+  return partial_entries(t) + int64_t{kSide} * t.num_entries;
+}
+
+}  // namespace maskmoe::fused

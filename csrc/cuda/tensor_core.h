@@ -1,0 +1,296 @@
+// The matrix instruction: 16 x 16 x 16 products of a warp, one interface for all number types.
+//
+// Bfloat16 and Float16 take mma.m16n8k16; float32 takes mma.m16n8k8 on TF32 three times, once for
+// each product of high and low parts that float32 can tell. On the host's twin the lanes hold the
+// same values in the same places, and the instruction is its definition.
+#pragma once
+
+#include "cuda/numbers.h"
+
+namespace maskmoe::fused {
+
+// A 16 x 16 result: lane 4 g + t holds rows g and g + 8, columns 2 t and 2 t + 1 of either half.
+struct Acc {
+  float x[8];
+};
+
+MASKMOE_DEVICE int acc_row(int lane, int n) { return lane / 4 + (n & 2) * 4; }
+MASKMOE_DEVICE int acc_col(int lane, int n) { return (n / 4) * 8 + lane % 4 * 2 + (n & 1); }
+
+MASKMOE_DEVICE void clear(PerLane<Acc>& acc) {
+  each_lane([&](int lane) {
+    MASKMOE_UNROLL
+    for (int n = 0; n < 8; ++n) acc[lane].x[n] = 0.0f;
+  });
+}
+
+// Operands of 16-bit types, two values a register.
+template <class T>
+struct Core {
+  struct A {
+    uint32_t r[4];
+  };
+  struct B {
+    uint32_t r[4];  // columns 0-7: rows 0-7, rows 8-15; then columns 8-15
+  };
+
+  // Where weight (k, n) of a block lies in its image: a lane's values side by side.
+  static MASKMOE_DEVICE void unplace(int at, int& k, int& n) {
+    const int lane = at / 8, r = at % 8 / 2;
+    k = (r & 1) * 8 + lane % 4 * 2 + (at & 1);
+    n = (r >> 1) * 8 + lane / 4;
+  }
+
+  static MASKMOE_DEVICE void load_image(PerLane<B>& b, const T* block) {
+    each_lane([&](int lane) {
+      const Quad q = read_only(reinterpret_cast<const Quad*>(block) + lane);
+      MASKMOE_UNROLL
+      for (int n = 0; n < 4; ++n) b[lane].r[n] = q.word[n];
+    });
+  }
+
+  // Rows of a row-major tile in shared memory.
+  static MASKMOE_DEVICE void load(PerLane<A>& a, const T* tile, int stride) {
+    fetch<false>(a, [&](int lane) {
+      return tile + (lane % 8 + (lane & 8)) * stride + (lane & 16) / 2;
+    });
+  }
+  // Its columns as rows.
+  static MASKMOE_DEVICE void load_turned(PerLane<A>& a, const T* tile, int stride) {
+    fetch<true>(a, [&](int lane) {
+      return tile + (lane % 8 + (lane & 16) / 2) * stride + (lane & 8);
+    });
+  }
+  // Rows of a tile as rows of the right-hand side.
+  static MASKMOE_DEVICE void load_right(PerLane<B>& b, const T* tile, int stride) {
+    fetch<true>(b, [&](int lane) {
+      return tile + (lane % 8 + (lane & 8)) * stride + (lane & 16) / 2;
+    });
+  }
+
+  static MASKMOE_DEVICE void multiply(PerLane<Acc>& acc, const PerLane<A>& a,
+                                      const PerLane<B>& b) {
+    MASKMOE_UNROLL
+    for (int half = 0; half < 2; ++half) mma(acc, a, b, half);
+  }
+
+ private:
+  // ldmatrix.x4: lane 8 m + r names row r of 8 x 8 matrix m.
+  template <bool kTurned, class R, class F>
+  static MASKMOE_DEVICE void fetch(PerLane<R>& to, const F& address) {
+#ifdef __CUDACC__
+    const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(address(threadIdx.x % 32)));
+    uint32_t* r = to[0].r;
+    if constexpr (kTurned) {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(from));
+    } else {
+      asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                   : "r"(from));
+    }
+#else
+    for (int m = 0; m < 4; ++m) {
+      const T* row[8];
+      for (int r = 0; r < 8; ++r) row[r] = address(8 * m + r);
+      for (int lane = 0; lane < 32; ++lane) {
+        const int g = lane / 4, t = lane % 4 * 2;
+        const uint32_t low = kTurned ? row[t][g].bits : row[g][t].bits;
+        const uint32_t high = kTurned ? row[t + 1][g].bits : row[g][t + 1].bits;
+        to[lane].r[m] = low | high << 16;
+      }
+    }
+#endif
+  }
+
+  static MASKMOE_DEVICE void mma(PerLane<Acc>& acc, const PerLane<A>& a, const PerLane<B>& b,
+                                 int half) {
+#ifdef __CUDACC__
+    float* c = acc[0].x + half * 4;
+    const uint32_t* l = a[0].r;
+    const uint32_t* r = b[0].r + half * 2;
+    if constexpr (sizeof(T) == 2 && is_bfloat16()) {
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(l[0]), "r"(l[1]), "r"(l[2]), "r"(l[3]), "r"(r[0]), "r"(r[1]));
+    } else {
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                   "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                   : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                   : "r"(l[0]), "r"(l[1]), "r"(l[2]), "r"(l[3]), "r"(r[0]), "r"(r[1]));
+    }
+#else
+    float left[16][16], right[16][8];
+    auto value = [](uint32_t word, int n) {
+      return to_float(T{static_cast<uint16_t>(word >> (16 * n))});
+    };
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4 * 2;
+      for (int n = 0; n < 8; ++n) {
+        const int r = n / 2;
+        left[g + (r & 1) * 8][t + (r >> 1) * 8 + n % 2] = value(a[lane].r[r], n % 2);
+      }
+      for (int n = 0; n < 4; ++n) {
+        right[t + n / 2 * 8 + n % 2][g] = value(b[lane].r[half * 2 + n / 2], n % 2);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int n = 0; n < 4; ++n) {
+        float& c = acc[lane].x[half * 4 + n];
+        float sum = c;
+        const int row = acc_row(lane, n), col = acc_col(lane, n);
+        for (int k = 0; k < 16; ++k) sum += left[row][k] * right[k][col];
+        c = sum;
+      }
+    }
+#endif
+  }
+
+  static constexpr MASKMOE_DEVICE bool is_bfloat16();
+};
+
+template <>
+constexpr MASKMOE_DEVICE bool Core<Bfloat16>::is_bfloat16() {
+  return true;
+}
+template <>
+constexpr MASKMOE_DEVICE bool Core<Float16>::is_bfloat16() {
+  return false;
+}
+
+// float32: two steps of 8.
+template <>
+struct Core<float> {
+  struct A {
+    float x[8];  // of each step: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
+  };
+  struct B {
+    float x[8];  // of each step: columns 0-7: rows t, t + 4; then columns 8-15
+  };
+
+  static MASKMOE_DEVICE void unplace(int at, int& k, int& n) {
+    const int lane = at % 128 / 4;
+    k = at / 128 * 8 + (at & 1) * 4 + lane % 4;
+    n = (at & 2) * 4 + lane / 4;
+  }
+
+  static MASKMOE_DEVICE void load_image(PerLane<B>& b, const float* block) {
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int step = 0; step < 2; ++step) {
+        const Quad4 q = read_only(reinterpret_cast<const Quad4*>(block) + step * 32 + lane);
+        MASKMOE_UNROLL
+        for (int n = 0; n < 4; ++n) b[lane].x[step * 4 + n] = q.value[n];
+      }
+    });
+  }
+
+  static MASKMOE_DEVICE void load(PerLane<A>& a, const float* tile, int stride) {
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const int row = lane / 4 + (n & 1) * 8, k = lane % 4 + n / 2 * 4;
+        a[lane].x[n] = tile[row * stride + k];
+      }
+    });
+  }
+  static MASKMOE_DEVICE void load_turned(PerLane<A>& a, const float* tile, int stride) {
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const int row = lane / 4 + (n & 1) * 8, k = lane % 4 + n / 2 * 4;
+        a[lane].x[n] = tile[k * stride + row];
+      }
+    });
+  }
+  static MASKMOE_DEVICE void load_right(PerLane<B>& b, const float* tile, int stride) {
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        const int k = lane % 4 + (n & 1) * 4 + n / 4 * 8, col = lane / 4 + (n & 2) * 4;
+        b[lane].x[n] = tile[k * stride + col];
+      }
+    });
+  }
+
+  // high * low + low * high + high * high: 2^-24 of a product is lost, as in float32.
+  static MASKMOE_DEVICE void multiply(PerLane<Acc>& acc, const PerLane<A>& a,
+                                      const PerLane<B>& b) {
+    PerLane<A> a_high, a_low;
+    PerLane<B> b_high, b_low;
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 8; ++n) {
+        split(a[lane].x[n], a_high[lane].x[n], a_low[lane].x[n]);
+        split(b[lane].x[n], b_high[lane].x[n], b_low[lane].x[n]);
+      }
+    });
+    MASKMOE_UNROLL
+    for (int step = 0; step < 2; ++step) {
+      MASKMOE_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        mma(acc, a_high, b_low, step, half);
+        mma(acc, a_low, b_high, step, half);
+        mma(acc, a_high, b_high, step, half);
+      }
+    }
+  }
+
+ private:
+  // The nearest value with the 11 digits of TF32, and the rest; no rest of infinity and NaN.
+  static MASKMOE_DEVICE void split(float v, float& high, float& low) {
+    high = tf32(v);
+    low = high - high == 0.0f ? tf32(v - high) : 0.0f;
+  }
+  static MASKMOE_DEVICE float tf32(float v) {
+#ifdef __CUDACC__
+    uint32_t bits;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(v));
+    return float_of(bits);
+#else
+    if (v - v != 0.0f) return v;
+    return float_of((bits_of(v) + 0x1000) & 0xffffe000u);
+#endif
+  }
+
+  static MASKMOE_DEVICE void mma(PerLane<Acc>& acc, const PerLane<A>& a, const PerLane<B>& b,
+                                 int step, int half) {
+#ifdef __CUDACC__
+    float* c = acc[0].x + half * 4;
+    const float* l = a[0].x + step * 4;
+    const float* r = b[0].x + step * 4 + half * 2;
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(bits_of(l[0])), "r"(bits_of(l[1])), "r"(bits_of(l[2])),
+                   "r"(bits_of(l[3])), "r"(bits_of(r[0])), "r"(bits_of(r[1])));
+#else
+    float left[16][8], right[8][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int g = lane / 4, t = lane % 4;
+      for (int n = 0; n < 4; ++n) {
+        left[g + (n & 1) * 8][t + (n >> 1) * 4] = seen(a[lane].x[step * 4 + n]);
+      }
+      for (int n = 0; n < 2; ++n) right[t + n * 4][g] = seen(b[lane].x[step * 4 + half * 2 + n]);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int n = 0; n < 4; ++n) {
+        float& c = acc[lane].x[half * 4 + n];
+        float sum = c;
+        const int row = acc_row(lane, n), col = acc_col(lane, n);
+        for (int k = 0; k < 8; ++k) sum += left[row][k] * right[k][col];
+        c = sum;
+      }
+    }
+#endif
+  }
+
+#ifndef __CUDACC__
+  // The instruction does not read the last 13 bits.
+  static float seen(float v) { return float_of(bits_of(v) & 0xffffe000u); }
+#endif
+};
+
+}  // namespace maskmoe::fused

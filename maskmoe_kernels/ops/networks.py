@@ -1,0 +1,568 @@
+"""Whole networks as registered ops: all layers, and with the loss forward and backward, in one pass.
+
+A tile of rows goes through every layer while its activations stay in the cache. As gradients are
+routed within an expert only, its loss and its backward can follow at once (``masked_mlp_gem``):
+then the input alone is read, and gradients alone are written.
+
+The input of a network is made of *parts*, side by side: ``p >= 0`` is a row of ``tables[p]``, the
+one that ``ids[p]`` names; ``p < 0`` are the next ``-p`` columns of ``x``.
+
+``masked_mlp`` without kernels is ``layered_mlp``, layer after layer by ``masked_linear``;
+``masked_mlp_gem`` has kernels or is not called: see :func:`obstacle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from maskmoe_kernels.backends import native
+from maskmoe_kernels.backends.activations import NEEDS_INPUT
+from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.plan import layout_of, plan_of
+from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
+
+_LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
+_INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
+_LAYERS = "Tensor[] weights, Tensor[] biases"
+_PLANS = "Tensor[] plans, int[] layouts"
+_NEEDS = "bool need_x, bool need_tables, bool need_weights"
+OPS = ("masked_mlp", "layered_mlp")
+_SCHEMAS = (
+    *(
+        schema
+        for name in OPS
+        for schema in (
+            f"{name}({_INPUT}, {_LAYERS}, {_PLANS}, SymInt out_features, str activation, "
+            "bool keep) -> (Tensor, Tensor)",
+            f"{name}_backward(Tensor grad_logits, {_INPUT}, {_LAYERS}, Tensor saved, {_PLANS}, "
+            f"str activation, {_NEEDS}) -> Tensor[]",
+        )
+    ),
+    f"masked_mlp_gem({_INPUT}, {_LAYERS}, {_PLANS}, str activation, Tensor target, Tensor? mask, "
+    "Tensor strict, str confidence, float sharpness, str weighting, str normalize, "
+    f"{_NEEDS}) -> Tensor[]",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+_ONCE = (
+    "a fused network cannot be differentiated twice; build the network with backend='reference', "
+    "which can"
+)
+
+
+# --- Layer after layer ---------------------------------------------------------------------------
+
+
+def _gather(
+    x: Tensor | None, tables: Sequence[Tensor], ids: Sequence[Tensor], parts: Sequence[int]
+) -> Tensor:
+    columns, start = [], 0
+    for part in parts:
+        if part >= 0:
+            columns.append(tables[part][ids[part]])
+        else:
+            assert x is not None  # checked by the front end
+            columns.append(x[..., start : start - part])
+            start -= part
+    return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+def _through(
+    h: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    plans: Sequence[Tensor],
+    layouts: Sequence[int],
+    activation: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of every layer and the logits; and what each layer's derivative needs."""
+    outputs, saved = [h], []
+    last = len(layouts) - 1
+    for k, (weight, plan, layout) in enumerate(zip(weights, plans, layouts, strict=True)):
+        act = "none" if k == last else activation
+        y, z = FORWARD["masked_linear"](
+            outputs[-1], weight, biases[k] if biases else None, plan, layout,
+            layout_of(layout, plan).out_features, act, True,
+        )  # fmt: skip
+        outputs.append(y)
+        saved.append(z if act in NEEDS_INPUT or act == "none" else y)
+    return outputs, saved
+
+
+def _layered(
+    x: Tensor | None,
+    tables: list[Tensor],
+    ids: list[Tensor],
+    parts: list[int],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    plans: list[Tensor],
+    layouts: list[int],
+    out_features: int,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        h = _gather(x, tables, ids, parts)
+        logits = _through(h, weights, biases, plans, layouts, activation)[0][-1]
+    return logits, logits.new_empty((0, 0), dtype=torch.float32)
+
+
+def _layered_backward(
+    grad_logits: Tensor,
+    x: Tensor | None,
+    tables: list[Tensor],
+    ids: list[Tensor],
+    parts: list[int],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    saved: Tensor,
+    plans: list[Tensor],
+    layouts: list[int],
+    activation: str,
+    need_x: bool,
+    need_tables: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    h = _gather(x, tables, ids, parts)
+    outputs, before = _through(h, weights, biases, plans, layouts, activation)
+    grad, last = grad_logits, len(layouts) - 1
+    grads: list[tuple[Tensor, Tensor]] = []
+    for k in reversed(range(len(layouts))):
+        grad, *of_layer = BACKWARD["masked_linear"](
+            grad, outputs[k], weights[k], before[k], plans[k], layouts[k],
+            "none" if k == last else activation, k > 0 or need_x or need_tables, need_weights,
+            need_weights and bool(biases),
+        )  # fmt: skip
+        grads.insert(0, (of_layer[0], of_layer[1]))
+    result = _input_grads(grad, x, tables, ids, parts, need_x, need_tables)
+    if need_weights:
+        result += [weight for weight, _ in grads]
+        result += [bias for _, bias in grads] if biases else []
+    return result
+
+
+def _input_grads(
+    grad: Tensor,
+    x: Tensor | None,
+    tables: list[Tensor],
+    ids: list[Tensor],
+    parts: list[int],
+    need_x: bool,
+    need_tables: bool,
+) -> list[Tensor]:
+    of_x, of_tables, start = [], [torch.zeros_like(table) for table in tables], 0
+    for part in parts if need_x or need_tables else ():
+        width = -part if part < 0 else tables[part].shape[1]
+        columns = grad[..., start : start + width]
+        start += width
+        if part < 0:
+            of_x.append(columns)
+        elif need_tables:
+            of_tables[part].index_add_(0, ids[part].reshape(-1), columns.reshape(-1, width))
+    return [torch.cat(of_x, -1)] * (need_x and x is not None) + of_tables * need_tables
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, _, ids, _, weights = args[:5]
+    shape = ids[0].shape if x is None else x.shape[:-1]
+    saved = torch.library.get_ctx().new_dynamic_size() if args[-1] else 0
+    width = torch.library.get_ctx().new_dynamic_size() if args[-1] else 0
+    return (
+        weights[0].new_empty(*shape, args[8]),
+        weights[0].new_empty((saved, width), dtype=torch.float32),
+    )
+
+
+def _grads_fake(
+    x: Tensor | None,
+    tables: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+    need_x: bool,
+    need_tables: bool,
+    need_weights: bool,
+) -> list[Tensor]:
+    like = [x] * (need_x and x is not None) + tables * need_tables
+    like += [*weights, *biases] * need_weights
+    return [t.new_empty(t.shape) for t in like if t is not None]
+
+
+def _backward_fake(*args: Any) -> list[Tensor]:
+    _, x, tables, _, _, weights, biases = args[:7]
+    return _grads_fake(x, tables, weights, biases, *args[-3:])
+
+
+def _gem_fake(*args: Any) -> list[Tensor]:
+    x, tables, _, _, weights, biases = args[:6]
+    loss = weights[0].new_empty((), dtype=torch.float32)
+    return [loss, *_grads_fake(x, tables, weights, biases, *args[-3:])]
+
+
+for _name in OPS:
+    _LIBRARY.impl(_name, _layered, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name + "_backward", _layered_backward, "CompositeExplicitAutograd")
+    torch.library.register_fake("maskmoe::" + _name, _fake, lib=_LIBRARY)
+    torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("maskmoe::masked_mlp_gem", _gem_fake, lib=_LIBRARY)
+
+_MLP = torch.ops.maskmoe.masked_mlp.default
+_MLP_BACKWARD = torch.ops.maskmoe.masked_mlp_backward.default
+_GEM = torch.ops.maskmoe.masked_mlp_gem.default
+
+
+def _flops(x: Any, tables: Any, ids: Any, parts: Any, weights: Any, *args: Any, **_: Any) -> int:
+    return 2 * _rows(x, ids) * sum(int(weight[0]) for weight in weights)
+
+
+def _rows(x: Any, ids: Any) -> int:
+    rows = 1
+    for size in ids[0] if x is None else x[:-1]:
+        rows *= int(size)
+    return rows
+
+
+register_flop_formula(torch.ops.maskmoe.masked_mlp)(_flops)
+
+
+# --- The front end -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a network's input is made of, side by side.
+
+    Attributes:
+        x: Columns, ``(*, columns)``, or ``None``.
+        tables: Embeddings, ``(rows, width)`` each.
+        ids: A row for every sample, ``(*,)`` int64, one tensor a table.
+        order: ``p >= 0``: table p; ``p < 0``: the next ``-p`` columns of ``x``.
+    """
+
+    x: Tensor | None
+    tables: Sequence[Tensor] = ()
+    ids: Sequence[Tensor] = ()
+    order: Sequence[int] = ()
+
+    @classmethod
+    def of(cls, x: Tensor) -> Parts:
+        """``x`` alone."""
+        return cls(x, order=(-x.shape[-1],) if x.dim() else ())
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Weights of all layers, one after the other; the last has no activation.
+
+    Attributes:
+        weights: Packed, ``(layouts[k].num_weights,)``.
+        biases: ``(layouts[k].out_features,)`` each, or none at all.
+        layouts: The units of one are the inputs of the next.
+        activation: Of all layers but the last; see :func:`masked_linear`.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    layouts: Sequence[BlockLayout]
+    activation: str = "none"
+
+
+def obstacle(layouts: Sequence[BlockLayout], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why these layers do not run as one op, in words for the user; None when they do."""
+    if device.type != "cpu":
+        return f"the weights are on {device}; fused networks run on the CPU"
+    if native.OBSTACLE is not None:
+        return native.OBSTACLE
+    if dtype not in DTYPES:
+        return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
+    for k, (before, after) in enumerate(pairwise(layouts)):
+        if not _joins(before, after):
+            return f"the units of layer {k} are not the inputs of layer {k + 1}, block by block"
+    return None
+
+
+def _joins(before: BlockLayout, after: BlockLayout) -> bool:
+    orders = before.row_order, after.col_order
+    same = all(order is None for order in orders) or (
+        orders[0] is not None and orders[1] is not None and bool((orders[0] == orders[1]).all())
+    )
+    return tuple(before.row_sizes) == tuple(after.col_sizes) and same
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Is a torch.func transform or forward-mode AD at work, which these ops do not know?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def masked_mlp(parts: Parts, layers: Layers) -> Tensor:
+    """All layers on one input: logits ``(*, out_features of the last layer)``.
+
+    The same function and gradients as :func:`masked_linear` layer after layer, up to rounding: in
+    16-bit types, activations between layers stay in float32.
+
+    Args:
+        parts: The input.
+        layers: The network; see :func:`obstacle` for what can run.
+
+    Raises:
+        LayoutError: A shape, dtype or device that does not fit.
+    """
+    parts, layers = _autocast(parts, layers)
+    _check(parts, layers)
+    tensors = [*parts.tables, *layers.weights, *layers.biases]
+    needs = [t.requires_grad for t in (parts.x, *tensors) if t is not None]
+    fixed = _fixed(parts, layers)
+    if torch.is_grad_enabled() and any(needs):
+        apply: Any = _MaskedMLP.apply
+        result: Tensor = apply(fixed, parts.x, *tensors)
+        return result
+    logits: Tensor = _MLP(*fixed.inputs(parts.x, tensors), *fixed.plans, False)[0]
+    return logits
+
+
+def masked_mlp_gem(
+    parts: Parts,
+    layers: Layers,
+    target: Tensor,
+    strict: Tensor,
+    confidence: str,
+    sharpness: float,
+    weighting: str,
+    normalize: str | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The loss of generalised EM over a network's logits, its gradients computed with it.
+
+    Args:
+        parts: The input.
+        layers: The network; its last layer has a unit an expert.
+        target: y in {0, 1}, ``(*,)``.
+        strict: ``family.strict``, ``(H, H)``.
+        confidence: By name.
+        sharpness: See :func:`selection`.
+        weighting: ``"selection"`` or ``"deselection"``.
+        normalize: See :func:`gem_loss`.
+        mask: ``(*,)`` bool, true where a sample counts, or ``None``.
+
+    Returns:
+        Scalar, float32.
+
+    Raises:
+        LayoutError: A shape, dtype or device that does not fit.
+    """
+    if confidence not in CONFIDENCES:
+        raise LayoutError(f"confidence must be one of {list(CONFIDENCES)}, got {confidence!r}")
+    parts, layers = _autocast(parts, layers)
+    _check(parts, layers)
+    tensors = [*parts.tables, *layers.weights, *layers.biases]
+    fixed = _fixed(parts, layers)
+    loss_of = (
+        target.float(), mask, strict, confidence, float(sharpness), weighting, normalize or "none",
+    )  # fmt: skip
+    needs = [t.requires_grad for t in (parts.x, *tensors) if t is not None]
+    if torch.is_grad_enabled() and any(needs):
+        apply: Any = _MaskedMLPGem.apply
+        result: Tensor = apply(fixed, loss_of, parts.x, *tensors)
+        return result
+    loss: Tensor = _GEM(
+        *fixed.inputs(parts.x, tensors), *fixed.plans[:2], fixed.plans[3], *loss_of,
+        False, False, False,
+    )[0]  # fmt: skip
+    return loss
+
+
+class _Fixed:
+    """What a call is given besides the tensors that may have a gradient."""
+
+    def __init__(
+        self,
+        ids: list[Tensor],
+        order: list[int],
+        layers: int,
+        tables: int,
+        plans: tuple[list[Tensor], list[int], int, str],
+    ) -> None:
+        self.ids, self.order, self.layers, self.tables, self.plans = (
+            ids, order, layers, tables, plans,
+        )  # fmt: skip
+
+    def inputs(self, x: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The first six arguments of an op."""
+        tables, rest = [*tensors[: self.tables]], tensors[self.tables :]
+        weights, biases = [*rest[: self.layers]], [*rest[self.layers :]]
+        return x, tables, self.ids, self.order, weights, biases
+
+    def needs(self, x: bool, tensors: Sequence[bool]) -> tuple[bool, bool, bool]:
+        """Which of the three kinds of gradients are needed."""
+        return x, any(tensors[: self.tables]), any(tensors[self.tables :])
+
+    def spread(
+        self, grads: list[Tensor], x: bool, tensors: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Gradients of x and of all tensors, from those that an op returned."""
+        need_x, need_tables, need_weights = self.needs(x, tensors)
+        found = iter(grads)
+        result: list[Tensor | None] = [next(found) if need_x else None]
+        for k, needed in enumerate(tensors):
+            grad = next(found) if (need_tables if k < self.tables else need_weights) else None
+            result.append(grad if needed else None)
+        return result
+
+
+def _fixed(parts: Parts, layers: Layers) -> _Fixed:
+    device = layers.weights[0].device
+    plans = [plan_of(layout, device) for layout in layers.layouts]
+    numbers = [layout.id for layout in layers.layouts]
+    out_features = layers.layouts[-1].out_features
+    return _Fixed(
+        [*parts.ids],
+        [*parts.order],
+        len(layers.weights),
+        len(parts.tables),
+        (plans, numbers, out_features, layers.activation),
+    )
+
+
+class _MaskedMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fixed: _Fixed, x: Tensor | None, *tensors: Tensor) -> Tensor:
+        logits: Tensor
+        logits, saved = _MLP(*fixed.inputs(x, tensors), *fixed.plans, True)
+        ctx.save_for_backward(saved, x, *tensors)
+        ctx.fixed = fixed
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+        saved, x, *tensors = ctx.saved_tensors
+        fixed: _Fixed = ctx.fixed
+        need_x, *need = ctx.needs_input_grad[1:]
+        plans, numbers, _, activation = fixed.plans
+        graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        with torch.no_grad() if graph else nullcontext():
+            found = _MLP_BACKWARD(
+                grad_logits, *fixed.inputs(x, tensors), saved, plans, numbers, activation,
+                *fixed.needs(need_x, need),
+            )  # fmt: skip
+        grads = fixed.spread(found, need_x, need)
+        if graph:
+            grads = [
+                None if g is None else differentiable_once(g, _ONCE, grad_logits, x, *tensors)
+                for g in grads
+            ]
+        return (None, *grads)
+
+
+class _MaskedMLPGem(torch.autograd.Function):
+    """The gradients come with the loss; backward has them only scaled."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, fixed: _Fixed, loss_of: tuple[Any, ...], x: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        need_x, *need = ctx.needs_input_grad[2:]
+        plans, numbers, _, activation = fixed.plans
+        loss: Tensor
+        loss, *grads = _GEM(
+            *fixed.inputs(x, tensors), plans, numbers, activation, *loss_of,
+            *fixed.needs(need_x, need),
+        )  # fmt: skip
+        ctx.fixed = fixed
+        if torch.compiler.is_compiling():
+            ctx.save_for_backward(*grads)
+        else:
+            ctx.grads = grads
+            ctx.save_for_backward(x, *tensors)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        fixed: _Fixed = ctx.fixed
+        need_x, *need = ctx.needs_input_grad[2:]
+        if torch.compiler.is_compiling():
+            scaled = [grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+            return (None, None, *fixed.spread(scaled, need_x, need))
+        depends_on = ctx.saved_tensors
+        graph = torch.is_grad_enabled()
+        with torch.no_grad():
+            grads = fixed.spread(_scaled(ctx, grad_loss), need_x, need)
+        if graph:
+            grads = [
+                None if g is None else differentiable_once(g, _ONCE, grad_loss, *depends_on)
+                for g in grads
+            ]
+        return (None, None, *grads)
+
+
+def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
+    grads: list[Tensor] = ctx.grads
+    if not torch._C._autograd._get_current_graph_task_keep_graph():
+        ctx.grads = None  # nobody asks twice: give them away instead of copies
+        if not grad_loss.is_cuda and grad_loss.item() == 1:
+            return grads
+    return [grad * grad_loss.to(grad.dtype) for grad in grads]
+
+
+def _autocast(parts: Parts, layers: Layers) -> tuple[Parts, Layers]:
+    # What torch's own linear does: every floating input but float64 goes to the autocast dtype.
+    device = layers.weights[0].device.type
+    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+        return parts, layers
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+    x = None if parts.x is None else cast([parts.x])[0]
+    return (
+        Parts(x, cast(parts.tables), parts.ids, parts.order),
+        Layers(cast(layers.weights), cast(layers.biases), layers.layouts, layers.activation),
+    )
+
+
+def _check(parts: Parts, layers: Layers) -> None:
+    like = layers.weights[0]
+    named = [("x", parts.x)] if parts.x is not None else []
+    named += [(f"tables[{t}]", table) for t, table in enumerate(parts.tables)]
+    named += [(f"weights[{k}]", weight) for k, weight in enumerate(layers.weights)]
+    named += [(f"biases[{k}]", bias) for k, bias in enumerate(layers.biases)]
+    for name, tensor in named:
+        if tensor is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
+            raise LayoutError(
+                f"{name} is {tensor.dtype} on {tensor.device} but weights[0] is {like.dtype} on "
+                f"{like.device}; move all to one dtype and device"
+            )
+    for layout, weight in zip(layers.layouts, layers.weights, strict=True):
+        layout.check_weight(weight)
+    first = layers.layouts[0].in_features
+    if parts.x is not None and parts.x.dim() == 0:
+        raise LayoutError(f"x must be (*, in_features) with in_features={first}, got ()")
+    columns = -sum(part for part in parts.order if part < 0)
+    given = 0 if parts.x is None else parts.x.shape[-1]
+    features = columns + sum(parts.tables[part].shape[1] for part in parts.order if part >= 0)
+    if columns != given or features != first:
+        raise LayoutError(
+            f"x must be (*, in_features) with in_features={first}, tables included, got x with "
+            f"{given} columns and {features} features in all"
+        )
+    shape = parts.ids[0].shape if parts.x is None else parts.x.shape[:-1]
+    for t, ids in enumerate(parts.ids):
+        if ids.dtype != torch.int64 or ids.shape != shape:
+            raise LayoutError(
+                f"ids[{t}] must be {tuple(shape)} int64, one row of the table for every sample, "
+                f"got {tuple(ids.shape)} {ids.dtype}"
+            )

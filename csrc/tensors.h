@@ -84,7 +84,7 @@ inline Tensor dense(const Tensor& t) {
 inline std::shared_ptr<const Chain> chain_of(const Tensor& like, const std::vector<Tensor>& plans,
                                              const std::vector<int64_t>& layouts) {
   const Kernels* k = kernels();
-  if (k == nullptr || !dtype_of(like)) return nullptr;
+  if (k == nullptr) return nullptr;
   auto found = find_plan(layouts, k->width);
   if (found == nullptr) {
     std::vector<Tensor> held;
@@ -101,7 +101,7 @@ inline std::shared_ptr<const Chain> chain_of(const Tensor& like, const std::vect
     }
     found = build_plan(layouts, k->width, encoded);
   }
-  return found->empty() ? nullptr : found;
+  return found->empty() || !dtype_of(like) ? nullptr : found;
 }
 
 }  // namespace maskmoe

@@ -24,6 +24,7 @@ struct Objective {
   const uint8_t* mask;          // null: every sample counts
   const int16_t* above;         // (experts, experts): strict subsets of each expert
   const int32_t* above_count;   // how many
+  const uint8_t* larger;        // is an expert a strict subset of another?
   const float* scale;           // of each expert, known before; null: after the launch
   float* sums;                  // of each block: losses, weights (per expert), samples; or null
   float sharpness;
@@ -61,6 +62,7 @@ struct Parameters {
   const uint8_t* strict;           // (experts, experts); null: no objective
   int16_t* above;
   int32_t* above_count;
+  uint8_t* larger;
 };
 
 struct Gradients {
@@ -81,8 +83,11 @@ struct Totals {
   float* loss;
 };
 
-MASKMOE_DEVICE int64_t partial_entries(const Tables& t) { return int64_t{kBlock} * t.forward_blocks; }
-MASKMOE_DEVICE int64_t partial_biases(const Tables& t) {
+// A block's partial gradients: those of blocks of weights, then of entries, then of biases.
+MASKMOE_BOTH int64_t partial_entries(const Tables& t) {
+  return int64_t{kBlock} * t.forward_blocks;
+}
+MASKMOE_BOTH int64_t partial_biases(const Tables& t) {
   return partial_entries(t) + int64_t{kSide} * t.num_entries;
 }
 

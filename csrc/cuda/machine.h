@@ -11,9 +11,11 @@
 
 #ifdef __CUDACC__
 #define MASKMOE_DEVICE __device__ __forceinline__
+#define MASKMOE_BOTH __host__ __device__ inline
 #define MASKMOE_UNROLL _Pragma("unroll")
 #else
 #define MASKMOE_DEVICE inline
+#define MASKMOE_BOTH inline
 #define MASKMOE_UNROLL
 #endif
 

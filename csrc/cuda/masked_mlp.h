@@ -216,6 +216,7 @@ MASKMOE_DEVICE void last_forward(const Call& c, const Tile<T>& tile, const F& f)
 template <class T, int kR>
 struct Forward {
   using Arguments = Call;
+  static constexpr int kResident = sizeof(T) == 4 ? 2 : 3;  // blocks a processor is to hold
 
   static MASKMOE_DEVICE void run(const Call& c, const Place& place) {
     const Tile<T> tile(c, place);

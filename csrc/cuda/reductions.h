@@ -11,6 +11,7 @@ namespace maskmoe::fused {
 template <class T>
 struct Pack {
   using Arguments = Parameters;
+  static constexpr int kResident = 4;
 
   static MASKMOE_DEVICE void run(const Parameters& p, const Place& place) {
     each_thread([&](int thread) {
@@ -43,10 +44,13 @@ struct Pack {
       const int experts = p.tables.experts;
       for (int64_t i = first; i < experts; i += step) {
         int32_t count = 0;
+        bool larger = false;
         for (int j = 0; j < experts; ++j) {
           if (p.strict[i * experts + j]) p.above[i * experts + count++] = static_cast<int16_t>(j);
+          larger = larger || p.strict[int64_t{j} * experts + i];
         }
         p.above_count[i] = count;
+        p.larger[i] = larger ? 1 : 0;
       }
     });
   }
@@ -72,6 +76,7 @@ MASKMOE_DEVICE float sum_of(const Gradients& g, int64_t at) {
 template <class T>
 struct Reduce {
   using Arguments = Gradients;
+  static constexpr int kResident = 4;
 
   static MASKMOE_DEVICE void run(const Gradients& g, const Place& place) {
     each_thread([&](int thread) {
@@ -113,6 +118,7 @@ struct Reduce {
 // The loss, and what each expert's gradient is to be multiplied with. One block.
 struct Finish {
   using Arguments = Totals;
+  static constexpr int kResident = 4;
 
   static MASKMOE_DEVICE void run(const Totals& t, const Place& place) {
     float* loss = reinterpret_cast<float*>(place.shared);  // (2 experts + 1,): as the sums

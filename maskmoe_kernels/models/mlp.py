@@ -7,11 +7,17 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.objectives.gem import check_loss, gem_loss
+from maskmoe_kernels.objectives.mixture import Mixture, mixture
+from maskmoe_kernels.objectives.selection import Confidence
+from maskmoe_kernels.ops import networks
+from maskmoe_kernels.ops.networks import Inputs, Layers
 
 
 class InterpretableMLP(nn.Module):
@@ -78,10 +84,123 @@ class InterpretableMLP(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Input ``(*, family.in_features)`` to logits ``(*, H)``."""
-        logits: Tensor = self.layers(x)
+    def forward(self, x: Tensor | Inputs) -> Tensor:
+        """Input ``(*, family.in_features)`` to logits ``(*, H)``.
+
+        :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
+        """
+        if self._reason(x) is None:
+            return networks.masked_mlp(_inputs(x), self._layers())
+        logits: Tensor = self.layers(x.joined() if isinstance(x, Inputs) else x)
         return logits
+
+    def gem_loss(
+        self,
+        x: Tensor | Inputs,
+        target: Tensor,
+        confidence: Confidence = "abs",
+        weighting: str = "selection",
+        normalize: str | None = None,
+        mask: Tensor | None = None,
+        sharpness: float = 1.0,
+    ) -> Tensor:
+        """``gem_loss(net(x), target, net.family, ...)``, in one pass where that can be done.
+
+        Loss and gradients are then computed together, a tile of rows at a time, and no
+        activation is kept for ``backward``. What a sample that ``mask`` leaves out holds, NaN
+        included, reaches no gradient.
+
+        Hooks on this module (DistributedDataParallel has some) see calls of the module only: there,
+        take the loss of ``net(x)``.
+
+        Args:
+            x: As in ``forward``.
+            target: y in {0, 1}, ``(*,)``.
+            confidence: See :func:`selection`.
+            weighting: See :func:`maskmoe_kernels.gem_loss`, as for the rest.
+            normalize: What the weights are divided by.
+            mask: ``(*,)`` bool, true where a sample counts.
+            sharpness: See :func:`selection`.
+
+        Raises:
+            LayoutError: As :func:`maskmoe_kernels.gem_loss`.
+        """
+        if self._reason(x) is not None or not isinstance(confidence, str) or target.requires_grad:
+            return gem_loss(
+                self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
+            )
+        inputs = _inputs(x)
+        shape = inputs.shape
+        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
+        return networks.masked_mlp_gem(
+            inputs,
+            self._layers(),
+            target,
+            self.family.strict,
+            confidence,
+            sharpness,
+            weighting,
+            normalize,
+            mask,
+        )
+
+    @torch.no_grad()
+    def predict(
+        self, x: Tensor | Inputs, confidence: Confidence = "abs", sharpness: float = 1.0
+    ) -> Mixture:
+        """Probability ``(*,)`` and attribution ``(*, H)`` (eq. 1); no gradient is recorded.
+
+        Raises:
+            LayoutError: As :func:`mixture`.
+        """
+        return mixture(self(x), self.family, confidence, sharpness)
+
+    def obstacle(self) -> str | None:
+        """Why the layers run one by one, in words for the user; None when they run as one op."""
+        layers = [*self.layers]
+        if not all(type(layer) is MaskedLinear for layer in layers):
+            return "a layer is not a MaskedLinear as it was made here"
+        first, *_ = layers
+        if first.backend not in (None, "native"):
+            return f"backend {first.backend!r} was asked for"
+        if len({layer.activation for layer in layers[:-1]}) > 1 or layers[-1].activation:
+            return "the layers have activations of their own"
+        if len({layer.bias is None for layer in layers}) > 1:
+            return "some layers have a bias and some have none"
+        hooked = (layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        if any(hooked) or _has_any_global_hook():
+            return "a hook wants to see each layer"
+        weight = first.weight
+        return networks.obstacle([layer.layout for layer in layers], weight.dtype, weight.device)
+
+    def _reason(self, x: Tensor | Inputs) -> str | None:
+        given = x.x if isinstance(x, Inputs) else x
+        if networks.transformed(given):
+            return "torch.func transforms run layer by layer"
+        weight = self.layers[0].weight
+        if given is not None and (given.dtype != weight.dtype or given.device != weight.device):
+            if not torch.is_autocast_enabled(weight.device.type):
+                return "the input has another dtype or device"
+        return self.obstacle()
+
+    def _layers(self) -> Layers:
+        layers = [*self.layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        return Layers(
+            [layer.weight for layer in layers],
+            biases,
+            [layer.layout for layer in layers],
+            layers[0].activation or "none" if len(layers) > 1 else "none",
+        )
+
+    def extra_repr(self) -> str:
+        """How the layers run, for ``print(net)``."""
+        reason = self.obstacle()
+        return "runs as one op" if reason is None else f"runs layer by layer: {reason}"
+
+
+def _inputs(x: Tensor | Inputs) -> Inputs:
+    return x if isinstance(x, Inputs) else Inputs.of(x)
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

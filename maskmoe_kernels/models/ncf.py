@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.nn.embedding import ContentEncoder
+from maskmoe_kernels.ops.networks import Inputs
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,32 @@ class _Inputs(nn.Module):
         if self.user is not None and self.item is not None:
             parts += [self.user(user), self.item(item)]
         return torch.cat(parts, dim=-1)
+
+    def parts(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor | Inputs:
+        """What ``forward`` returns, not yet gathered where nobody wants to see the tables' calls."""
+        assert self.user is not None and self.item is not None
+        embeddings = [*self.content.embeddings.values(), self.user, self.item]
+        if any(map(_watched, (self, self.content, *embeddings))):
+            gathered: Tensor = self(user, item, codes, numeric)
+            return gathered
+        numbers = self.content.project(numeric)
+        count = len(embeddings) - 2
+        return Inputs(
+            numbers,
+            [table.weight for table in embeddings],
+            [*codes.unbind(-1), user, item],
+            [*range(count), -numbers.shape[-1], count, count + 1],
+        )
+
+
+def _watched(module: nn.Module) -> bool:
+    """Would its own call do more than its weights say?"""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    if type(module) is not nn.Embedding:
+        return type(module) not in (ContentEncoder, _Inputs)
+    special = module.sparse or module.scale_grad_by_freq or module.padding_idx is not None
+    return special or module.max_norm is not None
 
 
 class InterpretableNCF(nn.Module):
@@ -111,8 +139,21 @@ class InterpretableNCF(nn.Module):
             codes: Categories of the content, ``(*, number of categories)`` int64.
             numeric: Numeric content, ``(*, num_numeric)``.
         """
-        logits: Tensor = self.experts(self.inputs(user, item, codes, numeric))
+        logits: Tensor = self.experts(self.inputs.parts(user, item, codes, numeric))
         return logits
+
+    def gem_loss(
+        self,
+        user: Tensor,
+        item: Tensor,
+        codes: Tensor,
+        numeric: Tensor,
+        target: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """The loss of these samples in one pass; see :meth:`InterpretableMLP.gem_loss`."""
+        inputs = self.inputs.parts(user, item, codes, numeric)
+        return self.experts.gem_loss(inputs, target, **options)
 
 
 class NCF(nn.Module):

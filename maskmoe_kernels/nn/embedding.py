@@ -48,5 +48,8 @@ class ContentEncoder(nn.Module):
             ``(*, out_features)``.
         """
         parts = [table(codes[..., k]) for k, table in enumerate(self.embeddings.values())]
-        parts.append(torch.tanh(self.numeric(numeric)))
-        return torch.cat(parts, dim=-1)
+        return torch.cat([*parts, self.project(numeric)], dim=-1)
+
+    def project(self, numeric: Tensor) -> Tensor:
+        """The part of the vector that comes from ``(*, num_numeric)`` numbers, its last one."""
+        return torch.tanh(self.numeric(numeric))

@@ -10,6 +10,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.objectives.selection import (
     Confidence,
+    check_confidence,
     check_logits,
     deselection,
     selection,
@@ -57,18 +58,7 @@ def gem_loss(
         LayoutError: A shape that does not fit, or an unknown weighting or normalization.
     """
     check_logits(logits, family)
-    if weighting not in _WEIGHTINGS:
-        raise LayoutError(f"weighting must be one of {list(_WEIGHTINGS)}, got {weighting!r}")
-    if normalize not in _NORMALIZE:
-        raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
-    for name, value in (("target", target), ("mask", mask)):
-        if value is not None and value.shape != logits.shape[:-1]:
-            raise LayoutError(
-                f"{name} must be the logits' shape without its last dimension, "
-                f"{tuple(logits.shape[:-1])}, got {tuple(value.shape)}"
-            )
-    if mask is not None and mask.dtype != torch.bool:
-        raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
     if not target.requires_grad and takes_kernels(logits, family, confidence, sharpness):
         return fused.gem_loss(
             logits, target, mask, family, str(confidence), sharpness, weighting, normalize
@@ -84,6 +74,31 @@ def gem_loss(
     y = target.to(z.dtype).unsqueeze(-1).expand_as(z)
     bce = F.binary_cross_entropy_with_logits(2 * z, y, reduction="none")
     return (weight * bce).sum()
+
+
+def check_loss(
+    shape: torch.Size,
+    target: Tensor,
+    confidence: Confidence,
+    weighting: str,
+    normalize: str | None,
+    mask: Tensor | None,
+    sharpness: float,
+) -> None:
+    """Raise LayoutError unless the arguments of :func:`gem_loss` fit logits ``(*shape, H)``."""
+    check_confidence(confidence, sharpness)
+    if weighting not in _WEIGHTINGS:
+        raise LayoutError(f"weighting must be one of {list(_WEIGHTINGS)}, got {weighting!r}")
+    if normalize not in _NORMALIZE:
+        raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
+    for name, value in (("target", target), ("mask", mask)):
+        if value is not None and value.shape != shape:
+            raise LayoutError(
+                f"{name} must be the logits' shape without its last dimension, {tuple(shape)}, "
+                f"got {tuple(value.shape)}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
 
 
 def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:

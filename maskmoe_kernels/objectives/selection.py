@@ -152,10 +152,7 @@ def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
     """g and log(1 - g) of every expert, ``(*, H)`` each."""
     if isinstance(confidence, str) and confidence in _NAMED:
         return _NAMED[confidence](z)
-    if not callable(confidence):
-        raise LayoutError(
-            f"confidence must be one of {[*_NAMED]} or a function of the logits, got {confidence!r}"
-        )
+    assert callable(confidence)  # checked by the front end
     g = confidence(z)
     if g.shape != z.shape:
         raise LayoutError(
@@ -221,9 +218,18 @@ def takes_kernels(
         LayoutError: ``logits`` do not end in H, or sharpness is outside its range.
     """
     check_logits(logits, family)
+    check_confidence(confidence, sharpness)
+    return fused.obstacle(logits, confidence) is None
+
+
+def check_confidence(confidence: Confidence, sharpness: float) -> None:
+    """Raise LayoutError for an unknown confidence, or a sharpness outside its range."""
+    if not callable(confidence) and confidence not in _NAMED:
+        raise LayoutError(
+            f"confidence must be one of {[*_NAMED]} or a function of the logits, got {confidence!r}"
+        )
     if not isinstance(sharpness, (int, float)) or not 1e-6 <= sharpness <= 1e6:
         raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
-    return fused.obstacle(logits, confidence) is None
 
 
 def check_logits(logits: Tensor, family: SubsetFamily) -> None:

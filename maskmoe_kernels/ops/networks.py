@@ -241,7 +241,7 @@ register_flop_formula(torch.ops.maskmoe.masked_mlp)(_flops)
 
 
 @dataclass(frozen=True)
-class Parts:
+class Inputs:
     """What a network's input is made of, side by side.
 
     Attributes:
@@ -257,9 +257,18 @@ class Parts:
     order: Sequence[int] = ()
 
     @classmethod
-    def of(cls, x: Tensor) -> Parts:
+    def of(cls, x: Tensor) -> Inputs:
         """``x`` alone."""
         return cls(x, order=(-x.shape[-1],) if x.dim() else ())
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the batch, ``(*,)``."""
+        return self.ids[0].shape if self.x is None else self.x.shape[:-1]
+
+    def joined(self) -> Tensor:
+        """All parts side by side, ``(*, in_features)``."""
+        return _gather(self.x, self.tables, self.ids, self.order)
 
 
 @dataclass(frozen=True)
@@ -308,7 +317,7 @@ def transformed(*tensors: Tensor | None) -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def masked_mlp(parts: Parts, layers: Layers) -> Tensor:
+def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     """All layers on one input: logits ``(*, out_features of the last layer)``.
 
     The same function and gradients as :func:`masked_linear` layer after layer, up to rounding: in
@@ -335,7 +344,7 @@ def masked_mlp(parts: Parts, layers: Layers) -> Tensor:
 
 
 def masked_mlp_gem(
-    parts: Parts,
+    parts: Inputs,
     layers: Layers,
     target: Tensor,
     strict: Tensor,
@@ -423,7 +432,7 @@ class _Fixed:
         return result
 
 
-def _fixed(parts: Parts, layers: Layers) -> _Fixed:
+def _fixed(parts: Inputs, layers: Layers) -> _Fixed:
     device = layers.weights[0].device
     plans = [plan_of(layout, device) for layout in layers.layouts]
     numbers = [layout.id for layout in layers.layouts]
@@ -441,7 +450,9 @@ class _MaskedMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fixed: _Fixed, x: Tensor | None, *tensors: Tensor) -> Tensor:
         logits: Tensor
-        logits, saved = _MLP(*fixed.inputs(x, tensors), *fixed.plans, True)
+        # How much it keeps is for the kernels to know; a trace has to know it, so there: nothing.
+        keep = not torch.compiler.is_compiling()
+        logits, saved = _MLP(*fixed.inputs(x, tensors), *fixed.plans, keep)
         ctx.save_for_backward(saved, x, *tensors)
         ctx.fixed = fixed
         return logits
@@ -517,7 +528,7 @@ def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     return [grad * grad_loss.to(grad.dtype) for grad in grads]
 
 
-def _autocast(parts: Parts, layers: Layers) -> tuple[Parts, Layers]:
+def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:
     # What torch's own linear does: every floating input but float64 goes to the autocast dtype.
     device = layers.weights[0].device.type
     if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
@@ -529,12 +540,12 @@ def _autocast(parts: Parts, layers: Layers) -> tuple[Parts, Layers]:
 
     x = None if parts.x is None else cast([parts.x])[0]
     return (
-        Parts(x, cast(parts.tables), parts.ids, parts.order),
+        Inputs(x, cast(parts.tables), parts.ids, parts.order),
         Layers(cast(layers.weights), cast(layers.biases), layers.layouts, layers.activation),
     )
 
 
-def _check(parts: Parts, layers: Layers) -> None:
+def _check(parts: Inputs, layers: Layers) -> None:
     like = layers.weights[0]
     named = [("x", parts.x)] if parts.x is not None else []
     named += [(f"tables[{t}]", table) for t, table in enumerate(parts.tables)]
@@ -549,17 +560,19 @@ def _check(parts: Parts, layers: Layers) -> None:
     for layout, weight in zip(layers.layouts, layers.weights, strict=True):
         layout.check_weight(weight)
     first = layers.layouts[0].in_features
-    if parts.x is not None and parts.x.dim() == 0:
-        raise LayoutError(f"x must be (*, in_features) with in_features={first}, got ()")
+    if parts.x is not None and not parts.tables and parts.x.shape[-1:] != (first,):
+        raise LayoutError(
+            f"x must be (*, in_features) with in_features={first}, got {tuple(parts.x.shape)}"
+        )
     columns = -sum(part for part in parts.order if part < 0)
     given = 0 if parts.x is None else parts.x.shape[-1]
-    features = columns + sum(parts.tables[part].shape[1] for part in parts.order if part >= 0)
-    if columns != given or features != first:
+    widths = [parts.tables[part].shape[1] for part in parts.order if part >= 0]
+    if columns != given or columns + sum(widths) != first:
         raise LayoutError(
-            f"x must be (*, in_features) with in_features={first}, tables included, got x with "
-            f"{given} columns and {features} features in all"
+            f"the parts of the input must have in_features={first} columns in all, got {columns} "
+            f"of an x with {given} and tables with {widths}"
         )
-    shape = parts.ids[0].shape if parts.x is None else parts.x.shape[:-1]
+    shape = parts.shape
     for t, ids in enumerate(parts.ids):
         if ids.dtype != torch.int64 or ids.shape != shape:
             raise LayoutError(

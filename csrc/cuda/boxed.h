@@ -1,0 +1,48 @@
+// The ops' signatures, for any Machine; the schemas stand in maskmoe_kernels/ops.
+#pragma once
+
+#include "cuda/operators.h"
+
+namespace maskmoe::fused {
+
+template <class Machine>
+struct Ops {
+  static std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
+                                            Integers parts, Tensors weights, Tensors biases,
+                                            Tensors plans, Integers layouts,
+                                            std::string activation, bool /*keep*/) {
+    // Nothing is kept: a backward recomputes the activations, which never left the chip.
+    Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
+                          activation_of(activation)},
+                         Use::kForward);
+    return op.forward();
+  }
+
+  static Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Tensors ids,
+                          Integers parts, Tensors weights, Tensors biases, Tensor /*saved*/,
+                          Tensors plans, Integers layouts, std::string activation, bool need_x,
+                          bool need_tables, bool need_weights) {
+    Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
+                          activation_of(activation)},
+                         Use::kBackward);
+    return op.backward(grad_logits, need_x, need_tables, need_weights);
+  }
+
+  static Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
+                     Tensors weights, Tensors biases, Tensors plans, Integers layouts,
+                     std::string activation, Tensor target, std::optional<Tensor> mask,
+                     Tensor strict, std::string confidence, double sharpness,
+                     std::string weighting, std::string normalize, bool need_x, bool need_tables,
+                     bool need_weights) {
+    Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
+                          activation_of(activation)},
+                         Use::kGem);
+    const int name = index_of(confidence, {"abs", "square", "smooth", "rare"});
+    return op.gem({target, mask, strict, static_cast<Confidence>(name), sharpness,
+                   index_of(weighting, {"deselection", "selection"}) == 1,
+                   index_of(normalize, {"none", "sample", "expert", "batch"})},
+                  need_x, need_tables, need_weights);
+  }
+};
+
+}  // namespace maskmoe::fused

@@ -1,0 +1,500 @@
+// The ops: tensors in, launches, tensors out. A Machine launches kernels and knows its limits:
+// the GPU (masked_mlp.cu) or its twin (twin.cc).
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/masked_mlp_backward.h"
+#include "cuda/reductions.h"
+#include "cuda/tables.h"
+
+namespace maskmoe::fused {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using Integers = std::vector<int64_t>;
+
+inline Activation activation_of(const std::string& name) {
+  const char* names[] = {"none", "relu", "leaky_relu", "gelu", "tanh", "silu"};
+  for (int n = 0; n < 6; ++n) {
+    if (name == names[n]) return static_cast<Activation>(n);
+  }
+  STD_TORCH_CHECK(false, "maskmoe: unknown activation ", name);
+}
+
+inline int index_of(const std::string& name, std::initializer_list<const char*> names) {
+  int n = 0;
+  for (const char* known : names) {
+    if (name == known) return n;
+    ++n;
+  }
+  STD_TORCH_CHECK(false, "maskmoe: unknown option ", name);
+}
+
+// What a network's tensors are on one device.
+template <class Machine>
+struct Placed {
+  Network network;
+  typename Machine::Memory memory;  // holds the tables
+  Tables host, tables;
+
+  Placed(const std::vector<Encoded>& layouts, const std::vector<PartSize>& parts)
+      : network(layouts, parts),
+        memory(network.bytes()),
+        host(network.at(network.bytes().data())),
+        tables(network.at(memory.data())) {}
+};
+
+// The arguments that all three ops share.
+struct Inputs {
+  std::optional<Tensor> x;
+  Tensors tables, ids;
+  Integers parts;
+  Tensors weights, biases, plans;
+  Integers layouts;
+  Activation activation;
+};
+
+template <class Machine>
+class Operator {
+ public:
+  Operator(Inputs given, Use use) : in_(std::move(given)), use_(use), machine_(like()) {
+    STD_TORCH_CHECK(!in_.weights.empty() && in_.plans.size() == in_.weights.size() &&
+                        in_.layouts.size() == in_.weights.size() &&
+                        (in_.biases.empty() || in_.biases.size() == in_.weights.size()) &&
+                        in_.ids.size() == in_.tables.size() && (in_.x || !in_.ids.empty()),
+                    "maskmoe: the fused network's lists of tensors do not fit each other");
+    dense(in_.tables), dense(in_.ids), dense(in_.weights), dense(in_.biases);
+    if (in_.x) hold_matrix();
+    placed_ = place();
+    const Tensor& shaped = in_.x ? *in_.x : in_.ids[0];
+    for (int64_t d = 0; d < shaped.dim() - (in_.x ? 1 : 0); ++d) {
+      leading_.push_back(shaped.size(d));
+      rows_ *= shaped.size(d);
+    }
+    check();
+    room();
+  }
+
+  std::tuple<Tensor, Tensor> forward() {
+    Integers sizes = leading_;
+    sizes.push_back(network().out_features);
+    Tensor logits = empty(sizes, dtype());
+    typed([&](auto t) {
+      using T = decltype(t);
+      Call call = this->call();
+      call.logits = logits.mutable_data_ptr();
+      pack<T>(call, network_tables().forward_blocks, nullptr);
+      tiled<T>([&](auto height) {
+        constexpr int kR = decltype(height)::value;
+        if (rows_ > 0) {
+          machine_.template launch<Forward<T, kR>>(blocks<Forward<T, kR>>(kR), bytes_, call);
+        }
+      });
+    });
+    return {logits, empty({0}, dtype())};
+  }
+
+  Tensors backward(const Tensor& grad_logits, bool need_x, bool need_tables, bool need_weights) {
+    Tensor given = grad_logits.is_contiguous() ? grad_logits
+                                               : torch::stable::contiguous(grad_logits);
+    STD_TORCH_CHECK(given.numel() == rows_ * network().out_features &&
+                        given.scalar_type() == dtype(),
+                    "maskmoe: grad_logits does not fit the logits");
+    need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
+    typed([&](auto t) {
+      using T = decltype(t);
+      Call call = this->call();
+      call.logits = given.mutable_data_ptr();
+      if (need_x || need_tables || need_weights) {
+        pack<T>(call, packed_blocks(), nullptr);
+        sink(call);
+        train<T>(call, need_weights, nullptr);
+        scatter<T>();
+      }
+    });
+    return results();
+  }
+
+  struct Loss {
+    Tensor target;
+    std::optional<Tensor> mask;
+    Tensor strict;
+    Confidence confidence;
+    double sharpness;
+    bool own;
+    int normalize;
+  };
+
+  Tensors gem(Loss loss, bool need_x, bool need_tables, bool need_weights) {
+    const int64_t experts = network().out_features;
+    STD_TORCH_CHECK(loss.target.numel() == rows_ && (!loss.mask || loss.mask->numel() == rows_) &&
+                        loss.target.scalar_type() == ScalarType::Float &&
+                        (!loss.mask || loss.mask->scalar_type() == ScalarType::Bool) &&
+                        loss.strict.numel() == experts * experts &&
+                        loss.strict.scalar_type() == ScalarType::Bool,
+                    "maskmoe: target, mask or strict do not fit the logits");
+    for (Tensor* t : {&loss.target, &loss.strict}) *t = contiguous(*t);
+    if (loss.mask) loss.mask = contiguous(*loss.mask);
+    need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
+    Tensor result = empty({}, ScalarType::Float);
+    Tensor scale = empty({experts}, ScalarType::Float);
+    typed([&](auto t) {
+      using T = decltype(t);
+      Call call = this->call();
+      Objective& o = call.objective;
+      o.target = static_cast<const float*>(loss.target.data_ptr());
+      o.mask = loss.mask ? static_cast<const uint8_t*>(loss.mask->data_ptr()) : nullptr;
+      o.sharpness = static_cast<float>(loss.sharpness);
+      o.confidence = loss.confidence;
+      o.own = loss.own;
+      o.sample = loss.normalize == 1;
+      pack<T>(call, packed_blocks(), static_cast<const uint8_t*>(loss.strict.data_ptr()));
+      sink(call);
+      // The input's gradient adds experts up: what divides each has to be known before.
+      const bool two_phases = call.sinks_wanted;
+      Totals totals{nullptr,
+                    0,
+                    static_cast<int32_t>(experts),
+                    loss.normalize,
+                    static_cast<float*>(scale.mutable_data_ptr()),
+                    static_cast<float*>(result.mutable_data_ptr())};
+      if (two_phases) {
+        Call first = call;
+        first.sinks_wanted = false;
+        train<T>(first, false, &totals);
+        call.objective.scale = totals.scale;
+        train<T>(call, need_weights, nullptr);
+      } else {
+        train<T>(call, need_weights, &totals);
+      }
+      scatter<T>();
+    });
+    Tensors all{result};
+    for (Tensor& grad : results()) all.push_back(grad);
+    return all;
+  }
+
+ private:
+  const Tensor& like() const { return in_.weights.front(); }
+  ScalarType dtype() const { return like().scalar_type(); }
+  const Network& network() const { return placed_->network; }
+  const Tables& network_tables() const { return placed_->host; }
+
+  static Tensor contiguous(const Tensor& t) {
+    return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  }
+  static void dense(Tensors& of) {
+    for (Tensor& t : of) t = contiguous(t);
+  }
+
+  Tensor empty(const Integers& sizes, ScalarType type) const {
+    return torch::stable::new_empty(like(), sizes, type);
+  }
+
+  // A buffer that lives until this call has returned; later kernels of the stream may reuse it.
+  template <class V>
+  V* workspace(int64_t count) {
+    const int64_t bytes = std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(V));
+    held_.push_back(empty({bytes}, ScalarType::Byte));
+    return static_cast<V*>(held_.back().mutable_data_ptr());
+  }
+
+  // x as a matrix with features side by side.
+  void hold_matrix() {
+    Tensor& x = *in_.x;
+    STD_TORCH_CHECK(x.dim() > 0, "maskmoe: x must be (*, features)");
+    const int64_t features = x.size(x.dim() - 1);
+    x_stride_ = features;
+    if (x.dim() == 2 && (features == 1 || x.stride(1) == 1) && x.stride(0) >= features) {
+      x_stride_ = x.stride(0);
+    } else {
+      x = contiguous(x);
+    }
+  }
+
+  // The plan of these layouts and parts on this device; built on first use, which reads the
+  // layouts back from the device and so cannot be captured in a graph.
+  std::shared_ptr<const Placed<Machine>> place() {
+    static std::mutex mutex;
+    static std::map<Integers, std::shared_ptr<const Placed<Machine>>> known;
+    constexpr size_t kMost = 1024;
+    Integers key = in_.layouts;
+    std::vector<PartSize> sizes;
+    for (int64_t p : in_.parts) {
+      STD_TORCH_CHECK(p < static_cast<int64_t>(in_.tables.size()) && (p >= 0 || in_.x),
+                      "maskmoe: parts name table ", p, ", and there are ", in_.tables.size());
+      sizes.push_back(p < 0 ? PartSize{false, -p} : PartSize{true, in_.tables[p].size(1)});
+      key.push_back(sizes.back().width);
+    }
+    key.push_back(static_cast<int64_t>(in_.layouts.size()));
+    key.push_back(machine_.device());
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = known.find(key);
+    if (found != known.end()) return found->second;
+    std::vector<std::vector<int64_t>> values;
+    std::vector<Encoded> encoded;
+    for (const Tensor& plan : in_.plans) {
+      values.push_back(machine_.read(contiguous(plan)));
+      encoded.push_back({values.back().data(), static_cast<int64_t>(values.back().size())});
+    }
+    auto made = std::make_shared<const Placed<Machine>>(encoded, sizes);
+    if (known.size() >= kMost) known.clear();
+    return known[key] = made;
+  }
+
+  void check() const {
+    const size_t layers = in_.weights.size();
+    bool fits = true;
+    for (size_t l = 0; l < layers; ++l) {
+      fits &= in_.weights[l].numel() == network().num_weights[l];
+      fits &= in_.weights[l].scalar_type() == dtype();
+      if (in_.biases.empty()) continue;
+      fits &= in_.biases[l].numel() == network().num_units[l];
+      fits &= in_.biases[l].scalar_type() == dtype();
+    }
+    for (size_t n = 0; n < in_.tables.size(); ++n) {
+      fits &= in_.tables[n].dim() == 2 && in_.tables[n].scalar_type() == dtype();
+      fits &= in_.ids[n].numel() == rows_ && in_.ids[n].scalar_type() == ScalarType::Long;
+    }
+    int64_t columns = 0;
+    for (int64_t p : in_.parts) columns -= p < 0 ? p : 0;
+    if (in_.x) {
+      fits &= in_.x->scalar_type() == dtype() && in_.x->size(in_.x->dim() - 1) == columns;
+    }
+    STD_TORCH_CHECK(fits, "maskmoe: shapes or dtypes do not fit the fused network");
+  }
+
+  // Chooses the rows of a tile, or says why no tile fits.
+  void room() {
+    const int size = dtype() == ScalarType::Float ? 4 : 2;
+    const bool slopes = use_ != Use::kForward && !follows_from_value(in_.activation);
+    const int64_t limit = machine_.shared_limit();
+    const std::string why = obstacle(network_tables(), size, use_, slopes, limit);
+    STD_TORCH_CHECK(why.empty(), "maskmoe: ", why);
+    height_ = rows_for(network_tables(), size, use_, slopes, limit, rows_, machine_.processors());
+    room_ = room_for(network_tables(), height_, size, use_, slopes);
+    bytes_ = room_.bytes;
+  }
+
+  template <class F>
+  void typed(const F& f) {
+    switch (dtype()) {
+      case ScalarType::Float: return f(float{});
+      case ScalarType::BFloat16: return f(Bfloat16{});
+      case ScalarType::Half: return f(Float16{});
+      default: STD_TORCH_CHECK(false, "maskmoe: the fused network takes float32, bfloat16, float16");
+    }
+  }
+
+  template <class T, class F>
+  void tiled(const F& f) {
+    if (height_ == 64) return f(std::integral_constant<int, 64>{});
+    if (height_ == 32) return f(std::integral_constant<int, 32>{});
+    return f(std::integral_constant<int, 16>{});
+  }
+
+  template <class Kernel>
+  int64_t blocks(int height) {
+    const int64_t tiles = (rows_ + height - 1) / height;
+    return std::min(tiles, machine_.template resident<Kernel>(bytes_));
+  }
+
+  Call call() {
+    Call call{};
+    call.tables = placed_->tables;
+    call.room = room_;
+    call.activation = in_.activation;
+    call.rows = rows_;
+    int64_t column = 0;
+    const int64_t item = dtype() == ScalarType::Float ? 4 : 2;
+    for (size_t p = 0; p < in_.parts.size(); ++p) {
+      const int64_t n = in_.parts[p];
+      if (n < 0) {
+        const auto* data = static_cast<const unsigned char*>(in_.x->data_ptr());
+        call.parts[p] = {data + column * item, nullptr, x_stride_, rows_};
+        column -= n;
+      } else {
+        const Tensor& table = in_.tables[n];
+        call.parts[p] = {table.data_ptr(), static_cast<const int64_t*>(in_.ids[n].data_ptr()),
+                         table.size(1), table.size(0)};
+      }
+    }
+    return call;
+  }
+
+  int32_t packed_blocks() const {
+    return need_x_ || need_tables_ ? network_tables().all_blocks : network_tables().inner_blocks;
+  }
+
+  // Weights and biases as the kernels want them.
+  template <class T>
+  void pack(Call& call, int32_t count, const uint8_t* strict) {
+    const Tables& t = network_tables();
+    Parameters p{};
+    p.tables = placed_->tables;
+    for (size_t l = 0; l < in_.weights.size(); ++l) {
+      p.weights[l] = in_.weights[l].data_ptr();
+      p.biases[l] = in_.biases.empty() ? nullptr : in_.biases[l].data_ptr();
+    }
+    p.blocks = count;
+    p.image = workspace<T>(int64_t{kBlock} * count);
+    p.last = workspace<float>(int64_t{kSide} * t.num_entries);
+    p.padded_biases = workspace<float>(t.num_biases);
+    if (strict != nullptr) {
+      p.strict = strict;
+      p.above = workspace<int16_t>(int64_t{t.experts} * t.experts);
+      p.above_count = workspace<int32_t>(t.experts);
+      p.larger = workspace<uint8_t>(t.experts);
+      call.objective.above = p.above;
+      call.objective.above_count = p.above_count;
+      call.objective.larger = p.larger;
+    }
+    call.image = p.image, call.last = p.last, call.biases = p.padded_biases;
+    machine_.template launch<Pack<T>>(spread(int64_t{kBlock} * count + t.num_biases), 0, p);
+  }
+
+  static int64_t spread(int64_t items) {
+    return std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 4096);
+  }
+
+  // Where the input's gradients go: grad_x at once, table rows to be added up later.
+  void sink(Call& call) {
+    if (in_.x && need_x_) {
+      Integers sizes = leading_;
+      sizes.push_back(in_.x->size(in_.x->dim() - 1));
+      grad_x_ = empty(sizes, dtype());
+    }
+    int64_t width = 0;
+    if (need_tables_) {
+      for (int64_t p : in_.parts) width += p < 0 ? 0 : in_.tables[p].size(1);
+      grad_rows_ = empty({rows_, width}, dtype());
+    }
+    const int64_t item = dtype() == ScalarType::Float ? 4 : 2;
+    int64_t column = 0, table_column = 0;
+    for (size_t n = 0; n < in_.parts.size(); ++n) {
+      const int64_t p = in_.parts[n];
+      if (p < 0) {
+        if (grad_x_) {
+          auto* data = static_cast<unsigned char*>(grad_x_->mutable_data_ptr());
+          call.sinks[n] = {data + column * item, grad_x_->size(grad_x_->dim() - 1)};
+        }
+        column -= p;
+      } else if (need_tables_) {
+        auto* data = static_cast<unsigned char*>(grad_rows_->mutable_data_ptr());
+        call.sinks[n] = {data + table_column * item, width};
+        table_column += in_.tables[p].size(1);
+      }
+    }
+    call.sinks_wanted = grad_x_ || (need_tables_ && width > 0);
+  }
+
+  // Forward and backward of all tiles; then the sums over blocks.
+  template <class T>
+  void train(Call call, bool weights, Totals* totals) {
+    const Tables& t = network_tables();
+    int64_t count = 0;
+    call.partial_size = partial_biases(t) + t.num_biases;
+    call.partial_size = (call.partial_size + 3) / 4 * 4;
+    tiled<T>([&](auto height) {
+      constexpr int kR = decltype(height)::value;
+      using Kernel = Backward<T, kR>;
+      count = blocks<Kernel>(kR);
+      if (weights) call.partial = workspace<float>(count * call.partial_size);
+      if (totals != nullptr) {
+        call.objective.sums = workspace<float>(count * (2 * t.experts + 1));
+        totals->sums = call.objective.sums;
+        totals->blocks = count;
+      }
+      if (rows_ > 0) machine_.template launch<Kernel>(count, bytes_, call);
+    });
+    if (totals != nullptr) {
+      machine_.template launch<Finish>(1, 4 * (2 * t.experts + 1), *totals);
+    }
+    if (weights) reduce<T>(call, count, totals == nullptr ? nullptr : totals->scale);
+  }
+
+  template <class T>
+  void reduce(const Call& call, int64_t count, const float* scale) {
+    Gradients g{};
+    g.tables = placed_->tables;
+    g.partial = call.partial;
+    g.partial_size = call.partial_size;
+    g.partials = count;
+    g.scale = scale;
+    for (size_t l = 0; l < in_.weights.size(); ++l) {
+      grad_weights_.push_back(empty({in_.weights[l].numel()}, dtype()));
+      g.weights[l] = grad_weights_.back().mutable_data_ptr();
+    }
+    for (size_t l = 0; l < in_.biases.size(); ++l) {
+      grad_biases_.push_back(empty({in_.biases[l].numel()}, dtype()));
+      g.biases[l] = grad_biases_.back().mutable_data_ptr();
+    }
+    machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
+  }
+
+  template <class T>
+  void scatter() {
+    if (!need_tables_) return;
+    for (size_t n = 0; n < in_.tables.size(); ++n) {
+      const Tensor& table = in_.tables[n];
+      grad_tables_.push_back(torch::stable::new_zeros(like(), {table.size(0), table.size(1)}));
+    }
+    std::vector<int> times(in_.tables.size(), 0);
+    int64_t column = 0;
+    for (int64_t p : in_.parts) {
+      if (p < 0) continue;
+      const Tensor& table = in_.tables[p];
+      STD_TORCH_CHECK(times[p]++ == 0, "maskmoe: parts name table ", p, " twice");
+      Scatter s{};
+      s.grad = static_cast<const T*>(grad_rows_->data_ptr()) + column;
+      s.ids = static_cast<const int64_t*>(in_.ids[p].data_ptr());
+      s.samples = rows_;
+      s.stride = grad_rows_->size(1);
+      s.rows = table.size(0);
+      s.width = table.size(1);
+      s.result = grad_tables_[p].mutable_data_ptr();
+      column += s.width;
+      if (s.rows == 0 || s.width == 0 || rows_ == 0) continue;
+      cut(s);
+      if (s.slices > 1) s.partial = workspace<float>(s.slices * s.rows * s.width);
+      machine_.template launch<ScatterRows<T>>(s.spans * s.slices, shared_bytes(s), s);
+      if (s.slices > 1) machine_.template launch<ScatterSum<T>>(spread(s.rows * s.width), 0, s);
+    }
+  }
+
+  Tensors results() {
+    Tensors all;
+    if (grad_x_) all.push_back(*grad_x_);
+    for (auto* of : {&grad_tables_, &grad_weights_, &grad_biases_}) {
+      all.insert(all.end(), of->begin(), of->end());
+    }
+    return all;
+  }
+
+  Inputs in_;
+  Use use_;
+  Machine machine_;
+  std::shared_ptr<const Placed<Machine>> placed_;
+  Integers leading_;
+  int64_t rows_ = 1, x_stride_ = 0, bytes_ = 0;
+  int height_ = 0;
+  Room room_{};
+  bool need_x_ = false, need_tables_ = false, need_weights_ = false;
+  std::optional<Tensor> grad_x_, grad_rows_;
+  Tensors grad_tables_, grad_weights_, grad_biases_, held_;
+};
+
+}  // namespace maskmoe::fused

@@ -190,14 +190,16 @@ def build(name: str, sizes: NCFSizes) -> nn.Module:
 def loss_of(model: nn.Module, data: Data) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Loss of users, items and labels, features gathered by id, as the experiment computes it."""
     family = getattr(model, "family", None)
+    options = {"confidence": CONFIDENCE, "weighting": "deselection", "normalize": "expert"}
 
     def loss(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
-        logits = model(users, items, data.codes[users], data.numeric[items])
+        inputs = (users, items, data.codes[users], data.numeric[items])
+        if isinstance(model, InterpretableNCF):
+            return model.gem_loss(*inputs, target, **options)
+        logits = model(*inputs)
         if family is None:
             return F.binary_cross_entropy_with_logits(logits[:, 0], target)
-        return gem_loss(
-            logits, target, family, CONFIDENCE, weighting="deselection", normalize="expert"
-        )
+        return gem_loss(logits, target, family, **options)
 
     return loss
 

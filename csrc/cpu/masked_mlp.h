@@ -59,9 +59,10 @@ struct MaskedMLP {
   static void run(const Network& n, int64_t begin, int64_t end, const LayerSums* sums,
                   const GemSums& totals, float* scratch) {
     const Places at(n);
-    // Lanes without a unit are computed on, and dropped: by values, not by what lay here.
-    for (int64_t k = at.grads[0]; k < at.gem; k += L) I::store(scratch + k, I::zero());
     if (n.gem != nullptr) {
+      // Lanes without an expert are computed on, and dropped: on values, not on what lay here.
+      const int64_t size = n.layers[n.depth - 1].panels.lines * at.line;
+      for (int64_t k = 0; k < size; k += L) I::store(scratch + at.grads[0] + k, I::zero());
       for (int64_t i = 0; i < n.gem->experts; ++i) totals.loss[i] = totals.weight[i] = 0;
     }
     for (int64_t tile = begin; tile < end; ++tile) {

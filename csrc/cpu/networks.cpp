@@ -217,7 +217,7 @@ class InputGradients {
     int64_t column = 0, x_column = 0;
     for (size_t p = 0; p < in_.parts.size(); column += in_.parts[p].width, ++p) {
       const Part& part = in_.parts[p];
-      if (part.ids == nullptr) {
+      if (in_.table_rows[p] == 0) {  // without samples, ids may be null
         if (grads_.x.data != nullptr) copy_columns(k, column, x_column, part.width);
         x_column += part.width;
       } else if (grads_.tables[p] != nullptr) {

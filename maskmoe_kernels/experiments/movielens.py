@@ -21,7 +21,7 @@ from maskmoe_kernels.experiments.report import machine, write_json
 from maskmoe_kernels.experiments.train import Run, TrainConfig, fit
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
-from maskmoe_kernels.objectives import gem_loss, mixture
+from maskmoe_kernels.objectives import mixture
 
 MODELS = ("content", "black-box", "interpretable")
 #: Table 1 of the paper: HR@10 and NDCG@10.
@@ -154,15 +154,17 @@ def train(
     """Train one of ``MODELS``, or load what ``options.resume`` finds finished."""
     torch.manual_seed(options.seed)
     model = build(name, task.sizes, options.embeddings).to(task.device)
-    family = model.family if isinstance(model, InterpretableNCF) else None
 
     def loss_of(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
-        logits = task.logits(model, users, items)
-        if family is None:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], target)
-        return gem_loss(
-            logits, target, family, CONFIDENCE, weighting="deselection", normalize="expert"
-        )
+        if isinstance(model, InterpretableNCF):
+            return model.gem_loss(
+                *task.inputs(users, items),
+                target,
+                confidence=CONFIDENCE,
+                weighting="deselection",
+                normalize="expert",
+            )
+        return F.binary_cross_entropy_with_logits(task.logits(model, users, items)[:, 0], target)
 
     def validate() -> dict[str, float]:
         logits = task.list_logits(model, task.validation_lists)

@@ -46,8 +46,12 @@ class Features:
 
     def logits(self, model: nn.Module, users: Tensor, items: Tensor) -> Tensor:
         """Logits of user and item rows of equal shape, ``(*, H)``."""
-        out: Tensor = model(users, items, self.codes[users], self.numeric[items])
+        out: Tensor = model(*self.inputs(users, items))
         return out
+
+    def inputs(self, users: Tensor, items: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the models take: rows, categories and numbers of users and items."""
+        return users, items, self.codes[users], self.numeric[items]
 
 
 class Task(Features):

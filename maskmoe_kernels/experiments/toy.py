@@ -20,7 +20,7 @@ from maskmoe_kernels.experiments import figures
 from maskmoe_kernels.experiments.report import machine, write_json
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import InterpretableMLP
-from maskmoe_kernels.objectives import gem_loss, mixture
+from maskmoe_kernels.objectives import mixture
 
 SIGMA = 0.25
 CONFIDENCES = ("abs", "square", "smooth")
@@ -208,9 +208,7 @@ def _epoch(
     batches = zip(x.to(device).split(config.batch), y.to(device).split(config.batch), strict=True)
     total = torch.zeros((), device=device)
     for inputs, target in batches:
-        loss = gem_loss(
-            net(inputs), target, task.family, config.confidence, config.weighting, config.normalize
-        )
+        loss = net.gem_loss(inputs, target, config.confidence, config.weighting, config.normalize)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

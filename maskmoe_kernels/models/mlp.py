@@ -71,6 +71,7 @@ class InterpretableMLP(nn.Module):
         layouts = [default if input_layout is None else input_layout]
         layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         last = len(layouts) - 1
+        self._layouts = layouts
         self.layers = nn.Sequential(
             *(
                 MaskedLinear.from_layout(
@@ -89,8 +90,9 @@ class InterpretableMLP(nn.Module):
 
         :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
         """
-        if self._reason(x) is None:
-            return networks.masked_mlp(_inputs(x), self._layers())
+        layers = self._fused(x)
+        if layers is not None:
+            return networks.masked_mlp(_inputs(x), layers)
         logits: Tensor = self.layers(x.joined() if isinstance(x, Inputs) else x)
         return logits
 
@@ -125,16 +127,16 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
         """
-        if self._reason(x) is not None or not isinstance(confidence, str) or target.requires_grad:
+        layers = self._fused(x)
+        if layers is None or not isinstance(confidence, str) or target.requires_grad:
             return gem_loss(
                 self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
             )
         inputs = _inputs(x)
-        shape = inputs.shape
-        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
+        check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
         return networks.masked_mlp_gem(
             inputs,
-            self._layers(),
+            layers,
             target,
             self.family.strict,
             confidence,
@@ -158,39 +160,42 @@ class InterpretableMLP(nn.Module):
     def obstacle(self) -> str | None:
         """Why the layers run one by one, in words for the user; None when they run as one op."""
         layers = [*self.layers]
-        if not all(type(layer) is MaskedLinear for layer in layers):
-            return "a layer is not a MaskedLinear as it was made here"
-        first, *_ = layers
-        if first.backend not in (None, "native"):
-            return f"backend {first.backend!r} was asked for"
-        if len({layer.activation for layer in layers[:-1]}) > 1 or layers[-1].activation:
-            return "the layers have activations of their own"
-        if len({layer.bias is None for layer in layers}) > 1:
-            return "some layers have a bias and some have none"
-        hooked = (layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
-        if any(hooked) or _has_any_global_hook():
+        first, last = layers[0], layers[-1]
+        for layer, layout in zip(layers, self._layouts, strict=False):
+            if type(layer) is not MaskedLinear or layer.layout is not layout:
+                return f"a layer is a {type(layer).__name__} that was not made here"
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return "a hook wants to see each layer"
+            if layer.backend not in (None, "native"):
+                return f"backend {layer.backend!r} was asked for"
+            if layer is not last and layer.activation != first.activation:
+                return "hidden layers differ in their activation"
+            if (layer.bias is None) != (first.bias is None):
+                return "some layers have a bias and some have none"
+        if last.activation not in (None, "none"):
+            return "the last layer has an activation"
+        if self.layers._forward_hooks or self.layers._forward_pre_hooks or _has_any_global_hook():
             return "a hook wants to see each layer"
-        weight = first.weight
-        return networks.obstacle([layer.layout for layer in layers], weight.dtype, weight.device)
+        return networks.obstacle(first.weight.dtype, first.weight.device)
 
-    def _reason(self, x: Tensor | Inputs) -> str | None:
+    def _fused(self, x: Tensor | Inputs) -> Layers | None:
+        """The layers for one op; None: they run one by one."""
         given = x.x if isinstance(x, Inputs) else x
-        if networks.transformed(given):
-            return "torch.func transforms run layer by layer"
-        weight = self.layers[0].weight
-        if given is not None and (given.dtype != weight.dtype or given.device != weight.device):
-            if not torch.is_autocast_enabled(weight.device.type):
-                return "the input has another dtype or device"
-        return self.obstacle()
-
-    def _layers(self) -> Layers:
+        if networks.transformed() or self.obstacle() is not None:
+            return None
         layers = [*self.layers]
-        biases = [layer.bias for layer in layers if layer.bias is not None]
+        weights = [layer.weight for layer in layers]
+        like = weights[0]
+        fits = given is None or (given.dtype == like.dtype and given.device == like.device)
+        if not fits and not torch.is_autocast_enabled(like.device.type):
+            return None  # and the first layer says what is wrong
+        biases = [layer.bias for layer in layers]
+        activation = layers[0].activation if len(layers) > 1 else None
         return Layers(
-            [layer.weight for layer in layers],
-            biases,
+            weights,
+            [] if biases[0] is None else biases,
             [layer.layout for layer in layers],
-            layers[0].activation or "none" if len(layers) > 1 else "none",
+            activation or "none",
         )
 
     def extra_repr(self) -> str:

@@ -64,25 +64,24 @@ class _Inputs(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def parts(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor | Inputs:
-        """What ``forward`` returns, not yet gathered where nobody wants to see the tables' calls."""
-        assert self.user is not None and self.item is not None
+        """What ``forward`` returns, or its parts where nobody watches the tables being read."""
         embeddings = [*self.content.embeddings.values(), self.user, self.item]
-        if any(map(_watched, (self, self.content, *embeddings))):
+        if any(_watched(module) for module in (self, self.content, *embeddings)):
             gathered: Tensor = self(user, item, codes, numeric)
             return gathered
         numbers = self.content.project(numeric)
         count = len(embeddings) - 2
         return Inputs(
             numbers,
-            [table.weight for table in embeddings],
+            [table.weight for table in embeddings if isinstance(table, nn.Embedding)],
             [*codes.unbind(-1), user, item],
             [*range(count), -numbers.shape[-1], count, count + 1],
         )
 
 
-def _watched(module: nn.Module) -> bool:
+def _watched(module: nn.Module | None) -> bool:
     """Would its own call do more than its weights say?"""
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module is None or module._forward_hooks or module._forward_pre_hooks:
         return True
     if type(module) is not nn.Embedding:
         return type(module) not in (ContentEncoder, _Inputs)

@@ -150,9 +150,8 @@ _NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
     """g and log(1 - g) of every expert, ``(*, H)`` each."""
-    if isinstance(confidence, str) and confidence in _NAMED:
+    if isinstance(confidence, str):
         return _NAMED[confidence](z)
-    assert callable(confidence)  # checked by the front end
     g = confidence(z)
     if g.shape != z.shape:
         raise LayoutError(
@@ -224,7 +223,7 @@ def takes_kernels(
 
 def check_confidence(confidence: Confidence, sharpness: float) -> None:
     """Raise LayoutError for an unknown confidence, or a sharpness outside its range."""
-    if not callable(confidence) and confidence not in _NAMED:
+    if not callable(confidence) and (not isinstance(confidence, str) or confidence not in _NAMED):
         raise LayoutError(
             f"confidence must be one of {[*_NAMED]} or a function of the logits, got {confidence!r}"
         )

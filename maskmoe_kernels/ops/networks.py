@@ -1,4 +1,4 @@
-"""Whole networks as registered ops: all layers, and with the loss forward and backward, in one pass.
+"""Whole networks as registered ops: all layers, or loss and all gradients, in one pass.
 
 A tile of rows goes through every layer while its activations stay in the cache. As gradients are
 routed within an expert only, its loss and its backward can follow at once (``masked_mlp_gem``):
@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -72,8 +71,7 @@ def _gather(
     for part in parts:
         if part >= 0:
             columns.append(tables[part][ids[part]])
-        else:
-            assert x is not None  # checked by the front end
+        elif x is not None:
             columns.append(x[..., start : start - part])
             start -= part
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
@@ -288,29 +286,18 @@ class Layers:
     activation: str = "none"
 
 
-def obstacle(layouts: Sequence[BlockLayout], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why these layers do not run as one op, in words for the user; None when they do."""
+def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why no network runs as one op on such weights, in words for the user; None when they do."""
     if device.type != "cpu":
         return f"the weights are on {device}; fused networks run on the CPU"
     if native.OBSTACLE is not None:
         return native.OBSTACLE
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
-    for k, (before, after) in enumerate(pairwise(layouts)):
-        if not _joins(before, after):
-            return f"the units of layer {k} are not the inputs of layer {k + 1}, block by block"
     return None
 
 
-def _joins(before: BlockLayout, after: BlockLayout) -> bool:
-    orders = before.row_order, after.col_order
-    same = all(order is None for order in orders) or (
-        orders[0] is not None and orders[1] is not None and bool((orders[0] == orders[1]).all())
-    )
-    return tuple(before.row_sizes) == tuple(after.col_sizes) and same
-
-
-def transformed(*tensors: Tensor | None) -> bool:
+def transformed() -> bool:
     """Is a torch.func transform or forward-mode AD at work, which these ops do not know?"""
     if torch.compiler.is_compiling():
         return False
@@ -419,9 +406,7 @@ class _Fixed:
         """Which of the three kinds of gradients are needed."""
         return x, any(tensors[: self.tables]), any(tensors[self.tables :])
 
-    def spread(
-        self, grads: list[Tensor], x: bool, tensors: Sequence[bool]
-    ) -> list[Tensor | None]:
+    def spread(self, grads: list[Tensor], x: bool, tensors: Sequence[bool]) -> list[Tensor | None]:
         """Gradients of x and of all tensors, from those that an op returned."""
         need_x, need_tables, need_weights = self.needs(x, tensors)
         found = iter(grads)
@@ -546,26 +531,22 @@ def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:
 
 
 def _check(parts: Inputs, layers: Layers) -> None:
-    like = layers.weights[0]
-    named = [("x", parts.x)] if parts.x is not None else []
-    named += [(f"tables[{t}]", table) for t, table in enumerate(parts.tables)]
-    named += [(f"weights[{k}]", weight) for k, weight in enumerate(layers.weights)]
-    named += [(f"biases[{k}]", bias) for k, bias in enumerate(layers.biases)]
-    for name, tensor in named:
-        if tensor is not None and (tensor.dtype != like.dtype or tensor.device != like.device):
-            raise LayoutError(
-                f"{name} is {tensor.dtype} on {tensor.device} but weights[0] is {like.dtype} on "
-                f"{like.device}; move all to one dtype and device"
-            )
+    # Networks can be so small that looking twice would show.
+    x, first = parts.x, layers.layouts[0].in_features
+    tensors = [*parts.tables, *layers.weights, *layers.biases, *([] if x is None else [x])]
+    dtype, device = layers.weights[0].dtype, layers.weights[0].device
+    if any(t.dtype != dtype or t.device != device for t in tensors):
+        _explain(parts, layers)
     for layout, weight in zip(layers.layouts, layers.weights, strict=True):
-        layout.check_weight(weight)
-    first = layers.layouts[0].in_features
-    if parts.x is not None and not parts.tables and parts.x.shape[-1:] != (first,):
-        raise LayoutError(
-            f"x must be (*, in_features) with in_features={first}, got {tuple(parts.x.shape)}"
-        )
+        if weight.numel() != layout.num_weights or weight.dim() != 1:
+            layout.check_weight(weight)
+    if not parts.tables:
+        if x is None or x.dim() == 0 or x.shape[-1] != first:
+            got = None if x is None else tuple(x.shape)
+            raise LayoutError(f"x must be (*, in_features) with in_features={first}, got {got}")
+        return
     columns = -sum(part for part in parts.order if part < 0)
-    given = 0 if parts.x is None else parts.x.shape[-1]
+    given = 0 if x is None else x.shape[-1]
     widths = [parts.tables[part].shape[1] for part in parts.order if part >= 0]
     if columns != given or columns + sum(widths) != first:
         raise LayoutError(
@@ -578,4 +559,18 @@ def _check(parts: Inputs, layers: Layers) -> None:
             raise LayoutError(
                 f"ids[{t}] must be {tuple(shape)} int64, one row of the table for every sample, "
                 f"got {tuple(ids.shape)} {ids.dtype}"
+            )
+
+
+def _explain(parts: Inputs, layers: Layers) -> None:
+    like = layers.weights[0]
+    named = [("x", parts.x)] if parts.x is not None else []
+    named += [(f"tables[{t}]", table) for t, table in enumerate(parts.tables)]
+    named += [(f"weights[{k}]", weight) for k, weight in enumerate(layers.weights)]
+    named += [(f"biases[{k}]", bias) for k, bias in enumerate(layers.biases)]
+    for name, tensor in named:
+        if tensor.dtype != like.dtype or tensor.device != like.device:
+            raise LayoutError(
+                f"{name} is {tensor.dtype} on {tensor.device} but weights[0] is {like.dtype} on "
+                f"{like.device}; move all to one dtype and device"
             )

@@ -83,6 +83,9 @@ struct Totals {
   float* loss;
 };
 
+// Passed by value: so much fits on every chip.
+static_assert(sizeof(Call) <= 4096 && sizeof(Parameters) <= 4096 && sizeof(Gradients) <= 4096);
+
 // A block's partial gradients: those of blocks of weights, then of entries, then of biases.
 MASKMOE_BOTH int64_t partial_entries(const Tables& t) {
   return int64_t{kBlock} * t.forward_blocks;

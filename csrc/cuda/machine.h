@@ -1,7 +1,7 @@
 // The machine that the kernels are written for: a thread block of kWarps warps, on the GPU, or its
-// twin on the host, where threads are loops. A kernel is a sequence of phases (each_thread,
-// each_warp) with barriers between them. Between phases nothing may live in a thread's registers:
-// what a later phase needs lies in shared or global memory.
+// twin on the host, where warps take turns and lanes are loops. A kernel is a sequence of phases
+// (each_thread, each_warp) with barriers between them. Between phases nothing may live in a
+// thread's registers: what a later phase needs lies in shared or global memory.
 #pragma once
 
 #include <cstdint>
@@ -13,10 +13,12 @@
 #define MASKMOE_DEVICE __device__ __forceinline__
 #define MASKMOE_BOTH __host__ __device__ inline
 #define MASKMOE_UNROLL _Pragma("unroll")
+#define MASKMOE_ROLL _Pragma("unroll 1")
 #else
 #define MASKMOE_DEVICE inline
 #define MASKMOE_BOTH inline
 #define MASKMOE_UNROLL
+#define MASKMOE_ROLL
 #endif
 
 namespace maskmoe::fused {
@@ -26,6 +28,18 @@ struct Place {
   int64_t block, blocks;
   unsigned char* shared;
 };
+
+// Neighbouring values, read and written at once.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Several {
+  T value[kCount];
+};
+
+// Does a pointer have the alignment of V?
+template <class V>
+MASKMOE_DEVICE bool aligned(const void* p) {
+  return reinterpret_cast<uintptr_t>(p) % alignof(V) == 0;
+}
 
 // Words of 16 bytes.
 struct alignas(16) Quad {
@@ -93,30 +107,29 @@ struct PerLane {
   const V& operator[](int lane) const { return value[lane]; }
 };
 
-// Threads run in any order between barriers: from the last to the first, so that a test can tell.
+// The warp that runs; the others wait at the barrier before, or are there already. A warp runs
+// from barrier to barrier, so that a barrier that is missing shows in the results; and from the
+// first warp and lane to the last or the other way round, so that their order shows too.
+inline int running_warp = 0;
 inline bool reversed = false;
+inline void (*reach_barrier)() = nullptr;
 
 template <class F>
-void in_some_order(int count, const F& f) {
-  for (int n = 0; n < count; ++n) f(reversed ? count - 1 - n : n);
+void each_lane(const F& f) {
+  for (int n = 0; n < 32; ++n) f(reversed ? 31 - n : n);
 }
 
 template <class F>
 void each_thread(const F& f) {
-  in_some_order(kThreads, f);
+  each_lane([&](int lane) { f(running_warp * 32 + lane); });
 }
 
 template <class F>
 void each_warp(const F& f) {
-  in_some_order(kWarps, f);
+  f(running_warp);
 }
 
-template <class F>
-void each_lane(const F& f) {
-  in_some_order(32, f);
-}
-
-inline void barrier() {}
+inline void barrier() { reach_barrier(); }
 
 inline uint32_t ballot(const PerLane<bool>& flag) {
   uint32_t bits = 0;

@@ -37,30 +37,65 @@ struct Tile {
   }
 };
 
+// Columns `column` and on of a part, for a sample; where its id names no row of a table: null.
 template <class T>
-MASKMOE_DEVICE T gather(const Call& c, const Column& column, int64_t row) {
-  if (column.part < 0) return rounded<T>(0.0f);
-  const Part& part = c.parts[column.part];
-  int64_t at = row;
+MASKMOE_DEVICE const T* find(const Part& part, int32_t column, int64_t sample) {
+  int64_t at = sample;
   if (part.ids != nullptr) {
-    at = read_only(part.ids + row);
-    if (at < 0 || at >= part.rows) return rounded<T>(float_of(0x7fc00000u));  // no such row: NaN
+    at = read_only(part.ids + sample);
+    if (at < 0 || at >= part.rows) return nullptr;
   }
-  return static_cast<const T*>(part.data)[at * part.stride + column.column];
+  return static_cast<const T*>(part.data) + at * part.stride + column;
+}
+
+// Piece n of a sample's padded input; NaN where a table has no such row.
+template <class T>
+MASKMOE_DEVICE Several<T, 4> gather(const Call& c, const Piece& piece, int n, int64_t sample) {
+  const T zero = rounded<T>(0.0f), unknown = rounded<T>(float_of(0x7fc00000u));
+  Several<T, 4> four{{zero, zero, zero, zero}};
+  if (piece.count > 0) {
+    const T* from = find<T>(c.parts[piece.part], piece.column, sample);
+    if (from != nullptr && piece.count == 4 && aligned<Several<T, 4>>(from)) {
+      return *reinterpret_cast<const Several<T, 4>*>(from);
+    }
+    MASKMOE_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      if (m < piece.count) four.value[m] = from == nullptr ? unknown : from[m];
+    }
+  } else if (piece.count < 0) {
+    MASKMOE_UNROLL
+    for (int m = 0; m < 4; ++m) {
+      const Column column = c.tables.columns[4 * n + m];
+      if (column.part < 0) continue;
+      const T* from = find<T>(c.parts[column.part], column.column, sample);
+      four.value[m] = from == nullptr ? unknown : *from;
+    }
+  }
+  return four;
 }
 
 // The input of a tile, padded; rows that do not count are zero. live: (kR,) or null: rows in x.
 template <class T, int kR>
 MASKMOE_DEVICE void load_inputs(const Call& c, const Tile<T>& tile, int64_t first,
                                 const float* live) {
-  const int columns = kSide * c.tables.chunks[0];
+  constexpr int kAtOnce = kR / kWarps < 4 ? kR / kWarps : 4;  // rows on their way
+  const int pieces = kSide / 4 * c.tables.chunks[0], stride = c.room.stride[0];
   each_thread([&](int thread) {
-    const int lane = thread % 32;
-    for (int row = thread / 32; row < kR; row += kWarps) {
-      T* to = tile.inputs(c, 0) + row * c.room.stride[0];
-      const bool counts = live == nullptr ? first + row < c.rows : live[row] != 0.0f;
-      for (int n = lane; n < columns; n += 32) {
-        to[n] = counts ? gather<T>(c, c.tables.columns[n], first + row) : rounded<T>(0.0f);
+    T* to = tile.inputs(c, 0);
+    for (int n = thread % 32; n < pieces; n += 32) {
+      const Piece piece = c.tables.pieces[n];
+      for (int row = thread / 32; row < kR; row += kAtOnce * kWarps) {
+        Several<T, 4> four[kAtOnce];
+        MASKMOE_UNROLL
+        for (int m = 0; m < kAtOnce; ++m) {
+          const int at = row + m * kWarps;
+          const bool counts = live == nullptr ? first + at < c.rows : live[at] != 0.0f;
+          four[m] = counts ? gather<T>(c, piece, n, first + at) : Several<T, 4>{};
+        }
+        MASKMOE_UNROLL
+        for (int m = 0; m < kAtOnce; ++m) {
+          *reinterpret_cast<Several<T, 4>*>(to + (row + m * kWarps) * stride + 4 * n) = four[m];
+        }
       }
     }
   });
@@ -91,11 +126,6 @@ MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* f
   }
 }
 
-template <class T>
-struct alignas(2 * sizeof(T)) Two {
-  T value[2];
-};
-
 // Activations of two neighbouring units; padding stays zero whatever the rows hold.
 template <class T>
 struct Epilogue {
@@ -111,15 +141,15 @@ struct Epilogue {
     const bool counts = live == nullptr || live[row] != 0.0f;
     const bool in[2] = {counts && col < product.valid, counts && col + 1 < product.valid};
     const float z[2] = {first + bias[col], second + bias[col + 1]};
-    Two<T> value, derivative;
+    Several<T, 2> value, derivative;
     MASKMOE_UNROLL
     for (int n = 0; n < 2; ++n) {
       value.value[n] = rounded<T>(in[n] ? activate(z[n], c.activation) : 0.0f);
       if (slope) derivative.value[n] = rounded<T>(in[n] ? slope_at(z[n], c.activation) : 0.0f);
     }
     const int at = row * stride + product.to * kSide + col;
-    *reinterpret_cast<Two<T>*>(to + at) = value;
-    if (slope) *reinterpret_cast<Two<T>*>(slope + at) = derivative;
+    *reinterpret_cast<Several<T, 2>*>(to + at) = value;
+    if (slope) *reinterpret_cast<Several<T, 2>*>(slope + at) = derivative;
   }
 };
 

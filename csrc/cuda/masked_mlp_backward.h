@@ -36,12 +36,20 @@ struct Cells {
 // A sum that a block keeps over its tiles.
 MASKMOE_DEVICE void keep(float* at, float value, bool fresh) { *at = fresh ? value : *at + value; }
 
+MASKMOE_DEVICE void load_kept(PerLane<Acc>& kept, const Quad4* from) {
+  each_lane([&](int lane) {
+    MASKMOE_UNROLL
+    for (int n = 0; n < 8; ++n) kept[lane].x[n] = from[n / 4 * 32 + lane].value[n % 4];
+  });
+}
+
 // Gradient of the blocks that end in a chunk of units: inputs' columns times units' columns.
 template <class T, int kR>
 MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer, float* partial,
                                 bool fresh) {
   using Core = fused::Core<T>;
   constexpr int kSteps = kR / 16;
+  constexpr bool kHold = sizeof(T) == 2;  // there are registers for all rows of the units
   const T* inputs = tile.inputs(c, layer);
   const T* units = tile.inputs(c, layer + 1);
   const int in_stride = c.room.stride[layer], out_stride = c.room.stride[layer + 1];
@@ -49,28 +57,40 @@ MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer, f
   each_warp([&](int warp) {
     for (int n = bounds[warp]; n < bounds[warp + 1]; ++n) {
       const Strip strip = c.tables.strips[c.tables.schedule[n]];
-      PerLane<typename Core::B> right[kSteps];
+      const T* at = units + strip.tile * kSide;
+      PerLane<typename Core::B> right[kHold ? kSteps : 1];
       MASKMOE_UNROLL
-      for (int s = 0; s < kSteps; ++s) {
-        Core::load_right(right[s], units + s * 16 * out_stride + strip.tile * kSide, out_stride);
+      for (int s = 0; kHold && s < kSteps; ++s) {
+        Core::load_right(right[s], at + s * 16 * out_stride, out_stride);
       }
       for (int b = strip.block; b < strip.block + strip.blocks; ++b) {
         const T* from = inputs + c.tables.blocks[b].chunk * kSide;
         Quad4* to = reinterpret_cast<Quad4*>(partial + int64_t{kBlock} * b);
-        PerLane<Acc> acc;
+        PerLane<Acc> acc, kept;  // of this tile; of those before, on its way meanwhile
         clear(acc);
-        MASKMOE_UNROLL
-        for (int s = 0; s < kSteps; ++s) {
+        clear(kept);
+        if (!fresh) load_kept(kept, to);
+        auto step = [&](int s) {
           PerLane<typename Core::A> a;
+          if (!kHold) Core::load_right(right[0], at + s * 16 * out_stride, out_stride);
           Core::load_turned(a, from + s * 16 * in_stride, in_stride);
-          Core::multiply(acc, a, right[s]);
+          Core::multiply(acc, a, right[kHold ? s : 0]);
+        };
+        if constexpr (kHold) {
+          MASKMOE_UNROLL
+          for (int s = 0; s < kSteps; ++s) step(s);
+        } else {
+          MASKMOE_ROLL
+          for (int s = 0; s < kSteps; ++s) step(s);
         }
         each_lane([&](int lane) {
           MASKMOE_UNROLL
           for (int half = 0; half < 2; ++half) {
-            Quad4 sum = fresh ? Quad4{} : to[half * 32 + lane];
+            Quad4 sum;
             MASKMOE_UNROLL
-            for (int k = 0; k < 4; ++k) sum.value[k] += acc[lane].x[half * 4 + k];
+            for (int k = 0; k < 4; ++k) {
+              sum.value[k] = kept[lane].x[half * 4 + k] + acc[lane].x[half * 4 + k];
+            }
             to[half * 32 + lane] = sum;
           }
         });
@@ -118,7 +138,7 @@ MASKMOE_DEVICE void grad_last(const Call& c, const Tile<T>& tile, const float* g
   });
 }
 
-// The gradient before the activation of a layer's input, in its value's place.
+// The gradients before the activation of two of a layer's inputs, in their values' place.
 template <class T>
 struct Descend {
   const Call& c;
@@ -126,51 +146,76 @@ struct Descend {
   const T* slopes;
   int stride;
 
-  MASKMOE_DEVICE void operator()(int row, int column, bool valid, float gradient) const {
+  // valid: columns of the chunk that are not padding.
+  MASKMOE_DEVICE void operator()(int row, int column, int valid, float first, float second) const {
+    using Pair = Several<T, 2>;
     const int at = row * stride + column;
-    const float down = slopes != nullptr ? gradient * to_float(slopes[at])
-                                         : before(gradient, to_float(values[at]), c.activation);
-    values[at] = rounded<T>(valid ? down : 0.0f);
+    Pair* to = reinterpret_cast<Pair*>(values + at);
+    const Pair factor = slopes == nullptr ? *to : *reinterpret_cast<const Pair*>(slopes + at);
+    const float given[2] = {first, second};
+    Pair down;
+    MASKMOE_UNROLL
+    for (int n = 0; n < 2; ++n) {
+      const float value = to_float(factor.value[n]);
+      const float grad =
+          slopes == nullptr ? before(given[n], value, c.activation) : given[n] * value;
+      down.value[n] = rounded<T>(column % kSide + n < valid ? grad : 0.0f);
+    }
+    *to = down;
   }
 };
 
-// The gradient of the network's input.
+// The gradients of two of the network's inputs.
 template <class T>
 struct Drain {
   const Call& c;
   int64_t first;
 
-  MASKMOE_DEVICE void operator()(int row, int column, bool, float gradient) const {
-    const Column of = c.tables.columns[column];
-    if (of.part < 0 || first + row >= c.rows) return;
-    const Sink& sink = c.sinks[of.part];
-    if (sink.data == nullptr) return;
-    static_cast<T*>(sink.data)[(first + row) * sink.stride + of.column] = rounded<T>(gradient);
+  MASKMOE_DEVICE void operator()(int row, int column, int, float one, float other) const {
+    if (first + row >= c.rows) return;
+    const Column left = c.tables.columns[column], right = c.tables.columns[column + 1];
+    T* to = find(left, row);
+    const bool next = right.part == left.part && right.column == left.column + 1;
+    if (to != nullptr && next && aligned<Several<T, 2>>(to)) {
+      *reinterpret_cast<Several<T, 2>*>(to) = {{rounded<T>(one), rounded<T>(other)}};
+      return;
+    }
+    if (to != nullptr) *to = rounded<T>(one);
+    to = find(right, row);
+    if (to != nullptr) *to = rounded<T>(other);
+  }
+
+ private:
+  MASKMOE_DEVICE T* find(const Column& column, int row) const {
+    if (column.part < 0 || c.sinks[column.part].data == nullptr) return nullptr;
+    const Sink& sink = c.sinks[column.part];
+    return static_cast<T*>(sink.data) + (first + row) * sink.stride + column.column;
   }
 };
 
-// Through the last layer, along its routed weights; to(row, column, valid, gradient).
+// Through the last layer, along its routed weights; to(row, column, valid, two gradients).
 template <class T, int kR, class F>
 MASKMOE_DEVICE void last_backward(const Call& c, const float* grad, const F& to) {
   const Tables& t = c.tables;
-  const int columns = kSide * t.chunks[t.layers - 1];
+  const int pairs = kSide / 2 * t.chunks[t.layers - 1];
   each_thread([&](int thread) {
-    const int lane = thread % 32;
     for (int row = thread / 32; row < kR; row += kWarps) {
-      for (int n = lane; n < columns; n += 32) {
-        const int chunk = n / kSide;
-        float sum = 0.0f;
+      for (int n = thread % 32; n < pairs; n += 32) {
+        const int column = 2 * n, chunk = column / kSide;
+        float sum[2] = {0.0f, 0.0f};
+        int valid = 0;
         for (int r = t.readers_begin[chunk]; r < t.readers_begin[chunk + 1]; ++r) {
           const int e = t.readers[r];
           const Entry entry = t.entries[e];
-          if (n % kSide >= entry.valid) continue;
-          const float weight = read_only(c.last + int64_t{kSide} * e + n % kSide);
-          sum = fmaf(grad[entry.expert * kR + row], weight, sum);
+          const float* weight = c.last + int64_t{kSide} * e + column % kSide;
+          valid = entry.valid;
+          MASKMOE_UNROLL
+          for (int m = 0; m < 2; ++m) {
+            if (column % kSide + m >= valid) continue;
+            sum[m] = fmaf(grad[entry.expert * kR + row], read_only(weight + m), sum[m]);
+          }
         }
-        const int r = t.readers_begin[chunk];
-        const bool valid =
-            r < t.readers_begin[chunk + 1] && n % kSide < t.entries[t.readers[r]].valid;
-        to(row, n, valid, sum);
+        to(row, column, valid, sum[0], sum[1]);
       }
     }
   });
@@ -186,10 +231,10 @@ MASKMOE_DEVICE void layer_backward(const Call& c, const Tile<T>& tile, int layer
                           MASKMOE_UNROLL
                           for (int m = 0; m < Tiling<T, kR>::kFragments; ++m) {
                             MASKMOE_UNROLL
-                            for (int n = 0; n < 8; ++n) {
-                              const int col = acc_col(lane, n);
-                              to(first + m * 16 + acc_row(lane, n), product.to * kSide + col,
-                                 col < product.valid, acc[m][lane].x[n]);
+                            for (int n = 0; n < 8; n += 2) {
+                              to(first + m * 16 + acc_row(lane, n),
+                                 product.to * kSide + acc_col(lane, n), product.valid,
+                                 acc[m][lane].x[n], acc[m][lane].x[n + 1]);
                             }
                           }
                         });
@@ -303,7 +348,7 @@ MASKMOE_DEVICE void objective(const Call& c, const Cells& cells) {
 template <class T, int kR>
 struct Backward {
   using Arguments = Call;
-  static constexpr int kResident = sizeof(T) == 4 && kR == 64 ? 1 : 2;
+  static constexpr int kResident = 2;
 
   static MASKMOE_DEVICE void run(const Call& c, const Place& place) {
     const Tables& t = c.tables;

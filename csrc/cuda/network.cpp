@@ -146,6 +146,7 @@ struct Builder {
   std::vector<Entry> entries;
   std::vector<int32_t> entries_begin, readers, readers_begin, schedule, bounds;
   std::vector<Column> columns;
+  std::vector<Piece> pieces;
   std::vector<Bias> biases;
   std::vector<std::vector<int32_t>> passes[3];  // of each order and layer: products or strips
   Tables shape{};
@@ -318,6 +319,17 @@ struct Builder {
       }
     }
     if (at != features.size()) refuse("reads fewer features than its input has");
+    for (size_t n = 0; n < columns.size(); n += 4) {
+      const Column& first = columns[n];
+      Piece piece{first.part, first.column, 0};
+      for (int32_t m = 0; m < 4 && piece.count >= 0; ++m) {
+        const Column& column = columns[n + m];
+        if (column.part < 0) continue;
+        const bool next = column.part == first.part && column.column == first.column + m;
+        piece.count = next ? piece.count + 1 : -1;
+      }
+      pieces.push_back(piece);
+    }
   }
 };
 
@@ -349,7 +361,7 @@ Network::Network(const std::vector<Encoded>& encoded, const std::vector<PartSize
   };
   add(built.runs), add(built.products), add(built.blocks), add(built.strips), add(built.entries);
   add(built.entries_begin), add(built.readers), add(built.readers_begin), add(built.columns);
-  add(built.biases), add(built.schedule), add(built.bounds);
+  add(built.pieces), add(built.biases), add(built.schedule), add(built.bounds);
 }
 
 Tables Network::at(const void* base) const {
@@ -361,7 +373,7 @@ Tables Network::at(const void* base) const {
   };
   point(tables.runs), point(tables.products), point(tables.blocks), point(tables.strips);
   point(tables.entries), point(tables.entries_begin), point(tables.readers);
-  point(tables.readers_begin), point(tables.columns), point(tables.biases);
+  point(tables.readers_begin), point(tables.columns), point(tables.pieces), point(tables.biases);
   point(tables.schedule), point(tables.bounds);
   return tables;
 }
@@ -402,7 +414,7 @@ Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_
 
 std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slopes,
                      int64_t shared_limit) {
-  const int least = kRows[std::size(kRows) - 1];
+  const int least = low_tile(item_size);
   const int64_t needed = room_for(tables, least, item_size, use, keep_slopes).bytes;
   if (needed <= shared_limit) return "";
   return "the fused network needs " + std::to_string(needed) + " bytes of shared memory for " +
@@ -414,13 +426,12 @@ std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slo
 
 int rows_for(const Tables& tables, int item_size, Use use, bool keep_slopes, int64_t shared_limit,
              int64_t rows, int64_t processors) {
-  int best = 0;
-  for (int height : kRows) {
-    if (room_for(tables, height, item_size, use, keep_slopes).bytes > shared_limit) continue;
-    best = height;
-    if ((rows + height - 1) / height >= processors) break;
-  }
-  return best;
+  auto fits = [&](int height) {
+    return room_for(tables, height, item_size, use, keep_slopes).bytes <= shared_limit;
+  };
+  const int high = high_tile(item_size), low = low_tile(item_size);
+  if (fits(high) && (rows + high - 1) / high >= processors) return high;
+  return fits(low) ? low : 0;
 }
 
 }  // namespace maskmoe::fused

@@ -59,6 +59,12 @@ struct Column {
   int32_t part, column;
 };
 
+// Four columns of the padded input. count: how many lie side by side in `part` (the rest is
+// padding); -1: they lie apart, see Columns.
+struct Piece {
+  int32_t part, column, count;
+};
+
 // A padded unit's bias; index -1: padding.
 struct Bias {
   int32_t layer, index, expert;
@@ -77,6 +83,7 @@ struct Tables {
   const int32_t* readers;        // entries that route the gradient to a chunk
   const int32_t* readers_begin;  // of each chunk, one more than chunks
   const Column* columns;
+  const Piece* pieces;
   const Bias* biases;
   const int32_t* schedule;  // products or strips, warp by warp
   const int32_t* bounds;
@@ -138,8 +145,9 @@ struct Room {
 // keep_slopes: the activation's derivative does not follow from its value.
 Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_slopes);
 
-// The tile heights that kernels are made for, highest first.
-constexpr int kRows[] = {64, 32, 16};
+// The tile heights that kernels are made for, in rows.
+constexpr int high_tile(int item_size) { return item_size == 4 ? 32 : 64; }
+constexpr int low_tile(int item_size) { return high_tile(item_size) / 2; }
 
 // Why a network cannot run with so much shared memory a block, in words for the user; "": it can.
 std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slopes,

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -225,12 +226,12 @@ class Operator {
     }
   }
 
-  // The plan of these layouts and parts on this device; built on first use, which reads the
-  // layouts back from the device and so cannot be captured in a graph.
+  // The plan of these layouts and parts on this device. Built on first use, which reads the
+  // layouts back from the device and so cannot be captured in a graph; kept for good, as graphs
+  // that were captured later point to its tables.
   std::shared_ptr<const Placed<Machine>> place() {
     static std::mutex mutex;
     static std::map<Integers, std::shared_ptr<const Placed<Machine>>> known;
-    constexpr size_t kMost = 1024;
     Integers key = in_.layouts;
     std::vector<PartSize> sizes;
     for (int64_t p : in_.parts) {
@@ -251,7 +252,6 @@ class Operator {
       encoded.push_back({values.back().data(), static_cast<int64_t>(values.back().size())});
     }
     auto made = std::make_shared<const Placed<Machine>>(encoded, sizes);
-    if (known.size() >= kMost) known.clear();
     return known[key] = made;
   }
 
@@ -301,9 +301,9 @@ class Operator {
 
   template <class T, class F>
   void tiled(const F& f) {
-    if (height_ == 64) return f(std::integral_constant<int, 64>{});
-    if (height_ == 32) return f(std::integral_constant<int, 32>{});
-    return f(std::integral_constant<int, 16>{});
+    constexpr int kHigh = high_tile(sizeof(T)), kLow = low_tile(sizeof(T));
+    if (height_ == kHigh) return f(std::integral_constant<int, kHigh>{});
+    return f(std::integral_constant<int, kLow>{});
   }
 
   template <class Kernel>
@@ -445,34 +445,58 @@ class Operator {
     machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
   }
 
+  // Gradients of the tables from those of the rows that samples read.
   template <class T>
   void scatter() {
     if (!need_tables_) return;
-    for (size_t n = 0; n < in_.tables.size(); ++n) {
-      const Tensor& table = in_.tables[n];
-      grad_tables_.push_back(torch::stable::new_zeros(like(), {table.size(0), table.size(1)}));
-    }
-    std::vector<int> times(in_.tables.size(), 0);
-    int64_t column = 0;
+    std::vector<int64_t> column(in_.tables.size(), -1);
+    int64_t at = 0;
     for (int64_t p : in_.parts) {
       if (p < 0) continue;
-      const Tensor& table = in_.tables[p];
-      STD_TORCH_CHECK(times[p]++ == 0, "maskmoe: parts name table ", p, " twice");
+      STD_TORCH_CHECK(column[p] < 0, "maskmoe: parts name table ", p, " twice");
+      column[p] = at;
+      at += in_.tables[p].size(1);
+    }
+    for (size_t n = 0; n < in_.tables.size(); ++n) {
+      const Tensor& table = in_.tables[n];
       Scatter s{};
-      s.grad = static_cast<const T*>(grad_rows_->data_ptr()) + column;
-      s.ids = static_cast<const int64_t*>(in_.ids[p].data_ptr());
+      s.ids = static_cast<const int64_t*>(in_.ids[n].data_ptr());
       s.samples = rows_;
-      s.stride = grad_rows_->size(1);
+      s.stride = at;
       s.rows = table.size(0);
       s.width = table.size(1);
-      s.result = grad_tables_[p].mutable_data_ptr();
-      column += s.width;
-      if (s.rows == 0 || s.width == 0 || rows_ == 0) continue;
       cut(s);
+      const bool read = column[n] >= 0 && rows_ > 0 && s.rows > 0 && s.width > 0;
+      const bool sorted = s.spans > kMostSpans;
+      grad_tables_.push_back(empty({s.rows, s.width}, dtype()));
+      s.result = grad_tables_.back().mutable_data_ptr();
+      if (!read || sorted) torch::stable::zero_(grad_tables_.back());
+      if (!read) continue;
+      s.grad = static_cast<const T*>(grad_rows_->data_ptr()) + column[n];
+      if (sorted) {
+        sort(s, in_.ids[n]);
+        machine_.template launch<ScatterSorted<T>>(spread(32 * rows_), 0, s);
+        continue;
+      }
       if (s.slices > 1) s.partial = workspace<float>(s.slices * s.rows * s.width);
       machine_.template launch<ScatterRows<T>>(s.spans * s.slices, shared_bytes(s), s);
       if (s.slices > 1) machine_.template launch<ScatterSum<T>>(spread(s.rows * s.width), 0, s);
     }
+  }
+
+  // torch's stable sort: samples of one id keep their order.
+  void sort(Scatter& s, const Tensor& ids) {
+    using torch::stable::detail::from;
+    const Tensor flat = torch::stable::reshape(ids, {rows_});
+    std::array<StableIValue, 4> stack{from(flat), from(std::optional<bool>(true)),
+                                      from(int64_t{0}), from(false)};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+    for (const StableIValue& value : {stack[0], stack[1]}) {
+      held_.push_back(torch::stable::detail::to<Tensor>(value));
+    }
+    s.ids = static_cast<const int64_t*>(held_[held_.size() - 2].data_ptr());
+    s.order = static_cast<const int64_t*>(held_.back().data_ptr());
   }
 
   Tensors results() {

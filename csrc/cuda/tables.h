@@ -1,8 +1,9 @@
-// Gradients of tables: for each row of a table, the sum over the samples whose id it is.
+// Gradients of tables: for each row of a table, the sum over the samples whose id it is, in their
+// order; no atomics.
 //
-// A block owns a span of table rows and reads a slice of the ids in order, so every sum has one
-// order and there are no atomics. Slices give small tables enough blocks; their sums are added in
-// order.
+// Small tables: a block owns a span of table rows and reads a slice of the ids; the slices' sums
+// are added in order. Large ones would have every block read all ids: there, ids come sorted, and
+// a warp adds up the samples of one id.
 #pragma once
 
 #include "cuda/call.h"
@@ -10,10 +11,12 @@
 namespace maskmoe::fused {
 
 constexpr int kCellsOfSpan = 8192;  // floats of shared memory that a span may take
+constexpr int kMostSpans = 16;      // of a small table
 
 struct Scatter {
   const void* grad;  // (samples, stride), from column 0 of this table
   const int64_t* ids;
+  const int64_t* order;  // sample of each id, where ids are sorted; else null
   int64_t samples, stride;
   int64_t rows, width;   // of the table
   int64_t span, spans;   // table rows of a block; blocks of a slice
@@ -134,6 +137,33 @@ struct ScatterSum {
         float sum = 0.0f;
         for (int64_t slice = 0; slice < s.slices; ++slice) sum += s.partial[slice * cells + n];
         static_cast<T*>(s.result)[n] = rounded<T>(sum);
+      }
+    });
+  }
+};
+
+// Sorted ids: a warp for each sample, which goes on if its id is the first of its kind. Rows that
+// nobody reads are left as they are.
+template <class T>
+struct ScatterSorted {
+  using Arguments = Scatter;
+  static constexpr int kResident = 4;
+
+  static MASKMOE_DEVICE void run(const Scatter& s, const Place& place) {
+    each_warp([&](int warp) {
+      const int64_t step = place.blocks * kWarps;
+      for (int64_t first = place.block * kWarps + warp; first < s.samples; first += step) {
+        const int64_t id = s.ids[first];
+        if (id < 0 || id >= s.rows || (first > 0 && s.ids[first - 1] == id)) continue;
+        each_lane([&](int lane) {
+          for (int64_t col = lane; col < s.width; col += 32) {
+            float sum = 0.0f;
+            for (int64_t n = first; n < s.samples && s.ids[n] == id; ++n) {
+              sum += to_float(static_cast<const T*>(s.grad)[s.order[n] * s.stride + col]);
+            }
+            static_cast<T*>(s.result)[id * s.width + col] = rounded<T>(sum);
+          }
+        });
       }
     });
   }

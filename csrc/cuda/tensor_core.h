@@ -84,11 +84,13 @@ struct Core {
     if constexpr (kTurned) {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(from));
+                   : "r"(from)
+                   : "memory");
     } else {
       asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                    : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                   : "r"(from));
+                   : "r"(from)
+                   : "memory");
     }
 #else
     for (int m = 0; m < 4; ++m) {

@@ -1,5 +1,9 @@
-// The kernels on the host, threads as loops: a library for the tests, which load it with
+// The kernels on the host, warps taking turns: a library for the tests, which load it with
 // torch.ops.load_library. Its ops are those of `maskmoe`, on CPU tensors.
+
+#include <ucontext.h>
+
+#include <functional>
 
 #include "cuda/boxed.h"
 
@@ -13,6 +17,49 @@ struct Settings {
   int64_t shared_limit = 227 * 1024;
 };
 Settings settings;
+
+// The warps of a block, each with a stack of its own; they take turns at barriers.
+class Warps {
+ public:
+  explicit Warps(const std::function<void()>& kernel) : kernel_(kernel) {
+    static std::vector<char> stacks(kWarps * kStack);
+    the_ = this;
+    reach_barrier = [] { the_->leave(); };
+    for (int w = 0; w < kWarps; ++w) {
+      getcontext(&warps_[w]);
+      warps_[w].uc_stack.ss_sp = stacks.data() + w * kStack;
+      warps_[w].uc_stack.ss_size = kStack;
+      warps_[w].uc_link = nullptr;
+      makecontext(&warps_[w], &Warps::start, 0);
+    }
+  }
+
+  void run() {
+    for (int done = 0; done == 0;) {
+      for (int n = 0; n < kWarps; ++n) {
+        running_warp = reversed ? kWarps - 1 - n : n;
+        swapcontext(&between_, &warps_[running_warp]);
+      }
+      for (bool d : done_) done += d;
+      STD_TORCH_CHECK(done == 0 || done == kWarps, "a barrier that not every warp reaches");
+    }
+  }
+
+ private:
+  static constexpr size_t kStack = 256 * 1024;
+
+  static void start() {
+    the_->kernel_();
+    the_->done_[running_warp] = true;
+    the_->leave();
+  }
+  void leave() { swapcontext(&warps_[running_warp], &between_); }
+
+  inline static Warps* the_ = nullptr;
+  const std::function<void()>& kernel_;
+  ucontext_t between_, warps_[kWarps];
+  bool done_[kWarps] = {};
+};
 
 class Twin {
  public:
@@ -49,7 +96,9 @@ class Twin {
     auto* bytes = reinterpret_cast<unsigned char*>(memory.get());
     for (int64_t n = 0; n < blocks; ++n) {
       std::memset(bytes, 0xff, shared);
-      Kernel::run(arguments, {reversed ? blocks - 1 - n : n, blocks, bytes});
+      const Place place{reversed ? blocks - 1 - n : n, blocks, bytes};
+      const std::function<void()> kernel = [&] { Kernel::run(arguments, place); };
+      Warps(kernel).run();
     }
   }
 };

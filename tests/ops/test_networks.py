@@ -85,7 +85,7 @@ def test_equals_the_layers_by_their_definition(case, seed):
     torch.manual_seed(seed)
     leaves = [t.detach().double().requires_grad_() for t in (x, *net.parameters())]
     true = oracle(net, leaves[0], leaves[1:])
-    cotangent = torch.randn_like(true)
+    cotangent = torch.randn_like(true).to(x.dtype).double()
     expected = [true, *torch.autograd.grad(true, leaves, cotangent)]
     x.requires_grad_()
     found = []

@@ -268,6 +268,8 @@ struct MaskedLinear {
     int32_t lanes;
     bool whole;  // vectors are stored whole, lanes without an output being zero
     Activation activation;  // none, relu or leaky_relu
+    const float* saved;     // where given, results are multiplied by the derivative that the
+    Activation derivative;  // activation had there: relu or leaky_relu
   };
 
   // Where results go: rows of outputs in block order, or a tile of lines.
@@ -275,6 +277,8 @@ struct MaskedLinear {
     float* data;
     int64_t stride;  // from row to row
     int64_t line;    // from line to line of a tile; 0: rows
+    const float* saved = nullptr;  // a tile like this one; see Tile
+    Activation derivative = Activation::kNone;
   };
 
   // sum += x w for one input: its value in R rows, its weights for N vectors of lanes.
@@ -340,6 +344,7 @@ struct MaskedLinear {
         for (int v = 0; v < N; ++v) sum[r][v] = activate<I, Activation::kLeakyRelu>(sum[r][v]);
       }
     }
+    if (t.saved != nullptr) derive(sum, t, second);
     float* y = t.y;
     if (t.whole || t.lanes == N * L) {
 #pragma GCC unroll 16
@@ -360,6 +365,24 @@ struct MaskedLinear {
     for (int r = 0; r < R; ++r, y += y_stride) {
       __builtin_prefetch(y, 1);
       if constexpr (N == 2) __builtin_prefetch(y + L, 1);
+    }
+  }
+
+  template <int R, int N>
+  [[gnu::always_inline]] static void derive(V (&sum)[R][N], const Tile& t, int64_t second) {
+    const bool leaky = t.derivative == Activation::kLeakyRelu;
+    const float* saved = t.saved;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r, saved += t.y_stride) {
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        const V at = I::load(saved + v * second);
+        if (leaky) {
+          sum[r][v] = activation_grad<I, Activation::kLeakyRelu>(sum[r][v], at);
+        } else {
+          sum[r][v] = activation_grad<I, Activation::kRelu>(sum[r][v], at);
+        }
+      }
     }
   }
 
@@ -401,7 +424,9 @@ struct MaskedLinear {
                 lined ? y.line : L,
                 panel.lanes,
                 lined,
-                activation};
+                activation,
+                y.saved == nullptr ? nullptr : y.saved + panel.line * y.line,
+                y.derivative};
       const Product* of = panel.shared ? table.shared : panel.vectors == 2 ? table.two : table.one;
       const int64_t most = panel.vectors == 2 ? I::kRows2 : I::kRows1;
       // Tiles of nearly equal height.
@@ -410,6 +435,7 @@ struct MaskedLinear {
         of[height](tile);
         tile.x += height * L;
         tile.y += height * y.stride;
+        if (tile.saved != nullptr) tile.saved += height * y.stride;
         left -= height;
       }
     }

@@ -223,9 +223,14 @@ struct MaskedMLP {
         }
       }
       if (k == 0) break;
+      const bool fused = Linear::fused(n.activation);
+      const float* saved = n.activation == Activation::kNone ? nullptr : of.before(k - 1);
       Linear::multiply(layer.turned, g, at.line, nullptr, Place::kNowhere, layer.turned_buffer,
-                       nullptr, {next, L, at.line}, Activation::kNone, rows);
-      derive(n.activation, of.before(k - 1), next, n.layers[k - 1].panels.lines, at.line, rows);
+                       nullptr, {next, L, at.line, fused ? saved : nullptr, n.activation},
+                       Activation::kNone, rows);
+      if (!fused) {
+        derive(n.activation, saved, next, n.layers[k - 1].panels.lines, at.line, rows);
+      }
       float* done = g;
       g = next;
       next = done;
@@ -236,7 +241,6 @@ struct MaskedMLP {
   // grad *= act', for all lines of a tile.
   static void derive(Activation a, const float* saved, float* grad, int64_t lines, int64_t line,
                      int64_t rows) {
-    if (a == Activation::kNone) return;
     dispatch<I>(a, [&]<Activation A>() {
       for (int64_t n = 0; n < lines; ++n, saved += line, grad += line) {
         for (int64_t k = 0; k < rows * L; k += L) {

@@ -106,12 +106,8 @@ Matrix logits_of(const Tensor& t, Tensor& held, const Layout& last, Dtype dtype)
 }
 
 Tensor float_like(const Tensor& like, const std::vector<int64_t>& sizes) {
-  int64_t strides[2] = {sizes.size() > 1 ? sizes[1] : 1, 1};
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(sizes.size(), sizes.data(), strides, aoti_torch_dtype_float32(),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_like_with(like, sizes.data(), static_cast<int64_t>(sizes.size()),
+                         aoti_torch_dtype_float32());
 }
 
 // Gradients that are asked for, in the order in which the ops return them.
@@ -228,49 +224,61 @@ Normalize normalize_of(const std::string& name) {
   return Normalize::kBatch;
 }
 
+// Who is inside whom, for the kernels.
+struct Chosen {
+  std::vector<int64_t> inside, inside_at{0};
+  std::vector<uint8_t> larger;
+  Selection selection;
+
+  Chosen(const Chain& chain, Tensor strict, const std::string& confidence, double sharpness,
+         bool own)
+      : larger(chain.back().layout.out_features, 0) {
+    const int64_t experts = chain.back().layout.out_features;
+    STD_TORCH_CHECK(strict.scalar_type() == ScalarType::Bool && strict.dim() == 2 &&
+                        strict.size(0) == experts && strict.size(1) == experts,
+                    "maskmoe: the family does not fit the network, it has ", experts, " logits");
+    strict = dense(strict);
+    const auto* inside_of = static_cast<const uint8_t*>(strict.data_ptr());
+    for (int64_t i = 0; i < experts; ++i) {
+      for (int64_t j = 0; j < experts; ++j) {
+        if (!inside_of[i * experts + j]) continue;
+        inside.push_back(j);
+        larger[j] = 1;
+      }
+      inside_at.push_back(static_cast<int64_t>(inside.size()));
+    }
+    selection = {experts,
+                 chain.back().forward.slots.data(),
+                 inside.data(),
+                 inside_at.data(),
+                 larger.data(),
+                 confidence_of(confidence),
+                 static_cast<float>(sharpness),
+                 own};
+  }
+  Chosen(const Chosen&) = delete;  // `selection` points into it
+};
+
+const char* const kNone = "maskmoe: no kernels for networks of this dtype or layout";
+
 Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<int64_t> parts,
             Tensors weights, Tensors biases, Tensors plans, std::vector<int64_t> layouts,
             std::string activation, Tensor target, std::optional<Tensor> mask, Tensor strict,
             std::string confidence, double sharpness, std::string weighting, std::string normalize,
             bool need_x, bool need_tables, bool need_weights) {
   const auto chain = chain_of(first_of(x, weights), plans, layouts);
-  STD_TORCH_CHECK(chain != nullptr, "maskmoe::masked_mlp_gem: no kernels for this dtype or layout; "
-                                    "take gem_loss of the network's logits");
+  STD_TORCH_CHECK(chain != nullptr, kNone);
   Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
-  const int64_t experts = chain->back().layout.out_features;
   STD_TORCH_CHECK(target.scalar_type() == ScalarType::Float && target.numel() == g.in.rows &&
                       (!mask || (mask->scalar_type() == ScalarType::Bool &&
                                  mask->numel() == g.in.rows)) &&
-                      strict.scalar_type() == ScalarType::Bool && strict.dim() == 2 &&
-                      strict.size(0) == experts && strict.size(1) == experts &&
                       (weighting == "selection" || weighting == "deselection"),
-                  "maskmoe::masked_mlp_gem: target, mask or family do not fit the network");
+                  "maskmoe::masked_mlp_gem: target or mask do not fit the network");
   target = dense(target);
   if (mask) mask = dense(*mask);
-  strict = dense(strict);
-  const auto* inside_of = static_cast<const uint8_t*>(strict.data_ptr());
-  std::vector<int64_t> inside, inside_at{0};
-  std::vector<uint8_t> larger(experts, 0);
-  for (int64_t i = 0; i < experts; ++i) {
-    for (int64_t j = 0; j < experts; ++j) {
-      if (!inside_of[i * experts + j]) continue;
-      inside.push_back(j);
-      larger[j] = 1;
-    }
-    inside_at.push_back(static_cast<int64_t>(inside.size()));
-  }
   g.in.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
-  const Gem loss{experts,
-                 chain->back().forward.slots.data(),
-                 inside.data(),
-                 inside_at.data(),
-                 larger.data(),
-                 static_cast<const float*>(target.data_ptr()),
-                 confidence_of(confidence),
-                 static_cast<float>(sharpness),
-                 weighting == "selection",
-                 false,
-                 1.0f,
+  const Chosen chosen(*chain, strict, confidence, sharpness, weighting == "selection");
+  const Gem loss{chosen.selection, static_cast<const float*>(target.data_ptr()), false, 1.0f,
                  nullptr};
   Results results(g, x, tables, weights, biases, need_x, need_tables, need_weights);
   Tensor total = float_like(target, {});
@@ -280,6 +288,27 @@ Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<in
   return results.all;
 }
 
+std::tuple<Tensor, Tensor, Tensor> mixture(std::optional<Tensor> x, Tensors tables, Tensors ids,
+                                           std::vector<int64_t> parts, Tensors weights,
+                                           Tensors biases, Tensors plans,
+                                           std::vector<int64_t> layouts, std::string activation,
+                                           Tensor strict, std::string confidence,
+                                           double sharpness) {
+  const Tensor like = first_of(x, weights);
+  const auto chain = chain_of(like, plans, layouts);
+  STD_TORCH_CHECK(chain != nullptr, kNone);
+  const Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
+  const Chosen chosen(*chain, strict, confidence, sharpness, true);
+  std::vector<int64_t> sizes = leading(x, ids);
+  Tensor probability = float_like(like, sizes);
+  sizes.push_back(chosen.selection.experts);
+  Tensor alpha = float_like(like, sizes), share = float_like(like, sizes);
+  network_mixture(g.in, *kernels(), tiles_of(g.in),
+                  {chosen.selection, static_cast<float*>(probability.data_ptr()),
+                   static_cast<float*>(alpha.data_ptr()), static_cast<float*>(share.data_ptr())});
+  return {probability, alpha, share};
+}
+
 }  // namespace
 }  // namespace maskmoe
 
@@ -287,4 +316,5 @@ STABLE_TORCH_LIBRARY_IMPL(maskmoe, CPU, m) {
   m.impl("masked_mlp", TORCH_BOX(&maskmoe::forward));
   m.impl("masked_mlp_backward", TORCH_BOX(&maskmoe::backward));
   m.impl("masked_mlp_gem", TORCH_BOX(&maskmoe::gem));
+  m.impl("masked_mlp_mixture", TORCH_BOX(&maskmoe::mixture));
 }

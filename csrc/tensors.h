@@ -35,7 +35,9 @@ inline Activation activation_of(const std::string& name) {
   return Activation::kSilu;
 }
 
-inline Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t dims) {
+// An empty tensor of `like`'s dtype, or of another.
+inline Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t dims,
+                              int32_t dtype = -1) {
   int64_t strides[64];
   STD_TORCH_CHECK(dims <= 64, "maskmoe: at most 64 dimensions, got ", dims);
   int64_t step = 1;
@@ -43,8 +45,7 @@ inline Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t 
     strides[d] = step;
     step *= sizes[d] > 1 ? sizes[d] : 1;
   }
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  if (dtype < 0) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));

@@ -56,6 +56,8 @@ struct NetworkGradients {
 
 void network_forward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
                      const Matrix& logits, float* saved);
+void network_mixture(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
+                     const Mixture& mixture);
 void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
                       const Matrix& grad_logits, const float* saved,
                       const NetworkGradients& grads);

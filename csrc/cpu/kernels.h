@@ -70,19 +70,30 @@ struct Part {
   int64_t width;
 };
 
-// The loss of generalised EM over the logits of H experts (eq. 4, eq. 7).
-struct Gem {
+// How much each of H experts answers for a sample, from the logits (section 3.3.2).
+struct Selection {
   int64_t experts;
-  const int64_t* slots;              // of each logit, in the last layer's tile
+  const int64_t* slots;               // of each logit, in the last layer's tile
   const int64_t *inside, *inside_at;  // expert i's strict subsets: inside[inside_at[i] .. [i + 1])
-  const uint8_t* larger;             // has expert i a strict superset?
-  const float* target;
+  const uint8_t* larger;              // has expert i a strict superset?
   Confidence confidence;
   float sharpness;
-  bool own;         // weights with the expert's own confidence: selection; else deselection
+  bool own;  // with the expert's own confidence: selection; else deselection
+};
+
+// The loss of generalised EM over the logits (eq. 4, eq. 7).
+struct Gem {
+  Selection selection;
+  const float* target;
   bool per_sample;  // weights of a sample are divided by their sum
   float scale;      // of every gradient
   float* kept;      // (rows, experts): gradients for a second pass; null: backward follows at once
+};
+
+// The prediction and its attribution (eq. 1): (rows,), and (rows, experts) twice.
+struct Mixture {
+  Selection selection;
+  float *probability, *alpha, *share;
 };
 
 // Sums over the rows of one thread, one entry an expert: of w BCE, and of w.
@@ -114,7 +125,8 @@ struct Network {
   Matrix grad_logits;     // data null: `gem` has them
   const float* scale;     // factor of each expert's grad_logits, or null
   Matrix grad_inputs;     // data null: not wanted
-  const Gem* gem;         // or null
+  const Gem* gem;         // or null, as the next
+  const Mixture* mixture;
 };
 
 // One instruction set. Scratch is in floats; pointers to it are 64-byte aligned.

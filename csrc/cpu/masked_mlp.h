@@ -38,7 +38,12 @@ struct MaskedMLP {
       logits = take(n.layers[n.depth - 1].panels.lines * line);
       grads[0] = take(most);
       grads[1] = take(most);
-      gem = take(n.gem == nullptr ? 0 : 5 * n.gem->experts * L);
+      gem = take(5 * L * experts_of(n));
+    }
+
+    static int64_t experts_of(const Network& n) {
+      if (n.mixture != nullptr) return n.mixture->selection.experts;
+      return n.gem == nullptr ? 0 : n.gem->selection.experts;
     }
 
    private:
@@ -63,7 +68,9 @@ struct MaskedMLP {
       // Lanes without an expert are computed on, and dropped: on values, not on what lay here.
       const int64_t size = n.layers[n.depth - 1].panels.lines * at.line;
       for (int64_t k = 0; k < size; k += L) I::store(scratch + at.grads[0] + k, I::zero());
-      for (int64_t i = 0; i < n.gem->experts; ++i) totals.loss[i] = totals.weight[i] = 0;
+      for (int64_t i = 0; i < n.gem->selection.experts; ++i) {
+        totals.loss[i] = totals.weight[i] = 0;
+      }
     }
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile * n.tile_rows, rows = Linear::smaller(n.tile_rows, n.rows - row);
@@ -71,6 +78,7 @@ struct MaskedMLP {
       const Activations of(n, at, kept);
       if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
       if (n.forward) forward(n, at, of, row, rows, scratch);
+      if (n.mixture != nullptr) mix(*n.mixture, at, row, rows, scratch);
       float* grads = scratch + at.grads[0];
       if (n.gem != nullptr) {
         gem(n, at, row, rows, scratch, grads, totals);
@@ -270,7 +278,8 @@ struct MaskedMLP {
   static void gem(const Network& n, const Places& at, int64_t row, int64_t rows, float* scratch,
                   float* grads, const GemSums& totals) {
     const Gem& gem = *n.gem;
-    const int64_t size = gem.experts * L;
+    const Selection& of = gem.selection;
+    const int64_t size = of.experts * L;
     float* z = scratch + at.gem;  // logits, then gradients
     float* own = z + size;        // g, then w
     float* rest = own + size;
@@ -288,22 +297,18 @@ struct MaskedMLP {
         y[k] = gem.target[row + r + k];
       }
       const M live = I::greater(I::load(counts), I::zero());
-      for (int64_t i = 0; i < gem.experts; ++i) {
-        const float* from = scratch + at.logits + gem.slots[i] / L * at.line + gem.slots[i] % L;
-        for (int64_t k = 0; k < L; ++k) z[i * L + k] = k < count ? from[(r + k) * L] : 0;
-        confident(gem, i, z + i * L, own + i * L, rest + i * L);
-      }
-      weigh(gem, own, rest, live);
-      for (int64_t i = 0; i < gem.experts; ++i) {
+      select(of, at, scratch + at.logits, r, count, z, own, rest);
+      share_out(gem, own, live);
+      for (int64_t i = 0; i < of.experts; ++i) {
         judge(gem, i, z, own, I::load(y), live, losses, weights);
-        float* to = grads + gem.slots[i] / L * at.line + gem.slots[i] % L;
+        float* to = grads + of.slots[i] / L * at.line + of.slots[i] % L;
         for (int64_t k = 0; k < count; ++k) to[(r + k) * L] = z[i * L + k];
         for (int64_t k = 0; gem.kept != nullptr && k < count; ++k) {
-          gem.kept[(row + r + k) * gem.experts + i] = z[i * L + k];
+          gem.kept[(row + r + k) * of.experts + i] = z[i * L + k];
         }
       }
     }
-    for (int64_t i = 0; i < gem.experts; ++i) {
+    for (int64_t i = 0; i < of.experts; ++i) {
       for (int64_t k = 0; k < L; ++k) {
         totals.loss[i] += losses[i * L + k];
         totals.weight[i] += weights[i * L + k];
@@ -311,37 +316,80 @@ struct MaskedMLP {
     }
   }
 
+  // Logits of L rows; g, then what each expert weighs, in `own`; 1 - g in `rest`.
+  static void select(const Selection& of, const Places& at, const float* logits, int64_t row,
+                     int64_t count, float* z, float* own, float* rest) {
+    for (int64_t i = 0; i < of.experts; ++i) {
+      const float* from = logits + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
+      for (int64_t k = 0; k < L; ++k) z[i * L + k] = k < count ? from[k * L] : 0;
+      confident(of, i, z + i * L, own + i * L, rest + i * L);
+    }
+    for (int64_t i = 0; i < of.experts; ++i) {
+      V w = of.own ? I::load(own + i * L) : I::set(1.0f);
+      for (int64_t n = of.inside_at[i]; n < of.inside_at[i + 1]; ++n) {
+        w = I::mul(w, I::load(rest + of.inside[n] * L));
+      }
+      I::store(own + i * L, w);
+    }
+  }
+
   // g and 1 - g of one expert, NaN where its logit is.
-  static void confident(const Gem& gem, int64_t i, const float* logits, float* own, float* rest) {
+  static void confident(const Selection& of, int64_t i, const float* logits, float* own,
+                        float* rest) {
     const V z = I::load(logits);
     // Comparisons with NaN are false.
-    const M known = I::less_equal(I::xor_bits(z, I::and_bits(z, I::set(-0.0f))),
-                                  I::set(__builtin_inff()));
+    const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
     const V safe = I::select(known, z, I::zero());
-    Confident<I> c = confidence<I>(gem.confidence, safe, Odds<I>(safe));
-    if (gem.sharpness != 1.0f && gem.larger[i]) c = sharpened<I>(c, gem.sharpness);
+    Confident<I> c = confidence<I>(of.confidence, safe, Odds<I>(safe));
+    if (of.sharpness != 1.0f && of.larger[i]) c = sharpened<I>(c, of.sharpness);
     I::store(own, I::select(known, c.g, z));
     I::store(rest, I::select(known, c.rest, z));
   }
 
-  // Weights of every expert in place of its g: alpha, or alpha without the own confidence.
-  static void weigh(const Gem& gem, float* own, const float* rest, M live) {
+  // Weights of samples that count, those of a sample divided by their sum where that is asked for.
+  static void share_out(const Gem& gem, float* weights, M live) {
     V total = I::zero();
-    for (int64_t i = 0; i < gem.experts; ++i) {
-      V w = gem.own ? I::load(own + i * L) : I::set(1.0f);
-      for (int64_t n = gem.inside_at[i]; n < gem.inside_at[i + 1]; ++n) {
-        w = I::mul(w, I::load(rest + gem.inside[n] * L));
-      }
-      w = I::select(live, w, I::zero());
+    for (int64_t i = 0; i < gem.selection.experts; ++i) {
+      const V w = I::select(live, I::load(weights + i * L), I::zero());
       total = I::add(total, w);
-      I::store(own + i * L, w);
+      I::store(weights + i * L, w);
     }
     if (!gem.per_sample) return;
     // Nothing to share is shared out as nothing.
-    const V one = I::set(1.0f);
-    const V by = I::select(I::less_equal(total, I::zero()), one, total);
-    for (int64_t i = 0; i < gem.experts; ++i) {
-      I::store(own + i * L, I::div(I::load(own + i * L), by));
+    const V by = I::select(I::less_equal(total, I::zero()), I::set(1.0f), total);
+    for (int64_t i = 0; i < gem.selection.experts; ++i) {
+      I::store(weights + i * L, I::div(I::load(weights + i * L), by));
+    }
+  }
+
+  // Where no expert has any confidence, all count alike.
+  static void mix(const Mixture& to, const Places& at, int64_t row, int64_t rows, float* scratch) {
+    const Selection& of = to.selection;
+    const int64_t experts = of.experts;
+    float* z = scratch + at.gem;
+    float *alpha = z + experts * L, *rest = alpha + experts * L;
+    for (int64_t r = 0; r < rows; r += L) {
+      const int64_t count = Linear::smaller(L, rows - r);
+      select(of, at, scratch + at.logits, r, count, z, alpha, rest);
+      V total = I::zero(), sum = I::zero();
+      for (int64_t i = 0; i < experts; ++i) total = I::add(total, I::load(alpha + i * L));
+      const M nobody = I::less_equal(total, I::zero());
+      const V alike = I::set(1.0f / static_cast<float>(experts));
+      const V by = I::select(nobody, I::set(1.0f), total);
+      for (int64_t i = 0; i < experts; ++i) {
+        const V share = I::select(nobody, alike, I::div(I::load(alpha + i * L), by));
+        I::store(rest + i * L, share);
+        sum = I::fma(share, Odds<I>(I::load(z + i * L)).p, sum);
+      }
+      float probability[L];
+      I::store(probability, I::min(I::set(1.0f), sum));  // shares may sum to 1 and a rounding
+      for (int64_t k = 0; k < count; ++k) {
+        to.probability[row + r + k] = probability[k];
+        for (int64_t i = 0; i < experts; ++i) {
+          to.alpha[(row + r + k) * experts + i] = alpha[i * L + k];
+          to.share[(row + r + k) * experts + i] = rest[i * L + k];
+        }
+      }
     }
   }
 

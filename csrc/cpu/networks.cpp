@@ -302,6 +302,15 @@ void network_forward(const NetworkInputs& in, const Kernels& k, const Tiling& ti
   call.run();
 }
 
+void network_mixture(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
+                     const Mixture& mixture) {
+  Call call(in, k, tiling, 2 * in.rows * weights_of(in));
+  call.network.forward = true;
+  call.network.mixture = &mixture;
+  call.prepare({}, 0, 0);
+  call.run();
+}
+
 void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
                       const Matrix& grad_logits, const float* saved,
                       const NetworkGradients& grads) {
@@ -324,7 +333,7 @@ void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& t
 
 float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, Gem gem,
                   Normalize normalize, const NetworkGradients& grads) {
-  const int64_t experts = gem.experts;
+  const int64_t experts = gem.selection.experts;
   InputGradients inputs(in, grads);
   const bool weights = !grads.weights.empty(), wanted = weights || inputs.wanted();
   const bool by_sums = normalize == Normalize::kExpert || normalize == Normalize::kBatch;

@@ -15,7 +15,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.objectives.gem import check_loss, gem_loss
 from maskmoe_kernels.objectives.mixture import Mixture, mixture
-from maskmoe_kernels.objectives.selection import Confidence
+from maskmoe_kernels.objectives.selection import Confidence, check_confidence
 from maskmoe_kernels.ops import networks
 from maskmoe_kernels.ops.networks import Inputs, Layers
 
@@ -155,7 +155,15 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        return mixture(self(x), self.family, confidence, sharpness)
+        layers = self._fused(x)
+        if layers is None or not isinstance(confidence, str):
+            return mixture(self(x), self.family, confidence, sharpness)
+        check_confidence(confidence, sharpness)
+        return Mixture(
+            *networks.masked_mlp_mixture(
+                _inputs(x), layers, self.family.strict, confidence, sharpness
+            )
+        )
 
     def obstacle(self) -> str | None:
         """Why the layers run one by one, in words for the user; None when they run as one op."""

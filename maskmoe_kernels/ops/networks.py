@@ -48,6 +48,8 @@ _SCHEMAS = (
             f"str activation, {_NEEDS}) -> Tensor[]",
         )
     ),
+    f"masked_mlp_mixture({_INPUT}, {_LAYERS}, {_PLANS}, str activation, Tensor strict, "
+    "str confidence, float sharpness) -> (Tensor, Tensor, Tensor)",
     f"masked_mlp_gem({_INPUT}, {_LAYERS}, {_PLANS}, str activation, Tensor target, Tensor? mask, "
     "Tensor strict, str confidence, float sharpness, str weighting, str normalize, "
     f"{_NEEDS}) -> Tensor[]",
@@ -203,6 +205,13 @@ def _backward_fake(*args: Any) -> list[Tensor]:
     return _grads_fake(x, tables, weights, biases, *args[-3:])
 
 
+def _mixture_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, _, ids, _, weights = args[:5]
+    shape = ids[0].shape if x is None else x.shape[:-1]
+    alpha = weights[0].new_empty(*shape, args[-3].shape[0], dtype=torch.float32)
+    return alpha.new_empty(shape), alpha, torch.empty_like(alpha)
+
+
 def _gem_fake(*args: Any) -> list[Tensor]:
     x, tables, _, _, weights, biases = args[:6]
     loss = weights[0].new_empty((), dtype=torch.float32)
@@ -215,9 +224,11 @@ for _name in OPS:
     torch.library.register_fake("maskmoe::" + _name, _fake, lib=_LIBRARY)
     torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_fake("maskmoe::masked_mlp_gem", _gem_fake, lib=_LIBRARY)
+torch.library.register_fake("maskmoe::masked_mlp_mixture", _mixture_fake, lib=_LIBRARY)
 
 _MLP = torch.ops.maskmoe.masked_mlp.default
 _MLP_BACKWARD = torch.ops.maskmoe.masked_mlp_backward.default
+_MIXTURE = torch.ops.maskmoe.masked_mlp_mixture.default
 _GEM = torch.ops.maskmoe.masked_mlp_gem.default
 
 
@@ -330,6 +341,24 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     return logits
 
 
+def masked_mlp_mixture(
+    parts: Inputs, layers: Layers, strict: Tensor, confidence: str, sharpness: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability ``(*,)``, alpha and attribution ``(*, H)``, float32; see :func:`mixture`.
+
+    It has no derivative. Arguments and errors as for :func:`masked_mlp_gem`.
+    """
+    parts, layers = _prepared(parts, layers, confidence)
+    tensors = [*parts.tables, *layers.weights, *layers.biases]
+    fixed = _fixed(parts, layers)
+    plans, numbers, _, activation = fixed.plans
+    found: tuple[Tensor, Tensor, Tensor] = _MIXTURE(
+        *fixed.inputs(parts.x, tensors), plans, numbers, activation, strict, confidence,
+        float(sharpness),
+    )  # fmt: skip
+    return found
+
+
 def masked_mlp_gem(
     parts: Inputs,
     layers: Layers,
@@ -360,10 +389,7 @@ def masked_mlp_gem(
     Raises:
         LayoutError: A shape, dtype or device that does not fit.
     """
-    if confidence not in CONFIDENCES:
-        raise LayoutError(f"confidence must be one of {list(CONFIDENCES)}, got {confidence!r}")
-    parts, layers = _autocast(parts, layers)
-    _check(parts, layers)
+    parts, layers = _prepared(parts, layers, confidence)
     tensors = [*parts.tables, *layers.weights, *layers.biases]
     fixed = _fixed(parts, layers)
     loss_of = (
@@ -511,6 +537,14 @@ def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
         if not grad_loss.is_cuda and grad_loss.item() == 1:
             return grads
     return [grad * grad_loss.to(grad.dtype) for grad in grads]
+
+
+def _prepared(parts: Inputs, layers: Layers, confidence: str) -> tuple[Inputs, Layers]:
+    if confidence not in CONFIDENCES:
+        raise LayoutError(f"confidence must be one of {list(CONFIDENCES)}, got {confidence!r}")
+    parts, layers = _autocast(parts, layers)
+    _check(parts, layers)
+    return parts, layers
 
 
 def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:

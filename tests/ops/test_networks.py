@@ -619,3 +619,47 @@ def test_trains_like_the_layers_do():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
     found = F.binary_cross_entropy_with_logits(2 * nets[0](x)[:, -1], y)
     assert found < 0.3
+
+
+# --- Prediction ----------------------------------------------------------------------------------
+
+
+@given(
+    networks(DTYPES, max_experts=8),
+    st.sampled_from(CONFIDENCES),
+    st.sampled_from([1.0, 0.7, 3.0]),
+)
+def test_predicts_what_the_mixture_of_its_logits_is(case, confidence, sharpness):
+    net, family, x = case
+    ours = net.predict(x, confidence, sharpness)
+    with torch.no_grad():
+        logits = copy.deepcopy(net).float()(x.float())
+        theirs = mk.mixture(logits, family, confidence, sharpness)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_predictions_where_nobody_or_everybody_is_sure():
+    family = mk.SubsetFamily.powerset({"a": 1, "b": 1})
+    net = mk.InterpretableMLP(family, [], None)
+    x = torch.tensor([[0.0, 0.0], [1e4, 1e4], [-1e4, 3e-8], [torch.nan, 2.0], [torch.inf, 0.0]])
+    with torch.no_grad():
+        for p in net.parameters():
+            p.fill_(0 if p is net.layers[0].bias else 1)
+    for sharpness in (1.0, 2.0):
+        ours = net.predict(x, "square", sharpness)
+        theirs = mk.mixture(net.layers(x).detach(), family, "square", sharpness)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-30, equal_nan=True)
+    assert torch.equal(ours.attribution[0], torch.full((3,), 1 / 3))
+
+
+def test_predictions_by_ids_keep_the_leading_shape():
+    model, data, _ = ncf(24)
+    shaped = [t.reshape(4, 6, *t.shape[1:]) for t in data]
+    ours = model.experts.predict(model.inputs.parts(*shaped), "rare")
+    theirs = mk.mixture(model(*data).detach(), model.family, "rare")
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b.reshape(a.shape), rtol=1e-5, atol=1e-7)
+    assert not ours.probability.requires_grad

@@ -13,10 +13,11 @@ from maskmoe_kernels.nn import (
     MaskedGRU,
     MaskedGRUCell,
     MaskedLinear,
+    MaskedMLP,
     MaskedMultiheadAttention,
 )
 from maskmoe_kernels.objectives import gem_loss, mixture, selection
-from maskmoe_kernels.ops import masked_linear
+from maskmoe_kernels.ops import Inputs, masked_linear
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "BlockLayout",
     "DataError",
     "ExpertNorm",
+    "Inputs",
     "InterpretableGRU",
     "InterpretableMLP",
     "InterpretableTransformer",
@@ -32,6 +34,7 @@ __all__ = [
     "MaskedGRU",
     "MaskedGRUCell",
     "MaskedLinear",
+    "MaskedMLP",
     "MaskedMultiheadAttention",
     "SubsetFamily",
     "gem_loss",

@@ -97,6 +97,10 @@ def info() -> dict[str, Any]:
         "isa": {"used": native.isa(), "available": native.isas()},
         "build": native.build_record(),
         "cuda": torch.cuda.get_device_name() if cuda else None,
+        "networks": {
+            "description": "whole networks as one op: C++ kernels for the CPU",
+            "obstacle": native.OBSTACLE,
+        },
         "backends": {
             name: {
                 "description": DESCRIPTIONS[name],

@@ -7,17 +7,16 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
 from maskmoe_kernels.objectives.gem import check_loss, gem_loss
 from maskmoe_kernels.objectives.mixture import Mixture, mixture
 from maskmoe_kernels.objectives.selection import Confidence, check_confidence
 from maskmoe_kernels.ops import networks
-from maskmoe_kernels.ops.networks import Inputs, Layers
+from maskmoe_kernels.ops.networks import Inputs
 
 
 class InterpretableMLP(nn.Module):
@@ -70,30 +69,14 @@ class InterpretableMLP(nn.Module):
             _refuse_unfit(input_layout, default)
         layouts = [default if input_layout is None else input_layout]
         layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
-        last = len(layouts) - 1
-        self._layouts = layouts
-        self.layers = nn.Sequential(
-            *(
-                MaskedLinear.from_layout(
-                    layout,
-                    activation=None if k == last else activation,
-                    backend=backend,
-                    device=device,
-                    dtype=dtype,
-                )
-                for k, layout in enumerate(layouts)
-            )
-        )
+        self.layers = MaskedMLP(layouts, activation, backend=backend, device=device, dtype=dtype)
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
         """Input ``(*, family.in_features)`` to logits ``(*, H)``.
 
         :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
         """
-        layers = self._fused(x)
-        if layers is not None:
-            return networks.masked_mlp(_inputs(x), layers)
-        logits: Tensor = self.layers(x.joined() if isinstance(x, Inputs) else x)
+        logits: Tensor = self.layers(x)
         return logits
 
     def gem_loss(
@@ -127,12 +110,12 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
         """
-        layers = self._fused(x)
+        layers = self.layers.fused(x)
         if layers is None or not isinstance(confidence, str) or target.requires_grad:
             return gem_loss(
                 self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
             )
-        inputs = _inputs(x)
+        inputs = inputs_of(x)
         check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
         return networks.masked_mlp_gem(
             inputs,
@@ -155,65 +138,15 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        layers = self._fused(x)
+        layers = self.layers.fused(x)
         if layers is None or not isinstance(confidence, str):
             return mixture(self(x), self.family, confidence, sharpness)
         check_confidence(confidence, sharpness)
         return Mixture(
             *networks.masked_mlp_mixture(
-                _inputs(x), layers, self.family.strict, confidence, sharpness
+                inputs_of(x), layers, self.family.strict, confidence, sharpness
             )
         )
-
-    def obstacle(self) -> str | None:
-        """Why the layers run one by one, in words for the user; None when they run as one op."""
-        layers = [*self.layers]
-        first, last = layers[0], layers[-1]
-        for layer, layout in zip(layers, self._layouts, strict=False):
-            if type(layer) is not MaskedLinear or layer.layout is not layout:
-                return f"a layer is a {type(layer).__name__} that was not made here"
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                return "a hook wants to see each layer"
-            if layer.backend not in (None, "native"):
-                return f"backend {layer.backend!r} was asked for"
-            if layer is not last and layer.activation != first.activation:
-                return "hidden layers differ in their activation"
-            if (layer.bias is None) != (first.bias is None):
-                return "some layers have a bias and some have none"
-        if last.activation not in (None, "none"):
-            return "the last layer has an activation"
-        if self.layers._forward_hooks or self.layers._forward_pre_hooks or _has_any_global_hook():
-            return "a hook wants to see each layer"
-        return networks.obstacle(first.weight.dtype, first.weight.device)
-
-    def _fused(self, x: Tensor | Inputs) -> Layers | None:
-        """The layers for one op; None: they run one by one."""
-        given = x.x if isinstance(x, Inputs) else x
-        if networks.transformed() or self.obstacle() is not None:
-            return None
-        layers = [*self.layers]
-        weights = [layer.weight for layer in layers]
-        like = weights[0]
-        fits = given is None or (given.dtype == like.dtype and given.device == like.device)
-        if not fits and not torch.is_autocast_enabled(like.device.type):
-            return None  # and the first layer says what is wrong
-        biases = [layer.bias for layer in layers]
-        activation = layers[0].activation if len(layers) > 1 else None
-        return Layers(
-            weights,
-            [] if biases[0] is None else biases,
-            [layer.layout for layer in layers],
-            activation or "none",
-        )
-
-    def extra_repr(self) -> str:
-        """How the layers run, for ``print(net)``."""
-        reason = self.obstacle()
-        return "runs as one op" if reason is None else f"runs layer by layer: {reason}"
-
-
-def _inputs(x: Tensor | Inputs) -> Inputs:
-    return x if isinstance(x, Inputs) else Inputs.of(x)
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

@@ -20,19 +20,16 @@ from maskmoe_kernels.models.sessions import (
 )
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.network import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 
 # Units of the hidden feed-forward layer per unit of the model, as in Vaswani et al. (2017).
 FEEDFORWARD_FACTOR = 4
 
 
-def _feedforward(family: SubsetFamily, width: Width, inner: Width, **options: Any) -> nn.Sequential:
-    return nn.Sequential(
-        MaskedLinear.from_layout(
-            family.hidden_layout(width, inner), activation="leaky_relu", **options
-        ),
-        MaskedLinear.from_layout(family.hidden_layout(inner, width), **options),
-    )
+def _feedforward(family: SubsetFamily, width: Width, inner: Width, **options: Any) -> MaskedMLP:
+    layouts = [family.hidden_layout(width, inner), family.hidden_layout(inner, width)]
+    return MaskedMLP(layouts, "leaky_relu", **options)
 
 
 def _norm(family: SubsetFamily, width: Width, options: dict[str, Any]) -> ExpertNorm:

@@ -4,6 +4,7 @@ from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.embedding import ContentEncoder
 from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.network import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 from maskmoe_kernels.nn.stacked import StackedLinear
 
@@ -13,6 +14,7 @@ __all__ = [
     "MaskedGRU",
     "MaskedGRUCell",
     "MaskedLinear",
+    "MaskedMLP",
     "MaskedMultiheadAttention",
     "StackedLinear",
 ]

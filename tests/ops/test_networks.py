@@ -45,7 +45,7 @@ def networks(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
     native.set_isa(draw(isas))
     net = mk.InterpretableMLP(family, hidden, draw(st.sampled_from(ACTIVATIONS)))
     net = net.to(draw(st.sampled_from(dtypes)))
-    assert net.obstacle() is None
+    assert net.layers.obstacle() is None
     x = torch.randn(draw(st.sampled_from(rows)), family.in_features)
     return net, family, x.to(net.layers[0].weight.dtype)
 
@@ -89,7 +89,7 @@ def test_equals_the_layers_by_their_definition(case, seed):
     expected = [true, *torch.autograd.grad(true, leaves, cotangent)]
     x.requires_grad_()
     found = []
-    for logits in (net(x), net.layers(x)):
+    for logits in (net(x), net.layers.layered(x)):
         given_to = [x, *net.parameters()]
         grads = torch.autograd.grad(logits, given_to, cotangent.to(logits.dtype))
         found.append([logits, *grads])
@@ -105,7 +105,7 @@ def test_every_row_count(isa, rows):
     torch.manual_seed(rows)
     net = mk.InterpretableMLP(CUBE, RAGGED, "tanh")
     x = torch.randn(rows, 22)
-    plain = net.layers(x)
+    plain = net.layers.layered(x)
     torch.testing.assert_close(net(x), plain, rtol=1e-5, atol=1e-6)
     for row in range(0, rows, 50):  # a sample's logits are its own, whatever is cut beside it
         assert torch.equal(net(x[row]), net(x)[row])
@@ -232,7 +232,7 @@ def test_equals_the_loss_of_its_logits(
     if not wants_x:
         del expected[1]
     ours = net.gem_loss(x, y, *options)
-    plain = mk.gem_loss(net.layers(x), y, family, *options)
+    plain = mk.gem_loss(net.layers.layered(x), y, family, *options)
     found = [
         [loss, *torch.autograd.grad(loss, given_to, materialize_grads=True)]
         for loss in (ours, plain)
@@ -363,14 +363,14 @@ def test_embedding_rows_get_the_gradients_of_who_named_them(isa, normalize, embe
         true = copy.deepcopy(model).double()
         plain = copy.deepcopy(model)
         plain.experts.layers[0].register_forward_hook(lambda *args: None)
-        assert plain.experts.obstacle() is not None
+        assert plain.experts.layers.obstacle() is not None
         wide = (*data[:3], data[3].double())
         found = []
         for net, inputs in ((model, data), (plain, data), (true, wide)):
             loss = net.gem_loss(*inputs, y, **options)
             grads = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
             found.append([loss, *grads])
-        assert model.experts.obstacle() is None
+        assert model.experts.layers.obstacle() is None
         floor = 64 * torch.finfo(dtype).eps
         for a, b, t in zip(*found, strict=True):
             error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
@@ -417,7 +417,7 @@ def test_tables_alone_without_columns():
     net = mk.InterpretableMLP(CUBE, [8, 8], "gelu")
     last = torch.randn(4, 6, 0)
     inputs = Inputs(None, tables, ids, (0, 1))
-    expected = net.layers(torch.cat([tables[0][ids[0]], tables[1][ids[1]], last], -1))
+    expected = net.layers.layered(torch.cat([tables[0][ids[0]], tables[1][ids[1]], last], -1))
     logits = net(inputs)
     torch.testing.assert_close(logits, expected)
     cotangent = torch.randn(4, 6, 7)
@@ -443,10 +443,39 @@ def test_which_path_runs_and_why():
     ):
         other = copy.deepcopy(net)
         change(other)
-        assert reason in other.obstacle()
-        assert f"layer by layer: {other.obstacle()}" in repr(other)
+        assert reason in other.layers.obstacle()
+        assert f"layer by layer: {other.layers.obstacle()}" in repr(other)
         x = torch.randn(3, 22, dtype=next(other.parameters()).dtype)
-        torch.testing.assert_close(other(x), other.layers(x))
+        torch.testing.assert_close(other(x), other.layers.layered(x))
+
+
+def test_some_of_its_layers_are_a_plain_sequence():
+    net = mk.InterpretableMLP(CUBE, [4, 5])
+    x = torch.randn(3, 22)
+    part = net.layers[:2]
+    assert type(part) is torch.nn.Sequential
+    assert torch.equal(net.layers[2](part(x)), net.layers.layered(x))
+    net.layers.append(torch.nn.Identity())
+    assert "3 layers and has 4" in net.layers.obstacle()
+    assert torch.equal(net(x), net.layers.layered(x))
+
+
+def test_any_masks_one_after_the_other():
+    """Masks that share no blocks run layer by layer, and say so; with the same blocks, as one."""
+    torch.manual_seed(0)
+    degrees = [torch.arange(6), torch.arange(20) % 5, torch.arange(6)]
+    masks = [b[:, None] >= a for a, b in itertools.pairwise(degrees)]
+    layouts = [mk.BlockLayout.from_mask(mask) for mask in masks]
+    made = mk.MaskedMLP(layouts, "tanh")
+    x = torch.randn(7, 6)
+    torch.testing.assert_close(made(x), made.layered(x))
+    apart = mk.MaskedMLP([layouts[0], mk.BlockLayout.from_mask(torch.rand(3, 20) < 0.5)])
+    assert "not cut into the blocks" in apart.obstacle()
+    assert torch.equal(apart(x), apart.layered(x))
+    with pytest.raises(mk.LayoutError, match=r"layouts\[0\] has 20 units, layouts\[1\] reads 6"):
+        mk.MaskedMLP([layouts[0], layouts[0]])
+    with pytest.raises(mk.LayoutError, match="at least one layout"):
+        mk.MaskedMLP([])
 
 
 def test_autocast_computes_in_its_dtype():
@@ -612,7 +641,7 @@ def test_trains_like_the_layers_do():
             if net is nets[0]:
                 loss = net.gem_loss(x, y, weighting="deselection")
             else:
-                loss = mk.gem_loss(net.layers(x), y, CUBE, weighting="deselection")
+                loss = mk.gem_loss(net.layers.layered(x), y, CUBE, weighting="deselection")
             loss.backward()
             optimizer.step()
     for a, b in zip(*(net.parameters() for net in nets), strict=True):
@@ -649,7 +678,7 @@ def test_predictions_where_nobody_or_everybody_is_sure():
             p.fill_(0 if p is net.layers[0].bias else 1)
     for sharpness in (1.0, 2.0):
         ours = net.predict(x, "square", sharpness)
-        theirs = mk.mixture(net.layers(x).detach(), family, "square", sharpness)
+        theirs = mk.mixture(net.layers.layered(x).detach(), family, "square", sharpness)
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-30, equal_nan=True)
     assert torch.equal(ours.attribution[0], torch.full((3,), 1 / 3))

@@ -105,15 +105,17 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
     parser = _parser(
         f"{program} train",
         "Samples a second of training a model of ours and its black box on random inputs of the\n"
-        "real sizes: MovieLens (and paper style), or skip: the Transformers, in sessions. Writes\n"
-        "training.json or skip_training.json into --out.",
+        "real sizes: MovieLens (and paper style); skip: the Transformers, in sessions; networks:\n"
+        "whole networks in one pass, and layer by layer. Writes training.json, skip_training.json\n"
+        "or networks.json into --out.",
         f"{program} train --batch 256",
     )
     add = parser.add_argument
-    add("--model", choices=("movielens", "skip"), default="movielens", help="default: %(default)s")
+    models = ("movielens", "skip", "networks")
+    add("--model", choices=models, default=models[0], help="default: %(default)s")
     add(
         "--batch", nargs="+", type=_positive, metavar="B",
-        help="samples (default: movielens 256 4096, skip 128)",
+        help="samples (default: movielens 256 4096, skip 128, networks 4096 65536)",
     )  # fmt: skip
     add("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     add("--no-compile", action="store_true", help="leave torch.compile out")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import compare, pictures, results, training
+from bench import compare, network_training, pictures, results, training
 from bench.arguments import parse
 from bench.contender import Unavailable
 from bench.harness import measure
@@ -170,6 +170,7 @@ def _smoke_the_rest(
     console.print("The run compared to itself:")
     compare.print_comparison(document, document, 1.1, console)
     training.run(training.SMOKE, out, arguments.device, console)
+    network_training.run(network_training.SMOKE, out, console, dtypes=("float32",))
 
 
 # --- Compare and train -------------------------------------------------------------------
@@ -197,7 +198,10 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         )
     )
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
-    training.run(plan, out, arguments.device, console, subject)
+    if arguments.model == "networks":
+        network_training.run(plan, out, console)
+    else:
+        training.run(plan, out, arguments.device, console, subject)
     return 0
 
 

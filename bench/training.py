@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import results
-from bench.rivals.paper_ncf import PaperStyleNCF
+from bench.rivals.paper_network import PaperStyleNCF
 from maskmoe_kernels import gem_loss
 from maskmoe_kernels.experiments.movielens import CONFIDENCE
 from maskmoe_kernels.experiments.report import write_json
@@ -72,6 +72,7 @@ class Subject:
         notes: Model to what it is; ours first, then its rivals.
         batches: Samples a step.
         prepare: Batch size, plan and device to what makes a trainer by name, compiled or not.
+        compiled: Who is measured under ``torch.compile`` too; ``None``: everybody.
     """
 
     title: str
@@ -79,6 +80,7 @@ class Subject:
     notes: Mapping[str, str]
     batches: Sequence[int]
     prepare: Callable[[int, Plan, str], Make]
+    compiled: Collection[str] | None = None
 
 
 SMOKE = Plan((64,), rounds=3, compile=False, seconds=0.02, sizes=NCFSizes(50, 40))
@@ -220,6 +222,8 @@ def measure(
     records, trainers = [], []
     for compiled in (False, True) if plan.compile else (False,):
         for name, note in subject.notes.items():
+            if compiled and subject.compiled is not None and name not in subject.compiled:
+                continue
             record: dict[str, Any] = {"model": name, "compiled": compiled, "batch": batch}
             records.append(record | {"note": note})
             try:
@@ -257,8 +261,8 @@ def ratios(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "ratio": rate / rates[batch, compiled, other],
         }
         for (batch, compiled, name), rate in rates.items()
-        for other in (BLACK_BOX, PAPER)
-        if name == OURS and (batch, compiled, other) in rates
+        for other in dict.fromkeys(r["model"] for r in records)
+        if name == OURS != other and (batch, compiled, other) in rates
     ]
 
 
@@ -273,13 +277,14 @@ def run(
         document["results"] += measure(batch, plan, device, subject)
         document["ratios"] = ratios(document["results"])
         write_json(out / subject.file, document)
-    _print(document, subject, console)
+    show(document, subject.title, console)
     console.print(str(out / subject.file), markup=False, highlight=False, soft_wrap=True)
     return document
 
 
-def _print(document: dict[str, Any], subject: Subject, console: Console) -> None:
-    table = Table(title=subject.title)
+def show(document: dict[str, Any], title: str, console: Console) -> None:
+    """Results and ratios as a table."""
+    table = Table(title=title)
     for column in ("batch", "how", "model", "samples/s", "quartiles", "ours is"):
         table.add_column(column, justify="left" if column in ("how", "model") else "right")
     ratio = {(r["batch"], r["compiled"], r["to"]): r["ratio"] for r in document["ratios"]}

@@ -29,7 +29,7 @@ from bench.rivals import (
     PaperStyleCompiled,
     Zuko,
 )
-from bench.rivals.paper_ncf import PaperStyleNCF
+from bench.rivals.paper_network import PaperStyleNCF
 from bench.shapes import FAMILIES, SMALL
 from bench.truth import errors, truth
 from maskmoe_kernels import BlockLayout, SubsetFamily

@@ -1,18 +1,19 @@
-"""Rival 1 as a whole network: the interpretable NCF as a list of ``nn.Linear`` an expert."""
+"""Rival 1 as a whole network: a list of ``nn.Linear`` an expert."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels import BlockLayout
+from maskmoe_kernels import BlockLayout, InterpretableMLP
 from maskmoe_kernels.models import InterpretableNCF
 
 
-class PaperStyleNCF(nn.Module):
-    """The same function and the same weights as an :class:`InterpretableNCF`.
+class PaperStyleMLP(nn.Module):
+    """The same function and the same weights as an :class:`InterpretableMLP` with relu.
 
     The activations of an expert stay a tensor of their own from the input to the logit, so that
     nothing is split or joined but what an expert reads.
@@ -21,12 +22,13 @@ class PaperStyleNCF(nn.Module):
         model: Whose weights to take.
     """
 
-    def __init__(self, model: InterpretableNCF) -> None:
+    def __init__(self, model: InterpretableMLP) -> None:
         super().__init__()
-        self.inputs, self.family = model.inputs, model.family
+        self.family = model.family
+        self.group_sizes = [*model.family.groups.values()]
         self.layers = nn.ModuleList()  # of a list each
         self.sources: list[list[list[tuple[int, bool]]]] = []
-        layers: Any = model.experts.layers
+        layers: Any = model.layers
         for layer in layers:
             layout: BlockLayout = layer.layout
             routed = layout.routes_grad.tolist()
@@ -34,10 +36,13 @@ class PaperStyleNCF(nn.Module):
             self.sources.append([[(j, routed[i][j]) for j in of] for i, of in enumerate(sources)])
             self.layers.append(_linears(layout, layer.dense_weight().detach(), layer.bias.detach()))
 
-    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
-        """Logits ``(B, 4)``; arguments as :class:`InterpretableNCF`."""
-        inputs: Any = self.inputs
-        h = [inputs.content(codes, numeric), inputs.user(user), inputs.item(item)]
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``(B, H)`` of ``(B, family.in_features)``."""
+        return self.of_groups(x.split(self.group_sizes, -1))
+
+    def of_groups(self, groups: Sequence[Tensor]) -> Tensor:
+        """Logits ``(B, H)`` of every group's features."""
+        h = [*groups]
         last = len(self.sources) - 1
         layer: Any
         for k, (layer, sources) in enumerate(zip(self.layers, self.sources, strict=True)):
@@ -52,6 +57,25 @@ class PaperStyleNCF(nn.Module):
             if k < last:
                 h = [torch.relu(part) for part in h]
         return torch.cat(h, -1)
+
+
+class PaperStyleNCF(nn.Module):
+    """The same function and the same weights as an :class:`InterpretableNCF`.
+
+    Args:
+        model: Whose weights to take.
+    """
+
+    def __init__(self, model: InterpretableNCF) -> None:
+        super().__init__()
+        self.inputs, self.family = model.inputs, model.family
+        self.experts = PaperStyleMLP(model.experts)
+
+    def forward(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor:
+        """Logits ``(B, 4)``; arguments as :class:`InterpretableNCF`."""
+        inputs: Any = self.inputs
+        groups = [inputs.content(codes, numeric), inputs.user(user), inputs.item(item)]
+        return self.experts.of_groups(groups)
 
 
 def _linears(layout: BlockLayout, weight: Tensor, bias: Tensor) -> nn.ModuleList:

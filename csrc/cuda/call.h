@@ -45,6 +45,8 @@ struct Call {
   float* partial;          // of each block: gradients of blocks, entries and biases; null: none
   int64_t partial_size;
   bool sinks_wanted;
+  float drain;             // what the inputs' gradients are multiplied with,
+  const float* drain_by;   // or where that lies on the device
   Part parts[kMostParts];
   Sink sinks[kMostParts];
   Objective objective;
@@ -72,6 +74,13 @@ struct Gradients {
   const float* scale;  // of each expert; null: 1
   void* weights[kMostLayers];
   void* biases[kMostLayers];  // null: none
+};
+
+// How many samples count.
+struct Samples {
+  const uint8_t* mask;
+  int64_t rows;
+  float* share;  // 1 / that
 };
 
 struct Totals {

@@ -6,32 +6,9 @@
 // keeps its own float32 image of them in L2 and adds its tiles there in order; no atomics.
 #pragma once
 
-#include "cuda/masked_mlp.h"
+#include "cuda/objective.h"
 
 namespace maskmoe::fused {
-
-// The floats of a tile: (experts, kR) each, then one a row.
-struct Cells {
-  float* logit;  // then its gradient
-  float* own;    // g, then the weight; objective only
-  float* rest;   // 1 - g, then the weighted loss
-  float* live;   // 1: the row counts
-  float* target;
-  float* total;
-  float* sums;   // (2 experts + 1,): losses, weights and samples of all the block's tiles
-
-  MASKMOE_DEVICE Cells(float* floats, int experts, int rows, bool objective) {
-    const int cells = experts * rows;
-    logit = floats;
-    live = logit + cells;
-    target = live + rows;
-    total = target + rows;
-    own = total + rows;
-    rest = own + cells;
-    sums = rest + cells;
-    if (!objective) target = total = own = rest = sums = nullptr;
-  }
-};
 
 // A sum that a block keeps over its tiles.
 MASKMOE_DEVICE void keep(float* at, float value, bool fresh) { *at = fresh ? value : *at + value; }
@@ -173,6 +150,8 @@ struct Drain {
 
   MASKMOE_DEVICE void operator()(int row, int column, int, float one, float other) const {
     if (first + row >= c.rows) return;
+    const float factor = c.drain_by == nullptr ? c.drain : *c.drain_by;
+    one *= factor, other *= factor;
     const Column left = c.tables.columns[column], right = c.tables.columns[column + 1];
     T* to = find(left, row);
     const bool next = right.part == left.part && right.column == left.column + 1;
@@ -275,75 +254,6 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
   }
 }
 
-// Which rows of a tile count, and their targets.
-template <int kR>
-MASKMOE_DEVICE void load_rows(const Call& c, const Cells& cells, int64_t first) {
-  each_thread([&](int thread) {
-    if (thread >= kR) return;
-    const int64_t row = first + thread;
-    const uint8_t* mask = c.objective.mask;
-    const bool counts = row < c.rows && (mask == nullptr || mask[row] != 0);
-    cells.live[thread] = counts ? 1.0f : 0.0f;
-    if (cells.target != nullptr) cells.target[thread] = counts ? c.objective.target[row] : 0.0f;
-  });
-}
-
-// w of every expert (section 3.3.2), its loss, and the gradient of its logit (eq. 4, eq. 7).
-template <class T, int kR>
-MASKMOE_DEVICE void objective(const Call& c, const Cells& cells) {
-  const Objective& o = c.objective;
-  const int experts = c.tables.experts, count = kR * experts;
-  auto each_cell = [&](const auto& f) {
-    each_thread([&](int thread) {
-      for (int n = thread; n < count; n += kThreads) f(n, n % kR, n / kR);
-    });
-    barrier();
-  };
-  each_cell([&](int n, int row, int) {  // products over strict subsets, in order
-    if (cells.live[row] == 0.0f) {
-      cells.own[n] = 0.0f;
-      return;
-    }
-    const int expert = n / kR;
-    float weight = o.own ? cells.own[n] : 1.0f;
-    for (int a = 0; a < o.above_count[expert]; ++a) {
-      weight *= cells.rest[o.above[expert * experts + a] * kR + row];
-    }
-    cells.own[n] = weight;
-  });
-  if (o.sample) {
-    each_thread([&](int thread) {
-      if (thread >= kR) return;
-      float total = 0.0f;
-      for (int i = 0; i < experts; ++i) total += cells.own[i * kR + thread];
-      cells.total[thread] = total == 0.0f ? 1.0f : total;
-    });
-    barrier();
-  }
-  each_cell([&](int n, int row, int expert) {
-    const float z = cells.logit[n];
-    const float weight = o.sample ? cells.own[n] / cells.total[row] : cells.own[n];
-    const Loss loss = cross_entropy(z, cells.target[row]);
-    const bool counts = cells.live[row] != 0.0f;
-    float grad = counts ? 2.0f * weight * loss.error : 0.0f;
-    if (o.scale != nullptr) grad *= o.scale[expert];
-    cells.logit[n] = grad;
-    cells.own[n] = weight;
-    cells.rest[n] = counts ? weight * loss.value : 0.0f;
-  });
-  if (o.sums == nullptr) return;
-  each_thread([&](int thread) {
-    for (int n = thread; n < 2 * experts + 1; n += kThreads) {
-      const float* from = n < experts       ? cells.rest + n * kR
-                          : n < 2 * experts ? cells.own + (n - experts) * kR
-                                            : cells.live;
-      float sum = 0.0f;
-      for (int row = 0; row < kR; ++row) sum += from[row];
-      cells.sums[n] += sum;
-    }
-  });
-}
-
 // The gradient of the logits follows from the objective if there is one, else it is given.
 template <class T, int kR>
 struct Backward {
@@ -364,7 +274,6 @@ struct Backward {
     bool fresh = true;
     for (int64_t n = place.block; n * kR < c.rows; n += place.blocks, fresh = false) {
       const int64_t first = n * kR;
-      barrier();
       load_rows<kR>(c, cells, first);
       barrier();
       load_inputs<T, kR>(c, tile, first, cells.live);
@@ -385,8 +294,7 @@ struct Backward {
         backward<T, kR>(c, tile, cells.logit, first, partial, fresh);
       }
     }
-    if (c.objective.sums != nullptr) {
-      barrier();
+    if (c.objective.sums != nullptr) {  // each of them is one thread's from beginning to end
       each_thread([&](int thread) {
         const int count = 2 * t.experts + 1;
         for (int n = thread; n < count; n += kThreads) {

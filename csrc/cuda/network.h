@@ -1,4 +1,4 @@
-// A chain of layouts compiled for tensor cores: the products of 16 x 16 weights that make a network.
+// A chain of layouts compiled for tensor cores: a network as products of 16 x 16 weights.
 //
 // Groups of features and experts of units are padded to chunks of 16 columns, so that a product
 // never straddles what an expert sees and what it does not. One chunk of outputs is the sum over
@@ -34,7 +34,7 @@ struct Product {
   int32_t block, blocks;   // its first block of weights, and how many: one a chunk
 };
 
-// Where the 16 x 16 weights of a block lie in the packed weight; rows k are what a product sums over.
+// Where the 16 x 16 weights of a block lie in the packed weight; a product sums over its rows, k.
 struct Block {
   int64_t from;
   int32_t step_k, step_n;

@@ -2,76 +2,23 @@
 // the GPU (masked_mlp.cu) or its twin (twin.cc).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <array>
 #include <map>
 #include <memory>
 #include <mutex>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
 #include "cuda/masked_mlp_backward.h"
 #include "cuda/reductions.h"
-#include "cuda/tables.h"
+#include "cuda/table_gradient.h"
 
 namespace maskmoe::fused {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Tensors = std::vector<Tensor>;
-using Integers = std::vector<int64_t>;
-
-inline Activation activation_of(const std::string& name) {
-  const char* names[] = {"none", "relu", "leaky_relu", "gelu", "tanh", "silu"};
-  for (int n = 0; n < 6; ++n) {
-    if (name == names[n]) return static_cast<Activation>(n);
-  }
-  STD_TORCH_CHECK(false, "maskmoe: unknown activation ", name);
-}
-
-inline int index_of(const std::string& name, std::initializer_list<const char*> names) {
-  int n = 0;
-  for (const char* known : names) {
-    if (name == known) return n;
-    ++n;
-  }
-  STD_TORCH_CHECK(false, "maskmoe: unknown option ", name);
-}
-
-// What a network's tensors are on one device.
-template <class Machine>
-struct Placed {
-  Network network;
-  typename Machine::Memory memory;  // holds the tables
-  Tables host, tables;
-
-  Placed(const std::vector<Encoded>& layouts, const std::vector<PartSize>& parts)
-      : network(layouts, parts),
-        memory(network.bytes()),
-        host(network.at(network.bytes().data())),
-        tables(network.at(memory.data())) {}
-};
-
-// The arguments that all three ops share.
-struct Inputs {
-  std::optional<Tensor> x;
-  Tensors tables, ids;
-  Integers parts;
-  Tensors weights, biases, plans;
-  Integers layouts;
-  Activation activation;
-};
-
+// One call of an op, for any number type.
 template <class Machine>
 class Operator {
  public:
-  Operator(Inputs given, Use use) : in_(std::move(given)), use_(use), machine_(like()) {
+  Operator(Inputs given, Use use)
+      : in_(std::move(given)), use_(use), machine_(like()), buffers_(like()) {
     STD_TORCH_CHECK(!in_.weights.empty() && in_.plans.size() == in_.weights.size() &&
                         in_.layouts.size() == in_.weights.size() &&
                         (in_.biases.empty() || in_.biases.size() == in_.weights.size()) &&
@@ -92,7 +39,7 @@ class Operator {
   std::tuple<Tensor, Tensor> forward() {
     Integers sizes = leading_;
     sizes.push_back(network().out_features);
-    Tensor logits = empty(sizes, dtype());
+    Tensor logits = buffers_.empty(sizes, dtype());
     typed([&](auto t) {
       using T = decltype(t);
       Call call = this->call();
@@ -105,12 +52,11 @@ class Operator {
         }
       });
     });
-    return {logits, empty({0}, dtype())};
+    return {logits, buffers_.empty({0}, dtype())};
   }
 
   Tensors backward(const Tensor& grad_logits, bool need_x, bool need_tables, bool need_weights) {
-    Tensor given = grad_logits.is_contiguous() ? grad_logits
-                                               : torch::stable::contiguous(grad_logits);
+    Tensor given = compact(grad_logits);
     STD_TORCH_CHECK(given.numel() == rows_ * network().out_features &&
                         given.scalar_type() == dtype(),
                     "maskmoe: grad_logits does not fit the logits");
@@ -118,7 +64,7 @@ class Operator {
     typed([&](auto t) {
       using T = decltype(t);
       Call call = this->call();
-      call.logits = given.mutable_data_ptr();
+      call.logits = given.data_ptr();
       if (need_x || need_tables || need_weights) {
         pack<T>(call, packed_blocks(), nullptr);
         sink(call);
@@ -147,11 +93,11 @@ class Operator {
                         loss.strict.numel() == experts * experts &&
                         loss.strict.scalar_type() == ScalarType::Bool,
                     "maskmoe: target, mask or strict do not fit the logits");
-    for (Tensor* t : {&loss.target, &loss.strict}) *t = contiguous(*t);
-    if (loss.mask) loss.mask = contiguous(*loss.mask);
+    for (Tensor* t : {&loss.target, &loss.strict}) *t = compact(*t);
+    if (loss.mask) loss.mask = compact(*loss.mask);
     need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
-    Tensor result = empty({}, ScalarType::Float);
-    Tensor scale = empty({experts}, ScalarType::Float);
+    Tensor result = buffers_.empty({}, ScalarType::Float);
+    Tensor scale = buffers_.empty({experts}, ScalarType::Float);
     typed([&](auto t) {
       using T = decltype(t);
       Call call = this->call();
@@ -164,21 +110,21 @@ class Operator {
       o.sample = loss.normalize == 1;
       pack<T>(call, packed_blocks(), static_cast<const uint8_t*>(loss.strict.data_ptr()));
       sink(call);
-      // The input's gradient adds experts up: what divides each has to be known before.
-      const bool two_phases = call.sinks_wanted;
       Totals totals{nullptr,
                     0,
                     static_cast<int32_t>(experts),
                     loss.normalize,
                     static_cast<float*>(scale.mutable_data_ptr()),
                     static_cast<float*>(result.mutable_data_ptr())};
-      if (two_phases) {
+      if (call.sinks_wanted && loss.normalize >= 2) {
+        // The input's gradient adds experts up, and what divides each is a sum over the batch.
         Call first = call;
         first.sinks_wanted = false;
         train<T>(first, false, &totals);
-        call.objective.scale = totals.scale;
+        o.scale = totals.scale;
         train<T>(call, need_weights, nullptr);
       } else {
+        share(call);
         train<T>(call, need_weights, &totals);
       }
       scatter<T>();
@@ -194,23 +140,8 @@ class Operator {
   const Network& network() const { return placed_->network; }
   const Tables& network_tables() const { return placed_->host; }
 
-  static Tensor contiguous(const Tensor& t) {
-    return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  }
   static void dense(Tensors& of) {
-    for (Tensor& t : of) t = contiguous(t);
-  }
-
-  Tensor empty(const Integers& sizes, ScalarType type) const {
-    return torch::stable::new_empty(like(), sizes, type);
-  }
-
-  // A buffer that lives until this call has returned; later kernels of the stream may reuse it.
-  template <class V>
-  V* workspace(int64_t count) {
-    const int64_t bytes = std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(V));
-    held_.push_back(empty({bytes}, ScalarType::Byte));
-    return static_cast<V*>(held_.back().mutable_data_ptr());
+    for (Tensor& t : of) t = compact(t);
   }
 
   // x as a matrix with features side by side.
@@ -222,7 +153,7 @@ class Operator {
     if (x.dim() == 2 && (features == 1 || x.stride(1) == 1) && x.stride(0) >= features) {
       x_stride_ = x.stride(0);
     } else {
-      x = contiguous(x);
+      x = compact(x);
     }
   }
 
@@ -248,7 +179,7 @@ class Operator {
     std::vector<std::vector<int64_t>> values;
     std::vector<Encoded> encoded;
     for (const Tensor& plan : in_.plans) {
-      values.push_back(machine_.read(contiguous(plan)));
+      values.push_back(machine_.read(compact(plan)));
       encoded.push_back({values.back().data(), static_cast<int64_t>(values.back().size())});
     }
     auto made = std::make_shared<const Placed<Machine>>(encoded, sizes);
@@ -295,7 +226,8 @@ class Operator {
       case ScalarType::Float: return f(float{});
       case ScalarType::BFloat16: return f(Bfloat16{});
       case ScalarType::Half: return f(Float16{});
-      default: STD_TORCH_CHECK(false, "maskmoe: the fused network takes float32, bfloat16, float16");
+      default:
+        STD_TORCH_CHECK(false, "maskmoe: the fused network takes float32, bfloat16 and float16");
     }
   }
 
@@ -318,6 +250,7 @@ class Operator {
     call.room = room_;
     call.activation = in_.activation;
     call.rows = rows_;
+    call.drain = 1.0f;
     int64_t column = 0;
     const int64_t item = dtype() == ScalarType::Float ? 4 : 2;
     for (size_t p = 0; p < in_.parts.size(); ++p) {
@@ -350,14 +283,14 @@ class Operator {
       p.biases[l] = in_.biases.empty() ? nullptr : in_.biases[l].data_ptr();
     }
     p.blocks = count;
-    p.image = workspace<T>(int64_t{kBlock} * count);
-    p.last = workspace<float>(int64_t{kSide} * t.num_entries);
-    p.padded_biases = workspace<float>(t.num_biases);
+    p.image = buffers_.template take<T>(int64_t{kBlock} * count);
+    p.last = buffers_.template take<float>(int64_t{kSide} * t.num_entries);
+    p.padded_biases = buffers_.template take<float>(t.num_biases);
     if (strict != nullptr) {
       p.strict = strict;
-      p.above = workspace<int16_t>(int64_t{t.experts} * t.experts);
-      p.above_count = workspace<int32_t>(t.experts);
-      p.larger = workspace<uint8_t>(t.experts);
+      p.above = buffers_.template take<int16_t>(int64_t{t.experts} * t.experts);
+      p.above_count = buffers_.template take<int32_t>(t.experts);
+      p.larger = buffers_.template take<uint8_t>(t.experts);
       call.objective.above = p.above;
       call.objective.above_count = p.above_count;
       call.objective.larger = p.larger;
@@ -366,21 +299,17 @@ class Operator {
     machine_.template launch<Pack<T>>(spread(int64_t{kBlock} * count + t.num_biases), 0, p);
   }
 
-  static int64_t spread(int64_t items) {
-    return std::clamp<int64_t>((items + kThreads - 1) / kThreads, 1, 4096);
-  }
-
   // Where the input's gradients go: grad_x at once, table rows to be added up later.
   void sink(Call& call) {
     if (in_.x && need_x_) {
       Integers sizes = leading_;
       sizes.push_back(in_.x->size(in_.x->dim() - 1));
-      grad_x_ = empty(sizes, dtype());
+      grad_x_ = buffers_.empty(sizes, dtype());
     }
     int64_t width = 0;
     if (need_tables_) {
       for (int64_t p : in_.parts) width += p < 0 ? 0 : in_.tables[p].size(1);
-      grad_rows_ = empty({rows_, width}, dtype());
+      grad_rows_ = buffers_.empty({rows_, width}, dtype());
     }
     const int64_t item = dtype() == ScalarType::Float ? 4 : 2;
     int64_t column = 0, table_column = 0;
@@ -401,6 +330,18 @@ class Operator {
     call.sinks_wanted = grad_x_ || (need_tables_ && width > 0);
   }
 
+  // The loss is a mean over samples: so are the inputs' gradients.
+  void share(Call& call) {
+    if (!call.sinks_wanted) return;
+    if (call.objective.mask == nullptr) {
+      call.drain = 1.0f / static_cast<float>(std::max<int64_t>(rows_, 1));
+      return;
+    }
+    const Samples samples{call.objective.mask, rows_, buffers_.template take<float>(1)};
+    machine_.template launch<Count>(1, kThreads * sizeof(int64_t), samples);
+    call.drain_by = samples.share;
+  }
+
   // Forward and backward of all tiles; then the sums over blocks.
   template <class T>
   void train(Call call, bool weights, Totals* totals) {
@@ -412,9 +353,9 @@ class Operator {
       constexpr int kR = decltype(height)::value;
       using Kernel = Backward<T, kR>;
       count = blocks<Kernel>(kR);
-      if (weights) call.partial = workspace<float>(count * call.partial_size);
+      if (weights) call.partial = buffers_.template take<float>(count * call.partial_size);
       if (totals != nullptr) {
-        call.objective.sums = workspace<float>(count * (2 * t.experts + 1));
+        call.objective.sums = buffers_.template take<float>(count * (2 * t.experts + 1));
         totals->sums = call.objective.sums;
         totals->blocks = count;
       }
@@ -435,11 +376,11 @@ class Operator {
     g.partials = count;
     g.scale = scale;
     for (size_t l = 0; l < in_.weights.size(); ++l) {
-      grad_weights_.push_back(empty({in_.weights[l].numel()}, dtype()));
+      grad_weights_.push_back(buffers_.empty({in_.weights[l].numel()}, dtype()));
       g.weights[l] = grad_weights_.back().mutable_data_ptr();
     }
     for (size_t l = 0; l < in_.biases.size(); ++l) {
-      grad_biases_.push_back(empty({in_.biases[l].numel()}, dtype()));
+      grad_biases_.push_back(buffers_.empty({in_.biases[l].numel()}, dtype()));
       g.biases[l] = grad_biases_.back().mutable_data_ptr();
     }
     machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
@@ -460,43 +401,13 @@ class Operator {
     for (size_t n = 0; n < in_.tables.size(); ++n) {
       const Tensor& table = in_.tables[n];
       Scatter s{};
-      s.ids = static_cast<const int64_t*>(in_.ids[n].data_ptr());
+      s.grad = column[n] < 0 ? nullptr : static_cast<const T*>(grad_rows_->data_ptr()) + column[n];
       s.samples = rows_;
       s.stride = at;
       s.rows = table.size(0);
       s.width = table.size(1);
-      cut(s);
-      const bool read = column[n] >= 0 && rows_ > 0 && s.rows > 0 && s.width > 0;
-      const bool sorted = s.spans > kMostSpans;
-      grad_tables_.push_back(empty({s.rows, s.width}, dtype()));
-      s.result = grad_tables_.back().mutable_data_ptr();
-      if (!read || sorted) torch::stable::zero_(grad_tables_.back());
-      if (!read) continue;
-      s.grad = static_cast<const T*>(grad_rows_->data_ptr()) + column[n];
-      if (sorted) {
-        sort(s, in_.ids[n]);
-        machine_.template launch<ScatterSorted<T>>(spread(32 * rows_), 0, s);
-        continue;
-      }
-      if (s.slices > 1) s.partial = workspace<float>(s.slices * s.rows * s.width);
-      machine_.template launch<ScatterRows<T>>(s.spans * s.slices, shared_bytes(s), s);
-      if (s.slices > 1) machine_.template launch<ScatterSum<T>>(spread(s.rows * s.width), 0, s);
+      grad_tables_.push_back(table_gradient<T>(machine_, buffers_, s, in_.ids[n], dtype()));
     }
-  }
-
-  // torch's stable sort: samples of one id keep their order.
-  void sort(Scatter& s, const Tensor& ids) {
-    using torch::stable::detail::from;
-    const Tensor flat = torch::stable::reshape(ids, {rows_});
-    std::array<StableIValue, 4> stack{from(flat), from(std::optional<bool>(true)),
-                                      from(int64_t{0}), from(false)};
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
-    for (const StableIValue& value : {stack[0], stack[1]}) {
-      held_.push_back(torch::stable::detail::to<Tensor>(value));
-    }
-    s.ids = static_cast<const int64_t*>(held_[held_.size() - 2].data_ptr());
-    s.order = static_cast<const int64_t*>(held_.back().data_ptr());
   }
 
   Tensors results() {
@@ -518,7 +429,8 @@ class Operator {
   Room room_{};
   bool need_x_ = false, need_tables_ = false, need_weights_ = false;
   std::optional<Tensor> grad_x_, grad_rows_;
-  Tensors grad_tables_, grad_weights_, grad_biases_, held_;
+  Tensors grad_tables_, grad_weights_, grad_biases_;
+  Buffers buffers_;
 };
 
 }  // namespace maskmoe::fused

@@ -115,6 +115,28 @@ struct Reduce {
   }
 };
 
+// One over the number of samples that count, as the loss is their mean. One block.
+struct Count {
+  using Arguments = Samples;
+  static constexpr int kResident = 4;
+
+  static MASKMOE_DEVICE void run(const Samples& s, const Place& place) {
+    int64_t* counts = reinterpret_cast<int64_t*>(place.shared);  // (kThreads,)
+    each_thread([&](int thread) {
+      int64_t count = 0;
+      for (int64_t n = thread; n < s.rows; n += kThreads) count += s.mask[n] != 0 ? 1 : 0;
+      counts[thread] = count;
+    });
+    barrier();
+    each_thread([&](int thread) {
+      if (thread != 0) return;
+      int64_t count = 0;
+      for (int n = 0; n < kThreads; ++n) count += counts[n];
+      *s.share = 1.0f / static_cast<float>(count < 1 ? 1 : count);
+    });
+  }
+};
+
 // The loss, and what each expert's gradient is to be multiplied with. One block.
 struct Finish {
   using Arguments = Totals;

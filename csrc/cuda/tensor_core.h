@@ -5,6 +5,8 @@
 // same values in the same places, and the instruction is its definition.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/numbers.h"
 
 namespace maskmoe::fused {
@@ -112,7 +114,7 @@ struct Core {
     float* c = acc[0].x + half * 4;
     const uint32_t* l = a[0].r;
     const uint32_t* r = b[0].r + half * 2;
-    if constexpr (sizeof(T) == 2 && is_bfloat16()) {
+    if constexpr (std::is_same_v<T, Bfloat16>) {
       asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                    "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                    : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -149,18 +151,7 @@ struct Core {
     }
 #endif
   }
-
-  static constexpr MASKMOE_DEVICE bool is_bfloat16();
 };
-
-template <>
-constexpr MASKMOE_DEVICE bool Core<Bfloat16>::is_bfloat16() {
-  return true;
-}
-template <>
-constexpr MASKMOE_DEVICE bool Core<Float16>::is_bfloat16() {
-  return false;
-}
 
 // float32: two steps of 8.
 template <>

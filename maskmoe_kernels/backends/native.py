@@ -73,5 +73,11 @@ _extension, _reason = _load()
 OBSTACLE: str | None = _reason or (
     None if isas() else "there are no kernels for this processor (they need AVX2 or AVX-512)"
 )
+#: Why there are no C++ kernels for NVIDIA GPUs; None when there are.
+CUDA_OBSTACLE: str | None = _reason or (
+    f"the extension was built without CUDA kernels: {build_record()['cuda']}"
+    if build_record().get("cuda")
+    else None
+)
 if _extension is not None and os.environ.get("MASKMOE_ISA"):
     set_isa(os.environ["MASKMOE_ISA"])

@@ -174,12 +174,14 @@ class SubsetFamily:
         return self.membership.repeat_interleave(widths, dim=1)
 
     def table(self, name: str, device: torch.device) -> Tensor:
-        """A table of this family (``"strict"`` in float64, ``"has_larger"``) kept on ``device``."""
-        return keep_table(
-            self._tables,
-            (name, device),
-            lambda: self.strict.double() if name == "strict" else self.has_larger,
-        )
+        """A table of this family kept on ``device``: ``"strict"`` in float64, ``"inside"`` the same
+        as bool, ``"has_larger"``."""
+        made = {
+            "strict": lambda: self.strict.double(),
+            "inside": lambda: self.strict,
+            "has_larger": lambda: self.has_larger,
+        }
+        return keep_table(self._tables, (name, device), made[name])
 
     def input_layout(self, width: Width, *, strict: bool = False) -> BlockLayout:
         """Experts x groups: block (i, n) is present iff X_n is in S_i.

@@ -117,11 +117,13 @@ class InterpretableMLP(nn.Module):
             )
         inputs = inputs_of(x)
         check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
+        on_cpu = target.device.type == "cpu"
+        inside = self.family.strict if on_cpu else self.family.table("inside", target.device)
         return networks.masked_mlp_gem(
             inputs,
             layers,
             target,
-            self.family.strict,
+            inside,
             confidence,
             sharpness,
             weighting,
@@ -139,7 +141,7 @@ class InterpretableMLP(nn.Module):
             LayoutError: As :func:`mixture`.
         """
         layers = self.layers.fused(x)
-        if layers is None or not isinstance(confidence, str):
+        if layers is None or layers.weights[0].is_cuda or not isinstance(confidence, str):
             return mixture(self(x), self.family, confidence, sharpness)
         check_confidence(confidence, sharpness)
         return Mixture(

@@ -106,7 +106,8 @@ class MaskedMLP(nn.Sequential):
             return "the last layer has an activation"
         if _has_any_global_hook():
             return "a hook wants to see each layer"
-        return self._gap or networks.obstacle(first.weight.dtype, first.weight.device)
+        named = first.backend == "native"
+        return self._gap or networks.obstacle(first.weight.dtype, first.weight.device, named)
 
     def fused(self, x: Tensor | Inputs) -> Layers | None:
         """The layers for one op on ``x``; None: they run one by one."""

@@ -297,15 +297,23 @@ class Layers:
     activation: str = "none"
 
 
-def obstacle(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why no network runs as one op on such weights, in words for the user; None when they do."""
-    if device.type != "cpu":
-        return f"the weights are on {device}; fused networks run on the CPU"
-    if native.OBSTACLE is not None:
-        return native.OBSTACLE
+def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | None:
+    """Why no network runs as one op on such weights, in words for the user; None when they do.
+
+    Args:
+        dtype: Of the weights.
+        device: Of the weights.
+        named: Was the backend ``"native"`` asked for?
+    """
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
-    return None
+    if device.type == "cuda":
+        if native.CUDA_OBSTACLE is None and not named:
+            return "its CUDA kernels have yet to meet a GPU; name them with backend='native'"
+        return native.CUDA_OBSTACLE
+    if device.type != "cpu":
+        return f"the weights are on {device}; fused networks run on the CPU and on NVIDIA GPUs"
+    return native.OBSTACLE
 
 
 def transformed() -> bool:

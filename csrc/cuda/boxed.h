@@ -10,7 +10,8 @@ struct Ops {
   static std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
                                             Integers parts, Tensors weights, Tensors biases,
                                             Tensors plans, Integers layouts,
-                                            std::string activation, bool /*keep*/) {
+                                            int64_t /*out_features*/, std::string activation,
+                                            bool /*keep*/) {
     // Nothing is kept: a backward recomputes the activations, which never left the chip.
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
                           activation_of(activation)},

@@ -153,6 +153,10 @@ constexpr int low_tile(int item_size) { return high_tile(item_size) / 2; }
 std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slopes,
                      int64_t shared_limit);
 
+// The same from the layouts; also why they are no network for these kernels.
+std::string obstacle(const std::vector<Encoded>& layouts, const std::vector<PartSize>& parts,
+                     int item_size, Use use, bool keep_slopes, int64_t shared_limit);
+
 // The rows of a tile: the most that fit, fewer if that leaves processors idle. 0: none fits.
 int rows_for(const Tables& tables, int item_size, Use use, bool keep_slopes, int64_t shared_limit,
              int64_t rows, int64_t processors);

@@ -24,6 +24,7 @@ class Operator {
                         (in_.biases.empty() || in_.biases.size() == in_.weights.size()) &&
                         in_.ids.size() == in_.tables.size() && (in_.x || !in_.ids.empty()),
                     "maskmoe: the fused network's lists of tensors do not fit each other");
+    typed([](auto) {});
     dense(in_.tables), dense(in_.ids), dense(in_.weights), dense(in_.biases);
     if (in_.x) hold_matrix();
     placed_ = place();
@@ -52,7 +53,7 @@ class Operator {
         }
       });
     });
-    return {logits, buffers_.empty({0}, dtype())};
+    return {logits, buffers_.empty({0, 0}, ScalarType::Float)};
   }
 
   Tensors backward(const Tensor& grad_logits, bool need_x, bool need_tables, bool need_weights) {

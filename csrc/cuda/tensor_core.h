@@ -209,6 +209,7 @@ struct Core<float> {
   }
 
   // high * low + low * high + high * high: 2^-24 of a product is lost, as in float32.
+  // A seen infinity times a low part of 0 is NaN, where float32 has an infinity.
   static MASKMOE_DEVICE void multiply(PerLane<Acc>& acc, const PerLane<A>& a,
                                       const PerLane<B>& b) {
     PerLane<A> a_high, a_low;

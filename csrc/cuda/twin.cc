@@ -117,8 +117,8 @@ STABLE_TORCH_LIBRARY(maskmoe_twin, m) {
   m.def("configure(int blocks, int processors, int shared_limit, bool backwards) -> bool");
   m.def(
       "masked_mlp(Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts, Tensor[] weights, "
-      "Tensor[] biases, Tensor[] plans, int[] layouts, str activation, bool keep) "
-      "-> (Tensor, Tensor)");
+      "Tensor[] biases, Tensor[] plans, int[] layouts, SymInt out_features, str activation, "
+      "bool keep) -> (Tensor, Tensor)");
   m.def(
       "masked_mlp_backward(Tensor grad_logits, Tensor? x, Tensor[] tables, Tensor[] ids, "
       "int[] parts, Tensor[] weights, Tensor[] biases, Tensor saved, Tensor[] plans, "

@@ -174,8 +174,9 @@ class SubsetFamily:
         return self.membership.repeat_interleave(widths, dim=1)
 
     def table(self, name: str, device: torch.device) -> Tensor:
-        """A table of this family kept on ``device``: ``"strict"`` in float64, ``"inside"`` the same
-        as bool, ``"has_larger"``."""
+        """A table of this family kept on ``device``: ``"strict"`` in float64, ``"inside"`` in bool,
+        ``"has_larger"``.
+        """
         made = {
             "strict": lambda: self.strict.double(),
             "inside": lambda: self.strict,

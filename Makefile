@@ -57,6 +57,7 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	@export LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) \
 	        $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    UBSAN_OPTIONS=print_stacktrace=1 \
+	    CXXFLAGS="$(SANITIZE)" \
 	    MASKMOE_EXTENSION=$(CURDIR)/build/sanitize/maskmoe_kernels/_C.abi3.so; \
 	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["obstacle"])' && \
 	$(PYTEST) $(wildcard tests/backends/test_native.py) tests/ops

@@ -199,7 +199,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     )
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
     if arguments.model == "networks":
-        network_training.run(plan, out, console)
+        network_training.run(plan, out, console, arguments.device)
     else:
         training.run(plan, out, arguments.device, console, subject)
     return 0

@@ -123,7 +123,7 @@ def _tests(lab: Lab) -> list[Command]:
         return [_pytest(lab, CUDA_TESTS, "-k", "seen", shard=f"{k}/2") for k in range(2)]
     count = min(MOST_SHARDS, max(1, (os.cpu_count() or 1) // 2))
     # The rest of the tests for GPUs are parts of their own.
-    words = [*TESTS, "-m", "not slow", "-k", "not test_cuda or oracle or blind or seen"]
+    words = [*TESTS, "-m", "not slow", "-k", "not test_cuda.py or oracle or blind or seen"]
     return [_pytest(lab, *words, shard=f"{k}/{count}") for k in range(count)]
 
 
@@ -195,9 +195,15 @@ def _bench(lab: Lab) -> list[Command]:
     ]
 
 
+def _networks(lab: Lab) -> list[Command]:
+    words = ["-m", "bench", "train", "--model", "networks", "--device", lab.device]
+    many = "--no-compile --batch 65536 --rounds 3".split()
+    return [_python(*words, *(["--smoke"] if lab.rehearsal else many), "--out", str(lab.out))]
+
+
 #: In order; the benchmark is last and takes what time the others leave.
 PARTS = (
-    Part("build", "the C++ extension, in place", 40, _build, obstacle=_no_build, optional=True),
+    Part("build", "the extension, in place", 90, _build, obstacle=_no_build, optional=True),
     Part("tests", "the suite with --device cuda", 110, _tests, together=True),
     Part("memory", "offsets past 2^31", 25, _memory),
     Part("graphs", "CUDA graphs, streams, devices, no host sync", 35, _graphs),
@@ -211,6 +217,7 @@ PARTS = (
         obstacle=_no_sanitizer,
         refusals=("Device not supported",),
     ),
-    Part("overhead", "what a call costs, by how the op is registered", 30, _overhead),
-    Part("bench", "every rival and floor", 190, _bench),
+    Part("overhead", "what a call costs, by how the op is registered", 20, _overhead),
+    Part("networks", "training whole networks in one pass", 40, _networks),
+    Part("bench", "every rival and floor", 120, _bench),
 )

@@ -77,11 +77,13 @@ def count(net: InterpretableMLP, batch: int, size: int) -> Counts:
 class Data:
     """Random rows and labels of one network's input."""
 
-    def __init__(self, features: int, batch: int, dtype: torch.dtype, steps: int = 4) -> None:
+    def __init__(
+        self, features: int, batch: int, dtype: torch.dtype, device: str, steps: int = 4
+    ) -> None:
         generator = torch.Generator().manual_seed(0)
         self.batch = batch
-        self.x = torch.randn(steps * batch, features, generator=generator).to(dtype)
-        self.target = torch.randint(2, (steps * batch,), generator=generator).float()
+        self.x = torch.randn(steps * batch, features, generator=generator).to(device, dtype)
+        self.target = torch.randint(2, (steps * batch,), generator=generator).float().to(device)
 
     def step(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of step ``k``, over and over."""
@@ -93,11 +95,17 @@ class NetworkTrainer(Trainer):
     """One network in training; see :class:`Trainer`."""
 
     def __init__(self, name: str, network: str, data: Data, compiled: bool) -> None:
-        model = build(name, network).to(data.x.dtype)
-        self.start(name, data, model, loss_of(name, model), "cpu", compiled)
+        device = data.x.device.type
+        model = build(name, network, device).to(data.x)
+        self.start(name, data, model, loss_of(name, model), device, compiled)
 
 
-def build(name: str, network: str) -> nn.Module:
+def backend(name: str, device: str) -> str | None:
+    """On a GPU, one pass is for those who name it."""
+    return "native" if name == OURS and device != "cpu" else None
+
+
+def build(name: str, network: str, device: str = "cpu") -> nn.Module:
     """One of ``NOTES``, from the same seed."""
     family, hidden = NETWORKS[network][0](), NETWORKS[network][1]
     torch.manual_seed(0)
@@ -107,7 +115,7 @@ def build(name: str, network: str) -> nn.Module:
         for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.ReLU()]
         return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
-    ours = InterpretableMLP(family, hidden)
+    ours = InterpretableMLP(family, hidden, backend=backend(name, device))
     return PaperStyleMLP(ours) if name == PAPER else ours
 
 
@@ -132,9 +140,10 @@ class MovieLensTrainer(Trainer):
         self, name: str, data: training.Data, sizes: NCFSizes, dtype: torch.dtype, compiled: bool
     ) -> None:
         torch.manual_seed(0)
-        ours = InterpretableNCF(sizes)
+        device = data.target.device
+        ours = InterpretableNCF(sizes, backend=backend(name, device.type))
         models = {BLACK_BOX: lambda: NCF(sizes), PAPER: lambda: PaperStyleNCF(ours)}
-        model = models.get(name, lambda: ours)().to(dtype)
+        model = models.get(name, lambda: ours)().to(device, dtype)
         options = {
             "confidence": training.CONFIDENCE, "weighting": "deselection", "normalize": "expert",
         }  # fmt: skip
@@ -153,7 +162,7 @@ class MovieLensTrainer(Trainer):
             )
             return gem_loss(logits, target, ours.family, **options)
 
-        self.start(name, data, model, loss, "cpu", compiled)
+        self.start(name, data, model, loss, device.type, compiled)
 
 
 def subject(network: str, dtype: torch.dtype) -> Subject:
@@ -163,7 +172,7 @@ def subject(network: str, dtype: torch.dtype) -> Subject:
         if network == "movielens":
             ids = training.Data(plan.sizes, batch, device, steps=4)
             return lambda name, compiled: MovieLensTrainer(name, ids, plan.sizes, dtype, compiled)
-        data = Data(NETWORKS[network][0]().in_features, batch, dtype)
+        data = Data(NETWORKS[network][0]().in_features, batch, dtype, device)
         return lambda name, compiled: NetworkTrainer(name, network, data, compiled)
 
     title = f"{network}, {str(dtype)[6:]}"
@@ -186,17 +195,18 @@ def run(
     plan: Plan,
     out: Path,
     console: Console,
+    device: str = "cpu",
     networks: Sequence[str] = NAMES,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> dict[str, Any]:
     """Measure every network, dtype and batch; print; write the file into ``out`` after each."""
-    document: dict[str, Any] = {"machine": results.machine("cpu"), "results": [], "ratios": []}
+    document: dict[str, Any] = {"machine": results.machine(device), "results": [], "ratios": []}
     document["bounds"] = []
     for name in dtypes:
-        roofs = measure_roofs(DTYPES[name], "cpu", small=plan.sizes is not MOVIELENS)
+        roofs = measure_roofs(DTYPES[name], device, small=plan.sizes is not MOVIELENS)
         for network, batch in itertools.product(networks, plan.batches or BATCHES):
             of = {"network": network, "dtype": name}
-            measured = training.measure(batch, plan, "cpu", subject(network, DTYPES[name]))
+            measured = training.measure(batch, plan, device, subject(network, DTYPES[name]))
             ratios = training.ratios(measured)
             training.show({"results": measured, "ratios": ratios}, f"{network}, {name}", console)
             document["results"] += [{**of, **record} for record in measured]

@@ -21,64 +21,6 @@ std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
   return offsets;
 }
 
-Layout decode(const int64_t* values, int64_t count) {
-  if (count < kHeader || values[0] != kVersion) {
-    throw std::runtime_error("maskmoe: plan has version " +
-                             std::to_string(count > 0 ? values[0] : 0) + ", this build reads " +
-                             std::to_string(kVersion) + "; export again");
-  }
-  const int64_t rows = values[1], cols = values[2];
-  const int64_t words = (rows * cols + kWord - 1) / kWord;
-  const int64_t* end = values + count;
-  const int64_t* at = values + kHeader;
-  auto take = [&](int64_t n) {
-    if (n < 0 || n > end - at) throw std::runtime_error("maskmoe: plan is too short");
-    const int64_t* from = at;
-    at += n;
-    return from;
-  };
-  Layout layout;
-  const int64_t* sizes = take(rows);
-  layout.row_sizes.assign(sizes, sizes + rows);
-  sizes = take(cols);
-  layout.col_sizes.assign(sizes, sizes + cols);
-  auto bits = [&](std::vector<uint8_t>& out) {
-    const int64_t* word = take(words);
-    out.resize(rows * cols);
-    for (int64_t n = 0; n < rows * cols; ++n) out[n] = (word[n / kWord] >> (n % kWord)) & 1;
-  };
-  bits(layout.present);
-  bits(layout.routes);
-  layout.row_offsets = offsets_of(layout.row_sizes);
-  layout.col_offsets = offsets_of(layout.col_sizes);
-  layout.out_features = layout.row_offsets.back();
-  layout.in_features = layout.col_offsets.back();
-  if (values[3]) {
-    const int64_t* order = take(layout.out_features);
-    layout.row_order.assign(order, order + layout.out_features);
-  }
-  if (values[4]) {
-    const int64_t* order = take(layout.in_features);
-    layout.col_order.assign(order, order + layout.in_features);
-  }
-  if (at != end) throw std::runtime_error("maskmoe: plan is too long");
-  std::vector<int64_t> weights(rows);
-  layout.num_blocks = layout.num_routed = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t fan_in = 0;
-    for (int64_t j = 0; j < cols; ++j) {
-      if (!layout.present[i * cols + j]) continue;
-      fan_in += layout.col_sizes[j];
-      ++layout.num_blocks;
-      if (layout.routes[i * cols + j]) layout.num_routed += layout.row_sizes[i] * layout.col_sizes[j];
-    }
-    weights[i] = fan_in * layout.row_sizes[i];
-  }
-  layout.weight_offsets = offsets_of(weights);
-  layout.num_weights = layout.weight_offsets.back();
-  return layout;
-}
-
 // One direction, before panels: blocks of lanes, blocks of inputs, and where each weight lies.
 struct Direction {
   const std::vector<int64_t>&lane_sizes, &lane_offsets, &input_sizes, &input_offsets;
@@ -274,7 +216,7 @@ Chain chain_of(int width, const std::vector<Encoded>& layouts) {
   Chain chain;
   chain.reserve(layouts.size());  // a layer refers to the slots of the one before
   for (const Encoded& encoded : layouts) {
-    Plan plan{decode(encoded.values, encoded.count), {}, {}};
+    Plan plan{decode(encoded), {}, {}};
     const Plan* before = chain.empty() ? nullptr : &chain.back();
     if (before != nullptr && (plan.layout.col_sizes != before->layout.row_sizes ||
                               plan.layout.col_order != before->layout.row_order)) {
@@ -290,6 +232,65 @@ Chain chain_of(int width, const std::vector<Encoded>& layouts) {
 }
 
 }  // namespace
+
+Layout decode(const Encoded& encoded) {
+  const auto [values, count] = encoded;
+  if (count < kHeader || values[0] != kVersion) {
+    throw std::runtime_error("maskmoe: plan has version " +
+                             std::to_string(count > 0 ? values[0] : 0) + ", this build reads " +
+                             std::to_string(kVersion) + "; export again");
+  }
+  const int64_t rows = values[1], cols = values[2];
+  const int64_t words = (rows * cols + kWord - 1) / kWord;
+  const int64_t* end = values + count;
+  const int64_t* at = values + kHeader;
+  auto take = [&](int64_t n) {
+    if (n < 0 || n > end - at) throw std::runtime_error("maskmoe: plan is too short");
+    const int64_t* from = at;
+    at += n;
+    return from;
+  };
+  Layout layout;
+  const int64_t* sizes = take(rows);
+  layout.row_sizes.assign(sizes, sizes + rows);
+  sizes = take(cols);
+  layout.col_sizes.assign(sizes, sizes + cols);
+  auto bits = [&](std::vector<uint8_t>& out) {
+    const int64_t* word = take(words);
+    out.resize(rows * cols);
+    for (int64_t n = 0; n < rows * cols; ++n) out[n] = (word[n / kWord] >> (n % kWord)) & 1;
+  };
+  bits(layout.present);
+  bits(layout.routes);
+  layout.row_offsets = offsets_of(layout.row_sizes);
+  layout.col_offsets = offsets_of(layout.col_sizes);
+  layout.out_features = layout.row_offsets.back();
+  layout.in_features = layout.col_offsets.back();
+  if (values[3]) {
+    const int64_t* order = take(layout.out_features);
+    layout.row_order.assign(order, order + layout.out_features);
+  }
+  if (values[4]) {
+    const int64_t* order = take(layout.in_features);
+    layout.col_order.assign(order, order + layout.in_features);
+  }
+  if (at != end) throw std::runtime_error("maskmoe: plan is too long");
+  std::vector<int64_t> weights(rows);
+  layout.num_blocks = layout.num_routed = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t fan_in = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      if (!layout.present[i * cols + j]) continue;
+      fan_in += layout.col_sizes[j];
+      ++layout.num_blocks;
+      if (layout.routes[i * cols + j]) layout.num_routed += layout.row_sizes[i] * layout.col_sizes[j];
+    }
+    weights[i] = fan_in * layout.row_sizes[i];
+  }
+  layout.weight_offsets = offsets_of(weights);
+  layout.num_weights = layout.weight_offsets.back();
+  return layout;
+}
 
 bool too_fine(const Layout& layout) {
   return layout.num_blocks > (1 << 16) && layout.num_weights < 16 * layout.num_blocks;

@@ -7,6 +7,7 @@
 // one instruction set.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -66,7 +67,19 @@ struct Layout {
   std::vector<uint8_t> present, routes;                           // (rows, cols)
   std::vector<int64_t> row_order, col_order;                      // empty: in order
   int64_t in_features, out_features, num_weights, num_routed, num_blocks;
+
+  size_t rows() const { return row_sizes.size(); }
+  size_t cols() const { return col_sizes.size(); }
+  bool sees(size_t row, size_t col) const { return present[row * cols() + col]; }
+  bool routed(size_t row, size_t col) const { return routes[row * cols() + col]; }
 };
+
+// A layout as layout/plan.py encodes it.
+struct Encoded {
+  const int64_t* values;
+  int64_t count;
+};
+Layout decode(const Encoded& encoded);
 
 struct Plan {
   Layout layout;
@@ -84,10 +97,6 @@ using Chain = std::vector<Plan>;
 // The plan of the layouts with these ids for vectors of `width` lanes; null: not built yet.
 std::shared_ptr<const Chain> find_plan(const std::vector<int64_t>& ids, int width);
 
-struct Encoded {
-  const int64_t* values;
-  int64_t count;
-};
 // Builds and keeps it, from values that are known to be the layouts'.
 std::shared_ptr<const Chain> build_plan(const std::vector<int64_t>& ids, int width,
                                         const std::vector<Encoded>& layouts);

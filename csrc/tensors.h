@@ -11,6 +11,10 @@
 
 #include "cpu/driver.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as in torch 2.11's headers
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, #call " failed")
+#endif
+
 namespace maskmoe {
 
 using torch::headeronly::ScalarType;

@@ -20,14 +20,13 @@ int64_t weights_of(const NetworkInputs& in) {
 
 // Does every layer but the first route gradients from an expert to itself only?
 bool isolated(const Chain& chain) {
-  const int64_t experts = chain[0].layout.row_sizes.size();
+  const size_t experts = chain[0].layout.rows();
   for (size_t k = 1; k < chain.size(); ++k) {
-    const Layout& l = chain[k].layout;
-    const int64_t rows = l.row_sizes.size(), cols = l.col_sizes.size();
-    if (rows != experts || cols != experts) return false;
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < cols; ++j) {
-        if (i != j && l.routes[i * cols + j]) return false;
+    const Layout& layout = chain[k].layout;
+    if (layout.rows() != experts || layout.cols() != experts) return false;
+    for (size_t i = 0; i < experts; ++i) {
+      for (size_t j = 0; j < experts; ++j) {
+        if (i != j && layout.routed(i, j)) return false;
       }
     }
   }

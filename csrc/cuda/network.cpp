@@ -8,72 +8,10 @@
 namespace maskmoe::fused {
 namespace {
 
-constexpr int64_t kVersion = 1;  // PLAN_VERSION of layout/plan.py
-constexpr int64_t kHeader = 5;
-constexpr int64_t kWord = 32;
 constexpr int32_t kStripBlocks = 8;
 
 [[noreturn]] void refuse(const std::string& why) {
   throw std::runtime_error("maskmoe: the fused network " + why);
-}
-
-struct Layout {
-  std::vector<int64_t> row_sizes, col_sizes;
-  std::vector<uint8_t> present, routes;  // (rows, cols)
-  std::vector<int64_t> col_order;        // empty: in order
-  std::vector<int64_t> weight_offsets;   // of each row block, one longer
-  bool has_row_order;
-
-  size_t rows() const { return row_sizes.size(); }
-  size_t cols() const { return col_sizes.size(); }
-  bool sees(size_t i, size_t j) const { return present[i * cols() + j]; }
-  bool routed(size_t i, size_t j) const { return routes[i * cols() + j]; }
-};
-
-Layout decode(const Encoded& plan) {
-  const int64_t* at = plan.values;
-  const int64_t* end = at + plan.count;
-  if (plan.count < kHeader || at[0] != kVersion) {
-    refuse("was given a plan of another version; export again");
-  }
-  const int64_t rows = at[1], cols = at[2];
-  const bool row_order = at[3] != 0, col_order = at[4] != 0;
-  at += kHeader;
-  auto take = [&](int64_t n) {
-    if (n < 0 || n > end - at) refuse("was given a plan that is too short");
-    at += n;
-    return at - n;
-  };
-  Layout layout;
-  const int64_t* sizes = take(rows);
-  layout.row_sizes.assign(sizes, sizes + rows);
-  sizes = take(cols);
-  layout.col_sizes.assign(sizes, sizes + cols);
-  auto bits = [&](std::vector<uint8_t>& out) {
-    const int64_t* words = take((rows * cols + kWord - 1) / kWord);
-    out.resize(rows * cols);
-    for (int64_t n = 0; n < rows * cols; ++n) out[n] = (words[n / kWord] >> (n % kWord)) & 1;
-  };
-  bits(layout.present);
-  bits(layout.routes);
-  auto sum = [](const std::vector<int64_t>& of) {
-    return std::accumulate(of.begin(), of.end(), int64_t{0});
-  };
-  layout.has_row_order = row_order;
-  if (row_order) take(sum(layout.row_sizes));
-  if (col_order) {
-    const int64_t features = sum(layout.col_sizes);
-    const int64_t* order = take(features);
-    layout.col_order.assign(order, order + features);
-  }
-  if (at != end) refuse("was given a plan that is too long");
-  layout.weight_offsets.push_back(0);
-  for (size_t i = 0; i < layout.rows(); ++i) {
-    int64_t fan_in = 0;
-    for (size_t j = 0; j < layout.cols(); ++j) fan_in += layout.sees(i, j) * layout.col_sizes[j];
-    layout.weight_offsets.push_back(layout.weight_offsets.back() + fan_in * layout.row_sizes[i]);
-  }
-  return layout;
 }
 
 void check(const std::vector<Layout>& layouts) {
@@ -87,7 +25,7 @@ void check(const std::vector<Layout>& layouts) {
     const Layout& layout = layouts[l];
     const std::string name = "'s layer " + std::to_string(l) + " ";
     if (layout.rows() != experts) refuse(name + "has another number of experts than the first");
-    if (layout.has_row_order) refuse(name + "permutes its units; use another backend");
+    if (!layout.row_order.empty()) refuse(name + "permutes its units; use another backend");
     if (l == 0) continue;
     if (layout.col_sizes != layouts[l - 1].row_sizes || !layout.col_order.empty()) {
       refuse(name + "does not read the units of the layer before as they lie");

@@ -12,6 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "../plan.h"
+
 namespace maskmoe::fused {
 
 constexpr int kSide = 16;               // columns of a chunk
@@ -101,12 +103,6 @@ struct Tables {
     return ((static_cast<int>(order) * layers + layer) * 2 + (many ? 1 : 0)) * (kWarps + 1);
   }
 };
-
-struct Encoded {
-  const int64_t* values;
-  int64_t count;
-};
-
 // What a call reads beside its layouts: parts of the input, side by side.
 struct PartSize {
   bool table;

@@ -98,8 +98,9 @@ def info() -> dict[str, Any]:
         "build": native.build_record(),
         "cuda": torch.cuda.get_device_name() if cuda else None,
         "networks": {
-            "description": "whole networks as one op: C++ kernels for the CPU",
+            "description": "whole networks as one op, in C++ and CUDA",
             "obstacle": native.OBSTACLE,
+            "cuda": native.CUDA_OBSTACLE,
         },
         "backends": {
             name: {

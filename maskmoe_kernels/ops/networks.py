@@ -13,6 +13,7 @@ one that ``ids[p]`` names; ``p < 0`` are the next ``-p`` columns of ``x``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 from maskmoe_kernels.backends import native
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES
-from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
@@ -232,6 +233,17 @@ _MIXTURE = torch.ops.maskmoe.masked_mlp_mixture.default
 _GEM = torch.ops.maskmoe.masked_mlp_gem.default
 
 
+def _run(op: Any, *args: Any) -> Any:
+    """``op(*args)``; what the CUDA kernels refuse before a launch is a BackendError."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        found = re.search(r"maskmoe: (the fused network [^\n]*)", str(error))
+        if found is None:
+            raise
+        raise BackendError(f"{found[1]} (leave the choice to backend=None)") from None
+
+
 def _flops(x: Any, tables: Any, ids: Any, parts: Any, weights: Any, *args: Any, **_: Any) -> int:
     return 2 * _rows(x, ids) * sum(int(weight[0]) for weight in weights)
 
@@ -345,7 +357,7 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
         apply: Any = _MaskedMLP.apply
         result: Tensor = apply(fixed, parts.x, *tensors)
         return result
-    logits: Tensor = _MLP(*fixed.inputs(parts.x, tensors), *fixed.plans, False)[0]
+    logits: Tensor = _run(_MLP, *fixed.inputs(parts.x, tensors), *fixed.plans, False)[0]
     return logits
 
 
@@ -408,7 +420,8 @@ def masked_mlp_gem(
         apply: Any = _MaskedMLPGem.apply
         result: Tensor = apply(fixed, loss_of, parts.x, *tensors)
         return result
-    loss: Tensor = _GEM(
+    loss: Tensor = _run(
+        _GEM,
         *fixed.inputs(parts.x, tensors), *fixed.plans[:2], fixed.plans[3], *loss_of,
         False, False, False,
     )[0]  # fmt: skip
@@ -471,7 +484,7 @@ class _MaskedMLP(torch.autograd.Function):
         logits: Tensor
         # How much it keeps is for the kernels to know; a trace has to know it, so there: nothing.
         keep = not torch.compiler.is_compiling()
-        logits, saved = _MLP(*fixed.inputs(x, tensors), *fixed.plans, keep)
+        logits, saved = _run(_MLP, *fixed.inputs(x, tensors), *fixed.plans, keep)
         ctx.save_for_backward(saved, x, *tensors)
         ctx.fixed = fixed
         return logits
@@ -484,7 +497,8 @@ class _MaskedMLP(torch.autograd.Function):
         plans, numbers, _, activation = fixed.plans
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            found = _MLP_BACKWARD(
+            found = _run(
+                _MLP_BACKWARD,
                 grad_logits, *fixed.inputs(x, tensors), saved, plans, numbers, activation,
                 *fixed.needs(need_x, need),
             )  # fmt: skip
@@ -507,7 +521,8 @@ class _MaskedMLPGem(torch.autograd.Function):
         need_x, *need = ctx.needs_input_grad[2:]
         plans, numbers, _, activation = fixed.plans
         loss: Tensor
-        loss, *grads = _GEM(
+        loss, *grads = _run(
+            _GEM,
             *fixed.inputs(x, tensors), plans, numbers, activation, *loss_of,
             *fixed.needs(need_x, need),
         )  # fmt: skip
@@ -587,6 +602,12 @@ def _check(parts: Inputs, layers: Layers) -> None:
             got = None if x is None else tuple(x.shape)
             raise LayoutError(f"x must be (*, in_features) with in_features={first}, got {got}")
         return
+    named = sorted(part for part in parts.order if part >= 0)
+    if named != [*range(len(parts.tables))] or len(parts.ids) != len(parts.tables):
+        raise LayoutError(
+            f"order must name each of {len(parts.tables)} tables once, and each needs its ids; got "
+            f"order {tuple(parts.order)} and {len(parts.ids)} ids"
+        )
     columns = -sum(part for part in parts.order if part < 0)
     given = 0 if x is None else x.shape[-1]
     widths = [parts.tables[part].shape[1] for part in parts.order if part >= 0]

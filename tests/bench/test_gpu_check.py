@@ -197,14 +197,14 @@ def test_lines_of_many_processes_are_whole(tmp_path: Path) -> None:
 
 def test_the_parts() -> None:
     asked = {"tests", "memory", "graphs", "determinism", "sanitizer", "bench", "overhead"}
-    assert {*asked, "build"} == set(NAMES)
+    assert {*asked, "build", "networks"} == set(NAMES)
     assert 480 <= gpu_check.WHOLE <= 540
     assert NAMES[-1] == "bench"  # which takes what time is left
 
 
 def chosen(name: str, expression: str) -> bool:
     """What ``-k`` makes of the test ``name``: every word is looked for in it."""
-    words = re.sub(r"\b(?!or\b|not\b)\w+", lambda word: str(word[0] in name), expression)
+    words = re.sub(r"\b(?!or\b|not\b)[\w.]+", lambda word: str(word[0] in name), expression)
     return bool(eval(words))
 
 
@@ -290,7 +290,7 @@ def test_a_part_rehearsed(tmp_path: Path, console: Console) -> None:
 
 @pytest.mark.slow
 def test_the_others_rehearsed(tmp_path: Path, console: Console) -> None:
-    parts = ["build", "tests", "sanitizer", "overhead", "bench"]
+    parts = ["build", "tests", "sanitizer", "overhead", "networks", "bench"]
     with console.capture() as capture:
         assert main(["--dry-run", "--out", str(tmp_path), "--part", *parts], console) == 0
     told = capture.get()

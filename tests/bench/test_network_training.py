@@ -72,7 +72,9 @@ def test_counts_by_hand() -> None:
 
 
 def test_a_run_writes_ratios_and_bounds(tmp_path: Path) -> None:
-    found = run(replace(PLAN, batches=(16,)), tmp_path, Console(quiet=True), ("toy",), ("float32",))
+    found = run(
+        replace(PLAN, batches=(16,)), tmp_path, Console(quiet=True), "cpu", ("toy",), ("float32",)
+    )
     assert json.loads((tmp_path / network_training.FILE).read_text()) == found
     assert [r["model"] for r in found["results"]] == [*NOTES]
     assert {r["to"] for r in found["ratios"]} == {LAYERED, BLACK_BOX, PAPER}

@@ -16,6 +16,7 @@ import maskmoe_kernels as mk
 from maskmoe_kernels.backends import native
 from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
+from maskmoe_kernels.ops import networks as networks_op
 from maskmoe_kernels.ops.networks import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
 
@@ -608,10 +609,23 @@ def test_errors_carry_the_values():
     table, ids = torch.randn(5, 3), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(mk.LayoutError, match=r"22 columns in all, got 18 of an x with 18"):
         net(Inputs(x[:, :18], [table], [ids], (0, -18)))
+    for order in ((0, 0, -16), (1, -19), (-19,)):
+        with pytest.raises(mk.LayoutError, match=r"name each of 1 tables once.*and 1 ids"):
+            net(Inputs(x[:, :19], [table], [ids], order))
     with pytest.raises(mk.LayoutError, match=r"ids\[0\] must be \(3,\) int64"):
         net(Inputs(x[:, :19], [table], [ids[:2]], (0, -19)))
     with pytest.raises(mk.LayoutError, match=r"ids\[0\] must be \(3,\) int64.*int32"):
         net(Inputs(x[:, :19], [table], [ids.int()], (0, -19)))
+
+
+def test_what_kernels_refuse_is_a_backend_error():
+    def refuse(text):
+        raise RuntimeError(text)
+
+    with pytest.raises(mk.BackendError, match=r"^the fused network needs 9 bytes.*backend=None"):
+        networks_op._run(refuse, "gem, x.cu:1, maskmoe: the fused network needs 9 bytes\nstack")
+    with pytest.raises(RuntimeError, match="something else"):
+        networks_op._run(refuse, "something else")
 
 
 def test_a_callable_confidence_takes_the_layers():

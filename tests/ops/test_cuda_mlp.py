@@ -1,0 +1,577 @@
+"""The kernels of the fused networks for the GPU, run by their twin on the host."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import maskmoe_kernels as mk
+from maskmoe_kernels.testing import strategies
+from tests.ops import cuda_twin
+from tests.ops.cuda_twin import configure, draw, hold
+
+REASON = cuda_twin.obstacle()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "tanh", "silu")
+CONFIDENCES = ("abs", "square", "smooth", "rare")
+NORMALIZE = (None, "sample", "expert", "batch")
+
+TOY = mk.SubsetFamily({"a": 2, "b": 3}, {"a": ["a"], "b": ["b"], "ab": ["a", "b"]})
+PRIOR = mk.SubsetFamily(
+    {"a": 3, "b": 20, "c": 1},
+    {"prior": [], "a": ["a"], "abc": ["a", "b", "c"], "ab": ["a", "b"], "c": ["c"]},
+)
+POWER = mk.SubsetFamily.powerset({"a": 16, "b": 17, "c": 1})
+CHAIN = mk.SubsetFamily(
+    {"a": 5, "b": 33, "c": 16}, {"abc": ["a", "b", "c"], "a": ["a"], "ab": ["a", "b"]}
+)
+MANY = mk.SubsetFamily.powerset({"a": 2, "b": 1, "c": 3, "d": 1, "e": 2})
+EIGHT = mk.SubsetFamily(
+    {f"g{n}": width for n, width in enumerate([7, 20, 3, 16, 40])},
+    {
+        "0": ["g0"], "1": ["g1"], "2": ["g2", "g3"], "3": ["g0", "g1"], "4": ["g4"],
+        "5": ["g0", "g1", "g4"], "6": ["g2", "g3", "g4"], "7": ["g0", "g1", "g2", "g3", "g4"],
+    },
+)  # fmt: skip
+NCF = mk.SubsetFamily(
+    {"content": 24, "user": 32, "item": 32},
+    {
+        "content": ["content"], "user": ["content", "user"], "item": ["content", "item"],
+        "all": ["content", "user", "item"],
+    },
+)  # fmt: skip
+
+
+def permuted():
+    """A layout whose columns are permuted: groups that lie interleaved in x."""
+    generator = torch.Generator().manual_seed(5)
+    plain = POWER.input_layout([16, 5, 33, 1, 16, 20, 7])
+    order = torch.randperm(POWER.in_features, generator=generator)
+    return mk.BlockLayout(plain.row_sizes, plain.col_sizes, plain.present, col_order=order)
+
+
+NETWORKS = {
+    "toy": lambda rows, *a, **k: draw(TOY, [16, 16], rows, *a, **k),
+    "ragged": lambda rows, *a, **k: draw(PRIOR, [[5, 16, 17, 40, 1], 16], rows, *a, **k),
+    "chain": lambda rows, *a, **k: draw(CHAIN, [33, [1, 2, 3], 16], rows, *a, **k),
+    "powerset": lambda rows, *a, **k: draw(POWER, [16, 32], rows, *a, **k),
+    "eight": lambda rows, *a, **k: draw(EIGHT, [16, 16, 16], rows, *a, **k),
+    "many": lambda rows, *a, **k: draw(MANY, [8], rows, *a, **k),
+    "no hidden": lambda rows, *a, **k: draw(PRIOR, [], rows, *a, **k),
+    "ncf": lambda rows, *a, **k: draw(
+        NCF, [32, 16], rows, *a, parts=[(2, 2), (9, 6), -16, (40, 32), (300, 32)], **k
+    ),
+    "strict": lambda rows, *a, **k: draw(
+        NCF, [16, 8], rows, *a, parts=[-24, (5, 32), (7, 32)],
+        input_layout=NCF.input_layout(16, strict=True), **k
+    ),
+    "permuted": lambda rows, *a, **k: draw(
+        POWER, [[16, 5, 33, 1, 16, 20, 7], 16], rows, *a, parts=[-10, (6, 9), -15],
+        input_layout=permuted(), **k
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _machine():
+    configure()
+    yield
+    configure()
+
+
+def cotangent_of(net, rows, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    leading = (rows,) if isinstance(rows, int) else rows
+    shape = (*leading, net.family.num_experts)
+    return torch.randn(shape, generator=generator).to(net.weights[0].dtype)
+
+
+def names(net):
+    return [
+        *(["x"] if net.x is not None else []),
+        *(f"table {n}" for n in range(len(net.tables))),
+        *(f"weight {n}" for n in range(len(net.weights))),
+        *(f"bias {n}" for n in range(len(net.biases))),
+    ]
+
+
+def check(net, rows):
+    """The logits and every gradient, held to the definition."""
+    cotangent = cotangent_of(net, rows)
+    exact = net.to(torch.float64)
+    magnitude, magnitudes = net.magnitudes(cotangent)
+    layers, kinked = len(net.layouts), net.activation in ("relu", "leaky_relu")
+    hold("logits", net.forward(), net.dense(), exact.dense(), magnitude, layers, False)
+    ours = net.backward(cotangent)
+    plain, reference = net.dense_backward(cotangent), exact.dense_backward(cotangent.double())
+    for what in zip(names(net), ours, plain, reference, magnitudes, strict=True):
+        hold(*what, layers, kinked)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network(name, dtype):
+    activation = ACTIVATIONS[list(NETWORKS).index(name) % len(ACTIVATIONS)]
+    check(NETWORKS[name](130, activation, dtype), 130)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation, dtype):
+    check(NETWORKS["ragged"](70, activation, dtype, seed=3), 70)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200, (3, 0), (2, 3, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_number_of_rows(rows, dtype):
+    check(NETWORKS["ncf"](rows, "gelu", dtype), rows)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 100])
+@pytest.mark.parametrize("processors", [1, 1000])
+def test_every_number_of_blocks_and_height_of_tiles(blocks, processors):
+    """Rows have the same bits however they are cut; sums over rows differ by rounding."""
+    net = NETWORKS["powerset"](300, "tanh")
+    expected = net.forward()
+    configure(blocks, processors)
+    assert torch.equal(net.forward(), expected)
+    check(net, 300)
+
+
+@given(strategies.families(max_experts=8), st.data())
+def test_drawn_networks(family, data):
+    widths = st.lists(
+        st.sampled_from([1, 2, 7, 15, 16, 17, 40]),
+        min_size=family.num_experts,
+        max_size=family.num_experts,
+    )
+    hidden = data.draw(st.lists(widths, max_size=3))
+    rows = data.draw(st.integers(0, 40))
+    activation = data.draw(st.sampled_from(ACTIVATIONS))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    seed = data.draw(st.integers(0, 999))
+    configure(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 1000])))
+    check(draw(family, hidden, rows, activation, dtype, bias=seed % 2 == 0, seed=seed), rows)
+
+
+@pytest.mark.parametrize("name", ["ragged", "ncf", "permuted", "many"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_order_of_threads_does_not_matter(name, dtype):
+    """Between barriers no thread waits for another: last to first gives the same bits."""
+    net = NETWORKS[name](150, "gelu", dtype)
+    cotangent, (target, mask) = cotangent_of(net, 150), targets(150)
+
+    def everything():
+        losses = [net.gem(target, mask, normalize=kind) for kind in ("sample", "expert")]
+        objective = [value for loss, grads in losses for value in (loss, *grads)]
+        return [net.forward(), *net.backward(cotangent), *objective]
+
+    configure(blocks=1)
+    expected = everything()
+    again = everything()
+    configure(blocks=1, backwards=True)
+    turned = everything()
+    for a, b, c in zip(expected, again, turned, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_only_what_is_needed(needs):
+    net = NETWORKS["ncf"](70, "silu")
+    cotangent = cotangent_of(net, 70)
+    everything = net.backward(cotangent)
+    wanted = [needs[0]] + [needs[1]] * 4 + [needs[2]] * 6
+    expected = [grad for grad, want in zip(everything, wanted, strict=True) if want]
+    some = net.backward(cotangent, needs)
+    assert len(some) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(some, expected, strict=True))
+    loss, grads = net.gem((torch.arange(70) % 2).float(), needs=needs)
+    assert loss.shape == ()
+    assert len(grads) == len(expected)
+
+
+def test_x_as_it_lies():
+    """A slice of a wider matrix, a turned one, and one of higher dimension."""
+    net = NETWORKS["powerset"](64, "relu")
+    expected = net.forward()
+    wide = torch.full((64, 50), torch.nan)
+    wide[:, 9 : 9 + 34] = net.x
+    for x in (wide[:, 9 : 9 + 34], net.x.t().contiguous().t(), net.x.reshape(4, 16, 34)):
+        other = net.with_leaves([x, *net.leaves[1:]])
+        assert torch.equal(other.forward().reshape(64, -1), expected)
+        grads = other.backward(cotangent_of(net, 64).reshape(*x.shape[:-1], -1))
+        assert grads[0].shape == x.shape
+        plain = net.backward(cotangent_of(net, 64))
+        assert torch.equal(grads[0].reshape(64, -1), plain[0])
+
+
+def test_rows_that_lie_far_apart(tmp_path):
+    """Row 2 of x begins beyond element 2^31 (of a file with holes: nothing is that large)."""
+    net = NETWORKS["toy"](3, "relu", torch.float16)
+    step = 2**30 + 2**29
+    file = np.memmap(tmp_path / "x", dtype=np.float16, mode="w+", shape=(2 * step + 5,))
+    x = torch.from_numpy(file).as_strided((3, 5), (step, 1))
+    x.copy_(net.x)
+    far = net.with_leaves([x, *net.leaves[1:]])
+    assert torch.equal(far.forward(), net.forward())
+    cotangent = cotangent_of(net, 3)
+    for a, b in zip(far.backward(cotangent), net.backward(cotangent), strict=True):
+        assert torch.equal(a, b)
+
+
+# --- Laws ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fill", [torch.nan, -torch.inf, 3e4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["ragged", "eight", "no hidden"])
+def test_unseen_values_reach_nobody(name, dtype, fill):
+    """Forward, backward and objective keep their bits where a group is not seen."""
+    configure(processors=1000)
+    check_blind(NETWORKS[name](18, "tanh", dtype), 18, fill)
+
+
+def check_blind(net, rows, fill):
+    family, at = net.family, 0
+    logits, target = net.forward(), (torch.arange(rows) % 2).float()
+    cotangent = cotangent_of(net, rows)
+    before = net.backward(cotangent), net.gem(target)[1]
+    for n, width in enumerate(family.groups.values()):
+        blind = ~family.membership[:, n]
+        x = net.x.clone()
+        x[:, at : at + width] = fill
+        filled = net.with_leaves([x, *net.leaves[1:]])
+        assert torch.equal(filled.forward()[:, blind], logits[:, blind])
+        after = filled.backward(cotangent), filled.gem(target)[1]
+        for a, b in zip(after, before, strict=True):
+            for what, *pair in zip(names(net), a, b, strict=True):
+                if what != "x":
+                    compare_experts(net, what, *pair, blind)
+        at += width
+
+
+def compare_experts(net, what, a, b, experts):
+    """The parameters' gradients of some experts are equal, bit for bit."""
+    kind, layer = what.split()
+    layout = net.layouts[int(layer)]
+    if kind == "weight":
+        bounds = list(itertools.pairwise(layout.weight_offsets))
+    else:
+        bounds = list(itertools.pairwise(layout.row_offsets))
+    for i in experts.nonzero().flatten().tolist():
+        assert torch.equal(a[slice(*bounds[i])], b[slice(*bounds[i])]), (what, i)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_an_expert_moves_its_own_parameters_only(activation, dtype):
+    net = NETWORKS["powerset"](70, activation, dtype)
+    for i in range(net.family.num_experts):
+        cotangent = torch.zeros_like(cotangent_of(net, 70))
+        cotangent[:, i] = cotangent_of(net, 70)[:, i]
+        own = torch.zeros(net.family.num_experts, dtype=torch.bool)
+        own[i] = True
+        for what, grad in zip(names(net), net.backward(cotangent), strict=True):
+            if what == "x":
+                seen = net.layouts[0].mask()[net.layouts[0].row_offsets[i]]
+                assert (grad[:, ~seen] == 0).all()
+                assert grad[:, seen].any()
+            else:
+                compare_experts(net, what, grad, torch.zeros_like(grad), ~own)
+                assert grad.any()
+
+
+def test_padding_stays_zero_beside_infinities():
+    """An infinity that an expert does see makes no NaN of the zeros it is padded with."""
+    net = draw(TOY, [5, 3], 20, "tanh", torch.bfloat16)
+    x = net.x.clone()
+    x[3, 0], x[4, 4] = torch.inf, -torch.inf
+    net = net.with_leaves([x, *net.leaves[1:]])
+    torch.testing.assert_close(net.forward(), net.dense(), rtol=0.02, atol=0.02)
+    assert net.forward().isfinite().all()
+
+
+def test_padding_stays_zero_beside_infinite_gradients():
+    net = draw(TOY, [1, 1, 1], 20, "none", torch.bfloat16)
+    cotangent = cotangent_of(net, 20)
+    cotangent[7] = torch.inf
+    plain = net.dense_backward(cotangent)
+    assert all(grad.isinf().any() and not grad.isnan().any() for grad in plain[-4:])
+    for what, a, b in zip(names(net), net.backward(cotangent), plain, strict=True):
+        if what.startswith("bias"):
+            torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+
+
+def test_an_infinite_bias_does_not_enter_through_rows_that_are_none():
+    """A unit that is infinite in the only row: 0 times it, from the tile's empty rows, is NaN."""
+    net = draw(TOY, [5], 1, "none")
+    biases = [net.biases[0].clone(), net.biases[1]]
+    biases[0][2] = torch.inf
+    net = net.with_leaves([net.x, *net.weights, *biases])
+    ours, plain = (f(cotangent_of(net, 1)) for f in (net.backward, net.dense_backward))
+    assert plain[2].isinf().any()
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# --- Tables --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tables_of_every_size(dtype):
+    """Two rows that all samples share, cut into slices; a wide table; one so large that its ids
+    are sorted, with rows that nobody reads."""
+    family = mk.SubsetFamily({"a": 3, "b": 300}, {"a": ["a"], "ab": ["a", "b"]})
+    net = draw(family, [8], 1501, "tanh", dtype, parts=[(2, 1), (70000, 2), (7, 300)])
+    grads = net.backward(cotangent_of(net, 1501))
+    exact = net.to(torch.float64).dense_backward(cotangent_of(net, 1501).double())
+    for table, (ours, reference) in enumerate(zip(grads[:3], exact[:3], strict=True)):
+        eps = torch.finfo(dtype).eps
+        error = torch.linalg.vector_norm(ours.double() - reference)
+        assert error <= 8 * eps * torch.linalg.vector_norm(reference), table
+        unread = torch.ones(len(ours), dtype=torch.bool)
+        unread[net.ids[table]] = False
+        assert (ours[unread] == 0).all()
+
+
+def test_ids_beyond_a_table_read_nothing():
+    net = NETWORKS["ncf"](20, "relu")
+    ids = [i.clone() for i in net.ids]
+    ids[2][3], ids[2][5] = 40, -1
+    wrong = cuda_twin.replace(net, ids=ids)
+    logits, expected = wrong.forward(), net.forward()
+    rows = torch.zeros(20, dtype=torch.bool)
+    rows[[3, 5]] = True
+    blind = torch.tensor([True, False, True, False])  # who does not see the user
+    assert torch.equal(logits[~rows], expected[~rows])
+    assert torch.equal(logits[:, blind], expected[:, blind])
+    assert logits[rows][:, ~blind].isnan().all()
+
+
+def test_ids_beyond_a_table_write_nothing():
+    """Their samples count for no row; a table that is scanned, and one whose ids are sorted."""
+    family = mk.SubsetFamily({"a": 4, "b": 2}, {"a": ["a"], "b": ["b"]})
+    net = draw(family, [8], 40, "tanh", parts=[(9, 4), (70000, 2)])
+    cotangent = cotangent_of(net, 40)
+    ids = [i.clone() for i in net.ids]
+    for n, rows in enumerate((9, 70000)):
+        ids[n][[3, 5, 7]] = torch.tensor([rows, -1, 10**12])
+    ours = cuda_twin.replace(net, ids=ids).backward(cotangent)
+    expected = net.backward(cotangent.index_fill(0, torch.tensor([3, 5, 7]), 0))
+    for a, b in zip(ours[:2], expected[:2], strict=True):
+        assert torch.equal(a, b)
+
+
+# --- The objective -------------------------------------------------------------------------
+
+
+def targets(rows, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        (torch.rand(rows, generator=generator) < 0.4).float(),
+        torch.rand(rows, generator=generator) < 0.7,
+    )
+
+
+def check_gem(net, target, **options):
+    loss, grads = net.gem(target, **options)
+    reference, exact = net.to(torch.float64).dense_gem(target, **options)
+    plain_loss, plain = net.dense_gem(target, **options)
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    # The sum of the losses' absolute values is the loss: they are positive.
+    eps = torch.finfo(net.weights[0].dtype).eps
+    allowed = 2 * (plain_loss.double() - reference).abs() + 32 * eps * reference.abs() + 1e-7
+    assert (loss.double() - reference).abs() <= allowed, (loss, reference)
+    for name, ours, theirs, truth in zip(names(net), grads, plain, exact, strict=True):
+        norm = torch.linalg.vector_norm
+        assert ours.shape == truth.shape
+        assert ours.dtype == theirs.dtype
+        bound = 2 * norm(theirs.double() - truth) + 32 * eps * norm(truth) + 1e-12
+        assert norm(ours.double() - truth) <= bound, (name, options)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("weighting", ["selection", "deselection"])
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_every_objective(confidence, weighting, normalize):
+    configure(processors=1000)
+    net = draw(POWER, [16], 40, "tanh")
+    target, mask = targets(40)
+    options = {"confidence": confidence, "weighting": weighting, "normalize": normalize}
+    for sharpness, kept in itertools.product((1.0, 2.5), (None, mask)):
+        check_gem(net, target, sharpness=sharpness, mask=kept, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_objective_of_every_network(name, dtype):
+    net = NETWORKS[name](70, "silu", dtype)
+    target, mask = targets(70)
+    check_gem(net, target, mask=mask, normalize="sample")
+    check_gem(net, target, normalize="expert", weighting="deselection")
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("name", ["ragged", "ncf"])
+def test_one_phase_or_two(name, normalize):
+    """Without the input's gradient the scale comes last; the same gradients."""
+    net = NETWORKS[name](150, "gelu")
+    target, mask = targets(150)
+    loss, everything = net.gem(target, mask, normalize=normalize)
+    alone, grads = net.gem(target, mask, normalize=normalize, needs=(False, False, True))
+    assert torch.equal(loss, alone)
+    for a, b in zip(grads, everything[-len(grads) :], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+    (only,) = [net.gem(target, mask, normalize=normalize, needs=(False,) * 3)]
+    assert torch.equal(only[0], loss)
+    assert only[1] == []
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_samples_that_do_not_count_reach_nothing(normalize):
+    net = NETWORKS["ncf"](90, "tanh")
+    target, mask = targets(90)
+    x, spoiled = net.x.clone(), target.clone()
+    x[~mask], spoiled[~mask] = torch.nan, torch.inf
+    ids = [i.masked_fill(~mask, 10**12) for i in net.ids]
+    other = cuda_twin.replace(net.with_leaves([x, *net.leaves[1:]]), ids=ids)
+    loss, grads = net.gem(target, mask, normalize=normalize)
+    masked_loss, masked_grads = other.gem(spoiled, mask, normalize=normalize)
+    assert torch.equal(loss, masked_loss)
+    assert all(torch.equal(a, b) for a, b in zip(grads, masked_grads, strict=True))
+    assert (grads[0][~mask] == 0).all()
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("rows", [0, 5])
+def test_no_sample_at_all(rows, normalize):
+    net = NETWORKS["ncf"](rows, "relu")
+    target, mask = torch.ones(rows), torch.zeros(rows, dtype=torch.bool)
+    loss, grads = net.gem(target, mask, normalize=normalize)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_weights_that_are_all_zero(normalize):
+    """Logits of 0 select nobody: the sums that divide are 0, and divide by 1."""
+    net = NETWORKS["eight"](20, "relu")
+    net = net.with_leaves([net.x, *(torch.zeros_like(leaf) for leaf in net.leaves[1:])])
+    loss, grads = net.gem(torch.ones(20), normalize=normalize)
+    assert loss == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("confidence", CONFIDENCES)
+def test_saturated_logits(confidence):
+    """Products over strict subsets keep their digits where 1 - g is no longer 1 minus g."""
+    net = NETWORKS["no hidden"](60, "none")
+    strong = net.with_leaves([net.x * 2, *net.leaves[1:-1], net.biases[0] + 9])
+    target, _ = targets(60)
+    for sharpness in (0.3, 1.0, 3.0):
+        options = {"confidence": confidence, "sharpness": sharpness}
+        check_gem(strong, target, **options)
+        # Divided by their sums, small weights count as much as large ones.
+        check_gem(strong, target, weighting="deselection", normalize="expert", **options)
+
+
+# --- Refusals ------------------------------------------------------------------------------
+
+
+def test_too_little_shared_memory():
+    net = NETWORKS["eight"](20, "gelu")
+    configure(shared=4096)
+    with pytest.raises(RuntimeError, match=r"needs \d+ bytes of shared memory .* has 4096 a block"):
+        net.forward()
+    # A backward needs more: it keeps every layer.
+    configure(shared=40_000)
+    net.forward()
+    with pytest.raises(RuntimeError, match=r"16 rows, all layers together, .*use bfloat16"):
+        net.backward(cotangent_of(net, 20))
+
+
+def test_networks_that_are_none():
+    net = draw(TOY, [16] * 16, 4)
+    with pytest.raises(RuntimeError, match="17 layers, and at most 16"):
+        net.forward()
+    wide = draw(TOY, [16], 4)
+    layouts = [wide.layouts[0], TOY.hidden_layout(16, 2)]
+    bad = cuda_twin.replace(
+        wide, layouts=layouts, weights=[wide.weights[0], wide.weights[1].repeat(2)]
+    )
+    with pytest.raises(RuntimeError, match="ends in an expert of 2 units"):
+        bad.forward()
+    hidden = TOY.hidden_layout(16, 1)
+    everywhere = mk.BlockLayout(hidden.row_sizes, hidden.col_sizes, hidden.present)
+    bad = cuda_twin.replace(wide, layouts=[wide.layouts[0], everywhere])
+    with pytest.raises(RuntimeError, match="layer 1 routes a gradient beside the diagonal"):
+        bad.forward()
+    bad = cuda_twin.replace(wide, weights=[wide.weights[0], wide.weights[1][:-1]])
+    with pytest.raises(RuntimeError, match="shapes or dtypes do not fit"):
+        bad.forward()
+    with pytest.raises(RuntimeError, match="takes float32, bfloat16 and float16"):
+        wide.to(torch.float64).forward()
+
+
+# --- On a GPU ------------------------------------------------------------------------------
+
+
+def on_gpu(net):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("maskmoe::masked_mlp", "CUDA"):
+        pytest.skip("the extension was built without CUDA")
+    return cuda_twin.replace(net, device="cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 65, 5000])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_on_the_gpu(name, dtype, rows):
+    """What the twin is held to, and the same bits twice."""
+    activation = ACTIVATIONS[list(NETWORKS).index(name) % len(ACTIVATIONS)]
+    net = on_gpu(NETWORKS[name](rows, activation, dtype))
+    check(net, rows)
+    target, mask = targets(rows)
+    cotangent = cotangent_of(net, rows)
+    for normalize in NORMALIZE:
+        check_gem(net, target, mask=mask, normalize=normalize)
+    for once, again in itertools.pairwise(
+        [[*net.backward(cotangent), *net.gem(target)[1]] for _ in range(2)]
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["ragged", "eight", "no hidden"])
+@pytest.mark.parametrize("fill", [torch.nan, -torch.inf, 3e4])
+def test_unseen_values_reach_nobody_on_the_gpu(name, dtype, fill):
+    check_blind(on_gpu(NETWORKS[name](70, "tanh", dtype)), 70, fill)
+
+
+@pytest.mark.cuda
+def test_a_captured_step():
+    """A CUDA graph replays the objective on new values; its first call was outside."""
+    net = on_gpu(NETWORKS["ncf"](256, "relu"))
+    target, _ = targets(256)
+    arguments, samples = net.arguments(), net.there((target, None, net.family.strict))
+    options = ("abs", 1.0, "selection", "expert", True, True, True)
+
+    def step():
+        return torch.ops.maskmoe.masked_mlp_gem(*arguments, *samples, *options)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    arguments[0].copy_(torch.randn_like(arguments[0]))
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))

@@ -1,0 +1,108 @@
+"""What the compiler made of the CUDA kernels, read off the built extension without a GPU."""
+
+import functools
+import importlib.util
+import itertools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import maskmoe_kernels
+from maskmoe_kernels.backends import native
+
+LIBRARY = Path(maskmoe_kernels.__file__).parent / "_C.abi3.so"
+
+pytestmark = pytest.mark.skipif(native.CUDA_OBSTACLE is not None, reason=f"{native.CUDA_OBSTACLE}")
+
+#: Number type as the kernels' names have it, and the matrix instruction it has to come down to.
+TYPES = {
+    "If": "HMMA.1688.F32.TF32",
+    "8Bfloat16": "HMMA.16816.F32.BF16",
+    "7Float16": "HMMA.16816.F32",
+}
+CHIPS = ["sm_80", "sm_90a"]
+REGISTERS = 65536  # of a multiprocessor
+THREADS = 256  # of a block
+RESIDENT = {"Forward": {"If": 2, "8Bfloat16": 3, "7Float16": 3}, "Backward": 2}
+
+
+@functools.cache
+def dumped(option):
+    """What cuobjdump says of the library, by chip."""
+    tool = shutil.which("cuobjdump")
+    if tool is None and (triton := importlib.util.find_spec("triton")) is not None:
+        bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump"
+        tool = str(bundled) if bundled.exists() else None
+    if tool is None:
+        pytest.skip("no cuobjdump to look at machine code with")
+    text = subprocess.run([tool, option, str(LIBRARY)], capture_output=True, text=True, check=True)
+    found = dict.fromkeys(CHIPS, "")
+    for part in text.stdout.split("Fatbin elf code:")[1:]:
+        chip = re.search(r"arch = (\w+)", part)[1]
+        if chip in found:  # CUDA's own runtime is there for others, too
+            found[chip] += part
+    return found
+
+
+def resources(kind, chip):
+    """Registers and bytes of local memory of each kernel, by its mangled name."""
+    listed = re.findall(
+        r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)",
+        dumped("--dump-resource-usage")[chip],
+    )
+    return {
+        name: (int(registers), int(stack) + int(local))
+        for name, registers, stack, local in listed
+        if kind in name
+    }
+
+
+def instructions(kind, chip):
+    """The machine instructions of each kernel."""
+    parts = dumped("-sass")[chip].split("Function :")[1:]
+    named = {part.split("\n", 1)[0].strip(): part for part in parts}
+    return {
+        name: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?(\S+)", part)
+        for name, part in named.items()
+        if kind in name
+    }
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_registers_suffice(chip):
+    """Nothing is spilled, and as many blocks fit a processor as the kernel asks for."""
+    for kind in TYPES:
+        kernels = resources(kind, chip)
+        assert len([name for name in kernels if "Forward" in name or "Backward" in name]) == 4
+        for name, (registers, local) in kernels.items():
+            assert local == 0, name
+            for phase, resident in RESIDENT.items():
+                if phase in name:
+                    count = resident[kind] if isinstance(resident, dict) else resident
+                    assert -(-registers // 8) * 8 * THREADS * count <= REGISTERS, name
+
+
+def test_machine_code():
+    """Matrix instructions; weights in words of 16 bytes; no local memory and no atomics."""
+    # One test: to disassemble is what takes the time.
+    for kind, chip in itertools.product(TYPES, CHIPS):
+        kernels = instructions(kind, chip)
+        assert len(kernels) > 4
+        for name, code in kernels.items():
+            kinds = {word.rstrip(";") for word in code}
+            assert code, name
+            used = [w for w in kinds if w.startswith(("ATOM", "RED", "LDL", "STL"))]
+            assert not used, name
+            if "Forward" in name or "Backward" in name:
+                check_products(kind, name, kinds)
+
+
+def check_products(kind, name, kinds):
+    assert TYPES[kind] in kinds, name
+    assert any(word.startswith("LDG.E.128") for word in kinds), name
+    if kind != "If":
+        assert any(word.startswith("LDSM.16.M88.4") for word in kinds), name
+        assert "Forward" in name or any("LDSM.16.MT88.4" in word for word in kinds), name

@@ -13,7 +13,7 @@ if not torch.cuda.is_available():  # read when the kernels are imported, which i
 ROOT = Path(__file__).resolve().parent.parent
 
 settings.register_profile("dev", max_examples=60, deadline=None, print_blob=True)
-settings.register_profile("ci", settings.get_profile("dev"), max_examples=200, derandomize=True)
+settings.register_profile("ci", settings.get_profile("dev"), max_examples=100, derandomize=True)
 settings.register_profile(
     "deep",
     settings.get_profile("dev"),

@@ -120,11 +120,11 @@ struct Network {
   float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
   int64_t saved_stride;
   bool forward;           // else the activations are those in `saved`
-  bool backward, need_weights;
+  bool backward, need_weights, need_inputs;
   Matrix logits;          // to write; data null: not wanted
   Matrix grad_logits;     // data null: `gem` has them
   const float* scale;     // factor of each expert's grad_logits, or null
-  Matrix grad_inputs;     // data null: not wanted
+  Matrix grad_inputs;     // with `need_inputs`
   const Gem* gem;         // or null, as the next
   const Mixture* mixture;
 };

@@ -32,7 +32,7 @@ struct MaskedMLP {
         if (k + 1 < n.depth) kept += (keeps_z ? 2 : 1) * size;
       }
       x = take(Linear::lines(n.in_features) * line);
-      stage = take(n.num_parts > 1 || n.parts->ids != nullptr || n.grad_inputs.data != nullptr
+      stage = take(n.num_parts > 1 || n.parts->ids != nullptr || n.need_inputs
                        ? n.tile_rows * Linear::row_stride(n.in_features)
                        : 0);
       logits = take(n.layers[n.depth - 1].panels.lines * line);
@@ -243,7 +243,7 @@ struct MaskedMLP {
       g = next;
       next = done;
     }
-    if (n.grad_inputs.data != nullptr) input_grads(n, at, g, row, rows, scratch);
+    if (n.need_inputs) input_grads(n, at, g, row, rows, scratch);
   }
 
   // grad *= act', for all lines of a tile.

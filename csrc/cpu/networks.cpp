@@ -1,8 +1,5 @@
 // A network on a batch, shared out over threads: each takes tiles of rows through all layers.
 
-#include <cstring>
-#include <string>
-
 #include "driver.h"
 #include "sharing.h"
 
@@ -64,7 +61,6 @@ class Call {
   // Allocates; afterwards `own` floats can be taken from `scratch`. `gem` experts, or 0.
   void prepare(const NetworkGradients& grads, int64_t experts, int64_t own) {
     const bool weights = !grads.weights.empty();
-    need_inputs_ = network.grad_inputs.data != nullptr;
     network.need_weights = weights;
     const Place in_place = network.in_place;
     int64_t size = own;
@@ -127,7 +123,7 @@ class Call {
   std::unique_ptr<Scratch> scratch;
 
  private:
-  bool turns(size_t layer) const { return network.backward && (layer > 0 || need_inputs_); }
+  bool turns(size_t layer) const { return network.backward && (layer > 0 || network.need_inputs); }
   bool copies_bias(size_t layer) const {
     return !in_.biases.empty() &&
            (in_.dtype != Dtype::kFloat32 || !in_.chain[layer].layout.row_order.empty());
@@ -162,7 +158,6 @@ class Call {
   const Kernels& k_;
   const Tiling tiling_;
   const int64_t threads_;
-  bool need_inputs_ = false;
   std::vector<NetworkLayer> layers_;
   std::vector<GemSums> totals_;
   std::vector<float*> tiles_;
@@ -197,17 +192,13 @@ class InputGradients {
     return size;
   }
 
-  Matrix before() const {  // what `take` fills in; not null where something is wanted
-    if (straight() || !wanted()) return grads_.x;
-    static float placeholder;
-    return rows_at(&placeholder);
-  }
-
   Matrix take(Scratch& scratch) {
     if (straight() || !wanted()) return grads_.x;
     rows_ = scratch.take(in_.rows * features());
     for (size_t p = 0; p < in_.parts.size(); ++p) wide_.push_back(scratch.take(wide(p)));
-    return rows_at(rows_);
+    const auto& order = in_.chain[0].layout.col_order;
+    return {rows_, Dtype::kFloat32, features(), features(),
+            order.empty() ? nullptr : order.data()};
   }
 
   // Every table row sums the samples that named it, in the order of the batch.
@@ -237,11 +228,6 @@ class InputGradients {
   int64_t wide(size_t p) const {
     return direct() || grads_.tables[p] == nullptr ? 0 : in_.table_rows[p] * in_.parts[p].width;
   }
-  Matrix rows_at(float* data) const {
-    const auto& order = in_.chain[0].layout.col_order;
-    return {data, Dtype::kFloat32, features(), features(), order.empty() ? nullptr : order.data()};
-  }
-
   void copy_columns(const Kernels& k, int64_t column, int64_t x_column, int64_t width) const {
     const int64_t size = direct() ? 4 : 2;
     for (int64_t r = 0; r < in_.rows; ++r) {
@@ -322,7 +308,7 @@ void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& t
   n.saved_stride = k.network_saved(n);
   n.backward = true;
   n.grad_logits = grad_logits;
-  n.grad_inputs = inputs.before();
+  n.need_inputs = inputs.wanted();
   call.prepare(grads, 0, inputs.scratch());
   n.grad_inputs = inputs.take(*call.scratch);
   call.run();
@@ -350,7 +336,7 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
   n.gem = &gem;
   n.forward = true;
   n.backward = wanted;
-  n.grad_inputs = inputs.before();
+  n.need_inputs = inputs.wanted();
   n.saved_stride = k.network_saved(n);
   const bool keeps = twice && 4 * n.saved_stride * tiling.count <= kKeptBytes;
   const int64_t kept = Scratch::round_up(keeps ? n.saved_stride * tiling.count : 0);

@@ -515,17 +515,22 @@ def test_compiles_whole_with_loss_and_tables(backend):
         torch.testing.assert_close(got, torch.autograd.grad(theirs, parameters))
 
 
-def test_opcheck():
+def op_arguments():
+    """What the ops take of a network with a table: inputs and parameters, plans, ids."""
     torch.manual_seed(0)
-    net = mk.InterpretableMLP(CUBE, [5])
+    net = mk.InterpretableMLP(CUBE, [5, 6])
     plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
+    parameters = [
+        [p.detach() for p in of]
+        for of in zip(*((layer.weight, layer.bias) for layer in net.layers), strict=True)
+    ]
     table, ids, x = torch.randn(6, 3), torch.randint(6, (4,)), torch.randn(4, 19)
-    inputs = (
-        x, [table], [ids], [0, -19],
-        [layer.weight.detach() for layer in net.layers],
-        [layer.bias.detach() for layer in net.layers],
-    )  # fmt: skip
+    return (x, [table], [ids], [0, -19], *parameters), plans, numbers
+
+
+def test_opcheck():
+    inputs, plans, numbers = op_arguments()
     ops = torch.ops.maskmoe
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
@@ -549,16 +554,7 @@ def test_opcheck():
 
 def test_without_kernels_it_runs_layer_after_layer():
     """What an exported program does where the extension is not to be had."""
-    torch.manual_seed(0)
-    net = mk.InterpretableMLP(CUBE, [5, 6], "gelu")
-    plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
-    numbers = [layer.layout.id for layer in net.layers]
-    table, ids, x = torch.randn(6, 3), torch.randint(6, (4,)), torch.randn(4, 19)
-    inputs = (
-        x, [table], [ids], [0, -19],
-        [layer.weight.detach() for layer in net.layers],
-        [layer.bias.detach() for layer in net.layers],
-    )  # fmt: skip
+    inputs, plans, numbers = op_arguments()
     grad = torch.randn(4, 7)
     found = []
     for name in ("masked_mlp", "layered_mlp"):

@@ -19,13 +19,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench import results, training
-from bench.rivals.paper_network import PaperStyleMLP, PaperStyleNCF
+from bench.rivals.paper_network import PaperStyleMLP
 from bench.roofs import Roofs, measure_roofs
 from bench.shapes import FAMILIES
 from bench.training import BLACK_BOX, MOVIELENS, OURS, PAPER, Make, Plan, Subject, Trainer
 from maskmoe_kernels import InterpretableMLP, SubsetFamily, gem_loss
 from maskmoe_kernels.experiments.report import write_json
-from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
+from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 
 FILE = "networks.json"
 LAYERED = "layer by layer"
@@ -134,35 +134,20 @@ def loss_of(name: str, model: Any) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 class MovieLensTrainer(Trainer):
-    """The MovieLens model in training, in one dtype; numbers come in that dtype."""
+    """The MovieLens model in training, in the dtype of the data's numbers."""
 
-    def __init__(
-        self, name: str, data: training.Data, sizes: NCFSizes, dtype: torch.dtype, compiled: bool
-    ) -> None:
-        torch.manual_seed(0)
-        device = data.target.device
-        ours = InterpretableNCF(sizes, backend=backend(name, device.type))
-        models = {BLACK_BOX: lambda: NCF(sizes), PAPER: lambda: PaperStyleNCF(ours)}
-        model = models.get(name, lambda: ours)().to(device, dtype)
-        options = {
-            "confidence": training.CONFIDENCE, "weighting": "deselection", "normalize": "expert",
-        }  # fmt: skip
-        numeric = data.numeric.to(dtype)
+    def __init__(self, name: str, data: training.Data, sizes: NCFSizes, compiled: bool) -> None:
+        device = data.numeric.device.type
+        kind = OURS if name == LAYERED else name
+        model: Any = training.build(kind, sizes, backend(name, device)).to(data.numeric)
 
-        def loss(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
-            given = (users, items, data.codes[users], numeric[items])
-            if name == OURS:
-                return ours.gem_loss(*given, target, **options)
-            if name == BLACK_BOX:
-                return F.binary_cross_entropy_with_logits(model(*given)[:, 0].float(), target)
-            logits = (
-                ours.experts.layers.layered(ours.inputs(*given))
-                if name == LAYERED
-                else model(*given)
-            )
-            return gem_loss(logits, target, ours.family, **options)
+        def layered(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
+            inputs = model.inputs(users, items, data.codes[users], data.numeric[items])
+            logits = model.experts.layers.layered(inputs)
+            return gem_loss(logits, target, model.family, **training.OPTIONS)
 
-        self.start(name, data, model, loss, device.type, compiled)
+        loss = layered if name == LAYERED else training.loss_of(model, data)
+        self.start(name, data, model, loss, device, compiled)
 
 
 def subject(network: str, dtype: torch.dtype) -> Subject:
@@ -170,8 +155,9 @@ def subject(network: str, dtype: torch.dtype) -> Subject:
 
     def prepare(batch: int, plan: Plan, device: str) -> Make:
         if network == "movielens":
-            ids = training.Data(plan.sizes, batch, device, steps=4)
-            return lambda name, compiled: MovieLensTrainer(name, ids, plan.sizes, dtype, compiled)
+            samples = training.Data(plan.sizes, batch, device, steps=4)
+            samples.numeric = samples.numeric.to(dtype)
+            return lambda name, compiled: MovieLensTrainer(name, samples, plan.sizes, compiled)
         data = Data(NETWORKS[network][0]().in_features, batch, dtype, device)
         return lambda name, compiled: NetworkTrainer(name, network, data, compiled)
 

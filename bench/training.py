@@ -37,6 +37,12 @@ NOTES = {
     BLACK_BOX: "NCF of torch's own layers: another model, with one logit",
     PAPER: "the same model and weights as ours, one nn.Linear an expert over detached sources",
 }
+#: Of the GEM loss, as the experiment takes it.
+OPTIONS: dict[str, Any] = {
+    "confidence": CONFIDENCE,
+    "weighting": "deselection",
+    "normalize": "expert",
+}
 MOVIELENS = NCFSizes(num_users=6040, num_items=3706)
 
 
@@ -180,28 +186,27 @@ class Trainer:
         return self.steps * self.data.batch / (time.perf_counter() - start)
 
 
-def build(name: str, sizes: NCFSizes) -> nn.Module:
-    """One of ``NOTES``, from the same seed."""
+def build(name: str, sizes: NCFSizes, backend: str | None = None) -> nn.Module:
+    """One of ``NOTES``, from the same seed; ours on ``backend``."""
     torch.manual_seed(0)
     if name == BLACK_BOX:
         return NCF(sizes)
-    ours = InterpretableNCF(sizes)
+    ours = InterpretableNCF(sizes, backend=backend)
     return ours if name == OURS else PaperStyleNCF(ours)
 
 
 def loss_of(model: nn.Module, data: Data) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """Loss of users, items and labels, features gathered by id, as the experiment computes it."""
     family = getattr(model, "family", None)
-    options = {"confidence": CONFIDENCE, "weighting": "deselection", "normalize": "expert"}
 
     def loss(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
         inputs = (users, items, data.codes[users], data.numeric[items])
         if isinstance(model, InterpretableNCF):
-            return model.gem_loss(*inputs, target, **options)
+            return model.gem_loss(*inputs, target, **OPTIONS)
         logits = model(*inputs)
         if family is None:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], target)
-        return gem_loss(logits, target, family, **options)
+            return F.binary_cross_entropy_with_logits(logits[:, 0].float(), target)
+        return gem_loss(logits, target, family, **OPTIONS)
 
     return loss
 

@@ -14,6 +14,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops import networks
+from maskmoe_kernels.ops.autograd import transformed
 from maskmoe_kernels.ops.networks import Inputs, Layers
 
 
@@ -112,7 +113,7 @@ class MaskedMLP(nn.Sequential):
     def fused(self, x: Tensor | Inputs) -> Layers | None:
         """The layers for one op on ``x``; None: they run one by one."""
         given = x.x if isinstance(x, Inputs) else x
-        if networks.transformed() or self.obstacle() is not None:
+        if transformed() or self.obstacle() is not None:
             return None
         layers = [*self]
         weights = [layer.weight for layer in layers]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.errors import BackendError
@@ -99,3 +100,10 @@ class _NoDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise BackendError(ctx.refusal)
+
+
+def transformed() -> bool:
+    """Is a torch.func transform or forward-mode AD at work, which opaque ops do not know?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

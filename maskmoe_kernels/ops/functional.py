@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def masked_linear(
     """
     name = "none" if activation is None else activation_name(activation)
     if torch._C._is_any_autocast_enabled():
-        x, weight, bias = _autocast(x, weight, bias)
+        x, weight, bias = autocast(x.device.type, (x, weight, bias))
     _check(x, weight, bias, layout)
     compiling = torch.compiler.is_compiling()
     route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
@@ -108,19 +109,16 @@ def _warn_or_refuse_transform(backend: str | None) -> None:
         )
 
 
-def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    # What torch's own linear does: every floating input but float64 goes to the autocast dtype.
-    device = x.device.type
+def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:
+    """What torch's own linear does: every floating input but float64 goes to the autocast dtype."""
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return x, weight, bias
+        return [*tensors]
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
-    return cast(x), cast(weight), None if bias is None else cast(bias)
+    return [None if t is None else cast(t) for t in tensors]
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:

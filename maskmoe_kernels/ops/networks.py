@@ -13,6 +13,7 @@ one that ``ids[p]`` names; ``p < 0`` are the next ``-p`` columns of ``x``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -21,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from maskmoe_kernels.backends import native
@@ -31,6 +31,7 @@ from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
+from maskmoe_kernels.ops.functional import autocast
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
@@ -245,14 +246,8 @@ def _run(op: Any, *args: Any) -> Any:
 
 
 def _flops(x: Any, tables: Any, ids: Any, parts: Any, weights: Any, *args: Any, **_: Any) -> int:
-    return 2 * _rows(x, ids) * sum(int(weight[0]) for weight in weights)
-
-
-def _rows(x: Any, ids: Any) -> int:
-    rows = 1
-    for size in ids[0] if x is None else x[:-1]:
-        rows *= int(size)
-    return rows
+    rows = math.prod(map(int, ids[0] if x is None else x[:-1]))
+    return 2 * rows * sum(int(weight[0]) for weight in weights)
 
 
 register_flop_formula(torch.ops.maskmoe.masked_mlp)(_flops)
@@ -328,13 +323,6 @@ def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | Non
     return native.OBSTACLE
 
 
-def transformed() -> bool:
-    """Is a torch.func transform or forward-mode AD at work, which these ops do not know?"""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     """All layers on one input: logits ``(*, out_features of the last layer)``.
 
@@ -350,14 +338,12 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     """
     parts, layers = _autocast(parts, layers)
     _check(parts, layers)
-    tensors = [*parts.tables, *layers.weights, *layers.biases]
-    needs = [t.requires_grad for t in (parts.x, *tensors) if t is not None]
-    fixed = _fixed(parts, layers)
-    if torch.is_grad_enabled() and any(needs):
+    fixed, tensors, wants_grad = _given(parts, layers)
+    if wants_grad:
         apply: Any = _MaskedMLP.apply
         result: Tensor = apply(fixed, parts.x, *tensors)
         return result
-    logits: Tensor = _run(_MLP, *fixed.inputs(parts.x, tensors), *fixed.plans, False)[0]
+    logits: Tensor = _logits(fixed, parts.x, tensors, keep=False)[0]
     return logits
 
 
@@ -369,13 +355,10 @@ def masked_mlp_mixture(
     It has no derivative. Arguments and errors as for :func:`masked_mlp_gem`.
     """
     parts, layers = _prepared(parts, layers, confidence)
-    tensors = [*parts.tables, *layers.weights, *layers.biases]
-    fixed = _fixed(parts, layers)
-    plans, numbers, _, activation = fixed.plans
+    fixed, tensors, _ = _given(parts, layers)
     found: tuple[Tensor, Tensor, Tensor] = _MIXTURE(
-        *fixed.inputs(parts.x, tensors), plans, numbers, activation, strict, confidence,
-        float(sharpness),
-    )  # fmt: skip
+        *fixed.network(parts.x, tensors), strict, confidence, float(sharpness)
+    )
     return found
 
 
@@ -410,44 +393,41 @@ def masked_mlp_gem(
         LayoutError: A shape, dtype or device that does not fit.
     """
     parts, layers = _prepared(parts, layers, confidence)
-    tensors = [*parts.tables, *layers.weights, *layers.biases]
-    fixed = _fixed(parts, layers)
+    fixed, tensors, wants_grad = _given(parts, layers)
     loss_of = (
         target.float(), mask, strict, confidence, float(sharpness), weighting, normalize or "none",
     )  # fmt: skip
-    needs = [t.requires_grad for t in (parts.x, *tensors) if t is not None]
-    if torch.is_grad_enabled() and any(needs):
+    if wants_grad:
         apply: Any = _MaskedMLPGem.apply
         result: Tensor = apply(fixed, loss_of, parts.x, *tensors)
         return result
-    loss: Tensor = _run(
-        _GEM,
-        *fixed.inputs(parts.x, tensors), *fixed.plans[:2], fixed.plans[3], *loss_of,
-        False, False, False,
-    )[0]  # fmt: skip
+    network = fixed.network(parts.x, tensors)
+    loss: Tensor = _run(_GEM, *network, *loss_of, False, False, False)[0]
     return loss
 
 
+@dataclass(frozen=True)
 class _Fixed:
     """What a call is given besides the tensors that may have a gradient."""
 
-    def __init__(
-        self,
-        ids: list[Tensor],
-        order: list[int],
-        layers: int,
-        tables: int,
-        plans: tuple[list[Tensor], list[int], int, str],
-    ) -> None:
-        self.ids, self.order, self.layers, self.tables, self.plans = (
-            ids, order, layers, tables, plans,
-        )  # fmt: skip
+    ids: list[Tensor]
+    order: list[int]
+    tables: int
+    layers: int
+    plans: list[Tensor]
+    numbers: list[int]
+    out_features: int
+    activation: str
 
     def inputs(self, x: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
         """The first six arguments of an op."""
         tables, rest = [*tensors[: self.tables]], tensors[self.tables :]
         weights, biases = [*rest[: self.layers]], [*rest[self.layers :]]
         return x, tables, self.ids, self.order, weights, biases
+
+    def network(self, x: Tensor | None, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The first nine: the inputs, then what the layers are."""
+        return *self.inputs(x, tensors), self.plans, self.numbers, self.activation
 
     def needs(self, x: bool, tensors: Sequence[bool]) -> tuple[bool, bool, bool]:
         """Which of the three kinds of gradients are needed."""
@@ -464,18 +444,30 @@ class _Fixed:
         return result
 
 
-def _fixed(parts: Inputs, layers: Layers) -> _Fixed:
+def _given(parts: Inputs, layers: Layers) -> tuple[_Fixed, list[Tensor], bool]:
+    """What is fixed, the tensors that may have a gradient besides x, and whether any wants one."""
     device = layers.weights[0].device
-    plans = [plan_of(layout, device) for layout in layers.layouts]
-    numbers = [layout.id for layout in layers.layouts]
-    out_features = layers.layouts[-1].out_features
-    return _Fixed(
+    fixed = _Fixed(
         [*parts.ids],
         [*parts.order],
-        len(layers.weights),
         len(parts.tables),
-        (plans, numbers, out_features, layers.activation),
+        len(layers.weights),
+        [plan_of(layout, device) for layout in layers.layouts],
+        [layout.id for layout in layers.layouts],
+        layers.layouts[-1].out_features,
+        layers.activation,
     )
+    tensors = [*parts.tables, *layers.weights, *layers.biases]
+    wanted = any(t.requires_grad for t in (parts.x, *tensors) if t is not None)
+    return fixed, tensors, torch.is_grad_enabled() and wanted
+
+
+def _logits(
+    fixed: _Fixed, x: Tensor | None, tensors: Sequence[Tensor], keep: bool
+) -> tuple[Tensor, Tensor]:
+    *inputs, activation = fixed.network(x, tensors)
+    found: tuple[Tensor, Tensor] = _run(_MLP, *inputs, fixed.out_features, activation, keep)
+    return found
 
 
 class _MaskedMLP(torch.autograd.Function):
@@ -484,7 +476,7 @@ class _MaskedMLP(torch.autograd.Function):
         logits: Tensor
         # How much it keeps is for the kernels to know; a trace has to know it, so there: nothing.
         keep = not torch.compiler.is_compiling()
-        logits, saved = _run(_MLP, *fixed.inputs(x, tensors), *fixed.plans, keep)
+        logits, saved = _logits(fixed, x, tensors, keep)
         ctx.save_for_backward(saved, x, *tensors)
         ctx.fixed = fixed
         return logits
@@ -494,12 +486,12 @@ class _MaskedMLP(torch.autograd.Function):
         saved, x, *tensors = ctx.saved_tensors
         fixed: _Fixed = ctx.fixed
         need_x, *need = ctx.needs_input_grad[1:]
-        plans, numbers, _, activation = fixed.plans
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
             found = _run(
                 _MLP_BACKWARD,
-                grad_logits, *fixed.inputs(x, tensors), saved, plans, numbers, activation,
+                grad_logits, *fixed.inputs(x, tensors), saved, fixed.plans, fixed.numbers,
+                fixed.activation,
                 *fixed.needs(need_x, need),
             )  # fmt: skip
         grads = fixed.spread(found, need_x, need)
@@ -519,11 +511,10 @@ class _MaskedMLPGem(torch.autograd.Function):
         ctx: Any, fixed: _Fixed, loss_of: tuple[Any, ...], x: Tensor | None, *tensors: Tensor
     ) -> Tensor:
         need_x, *need = ctx.needs_input_grad[2:]
-        plans, numbers, _, activation = fixed.plans
         loss: Tensor
         loss, *grads = _run(
             _GEM,
-            *fixed.inputs(x, tensors), plans, numbers, activation, *loss_of,
+            *fixed.network(x, tensors), *loss_of,
             *fixed.needs(need_x, need),
         )  # fmt: skip
         ctx.fixed = fixed
@@ -571,19 +562,16 @@ def _prepared(parts: Inputs, layers: Layers, confidence: str) -> tuple[Inputs, L
 
 
 def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:
-    # What torch's own linear does: every floating input but float64 goes to the autocast dtype.
     device = layers.weights[0].device.type
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(device):
+    if not torch._C._is_any_autocast_enabled():
         return parts, layers
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-
-    x = None if parts.x is None else cast([parts.x])[0]
+    (x,) = autocast(device, (parts.x,))
+    tables, weights, biases = (
+        autocast(device, of) for of in (parts.tables, layers.weights, layers.biases)
+    )
     return (
-        Inputs(x, cast(parts.tables), parts.ids, parts.order),
-        Layers(cast(layers.weights), cast(layers.biases), layers.layouts, layers.activation),
+        Inputs(x, tables, parts.ids, parts.order),
+        Layers(weights, biases, layers.layouts, layers.activation),
     )
 
 

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskmoe_kernels.backends import triton as backend
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
 from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.ops.autograd import differentiable_once
+from maskmoe_kernels.ops.autograd import differentiable_once, transformed
 
 #: Devices whose tensors go to the kernels unasked. (Tests of the interpreter add the CPU.)
 DEVICES = {"cuda"}
@@ -111,9 +110,7 @@ def obstacle(logits: Tensor, confidence: Any) -> str | None:
         return f"there are {logits.shape[-1]} experts; these kernels hold up to {MAX_EXPERTS}"
     if not isinstance(confidence, str) or confidence not in CONFIDENCES:
         return "the confidence is a function; these kernels know those that have a name"
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if transformed():
         return "torch.func transforms and forward-mode AD go through PyTorch"
     return _device_obstacle(logits.device)
 

@@ -494,6 +494,13 @@ def test_autocast_computes_in_its_dtype():
         assert torch.equal(p.grad, q.grad.float())
 
 
+def test_autocast_takes_no_integers():
+    """As ``masked_linear``: only floating-point tensors are cast."""
+    net = mk.InterpretableMLP(CUBE, [16])
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(mk.LayoutError, match="int64"):
+        net(torch.ones(4, 22, dtype=torch.int64))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole_with_loss_and_tables(backend):
     torch._dynamo.reset()

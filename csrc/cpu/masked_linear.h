@@ -404,11 +404,23 @@ struct MaskedLinear {
   };
   static constexpr Products table{};
 
+  // `size` things in the fewest parts of at most `most`, all nearly equal. Divisions take as long as
+  // a small tile, so there is one cut for many of them.
+  struct Cut {
+    uint32_t count, each, larger;  // the first `larger` parts have one more
+    Cut(int64_t size, uint32_t most)
+        : count((static_cast<uint32_t>(size) + most - 1) / most),
+          each(static_cast<uint32_t>(size) / count),
+          larger(static_cast<uint32_t>(size) % count) {}
+    int64_t operator[](uint32_t part) const { return each + (part < larger ? 1 : 0); }
+  };
+
   // All panels on `rows` rows.
   static void multiply(const PanelsView& view, const float* x, int64_t line,
                        const float* weight, Place in_place, const float* buffer,
                        const float* bias, const Output& y, Activation activation, int64_t rows) {
     const bool lined = y.line != 0;
+    const Cut cuts[2] = {{rows, I::kRows1}, {rows, I::kRows2}};
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
       const bool direct = panel.place >= in_place;
@@ -428,15 +440,13 @@ struct MaskedLinear {
                 y.saved == nullptr ? nullptr : y.saved + panel.line * y.line,
                 y.derivative};
       const Product* of = panel.shared ? table.shared : panel.vectors == 2 ? table.two : table.one;
-      const int64_t most = panel.vectors == 2 ? I::kRows2 : I::kRows1;
-      // Tiles of nearly equal height.
-      for (int64_t left = rows, tiles = (rows + most - 1) / most; tiles > 0; --tiles) {
-        const int64_t height = (left + tiles - 1) / tiles;
+      const Cut& cut = cuts[panel.vectors - 1];
+      for (uint32_t n = 0; n < cut.count; ++n) {
+        const int64_t height = cut[n];
         of[height](tile);
         tile.x += height * L;
         tile.y += height * y.stride;
         if (tile.saved != nullptr) tile.saved += height * y.stride;
-        left -= height;
       }
     }
   }
@@ -504,6 +514,20 @@ struct MaskedLinear {
     bool add;
   };
 
+  template <int K, int N>
+  [[gnu::always_inline]] static void outer_row(V (&sum)[K][N], const float* x, const float* g,
+                                               int64_t line) {
+    V b[N];
+#pragma GCC unroll 2
+    for (int v = 0; v < N; ++v) b[v] = I::load(g + v * line);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k) {
+      V a = I::set(x[k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) sum[k][v] = I::fma(a, b[v], sum[k][v]);
+    }
+  }
+
   // to[k] (+)= sum over rows of x[k] * g, for K inputs by N vectors of lanes.
   template <int K, int N>
   static void outer(const Sums& s) {
@@ -513,20 +537,15 @@ struct MaskedLinear {
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) sum[k][v] = I::zero();
     }
+    constexpr int kUnrolled = 4 / N;  // the loop itself would cost a tenth and more
     const float* x = s.x;
     const float* g = s.g;
-    const int64_t line = s.line;
-    for (const float* end = g + s.rows * L; g != end; x += L, g += L) {
-      V b[N];
-#pragma GCC unroll 2
-      for (int v = 0; v < N; ++v) b[v] = I::load(g + v * line);
-#pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) {
-        V a = I::set(x[k]);
-#pragma GCC unroll 2
-        for (int v = 0; v < N; ++v) sum[k][v] = I::fma(a, b[v], sum[k][v]);
-      }
+    int64_t left = s.rows;
+    for (; left >= kUnrolled; left -= kUnrolled, x += kUnrolled * L, g += kUnrolled * L) {
+#pragma GCC unroll 4
+      for (int r = 0; r < kUnrolled; ++r) outer_row(sum, x + r * L, g + r * L, s.line);
     }
+    for (; left > 0; --left, x += L, g += L) outer_row(sum, x, g, s.line);
     float* to = s.to;
     const int64_t stride = s.to_stride;
     if (s.add) {
@@ -576,9 +595,9 @@ struct MaskedLinear {
       for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
         int64_t slot = view.segments[n].first;
         for (int64_t left = view.segments[n].length; left > 0;) {
-          // As far as the line goes, in nearly equal parts.
-          const int64_t here = smaller(left, L - slot % L), parts = (here + most - 1) / most;
-          const int64_t inputs = (here + parts - 1) / parts;
+          // As far as the line goes, in nearly equal parts: without a division, as in Cut.
+          const int64_t here = smaller(left, L - slot % L);
+          const int64_t inputs = here <= most ? here : here <= 2 * most ? (here + 1) / 2 : most;
           sums.x = x + slot / L * line + slot % L;
           of[inputs](sums);
           sums.to += inputs * stride;

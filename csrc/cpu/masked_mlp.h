@@ -112,6 +112,12 @@ struct MaskedMLP {
     }
   };
 
+  static constexpr int64_t kAhead = 8;  // rows of tables lie anywhere: ask for them in time
+
+  static void prefetch(const char* from, int64_t bytes) {
+    for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch(from + n);
+  }
+
   static void load_inputs(const Network& n, const Places& at, int64_t row, int64_t rows,
                           float* scratch) {
     float* x = scratch + at.x;
@@ -128,6 +134,11 @@ struct MaskedMLP {
         for (int64_t p = 0; p < n.num_parts; to += n.parts[p].width, ++p) {
           const Part& part = n.parts[p];
           const int64_t from = part.ids == nullptr ? row + r : part.ids[row + r];
+          if (part.ids != nullptr && r + kAhead < rows) {
+            prefetch(static_cast<const char*>(part.data) +
+                         part.ids[row + r + kAhead] * part.stride * size,
+                     part.width * size);
+          }
           Linear::load(to, static_cast<const char*>(part.data) + from * part.stride * size,
                        n.dtype, nullptr, part.width);
         }

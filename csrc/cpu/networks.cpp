@@ -6,7 +6,7 @@
 namespace maskmoe {
 namespace {
 
-constexpr int64_t kTileFloats = 1 << 17;  // a tile of activations: half of a 1 MiB cache
+constexpr int64_t kTileFloats = 1 << 18;  // of activations: weights pass by every tile, so tiles are few
 constexpr int64_t kKeptBytes = 1 << 24;   // beyond, activations are cheaper computed than read
 
 int64_t weights_of(const NetworkInputs& in) {
@@ -262,11 +262,11 @@ Tiling tiles_of(const NetworkInputs& in) {
     most = std::max(most, plan.layout.out_features);
   }
   const int64_t fit = std::clamp<int64_t>(kTileFloats / (floats + 2 * most), 56, 252) / 28 * 28;
-  int64_t count = (in.rows + fit - 1) / fit;
+  int64_t count = std::max<int64_t>((in.rows + fit / 2) / fit, 1);
   // Few tiles are shared out evenly.
   const int64_t threads = threads_for(6 * in.rows * weights_of(in), in.rows);
   if (count < 8 * threads) count = (count + threads - 1) / threads * threads;
-  const int64_t rows = count == 0 ? 1 : std::max<int64_t>((in.rows + count - 1) / count, 1);
+  const int64_t rows = std::max<int64_t>((in.rows + count - 1) / count, 1);
   return {rows, (in.rows + rows - 1) / rows};
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/driver.h"
+#include "cpu/pages.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as in torch 2.11's headers
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, #call " failed")
@@ -53,7 +54,11 @@ inline Tensor empty_like_with(const Tensor& like, const int64_t* sizes, int64_t 
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  Tensor empty(handle);
+  int64_t bytes;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  prefer_large_pages(empty.data_ptr(), bytes);
+  return empty;
 }
 
 inline Tensor nothing(const Tensor& like) {

@@ -301,6 +301,8 @@ struct MaskedLinear {
     }
   }
 
+  static constexpr int64_t kAhead = 24;  // inputs
+
   template <int R, int N, bool Shared>
   static void product(const Tile& t) {
     V sum[R][N];
@@ -326,7 +328,13 @@ struct MaskedLinear {
         const float* x = base + k;
         const int64_t steps = smaller(left, L - k);
         left -= steps;
-        for (const float* end = x + steps; x != end; ++x, w += w_stride) {
+        const float* next = base + line + k * L;
+        for (const float* end = x + steps; x != end; ++x, w += w_stride, next += L) {
+          if constexpr (N == 2) {  // large blocks: the next line's rows, and weights to come
+            __builtin_prefetch(next);
+            __builtin_prefetch(w + kAhead * w_stride);
+            __builtin_prefetch(w + kAhead * w_stride + L);
+          }
           step<R, N, Shared>(sum, x, w, seen);
         }
       }
@@ -541,6 +549,13 @@ struct MaskedLinear {
     const float* x = s.x;
     const float* g = s.g;
     int64_t left = s.rows;
+    if (N == 2 && s.add) {  // large sums, which are needed when the rows are through
+#pragma GCC unroll 16
+      for (int k = 0; k < K; ++k) {
+        __builtin_prefetch(s.to + k * s.to_stride, 1);
+        __builtin_prefetch(s.to + k * s.to_stride + L, 1);
+      }
+    }
     for (; left >= kUnrolled; left -= kUnrolled, x += kUnrolled * L, g += kUnrolled * L) {
 #pragma GCC unroll 4
       for (int r = 0; r < kUnrolled; ++r) outer_row(sum, x + r * L, g + r * L, s.line);

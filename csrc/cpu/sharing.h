@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "pages.h"
 
 namespace maskmoe {
 
@@ -20,8 +21,10 @@ class Scratch {
     static thread_local Buffer kept;
     Buffer& buffer = size <= kKept ? kept : own_;
     if (buffer.size < size) {
-      buffer.data.reset(static_cast<float*>(::operator new(size * sizeof(float), kAligned)));
+      const size_t bytes = size * sizeof(float);
+      buffer.data.reset(static_cast<float*>(::operator new(bytes, kAligned)));
       buffer.size = size;
+      prefer_large_pages(buffer.data.get(), static_cast<int64_t>(bytes));
     }
     at_ = buffer.data.get();
   }

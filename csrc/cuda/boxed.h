@@ -29,6 +29,16 @@ struct Ops {
     return op.backward(grad_logits, need_x, need_tables, need_weights);
   }
 
+  static std::tuple<Tensor, Tensor, Tensor> mixture(
+      std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts, Tensors weights,
+      Tensors biases, Tensors plans, Integers layouts, std::string activation, Tensor strict,
+      std::string confidence, double sharpness) {
+    Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
+                          activation_of(activation)},
+                         Use::kMixture);
+    return op.mixture({strict, confidence_named(confidence), sharpness, true});
+  }
+
   static Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
                      Tensors weights, Tensors biases, Tensors plans, Integers layouts,
                      std::string activation, Tensor target, std::optional<Tensor> mask,
@@ -38,10 +48,9 @@ struct Ops {
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
                           activation_of(activation)},
                          Use::kGem);
-    const int name = index_of(confidence, {"abs", "square", "smooth", "rare"});
-    return op.gem({target, mask, strict, static_cast<Confidence>(name), sharpness,
-                   index_of(weighting, {"deselection", "selection"}) == 1,
-                   index_of(normalize, {"none", "sample", "expert", "batch"})},
+    return op.gem({target, mask, index_of(normalize, {"none", "sample", "expert", "batch"})},
+                  {strict, confidence_named(confidence), sharpness,
+                   index_of(weighting, {"deselection", "selection"}) == 1},
                   need_x, need_tables, need_weights);
   }
 };

@@ -19,18 +19,27 @@ struct Sink {
   int64_t stride;
 };
 
-struct Objective {
-  const float* target;
-  const uint8_t* mask;          // null: every sample counts
-  const int16_t* above;         // (experts, experts): strict subsets of each expert
-  const int32_t* above_count;   // how many
-  const uint8_t* larger;        // is an expert a strict subset of another?
-  const float* scale;           // of each expert, known before; null: after the launch
-  float* sums;                  // of each block: losses, weights (per expert), samples; or null
+// How much each expert counts.
+struct Selection {
+  const int16_t* above;        // (experts, experts): strict subsets of each expert
+  const int32_t* above_count;  // how many
+  const uint8_t* larger;       // is an expert a strict subset of another?
   float sharpness;
   Confidence confidence;
-  bool own;     // alpha, or without the own confidence
-  bool sample;  // weights divided by their sum over the experts
+  bool own;  // alpha, or without the own confidence
+};
+
+struct Objective {
+  const float* target;  // null: there is none
+  const uint8_t* mask;  // null: every sample counts
+  const float* scale;   // of each expert, known before; null: after the launch
+  float* sums;          // of each block: losses, weights (per expert), samples; or null
+  bool sample;          // weights divided by their sum over the experts
+};
+
+struct Mixture {
+  float* probability;    // (rows,)
+  float *alpha, *share;  // (rows, experts)
 };
 
 struct Call {
@@ -49,7 +58,9 @@ struct Call {
   const float* drain_by;   // or where that lies on the device
   Part parts[kMostParts];
   Sink sinks[kMostParts];
+  Selection selection;
   Objective objective;
+  Mixture mixture;
 };
 
 // What the packing and the reduction know of the parameters.
@@ -61,7 +72,7 @@ struct Parameters {
   float* last;
   float* padded_biases;
   int32_t blocks;                  // how many to pack
-  const uint8_t* strict;           // (experts, experts); null: no objective
+  const uint8_t* strict;           // (experts, experts); null: no selection
   int16_t* above;
   int32_t* above_count;
   uint8_t* larger;

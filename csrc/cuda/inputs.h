@@ -37,6 +37,10 @@ inline int index_of(const std::string& name, std::initializer_list<const char*> 
   STD_TORCH_CHECK(false, "maskmoe: unknown option ", name);
 }
 
+inline Confidence confidence_named(const std::string& name) {
+  return static_cast<Confidence>(index_of(name, {"abs", "square", "smooth", "rare"}));
+}
+
 // What a network's tensors are on one device.
 template <class Machine>
 struct Placed {

@@ -7,6 +7,7 @@
 
 #include "cuda/gpu.h"
 #include "cuda/masked_mlp_backward.h"
+#include "cuda/masked_mlp_mixture.h"
 #include "cuda/reductions.h"
 #include "cuda/tables.h"
 
@@ -52,6 +53,8 @@ void Gpu::launch(int64_t blocks, int64_t shared,
 #define MASKMOE_MAKE_ALL(T)                       \
   MASKMOE_MAKE(Forward<T, high_tile(sizeof(T))>)  \
   MASKMOE_MAKE(Forward<T, low_tile(sizeof(T))>)   \
+  MASKMOE_MAKE(Mix<T, high_tile(sizeof(T))>)      \
+  MASKMOE_MAKE(Mix<T, low_tile(sizeof(T))>)       \
   MASKMOE_MAKE(Backward<T, high_tile(sizeof(T))>) \
   MASKMOE_MAKE(Backward<T, low_tile(sizeof(T))>)  \
   MASKMOE_MAKE(Pack<T>)                           \

@@ -72,5 +72,6 @@ STABLE_TORCH_LIBRARY_IMPL(maskmoe, CUDA, m) {
   using Ops = maskmoe::fused::Ops<maskmoe::fused::Gpu>;
   m.impl("masked_mlp", TORCH_BOX(&Ops::forward));
   m.impl("masked_mlp_backward", TORCH_BOX(&Ops::backward));
+  m.impl("masked_mlp_mixture", TORCH_BOX(&Ops::mixture));
   m.impl("masked_mlp_gem", TORCH_BOX(&Ops::gem));
 }

@@ -243,6 +243,18 @@ MASKMOE_DEVICE void last_forward(const Call& c, const Tile<T>& tile, const F& f)
   });
 }
 
+// A tile's input through all layers but the last. live: as load_inputs has it.
+template <class T, int kR>
+MASKMOE_DEVICE void units_forward(const Call& c, const Tile<T>& tile, int64_t first,
+                                  const float* live) {
+  load_inputs<T, kR>(c, tile, first, live);
+  barrier();
+  for (int layer = 0; layer + 1 < c.tables.layers; ++layer) {
+    layer_forward<T, kR>(c, tile, layer, live);
+    barrier();
+  }
+}
+
 template <class T, int kR>
 struct Forward {
   using Arguments = Call;
@@ -254,12 +266,7 @@ struct Forward {
     for (int64_t n = place.block; n * kR < c.rows; n += place.blocks) {
       const int64_t first = n * kR;
       barrier();
-      load_inputs<T, kR>(c, tile, first, nullptr);
-      barrier();
-      for (int layer = 0; layer + 1 < c.tables.layers; ++layer) {
-        layer_forward<T, kR>(c, tile, layer, nullptr);
-        barrier();
-      }
+      units_forward<T, kR>(c, tile, first, nullptr);
       last_forward<T, kR>(c, tile, [&](int row, int expert, float z) {
         if (first + row < c.rows) {
           logits[(first + row) * c.tables.experts + expert] = rounded<T>(z);

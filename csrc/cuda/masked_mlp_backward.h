@@ -264,7 +264,7 @@ struct Backward {
     const Tables& t = c.tables;
     const Tile<T> tile(c, place);
     const bool follows = c.objective.target != nullptr;
-    const Cells cells(tile.floats, t.experts, kR, follows);
+    const Cells cells(tile.floats, t.experts, kR);
     float* partial = c.partial == nullptr ? nullptr : c.partial + place.block * c.partial_size;
     if (c.objective.sums != nullptr) {
       each_thread([&](int thread) {
@@ -276,16 +276,11 @@ struct Backward {
       const int64_t first = n * kR;
       load_rows<kR>(c, cells, first);
       barrier();
-      load_inputs<T, kR>(c, tile, first, cells.live);
-      barrier();
-      for (int layer = 0; layer + 1 < t.layers; ++layer) {
-        layer_forward<T, kR>(c, tile, layer, cells.live);
-        barrier();
-      }
+      units_forward<T, kR>(c, tile, first, cells.live);
       if (follows) {
-        logits(c, tile, cells);
+        confident_logits<T, kR>(c, tile, cells);
         barrier();
-        objective<T, kR>(c, cells);
+        objective<kR>(c, cells);
       } else {
         given(c, cells, first);
       }
@@ -305,19 +300,6 @@ struct Backward {
   }
 
  private:
-  // The logits with their confidences.
-  static MASKMOE_DEVICE void logits(const Call& c, const Tile<T>& tile, const Cells& cells) {
-    const Objective& o = c.objective;
-    last_forward<T, kR>(c, tile, [&](int row, int expert, float z) {
-      const int n = expert * kR + row;
-      Pair pair = z == z ? confidence_of(z, o.confidence) : Pair{z, z};
-      if (o.sharpness != 1.0f && o.larger[expert]) pair = sharpened(pair, o.sharpness);
-      cells.logit[n] = z;
-      cells.own[n] = pair.own;
-      cells.rest[n] = pair.rest;
-    });
-  }
-
   // The gradient of the logits as the caller has it; zero where a row is none.
   static MASKMOE_DEVICE void given(const Call& c, const Cells& cells, int64_t first) {
     const int experts = c.tables.experts;

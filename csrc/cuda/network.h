@@ -127,7 +127,10 @@ class Network {
   std::vector<int64_t> offsets_;
 };
 
-enum class Use : int { kForward, kBackward, kGem };
+enum class Use : int { kForward, kMixture, kBackward, kGem };
+
+// Does the kernel hold the inputs of all layers, or of two at a time?
+constexpr bool holds_all(Use use) { return use == Use::kBackward || use == Use::kGem; }
 
 // How a tile of rows lies in shared memory: offsets in elements, then floats, then bytes in total.
 struct Room {

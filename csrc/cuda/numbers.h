@@ -99,25 +99,32 @@ MASKMOE_DEVICE float before(float gradient, float value, Activation a) {
   return gradient;
 }
 
-enum class Confidence : int { kAbs, kSquare, kSmooth, kRare };
-
-// g and 1 - g, each with its digits wherever g lies; section 3.3.1.
+// p and 1 - p, each with its digits wherever p lies.
 struct Pair {
   float own, rest;
 };
 
+// f = sigmoid(2 z) and 1 - f.
+MASKMOE_DEVICE Pair odds_of(float z) {
+  const float e = expf(-2.0f * fabsf(z));
+  const float large = 1.0f / (1.0f + e), small = e / (1.0f + e);
+  return z > 0 ? Pair{large, small} : Pair{small, large};
+}
+
+enum class Confidence : int { kAbs, kSquare, kSmooth, kRare };
+
 MASKMOE_DEVICE float least(float a, float b) { return b < a ? b : a; }  // NaN a stays
 
+// g and 1 - g; section 3.3.1.
 MASKMOE_DEVICE Pair confidence_of(float z, Confidence name) {
   const float e = expf(-2.0f * fabsf(z));
   if (name == Confidence::kRare) {
-    const float large = 1.0f / (1.0f + e), small = e / (1.0f + e);
-    const float p = z > 0 ? large : small, rest_p = z > 0 ? small : large;
-    const float q = fabsf(p - 0.3f), cube = q * q * q;
+    const Pair p = odds_of(z);
+    const float q = fabsf(p.own - 0.3f), cube = q * q * q;
     const float g = q * cube / (1.0f + cube) * (1.343f / 0.2401f);
     // t^4 (1 + q^3) - q^4 (1 + t^3) with t = 0.7 and t - q = 1 - p: see objectives.selection.
     const float factor = 0.343f + 0.49f * q + 0.7f * q * q + 1.343f * cube;
-    const float rest = g < 0.5f ? 1.0f - g : rest_p * factor / ((1.0f + cube) * 0.2401f);
+    const float rest = g < 0.5f ? 1.0f - g : p.rest * factor / ((1.0f + cube) * 0.2401f);
     return {least(g, 1.0f), least(rest, 1.0f)};
   }
   const float t = tanhf(fabsf(z));
@@ -151,11 +158,10 @@ struct Loss {
 
 MASKMOE_DEVICE Loss cross_entropy(float z, float y) {
   const float e = expf(-2.0f * fabsf(z));
-  const float large = 1.0f / (1.0f + e), small = e / (1.0f + e);
-  const float p = z > 0 ? large : small, rest_p = z > 0 ? small : large;
+  const Pair p = odds_of(z);
   const float negative = z > 0 ? 0.0f : z;
   // f (1 - y) - (1 - f) y = f - y, without cancellation where f is right.
-  return {(1.0f - y) * (2.0f * z) - (2.0f * negative - log1pf(e)), p * (1.0f - y) - rest_p * y};
+  return {(1.0f - y) * (2.0f * z) - (2.0f * negative - log1pf(e)), p.own * (1.0f - y) - p.rest * y};
 }
 
 }  // namespace maskmoe::fused

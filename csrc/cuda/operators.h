@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "cuda/masked_mlp_backward.h"
+#include "cuda/masked_mlp_mixture.h"
 #include "cuda/reductions.h"
 #include "cuda/table_gradient.h"
 
@@ -46,12 +47,7 @@ class Operator {
       Call call = this->call();
       call.logits = logits.mutable_data_ptr();
       pack<T>(call, network_tables().forward_blocks, nullptr);
-      tiled<T>([&](auto height) {
-        constexpr int kR = decltype(height)::value;
-        if (rows_ > 0) {
-          machine_.template launch<Forward<T, kR>>(blocks<Forward<T, kR>>(kR), bytes_, call);
-        }
-      });
+      tiled<T>([&](auto height) { walk<Forward<T, decltype(height)::value>>(call); });
     });
     return {logits, buffers_.empty({0, 0}, ScalarType::Float)};
   }
@@ -76,25 +72,47 @@ class Operator {
     return results();
   }
 
-  struct Loss {
-    Tensor target;
-    std::optional<Tensor> mask;
+  // How much each expert is to count.
+  struct Choice {
     Tensor strict;
     Confidence confidence;
     double sharpness;
     bool own;
+  };
+
+  std::tuple<Tensor, Tensor, Tensor> mixture(Choice choice) {
+    check(choice);
+    Integers sizes = leading_;
+    Tensor probability = buffers_.empty(sizes, ScalarType::Float);
+    sizes.push_back(network().out_features);
+    Tensor alpha = buffers_.empty(sizes, ScalarType::Float);
+    Tensor share = buffers_.empty(sizes, ScalarType::Float);
+    typed([&](auto t) {
+      using T = decltype(t);
+      Call call = this->call();
+      call.mixture = {static_cast<float*>(probability.mutable_data_ptr()),
+                      static_cast<float*>(alpha.mutable_data_ptr()),
+                      static_cast<float*>(share.mutable_data_ptr())};
+      pack<T>(call, network_tables().forward_blocks, &choice);
+      tiled<T>([&](auto height) { walk<Mix<T, decltype(height)::value>>(call); });
+    });
+    return {probability, alpha, share};
+  }
+
+  struct Loss {
+    Tensor target;
+    std::optional<Tensor> mask;
     int normalize;
   };
 
-  Tensors gem(Loss loss, bool need_x, bool need_tables, bool need_weights) {
+  Tensors gem(Loss loss, Choice choice, bool need_x, bool need_tables, bool need_weights) {
     const int64_t experts = network().out_features;
     STD_TORCH_CHECK(loss.target.numel() == rows_ && (!loss.mask || loss.mask->numel() == rows_) &&
                         loss.target.scalar_type() == ScalarType::Float &&
-                        (!loss.mask || loss.mask->scalar_type() == ScalarType::Bool) &&
-                        loss.strict.numel() == experts * experts &&
-                        loss.strict.scalar_type() == ScalarType::Bool,
-                    "maskmoe: target, mask or strict do not fit the logits");
-    for (Tensor* t : {&loss.target, &loss.strict}) *t = compact(*t);
+                        (!loss.mask || loss.mask->scalar_type() == ScalarType::Bool),
+                    "maskmoe: target or mask do not fit the logits");
+    check(choice);
+    loss.target = compact(loss.target);
     if (loss.mask) loss.mask = compact(*loss.mask);
     need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
     Tensor result = buffers_.empty({}, ScalarType::Float);
@@ -105,11 +123,8 @@ class Operator {
       Objective& o = call.objective;
       o.target = static_cast<const float*>(loss.target.data_ptr());
       o.mask = loss.mask ? static_cast<const uint8_t*>(loss.mask->data_ptr()) : nullptr;
-      o.sharpness = static_cast<float>(loss.sharpness);
-      o.confidence = loss.confidence;
-      o.own = loss.own;
       o.sample = loss.normalize == 1;
-      pack<T>(call, packed_blocks(), static_cast<const uint8_t*>(loss.strict.data_ptr()));
+      pack<T>(call, packed_blocks(), &choice);
       sink(call);
       Totals totals{nullptr,
                     0,
@@ -209,10 +224,18 @@ class Operator {
     STD_TORCH_CHECK(fits, "maskmoe: shapes or dtypes do not fit the fused network");
   }
 
+  void check(Choice& choice) const {
+    const int64_t experts = network().out_features;
+    STD_TORCH_CHECK(choice.strict.numel() == experts * experts &&
+                        choice.strict.scalar_type() == ScalarType::Bool,
+                    "maskmoe: the family does not fit the network, it has ", experts, " logits");
+    choice.strict = compact(choice.strict);
+  }
+
   // Chooses the rows of a tile, or says why no tile fits.
   void room() {
     const int size = dtype() == ScalarType::Float ? 4 : 2;
-    const bool slopes = use_ != Use::kForward && !follows_from_value(in_.activation);
+    const bool slopes = holds_all(use_) && !follows_from_value(in_.activation);
     const int64_t limit = machine_.shared_limit();
     const std::string why = obstacle(network_tables(), size, use_, slopes, limit);
     STD_TORCH_CHECK(why.empty(), "maskmoe: ", why);
@@ -240,9 +263,15 @@ class Operator {
   }
 
   template <class Kernel>
-  int64_t blocks(int height) {
-    const int64_t tiles = (rows_ + height - 1) / height;
+  int64_t blocks() {
+    const int64_t tiles = (rows_ + height_ - 1) / height_;
     return std::min(tiles, machine_.template resident<Kernel>(bytes_));
+  }
+
+  // All tiles.
+  template <class Kernel>
+  void walk(const Call& call) {
+    if (rows_ > 0) machine_.template launch<Kernel>(blocks<Kernel>(), bytes_, call);
   }
 
   Call call() {
@@ -273,9 +302,9 @@ class Operator {
     return need_x_ || need_tables_ ? network_tables().all_blocks : network_tables().inner_blocks;
   }
 
-  // Weights and biases as the kernels want them.
+  // Weights and biases as the kernels want them. choice: of a selection, or null.
   template <class T>
-  void pack(Call& call, int32_t count, const uint8_t* strict) {
+  void pack(Call& call, int32_t count, const Choice* choice) {
     const Tables& t = network_tables();
     Parameters p{};
     p.tables = placed_->tables;
@@ -287,14 +316,17 @@ class Operator {
     p.image = buffers_.template take<T>(int64_t{kBlock} * count);
     p.last = buffers_.template take<float>(int64_t{kSide} * t.num_entries);
     p.padded_biases = buffers_.template take<float>(t.num_biases);
-    if (strict != nullptr) {
-      p.strict = strict;
+    if (choice != nullptr) {
+      p.strict = static_cast<const uint8_t*>(choice->strict.data_ptr());
       p.above = buffers_.template take<int16_t>(int64_t{t.experts} * t.experts);
       p.above_count = buffers_.template take<int32_t>(t.experts);
       p.larger = buffers_.template take<uint8_t>(t.experts);
-      call.objective.above = p.above;
-      call.objective.above_count = p.above_count;
-      call.objective.larger = p.larger;
+      call.selection = {p.above,
+                        p.above_count,
+                        p.larger,
+                        static_cast<float>(choice->sharpness),
+                        choice->confidence,
+                        choice->own};
     }
     call.image = p.image, call.last = p.last, call.biases = p.padded_biases;
     machine_.template launch<Pack<T>>(spread(int64_t{kBlock} * count + t.num_biases), 0, p);
@@ -351,16 +383,15 @@ class Operator {
     call.partial_size = partial_biases(t) + t.num_biases;
     call.partial_size = (call.partial_size + 3) / 4 * 4;
     tiled<T>([&](auto height) {
-      constexpr int kR = decltype(height)::value;
-      using Kernel = Backward<T, kR>;
-      count = blocks<Kernel>(kR);
+      using Kernel = Backward<T, decltype(height)::value>;
+      count = blocks<Kernel>();
       if (weights) call.partial = buffers_.template take<float>(count * call.partial_size);
       if (totals != nullptr) {
         call.objective.sums = buffers_.template take<float>(count * (2 * t.experts + 1));
         totals->sums = call.objective.sums;
         totals->blocks = count;
       }
-      if (rows_ > 0) machine_.template launch<Kernel>(count, bytes_, call);
+      walk<Kernel>(call);
     });
     if (totals != nullptr) {
       machine_.template launch<Finish>(1, 4 * (2 * t.experts + 1), *totals);

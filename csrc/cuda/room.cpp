@@ -18,7 +18,7 @@ Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_
   for (int l = 0; l < tables.layers; ++l) {
     const int64_t size = int64_t{room.stride[l]} * rows;
     room.slope_at[l] = -1;
-    if (use == Use::kForward) {  // the input of the layer before is done with
+    if (!holds_all(use)) {  // the input of the layer before is done with
       room.at[l] = static_cast<int32_t>(l % 2 == 0 ? 0 : high[0]);
       elements = high[0] + high[1];
       continue;
@@ -34,7 +34,8 @@ Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_
   const int64_t cells = int64_t{tables.experts} * rows;
   int64_t floats = 0;
   if (use == Use::kBackward) floats = cells + rows;
-  if (use == Use::kGem) floats = 3 * cells + 3 * rows + 2 * tables.experts + 1;
+  if (use == Use::kMixture || use == Use::kGem) floats = 3 * (cells + rows);
+  if (use == Use::kGem) floats += 2 * tables.experts + 1;
   room.bytes = (room.floats + 4 * floats + 15) / 16 * 16;
   return room;
 }
@@ -46,7 +47,7 @@ std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slo
   if (needed <= shared_limit) return "";
   return "the fused network needs " + std::to_string(needed) + " bytes of shared memory for " +
          std::to_string(least) + " rows, " +
-         (use == Use::kForward ? "two layers at a time" : "all layers together") +
+         (holds_all(use) ? "all layers together" : "two layers at a time") +
          ", and this device has " +
          std::to_string(shared_limit) + " a block; use " + (item_size == 4 ? "bfloat16, " : "") +
          "smaller widths, or layers one by one";
@@ -71,7 +72,7 @@ int rows_for(const Tables& tables, int item_size, Use use, bool keep_slopes, int
   // Low tiles keep more processors busy, but each of their blocks writes partial gradients, which
   // all have to be read again.
   constexpr int64_t kCached = 32 << 20;  // bytes that stay in L2
-  const int64_t written = use == Use::kForward ? 0 : 4 * int64_t{kBlock} * tables.forward_blocks;
+  const int64_t written = holds_all(use) ? 4 * int64_t{kBlock} * tables.forward_blocks : 0;
   const bool enough = (rows + high - 1) / high >= processors;
   if (fits(high) && (enough || (rows + low - 1) / low * written > kCached)) return high;
   return fits(low) ? low : 0;

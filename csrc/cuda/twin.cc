@@ -125,6 +125,10 @@ STABLE_TORCH_LIBRARY(maskmoe_twin, m) {
       "int[] layouts, str activation, bool need_x, bool need_tables, bool need_weights) "
       "-> Tensor[]");
   m.def(
+      "masked_mlp_mixture(Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts, "
+      "Tensor[] weights, Tensor[] biases, Tensor[] plans, int[] layouts, str activation, "
+      "Tensor strict, str confidence, float sharpness) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "masked_mlp_gem(Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts, Tensor[] weights, "
       "Tensor[] biases, Tensor[] plans, int[] layouts, str activation, Tensor target, "
       "Tensor? mask, Tensor strict, str confidence, float sharpness, str weighting, "
@@ -139,5 +143,6 @@ STABLE_TORCH_LIBRARY_IMPL(maskmoe_twin, CPU, m) {
   using Ops = maskmoe::fused::Ops<maskmoe::fused::Twin>;
   m.impl("masked_mlp", TORCH_BOX(&Ops::forward));
   m.impl("masked_mlp_backward", TORCH_BOX(&Ops::backward));
+  m.impl("masked_mlp_mixture", TORCH_BOX(&Ops::mixture));
   m.impl("masked_mlp_gem", TORCH_BOX(&Ops::gem));
 }

@@ -117,13 +117,11 @@ class InterpretableMLP(nn.Module):
             )
         inputs = inputs_of(x)
         check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
-        on_cpu = target.device.type == "cpu"
-        inside = self.family.strict if on_cpu else self.family.table("inside", target.device)
         return networks.masked_mlp_gem(
             inputs,
             layers,
             target,
-            inside,
+            self._strict(target.device),
             confidence,
             sharpness,
             weighting,
@@ -141,14 +139,17 @@ class InterpretableMLP(nn.Module):
             LayoutError: As :func:`mixture`.
         """
         layers = self.layers.fused(x)
-        if layers is None or layers.weights[0].is_cuda or not isinstance(confidence, str):
+        if layers is None or not isinstance(confidence, str):
             return mixture(self(x), self.family, confidence, sharpness)
         check_confidence(confidence, sharpness)
+        strict = self._strict(layers.weights[0].device)
         return Mixture(
-            *networks.masked_mlp_mixture(
-                inputs_of(x), layers, self.family.strict, confidence, sharpness
-            )
+            *networks.masked_mlp_mixture(inputs_of(x), layers, strict, confidence, sharpness)
         )
+
+    def _strict(self, device: torch.device) -> Tensor:
+        on_cpu = device.type == "cpu"
+        return self.family.strict if on_cpu else self.family.table("inside", device)
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

@@ -8,7 +8,7 @@ The input of a network is made of *parts*, side by side: ``p >= 0`` is a row of 
 one that ``ids[p]`` names; ``p < 0`` are the next ``-p`` columns of ``x``.
 
 ``masked_mlp`` without kernels is ``layered_mlp``, layer after layer by ``masked_linear``;
-``masked_mlp_gem`` has kernels or is not called: see :func:`obstacle`.
+``masked_mlp_gem`` and ``masked_mlp_mixture`` have kernels or are not called: see :func:`obstacle`.
 """
 
 from __future__ import annotations
@@ -356,8 +356,9 @@ def masked_mlp_mixture(
     """
     parts, layers = _prepared(parts, layers, confidence)
     fixed, tensors, _ = _given(parts, layers)
-    found: tuple[Tensor, Tensor, Tensor] = _MIXTURE(
-        *fixed.network(parts.x, tensors), strict, confidence, float(sharpness)
+    network = fixed.network(parts.x, tensors)
+    found: tuple[Tensor, Tensor, Tensor] = _run(
+        _MIXTURE, *network, strict, confidence, float(sharpness)
     )
     return found
 

@@ -171,6 +171,12 @@ class Network:
         loss, *grads = self.ops.masked_mlp_gem(*self.arguments(), *samples, *options, *needs)
         return loss.cpu(), [grad.cpu() for grad in grads]
 
+    def mixture(self, confidence="abs", sharpness=1.0):
+        """Probability, alpha and shares."""
+        strict = self.there(self.family.strict)
+        found = self.ops.masked_mlp_mixture(*self.arguments(), strict, confidence, sharpness)
+        return [value.cpu() for value in found]
+
     def dense_gem(self, target, **options):
         """The same in two steps, with autograd."""
         leaves = [t.detach().clone().requires_grad_() for t in self.leaves]

@@ -11,70 +11,27 @@ from hypothesis import strategies as st
 import maskmoe_kernels as mk
 from maskmoe_kernels.testing import strategies
 from tests.ops import cuda_twin
-from tests.ops.cuda_twin import configure, draw, hold
+from tests.ops.cuda_cases import (
+    ACTIVATIONS,
+    CONFIDENCES,
+    DTYPES,
+    NETWORKS,
+    NORMALIZE,
+    POWER,
+    TOY,
+    check,
+    check_blind,
+    check_gem,
+    check_mixture,
+    compare_experts,
+    cotangent_of,
+    names,
+    targets,
+)
+from tests.ops.cuda_twin import configure, draw
 
 REASON = cuda_twin.obstacle()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "tanh", "silu")
-CONFIDENCES = ("abs", "square", "smooth", "rare")
-NORMALIZE = (None, "sample", "expert", "batch")
-
-TOY = mk.SubsetFamily({"a": 2, "b": 3}, {"a": ["a"], "b": ["b"], "ab": ["a", "b"]})
-PRIOR = mk.SubsetFamily(
-    {"a": 3, "b": 20, "c": 1},
-    {"prior": [], "a": ["a"], "abc": ["a", "b", "c"], "ab": ["a", "b"], "c": ["c"]},
-)
-POWER = mk.SubsetFamily.powerset({"a": 16, "b": 17, "c": 1})
-CHAIN = mk.SubsetFamily(
-    {"a": 5, "b": 33, "c": 16}, {"abc": ["a", "b", "c"], "a": ["a"], "ab": ["a", "b"]}
-)
-MANY = mk.SubsetFamily.powerset({"a": 2, "b": 1, "c": 3, "d": 1, "e": 2})
-EIGHT = mk.SubsetFamily(
-    {f"g{n}": width for n, width in enumerate([7, 20, 3, 16, 40])},
-    {
-        "0": ["g0"], "1": ["g1"], "2": ["g2", "g3"], "3": ["g0", "g1"], "4": ["g4"],
-        "5": ["g0", "g1", "g4"], "6": ["g2", "g3", "g4"], "7": ["g0", "g1", "g2", "g3", "g4"],
-    },
-)  # fmt: skip
-NCF = mk.SubsetFamily(
-    {"content": 24, "user": 32, "item": 32},
-    {
-        "content": ["content"], "user": ["content", "user"], "item": ["content", "item"],
-        "all": ["content", "user", "item"],
-    },
-)  # fmt: skip
-
-
-def permuted():
-    """A layout whose columns are permuted: groups that lie interleaved in x."""
-    generator = torch.Generator().manual_seed(5)
-    plain = POWER.input_layout([16, 5, 33, 1, 16, 20, 7])
-    order = torch.randperm(POWER.in_features, generator=generator)
-    return mk.BlockLayout(plain.row_sizes, plain.col_sizes, plain.present, col_order=order)
-
-
-NETWORKS = {
-    "toy": lambda rows, *a, **k: draw(TOY, [16, 16], rows, *a, **k),
-    "ragged": lambda rows, *a, **k: draw(PRIOR, [[5, 16, 17, 40, 1], 16], rows, *a, **k),
-    "chain": lambda rows, *a, **k: draw(CHAIN, [33, [1, 2, 3], 16], rows, *a, **k),
-    "powerset": lambda rows, *a, **k: draw(POWER, [16, 32], rows, *a, **k),
-    "eight": lambda rows, *a, **k: draw(EIGHT, [16, 16, 16], rows, *a, **k),
-    "many": lambda rows, *a, **k: draw(MANY, [8], rows, *a, **k),
-    "no hidden": lambda rows, *a, **k: draw(PRIOR, [], rows, *a, **k),
-    "ncf": lambda rows, *a, **k: draw(
-        NCF, [32, 16], rows, *a, parts=[(2, 2), (9, 6), -16, (40, 32), (300, 32)], **k
-    ),
-    "strict": lambda rows, *a, **k: draw(
-        NCF, [16, 8], rows, *a, parts=[-24, (5, 32), (7, 32)],
-        input_layout=NCF.input_layout(16, strict=True), **k
-    ),
-    "permuted": lambda rows, *a, **k: draw(
-        POWER, [[16, 5, 33, 1, 16, 20, 7], 16], rows, *a, parts=[-10, (6, 9), -15],
-        input_layout=permuted(), **k
-    ),
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -82,35 +39,6 @@ def _machine():
     configure()
     yield
     configure()
-
-
-def cotangent_of(net, rows, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    leading = (rows,) if isinstance(rows, int) else rows
-    shape = (*leading, net.family.num_experts)
-    return torch.randn(shape, generator=generator).to(net.weights[0].dtype)
-
-
-def names(net):
-    return [
-        *(["x"] if net.x is not None else []),
-        *(f"table {n}" for n in range(len(net.tables))),
-        *(f"weight {n}" for n in range(len(net.weights))),
-        *(f"bias {n}" for n in range(len(net.biases))),
-    ]
-
-
-def check(net, rows):
-    """The logits and every gradient, held to the definition."""
-    cotangent = cotangent_of(net, rows)
-    exact = net.to(torch.float64)
-    magnitude, magnitudes = net.magnitudes(cotangent)
-    layers, kinked = len(net.layouts), net.activation in ("relu", "leaky_relu")
-    hold("logits", net.forward(), net.dense(), exact.dense(), magnitude, layers, False)
-    ours = net.backward(cotangent)
-    plain, reference = net.dense_backward(cotangent), exact.dense_backward(cotangent.double())
-    for what in zip(names(net), ours, plain, reference, magnitudes, strict=True):
-        hold(*what, layers, kinked)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,7 +97,7 @@ def test_the_order_of_threads_does_not_matter(name, dtype):
     def everything():
         losses = [net.gem(target, mask, normalize=kind) for kind in ("sample", "expert")]
         objective = [value for loss, grads in losses for value in (loss, *grads)]
-        return [net.forward(), *net.backward(cotangent), *objective]
+        return [net.forward(), *net.backward(cotangent), *objective, *net.mixture()]
 
     configure(blocks=1)
     expected = everything()
@@ -235,37 +163,6 @@ def test_unseen_values_reach_nobody(name, dtype, fill):
     """Forward, backward and objective keep their bits where a group is not seen."""
     configure(processors=1000)
     check_blind(NETWORKS[name](18, "tanh", dtype), 18, fill)
-
-
-def check_blind(net, rows, fill):
-    family, at = net.family, 0
-    logits, target = net.forward(), (torch.arange(rows) % 2).float()
-    cotangent = cotangent_of(net, rows)
-    before = net.backward(cotangent), net.gem(target)[1]
-    for n, width in enumerate(family.groups.values()):
-        blind = ~family.membership[:, n]
-        x = net.x.clone()
-        x[:, at : at + width] = fill
-        filled = net.with_leaves([x, *net.leaves[1:]])
-        assert torch.equal(filled.forward()[:, blind], logits[:, blind])
-        after = filled.backward(cotangent), filled.gem(target)[1]
-        for a, b in zip(after, before, strict=True):
-            for what, *pair in zip(names(net), a, b, strict=True):
-                if what != "x":
-                    compare_experts(net, what, *pair, blind)
-        at += width
-
-
-def compare_experts(net, what, a, b, experts):
-    """The parameters' gradients of some experts are equal, bit for bit."""
-    kind, layer = what.split()
-    layout = net.layouts[int(layer)]
-    if kind == "weight":
-        bounds = list(itertools.pairwise(layout.weight_offsets))
-    else:
-        bounds = list(itertools.pairwise(layout.row_offsets))
-    for i in experts.nonzero().flatten().tolist():
-        assert torch.equal(a[slice(*bounds[i])], b[slice(*bounds[i])]), (what, i)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -369,32 +266,6 @@ def test_ids_beyond_a_table_write_nothing():
 
 
 # --- The objective -------------------------------------------------------------------------
-
-
-def targets(rows, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return (
-        (torch.rand(rows, generator=generator) < 0.4).float(),
-        torch.rand(rows, generator=generator) < 0.7,
-    )
-
-
-def check_gem(net, target, **options):
-    loss, grads = net.gem(target, **options)
-    reference, exact = net.to(torch.float64).dense_gem(target, **options)
-    plain_loss, plain = net.dense_gem(target, **options)
-    assert loss.dtype == torch.float32
-    assert loss.shape == ()
-    # The sum of the losses' absolute values is the loss: they are positive.
-    eps = torch.finfo(net.weights[0].dtype).eps
-    allowed = 2 * (plain_loss.double() - reference).abs() + 32 * eps * reference.abs() + 1e-7
-    assert (loss.double() - reference).abs() <= allowed, (loss, reference)
-    for name, ours, theirs, truth in zip(names(net), grads, plain, exact, strict=True):
-        norm = torch.linalg.vector_norm
-        assert ours.shape == truth.shape
-        assert ours.dtype == theirs.dtype
-        bound = 2 * norm(theirs.double() - truth) + 32 * eps * norm(truth) + 1e-12
-        assert norm(ours.double() - truth) <= bound, (name, options)
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -542,8 +413,9 @@ def test_every_network_on_the_gpu(name, dtype, rows):
     cotangent = cotangent_of(net, rows)
     for normalize in NORMALIZE:
         check_gem(net, target, mask=mask, normalize=normalize)
+    check_mixture(net)
     for once, again in itertools.pairwise(
-        [[*net.backward(cotangent), *net.gem(target)[1]] for _ in range(2)]
+        [[*net.backward(cotangent), *net.gem(target)[1], *net.mixture()] for _ in range(2)]
     ):
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 

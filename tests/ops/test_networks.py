@@ -557,6 +557,11 @@ def test_opcheck():
         ),
         test_utils=checks,
     )  # fmt: skip
+    torch.library.opcheck(
+        ops.masked_mlp_mixture,
+        (*inputs, plans, numbers, "relu", CUBE.strict, "abs", 1.0),
+        test_utils=checks,
+    )
 
 
 def test_without_kernels_it_runs_layer_after_layer():

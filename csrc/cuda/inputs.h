@@ -41,6 +41,15 @@ inline Confidence confidence_named(const std::string& name) {
   return static_cast<Confidence>(index_of(name, {"abs", "square", "smooth", "rare"}));
 }
 
+// Is a float32 product to be one TF32 product? torch's setting as it is now; see ops/networks.py.
+inline bool single_products() {
+  StableIValue answer{};
+  STD_TORCH_CHECK(
+      torch_call_dispatcher("maskmoe::single_products", "", &answer, TORCH_ABI_VERSION) == 0,
+      "maskmoe: torch's float32_matmul_precision cannot be read");
+  return torch::stable::detail::to<bool>(answer);
+}
+
 // What a network's tensors are on one device.
 template <class Machine>
 struct Placed {

@@ -50,17 +50,21 @@ void Gpu::launch(int64_t blocks, int64_t shared,
   template void Gpu::launch<__VA_ARGS__>(int64_t, int64_t,                             \
                                          const typename __VA_ARGS__::Arguments&) const;
 
-#define MASKMOE_MAKE_ALL(T)                       \
+// With products of T.
+#define MASKMOE_MAKE_PRODUCTS(T)                  \
   MASKMOE_MAKE(Forward<T, high_tile(sizeof(T))>)  \
   MASKMOE_MAKE(Forward<T, low_tile(sizeof(T))>)   \
   MASKMOE_MAKE(Mix<T, high_tile(sizeof(T))>)      \
   MASKMOE_MAKE(Mix<T, low_tile(sizeof(T))>)       \
   MASKMOE_MAKE(Backward<T, high_tile(sizeof(T))>) \
-  MASKMOE_MAKE(Backward<T, low_tile(sizeof(T))>)  \
-  MASKMOE_MAKE(Pack<T>)                           \
-  MASKMOE_MAKE(Reduce<T>)                         \
-  MASKMOE_MAKE(ScatterRows<T>)                    \
-  MASKMOE_MAKE(ScatterSum<T>)                     \
+  MASKMOE_MAKE(Backward<T, low_tile(sizeof(T))>)
+
+#define MASKMOE_MAKE_ALL(T)    \
+  MASKMOE_MAKE_PRODUCTS(T)     \
+  MASKMOE_MAKE(Pack<T>)        \
+  MASKMOE_MAKE(Reduce<T>)      \
+  MASKMOE_MAKE(ScatterRows<T>) \
+  MASKMOE_MAKE(ScatterSum<T>)  \
   MASKMOE_MAKE(ScatterSorted<T>)
 
 }  // namespace maskmoe::fused

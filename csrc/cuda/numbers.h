@@ -18,7 +18,13 @@ struct Float16 {
   uint16_t bits;
 };
 
+// float32 whose products keep the first 11 digits of their factors.
+struct Tf32 {
+  float value;
+};
+
 MASKMOE_DEVICE float to_float(float v) { return v; }
+MASKMOE_DEVICE float to_float(Tf32 v) { return v.value; }
 MASKMOE_DEVICE float to_float(Bfloat16 v) { return float_of(uint32_t{v.bits} << 16); }
 MASKMOE_DEVICE float to_float(Float16 v) {
 #ifdef __CUDACC__
@@ -37,6 +43,10 @@ MASKMOE_DEVICE T rounded(float v);
 template <>
 MASKMOE_DEVICE float rounded<float>(float v) {
   return v;
+}
+template <>
+MASKMOE_DEVICE Tf32 rounded<Tf32>(float v) {
+  return {v};
 }
 template <>
 MASKMOE_DEVICE Bfloat16 rounded<Bfloat16>(float v) {

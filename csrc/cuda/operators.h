@@ -6,6 +6,7 @@
 #include <memory>
 #include <mutex>
 #include <tuple>
+#include <type_traits>
 
 #include "cuda/masked_mlp_backward.h"
 #include "cuda/masked_mlp_mixture.h"
@@ -26,6 +27,7 @@ class Operator {
                         in_.ids.size() == in_.tables.size() && (in_.x || !in_.ids.empty()),
                     "maskmoe: the fused network's lists of tensors do not fit each other");
     typed([](auto) {});
+    single_ = dtype() == ScalarType::Float && single_products();
     dense(in_.tables), dense(in_.ids), dense(in_.weights), dense(in_.biases);
     if (in_.x) hold_matrix();
     placed_ = place();
@@ -47,7 +49,7 @@ class Operator {
       Call call = this->call();
       call.logits = logits.mutable_data_ptr();
       pack<T>(call, network_tables().forward_blocks, nullptr);
-      tiled<T>([&](auto height) { walk<Forward<T, decltype(height)::value>>(call); });
+      with_kernel<Forward, T>([&](auto kernel) { walk<typename decltype(kernel)::type>(call); });
     });
     return {logits, buffers_.empty({0, 0}, ScalarType::Float)};
   }
@@ -94,7 +96,7 @@ class Operator {
                       static_cast<float*>(alpha.mutable_data_ptr()),
                       static_cast<float*>(share.mutable_data_ptr())};
       pack<T>(call, network_tables().forward_blocks, &choice);
-      tiled<T>([&](auto height) { walk<Mix<T, decltype(height)::value>>(call); });
+      with_kernel<Mix, T>([&](auto kernel) { walk<typename decltype(kernel)::type>(call); });
     });
     return {probability, alpha, share};
   }
@@ -255,11 +257,20 @@ class Operator {
     }
   }
 
-  template <class T, class F>
-  void tiled(const F& f) {
+  // f(std::type_identity of the kernel for these products and tiles); T: as tensors hold numbers.
+  template <template <class, int> class Kernel, class T, class F>
+  void with_kernel(const F& f) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (single_) return with_height<Kernel, Tf32>(f);
+    }
+    with_height<Kernel, T>(f);
+  }
+
+  template <template <class, int> class Kernel, class T, class F>
+  void with_height(const F& f) {
     constexpr int kHigh = high_tile(sizeof(T)), kLow = low_tile(sizeof(T));
-    if (height_ == kHigh) return f(std::integral_constant<int, kHigh>{});
-    return f(std::integral_constant<int, kLow>{});
+    if (height_ == kHigh) return f(std::type_identity<Kernel<T, kHigh>>{});
+    return f(std::type_identity<Kernel<T, kLow>>{});
   }
 
   template <class Kernel>
@@ -382,8 +393,8 @@ class Operator {
     int64_t count = 0;
     call.partial_size = partial_biases(t) + t.num_biases;
     call.partial_size = (call.partial_size + 3) / 4 * 4;
-    tiled<T>([&](auto height) {
-      using Kernel = Backward<T, decltype(height)::value>;
+    with_kernel<Backward, T>([&](auto kernel) {
+      using Kernel = typename decltype(kernel)::type;
       count = blocks<Kernel>();
       if (weights) call.partial = buffers_.template take<float>(count * call.partial_size);
       if (totals != nullptr) {
@@ -459,6 +470,7 @@ class Operator {
   int64_t rows_ = 1, x_stride_ = 0, bytes_ = 0;
   int height_ = 0;
   Room room_{};
+  bool single_ = false;  // float32 multiplies as Tf32
   bool need_x_ = false, need_tables_ = false, need_weights_ = false;
   std::optional<Tensor> grad_x_, grad_rows_;
   Tensors grad_tables_, grad_weights_, grad_biases_;

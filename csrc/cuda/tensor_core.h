@@ -1,8 +1,8 @@
 // The matrix instruction: 16 x 16 x 16 products of a warp, one interface for all number types.
 //
-// Bfloat16 and Float16 take mma.m16n8k16; float32 takes mma.m16n8k8 on TF32 three times, once for
-// each product of high and low parts that float32 can tell. On the host's twin the lanes hold the
-// same values in the same places, and the instruction is its definition.
+// Bfloat16 and Float16 take mma.m16n8k16, Tf32 takes mma.m16n8k8; float32 takes that three times,
+// once for each product of high and low parts that float32 can tell. On the host's twin the lanes
+// hold the same values in the same places, and the instruction is its definition.
 #pragma once
 
 #include <type_traits>
@@ -153,9 +153,9 @@ struct Core {
   }
 };
 
-// float32: two steps of 8.
-template <>
-struct Core<float> {
+// Operands of 32 bits, a value a register: two steps of 8. kWhole: all digits count.
+template <class T, bool kWhole>
+struct WideCore {
   struct A {
     float x[8];  // of each step: (g, t), (g + 8, t), (g, t + 4), (g + 8, t + 4)
   };
@@ -169,7 +169,7 @@ struct Core<float> {
     n = (at & 2) * 4 + lane / 4;
   }
 
-  static MASKMOE_DEVICE void load_image(PerLane<B>& b, const float* block) {
+  static MASKMOE_DEVICE void load_image(PerLane<B>& b, const T* block) {
     each_lane([&](int lane) {
       MASKMOE_UNROLL
       for (int step = 0; step < 2; ++step) {
@@ -180,36 +180,37 @@ struct Core<float> {
     });
   }
 
-  static MASKMOE_DEVICE void load(PerLane<A>& a, const float* tile, int stride) {
+  static MASKMOE_DEVICE void load(PerLane<A>& a, const T* tile, int stride) {
     each_lane([&](int lane) {
       MASKMOE_UNROLL
       for (int n = 0; n < 8; ++n) {
         const int row = lane / 4 + (n & 1) * 8, k = lane % 4 + n / 2 * 4;
-        a[lane].x[n] = tile[row * stride + k];
+        a[lane].x[n] = to_float(tile[row * stride + k]);
       }
     });
   }
-  static MASKMOE_DEVICE void load_turned(PerLane<A>& a, const float* tile, int stride) {
+  static MASKMOE_DEVICE void load_turned(PerLane<A>& a, const T* tile, int stride) {
     each_lane([&](int lane) {
       MASKMOE_UNROLL
       for (int n = 0; n < 8; ++n) {
         const int row = lane / 4 + (n & 1) * 8, k = lane % 4 + n / 2 * 4;
-        a[lane].x[n] = tile[k * stride + row];
+        a[lane].x[n] = to_float(tile[k * stride + row]);
       }
     });
   }
-  static MASKMOE_DEVICE void load_right(PerLane<B>& b, const float* tile, int stride) {
+  static MASKMOE_DEVICE void load_right(PerLane<B>& b, const T* tile, int stride) {
     each_lane([&](int lane) {
       MASKMOE_UNROLL
       for (int n = 0; n < 8; ++n) {
         const int k = lane % 4 + (n & 1) * 4 + n / 4 * 8, col = lane / 4 + (n & 2) * 4;
-        b[lane].x[n] = tile[k * stride + col];
+        b[lane].x[n] = to_float(tile[k * stride + col]);
       }
     });
   }
 
-  // high * low + low * high + high * high: 2^-24 of a product is lost, as in float32.
-  // A seen infinity times a low part of 0 is NaN, where float32 has an infinity.
+  // high * low + low * high + high * high: about 2^-22 of a product is lost, where float32 loses
+  // 2^-24. A seen infinity times a low part of 0 is NaN, where float32 has an infinity.
+  // Not whole: high * high, and 2^-11 of either factor is lost.
   static MASKMOE_DEVICE void multiply(PerLane<Acc>& acc, const PerLane<A>& a,
                                       const PerLane<B>& b) {
     PerLane<A> a_high, a_low;
@@ -217,27 +218,32 @@ struct Core<float> {
     each_lane([&](int lane) {
       MASKMOE_UNROLL
       for (int n = 0; n < 8; ++n) {
-        split(a[lane].x[n], a_high[lane].x[n], a_low[lane].x[n]);
-        split(b[lane].x[n], b_high[lane].x[n], b_low[lane].x[n]);
+        a_high[lane].x[n] = tf32(a[lane].x[n]);
+        b_high[lane].x[n] = tf32(b[lane].x[n]);
+        if (!kWhole) continue;
+        a_low[lane].x[n] = rest(a[lane].x[n], a_high[lane].x[n]);
+        b_low[lane].x[n] = rest(b[lane].x[n], b_high[lane].x[n]);
       }
     });
     MASKMOE_UNROLL
     for (int step = 0; step < 2; ++step) {
       MASKMOE_UNROLL
       for (int half = 0; half < 2; ++half) {
-        mma(acc, a_high, b_low, step, half);
-        mma(acc, a_low, b_high, step, half);
+        if constexpr (kWhole) {
+          mma(acc, a_high, b_low, step, half);
+          mma(acc, a_low, b_high, step, half);
+        }
         mma(acc, a_high, b_high, step, half);
       }
     }
   }
 
  private:
-  // The nearest value with the 11 digits of TF32, and the rest; no rest of infinity and NaN.
-  static MASKMOE_DEVICE void split(float v, float& high, float& low) {
-    high = tf32(v);
-    low = high - high == 0.0f ? tf32(v - high) : 0.0f;
+  // What TF32 leaves of a value; nothing of infinity and NaN.
+  static MASKMOE_DEVICE float rest(float v, float high) {
+    return high - high == 0.0f ? tf32(v - high) : 0.0f;
   }
+  // The nearest value with 11 digits.
   static MASKMOE_DEVICE float tf32(float v) {
 #ifdef __CUDACC__
     uint32_t bits;
@@ -286,5 +292,10 @@ struct Core<float> {
   static float seen(float v) { return float_of(bits_of(v) & 0xffffe000u); }
 #endif
 };
+
+template <>
+struct Core<float> : WideCore<float, true> {};
+template <>
+struct Core<Tf32> : WideCore<Tf32, false> {};
 
 }  // namespace maskmoe::fused

@@ -65,6 +65,16 @@ _ONCE = (
 )
 
 
+def _single_products() -> bool:
+    """Is a float32 product of the CUDA kernels to be one TF32 product?"""
+    return torch.get_float32_matmul_precision() == "medium"
+
+
+# The CUDA kernels ask at every call: as an argument, it would be a constant of a trace.
+_LIBRARY.define("single_products() -> bool")
+_LIBRARY.impl("single_products", _single_products, "CompositeExplicitAutograd")
+
+
 # --- Layer after layer ---------------------------------------------------------------------------
 
 
@@ -328,6 +338,12 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
 
     The same function and gradients as :func:`masked_linear` layer after layer, up to rounding: in
     16-bit types, activations between layers stay in float32.
+
+    On CUDA, float32 follows ``torch.set_float32_matmul_precision``, which each call reads, that of
+    the backward too: ``"medium"`` is one TF32 product (11 bits of either factor); ``"high"`` and
+    ``"highest"`` are 3xTF32, of float32's accuracy up to a factor of a few, as IEEE float32
+    would leave the tensor cores. The last layer, activations and sums are float32. The CPU ignores
+    the setting.
 
     Args:
         parts: The input.

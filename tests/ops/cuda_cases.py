@@ -5,7 +5,7 @@ import itertools
 import torch
 
 import maskmoe_kernels as mk
-from tests.ops.cuda_twin import draw, hold
+from tests.ops.cuda_twin import configure, draw, hold
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "tanh", "silu")
@@ -137,6 +137,49 @@ def check_mixture(net, confidence="abs", sharpness=1.0):
         if t.numel():
             error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
             assert error <= 2 * theirs + 32 * eps, (name, options[1:], error, theirs)
+
+
+def check_own_logits(net, confidence="abs", sharpness=1.0):
+    """The two-step form, float32: p - 0.3 cancels for "rare", everything else has its digits."""
+    reference = mk.mixture(net.forward().double(), net.family, confidence, sharpness)
+    floor = 1e-6 if confidence == "rare" else 1e-36
+    for ours, exact in zip(net.mixture(confidence, sharpness), reference, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=floor)
+
+
+def everything(net, rows):
+    """All that the ops return."""
+    target, mask = targets(rows)
+    losses = [net.gem(target, mask, normalize=kind) for kind in ("sample", "expert")]
+    objective = [value for loss, grads in losses for value in (loss, *grads)]
+    return [net.forward(), *net.backward(cotangent_of(net, rows)), *objective, *net.mixture()]
+
+
+def check_order(net, rows):
+    """The same bits twice, and with threads from last to first."""
+    configure(blocks=1)
+    expected, again = everything(net, rows), everything(net, rows)
+    configure(blocks=1, backwards=True)
+    for a, b, c in zip(expected, again, everything(net, rows), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def check_isolated(net, rows):
+    """The gradient of one expert's logits moves its own parameters and no others."""
+    for i in range(net.family.num_experts):
+        cotangent = torch.zeros_like(cotangent_of(net, rows))
+        cotangent[:, i] = cotangent_of(net, rows)[:, i]
+        own = torch.zeros(net.family.num_experts, dtype=torch.bool)
+        own[i] = True
+        for what, grad in zip(names(net), net.backward(cotangent), strict=True):
+            if what == "x":
+                seen = net.layouts[0].mask()[net.layouts[0].row_offsets[i]]
+                assert (grad[:, ~seen] == 0).all()
+                assert grad[:, seen].any()
+            else:
+                compare_experts(net, what, grad, torch.zeros_like(grad), ~own)
+                assert grad.any()
 
 
 def check_blind(net, rows, fill):

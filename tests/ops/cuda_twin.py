@@ -251,17 +251,17 @@ def draw(family, hidden, rows, activation="relu", dtype=torch.float32, *, bias=T
     return Network(family, layouts, numbers, activation, weights, biases, x, tables, ids)
 
 
-def hold(name, ours, plain, reference, magnitude, layers, kinked):
+def hold(name, ours, plain, reference, magnitude, layers, kinked, eps=None):
     """|ours - ref| <= 2 |PyTorch - ref| + roundings of what is added up.
 
     Element by element; with kinks (relu) by norm, as a unit whose sign is luck changes all of
-    its gradient, in PyTorch too.
+    its gradient, in PyTorch too. eps: of a rounding; None: of the dtype.
     """
     assert ours.shape == reference.shape, (name, ours.shape, reference.shape)
     if not ours.numel():
         return
-    eps = torch.finfo(plain.dtype).eps
-    tiny = torch.finfo(plain.dtype).smallest_normal * eps * 8
+    info = torch.finfo(plain.dtype)
+    tiny, eps = info.smallest_normal * info.eps * 8, eps or info.eps
     error, allowed = (ours.double() - reference).abs(), (plain.double() - reference).abs() * 2
     floor = torch.where(magnitude == 0, 0.0, magnitude * eps * 4 * layers + tiny)
     assert (ours[(magnitude == 0).expand_as(ours)] == 0).all(), f"{name}: structural zeros"

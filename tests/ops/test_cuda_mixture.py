@@ -23,6 +23,7 @@ from tests.ops.cuda_cases import (
     POWER,
     PRIOR,
     check_mixture,
+    check_own_logits,
 )
 from tests.ops.cuda_twin import configure, draw
 
@@ -85,14 +86,6 @@ def test_the_mixture_of_its_own_logits(confidence, sharpness, shift):
     net = draw(MANY, [8], 60, "tanh")
     net = net.with_leaves([net.x, *net.weights, net.biases[0], net.biases[1] + shift])
     check_own_logits(net, confidence, sharpness)
-
-
-def check_own_logits(net, confidence, sharpness):
-    """The two-step form, float32: p - 0.3 cancels for "rare", everything else has its digits."""
-    reference = mk.mixture(net.forward().double(), net.family, confidence, sharpness)
-    floor = 1e-6 if confidence == "rare" else 1e-36
-    for ours, exact in zip(net.mixture(confidence, sharpness), reference, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=floor)
 
 
 @pytest.mark.parametrize("sharpness", SHARPNESS)

@@ -22,8 +22,9 @@ from tests.ops.cuda_cases import (
     check,
     check_blind,
     check_gem,
+    check_isolated,
     check_mixture,
-    compare_experts,
+    check_order,
     cotangent_of,
     names,
     targets,
@@ -91,22 +92,7 @@ def test_drawn_networks(family, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_does_not_matter(name, dtype):
     """Between barriers no thread waits for another: last to first gives the same bits."""
-    net = NETWORKS[name](150, "gelu", dtype)
-    cotangent, (target, mask) = cotangent_of(net, 150), targets(150)
-
-    def everything():
-        losses = [net.gem(target, mask, normalize=kind) for kind in ("sample", "expert")]
-        objective = [value for loss, grads in losses for value in (loss, *grads)]
-        return [net.forward(), *net.backward(cotangent), *objective, *net.mixture()]
-
-    configure(blocks=1)
-    expected = everything()
-    again = everything()
-    configure(blocks=1, backwards=True)
-    turned = everything()
-    for a, b, c in zip(expected, again, turned, strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    check_order(NETWORKS[name](150, "gelu", dtype), 150)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
@@ -168,20 +154,7 @@ def test_unseen_values_reach_nobody(name, dtype, fill):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_expert_moves_its_own_parameters_only(activation, dtype):
-    net = NETWORKS["powerset"](70, activation, dtype)
-    for i in range(net.family.num_experts):
-        cotangent = torch.zeros_like(cotangent_of(net, 70))
-        cotangent[:, i] = cotangent_of(net, 70)[:, i]
-        own = torch.zeros(net.family.num_experts, dtype=torch.bool)
-        own[i] = True
-        for what, grad in zip(names(net), net.backward(cotangent), strict=True):
-            if what == "x":
-                seen = net.layouts[0].mask()[net.layouts[0].row_offsets[i]]
-                assert (grad[:, ~seen] == 0).all()
-                assert grad[:, seen].any()
-            else:
-                compare_experts(net, what, grad, torch.zeros_like(grad), ~own)
-                assert grad.any()
+    check_isolated(NETWORKS["powerset"](70, activation, dtype), 70)
 
 
 def test_padding_stays_zero_beside_infinities():

@@ -20,13 +20,15 @@ pytestmark = pytest.mark.skipif(native.CUDA_OBSTACLE is not None, reason=f"{nati
 #: Number type as the kernels' names have it, and the matrix instruction it has to come down to.
 TYPES = {
     "If": "HMMA.1688.F32.TF32",
+    "4Tf32": "HMMA.1688.F32.TF32",
     "8Bfloat16": "HMMA.16816.F32.BF16",
     "7Float16": "HMMA.16816.F32",
 }
 CHIPS = ["sm_80", "sm_90a"]
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256  # of a block
-FORWARD = {"If": 2, "8Bfloat16": 3, "7Float16": 3}
+WIDE = ("If", "4Tf32")  # float32 in memory
+FORWARD = {"If": 2, "4Tf32": 2, "8Bfloat16": 3, "7Float16": 3}
 RESIDENT = {"Forward": FORWARD, "Mix": FORWARD, "Backward": dict.fromkeys(TYPES, 2)}
 
 
@@ -92,22 +94,29 @@ def test_registers_suffice(chip):
 def test_machine_code():
     """Matrix instructions; weights in words of 16 bytes; no local memory and no atomics."""
     # One test: to disassemble is what takes the time.
+    products = {}
     for kind, chip in itertools.product(TYPES, CHIPS):
         kernels = instructions(kind, chip)
         assert len(kernels) > 4
         for name, code in kernels.items():
+            products[chip, name] = sum(word.startswith("HMMA") for word in code)
             kinds = {word.rstrip(";") for word in code}
             assert code, name
             used = [w for w in kinds if w.startswith(("ATOM", "RED", "LDL", "STL"))]
             assert not used, name
             if walks(name):
                 check_products(kind, name, kinds)
+    for chip, name in [key for key in products if "4Tf32ELi32E" in key[1]]:
+        # float32 multiplies high and low parts where Tf32 multiplies once. (Of high tiles, whose
+        # loops are not unrolled.)
+        whole = products[chip, name.replace("INS0_4Tf32E", "If")]
+        assert whole == 3 * products[chip, name] > 0, name
 
 
 def check_products(kind, name, kinds):
     assert TYPES[kind] in kinds, name
     assert any(word.startswith("LDG.E.128") for word in kinds), name
-    if kind != "If":
+    if kind not in WIDE:
         assert any(word.startswith("LDSM.16.M88.4") for word in kinds), name
         turned = any("LDSM.16.MT88.4" in word for word in kinds)
         assert turned == ("Backward" in name), name

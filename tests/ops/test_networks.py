@@ -145,6 +145,21 @@ def test_views_and_leading_shapes():
     assert torch.equal(net(inside), net(inside.clone()))
 
 
+def test_the_cpu_knows_float32_only():
+    """torch's float32_matmul_precision is for products on other devices."""
+    net = mk.InterpretableMLP(CUBE, [16, 16])
+    x, y = torch.randn(60, 22), torch.rand(60).round()
+    found = []
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            found.append([net(x), *step(net, x, y), *net.predict(x)])
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert same_bits(*found)
+
+
 # --- Laws ----------------------------------------------------------------------------------------
 
 

@@ -46,7 +46,8 @@ inline bool single_products() {
   StableIValue answer{};
   STD_TORCH_CHECK(
       torch_call_dispatcher("maskmoe::single_products", "", &answer, TORCH_ABI_VERSION) == 0,
-      "maskmoe: torch's float32_matmul_precision cannot be read");
+      "maskmoe: torch.get_float32_matmul_precision() fails, as it does where TF32 was set in torch's "
+      "old way and its new one; call torch.set_float32_matmul_precision and nothing else");
   return torch::stable::detail::to<bool>(answer);
 }
 

@@ -158,6 +158,26 @@ def test_every_call_reads_it():
     assert not torch.equal(exact, rounded_logits)
 
 
+def test_settings_that_torch_refuses_to_read_are_refused():
+    net, of = NETWORKS["toy"](4), torch.backends.cuda.matmul
+    if not hasattr(of, "fp32_precision"):
+        pytest.skip("this torch has one way to set TF32")
+    before = of.fp32_precision
+    try:
+        of.fp32_precision = "tf32"
+        try:
+            torch.get_float32_matmul_precision()
+        except RuntimeError:
+            pass
+        else:
+            pytest.skip("this torch reads any mix of settings")
+        with pytest.raises(RuntimeError, match=r"call torch\.set_float32_matmul_precision"):
+            net.forward()
+    finally:
+        of.fp32_precision = before
+    assert net.forward().isfinite().all()
+
+
 def test_a_compiled_function_reads_it_at_every_call():
     """The setting is no constant of the trace: it changes, and nothing is compiled again."""
     net = NETWORKS["ncf"](20, "tanh")

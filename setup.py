@@ -110,6 +110,8 @@ class Workshop:
         rows = [line.partition(":") for line in lines(ROOT / CSRC / "flags.txt")]
         self.table = {name: row.split() for name, colon, row in rows if colon and name[0] != "#"}
         self.objects = ROOT / "build" / "objects"
+        more = self.table.pop("kernels")
+        self.for_kernels = more if self.takes(more) else []
 
     def call(self, command: list[str]) -> str:
         """Run a compiler and return what it prints."""
@@ -137,7 +139,7 @@ class Workshop:
             raise CannotBuild(f"{source} has no line in {CSRC}/flags.txt")
         # Files of an instruction set see no torch and no Python: an inline function of theirs,
         # compiled with AVX-512, could be the copy that the linker keeps for every processor.
-        own = self.table[isa] if isa else [*defines, *self.headers]
+        own = self.table[isa] + self.for_kernels if isa else [*defines, *self.headers]
         host = [*self.cxx, *common, *self.table["host"], *self.mapped, *own]
         return [*host, *words("CXXFLAGS"), "-c", str(source)]
 
@@ -190,7 +192,7 @@ class Workshop:
         found = sorted(path.relative_to(ROOT) for path in (ROOT / CSRC).glob("**/*.cpp"))
         kernels, errors = self.compile_all([path for path in found if isa_of(path)], [])
         for source, error in errors.items():
-            if strict and self.understands(isa_of(source)):
+            if strict and self.takes(self.table.get(isa_of(source), [])):
                 raise error  # not an old compiler, then
             record["left_out"][isa_of(source)] = str(error)
         made = {isa_of(path) for path in found} - set(record["left_out"])
@@ -202,9 +204,9 @@ class Workshop:
         defines = [f"-DMASKMOE_NO_{isa.upper()}" for isa in sorted(absent)]
         return self.require([path for path in found if not isa_of(path)], defines) + kernels
 
-    def understands(self, isa: str) -> bool:
-        """Does the compiler know this instruction set?"""
-        command = [*self.cxx, *self.table.get(isa, ()), "-xc++", "-fsyntax-only", os.devnull]
+    def takes(self, flags: list[str]) -> bool:
+        """Do compiler and assembler know these flags?"""
+        command = [*self.cxx, *flags, "-c", "-xc++", os.devnull, "-o", os.devnull]
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def cuda(self) -> list[Path]:

@@ -226,6 +226,18 @@ def test_nothing_stale_survives(project, mode):
 
 
 @needs_compiler
+def test_kernels_do_without_flags_that_the_assembler_refuses(project):
+    flags = project / "csrc" / "flags.txt"
+    text = "\n".join(line for line in flags.read_text().splitlines() if "kernels:" not in line)
+    flags.write_text(f"{text}\nkernels: -Wa,-mnot-known-yet\n")
+    done = run(project, *IN_PLACE, MASKMOE_BUILD="cpu", CXXFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    record = record_of(project)
+    assert record["isas"] == ["avx2"]
+    assert not record["left_out"]
+
+
+@needs_compiler
 def test_unknown_instruction_set_is_left_out(project):
     """An old compiler: it does not know the flags of one instruction set."""
     flags = project / "csrc" / "flags.txt"

@@ -263,9 +263,9 @@ Tiling tiles_of(const NetworkInputs& in) {
   }
   const int64_t fit = std::clamp<int64_t>(kTileFloats / (floats + 2 * most), 56, 252) / 28 * 28;
   int64_t count = std::max<int64_t>((in.rows + fit / 2) / fit, 1);
-  // Few tiles are shared out evenly.
   const int64_t threads = threads_for(6 * in.rows * weights_of(in), in.rows);
-  if (count < 8 * threads) count = (count + threads - 1) / threads * threads;
+  if (count >= 8 * threads) return {fit, (in.rows + fit - 1) / fit};
+  count = (count + threads - 1) / threads * threads;  // few are shared out evenly
   const int64_t rows = std::max<int64_t>((in.rows + count - 1) / count, 1);
   return {rows, (in.rows + rows - 1) / rows};
 }

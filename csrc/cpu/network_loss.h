@@ -1,0 +1,231 @@
+// What becomes of a network's logits, for one instruction set `I`: they are written, mixed or judged
+// by the loss, and what goes back through the layers is put where those read it.
+#pragma once
+
+#include "masked_linear.h"
+
+namespace maskmoe {
+
+template <class I>
+struct NetworkLoss {
+  using Linear = MaskedLinear<I>;
+  using V = typename I::V;
+  using M = typename I::M;
+  static constexpr int L = I::kLanes;
+
+  // Tiles of the last layer's lines, `line` floats apart, and room for work.
+  struct Room {
+    float *logits, *grads, *work;
+    int64_t line;
+  };
+
+  static int64_t work(const Network& n) {
+    if (n.mixture != nullptr) return 5 * L * n.mixture->selection.experts;
+    return n.gem == nullptr ? 0 : 5 * L * n.gem->selection.experts;
+  }
+
+  // Before the first tile of a thread.
+  static void begin(const Network& n, const Room& at, const GemSums& totals) {
+    if (n.gem == nullptr) return;
+    // Lanes without an expert are computed on, and dropped: on values, not on what lay here.
+    const int64_t size = n.layers[n.depth - 1].panels.lines * at.line;
+    for (int64_t k = 0; k < size; k += L) I::store(at.grads + k, I::zero());
+    for (int64_t i = 0; i < n.gem->selection.experts; ++i) totals.loss[i] = totals.weight[i] = 0;
+  }
+
+  // Between a tile's way there and its way back.
+  static void run(const Network& n, const Room& at, int64_t row, int64_t rows,
+                  const GemSums& totals) {
+    if (n.logits.data != nullptr) store_logits(n, at, row, rows);
+    if (n.mixture != nullptr) mix(*n.mixture, at, row, rows);
+    if (n.gem != nullptr) {
+      gem(n, at, row, rows, totals);
+    } else if (n.backward) {
+      load_grads(n, at, row, rows);
+    }
+  }
+
+ private:
+  static void store_logits(const Network& n, const Room& at, int64_t row, int64_t rows) {
+    const NetworkLayer& last = n.layers[n.depth - 1];
+    for (int64_t p = 0; p < last.panels.count; ++p) {
+      const Panel& panel = last.panels.panels[p];
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t lane = 0; lane < panel.lanes; lane += L) {
+          const int64_t first = panel.first + lane;
+          const float* values = at.logits + (panel.line + lane / L) * at.line + r * L;
+          store_lanes(Linear::row_of(n.logits, row + r), n.logits, first, values,
+                      Linear::smaller(L, panel.lanes - lane));
+        }
+      }
+    }
+  }
+
+  static void store_lanes(void* to, const Matrix& m, int64_t first, const float* from,
+                          int64_t count) {
+    if (m.order != nullptr) {
+      Linear::store(to, m.dtype, m.order + first, from, count);
+    } else {
+      const int64_t size = m.dtype == Dtype::kFloat32 ? 4 : 2;
+      Linear::store(static_cast<char*>(to) + first * size, m.dtype, nullptr, from, count);
+    }
+  }
+
+  static void load_grads(const Network& n, const Room& at, int64_t row, int64_t rows) {
+    const PanelsView& view = n.layers[n.depth - 1].panels;
+    Linear::with_dtype(n.grad_logits.dtype, [&]<Dtype D>() {
+      for (int64_t p = 0; p < view.count; ++p) {
+        const Panel& panel = view.panels[p];
+        for (int64_t lane = 0; lane < panel.lanes; lane += L) {
+          const int64_t first = panel.first + lane, count = Linear::smaller(L, panel.lanes - lane);
+          const V scale = n.scale == nullptr
+                              ? I::set(1.0f)
+                              : I::load(n.scale + first, I::mask(~0u >> (32 - count)));
+          Linear::template load_line<D>(at.grads + (panel.line + lane / L) * at.line, n.grad_logits,
+                                        row, rows, first, count,
+                                        [&](V a, int64_t) { return I::mul(a, scale); });
+        }
+      }
+    });
+  }
+
+  // --- The loss: a vector holds one expert's values in L rows ---------------------------------
+
+  static void gem(const Network& n, const Room& at, int64_t row, int64_t rows,
+                  const GemSums& totals) {
+    const Gem& gem = *n.gem;
+    const Selection& of = gem.selection;
+    const int64_t size = of.experts * L;
+    float* z = at.work;     // logits, then gradients
+    float* own = z + size;  // g, then w
+    float* rest = own + size;
+    float *losses = rest + size, *weights = losses + size;
+    for (int64_t k = 0; k < size; k += L) {
+      I::store(losses + k, I::zero());
+      I::store(weights + k, I::zero());
+    }
+    for (int64_t r = 0; r < rows; r += L) {
+      const int64_t count = Linear::smaller(L, rows - r);
+      float y[L] = {}, counts[L] = {};
+      for (int64_t k = 0; k < count; ++k) {
+        if (n.mask != nullptr && !n.mask[row + r + k]) continue;
+        counts[k] = 1;
+        y[k] = gem.target[row + r + k];
+      }
+      const M live = I::greater(I::load(counts), I::zero());
+      select(of, at, r, count, z, own, rest);
+      share_out(gem, own, live);
+      for (int64_t i = 0; i < of.experts; ++i) {
+        judge(gem, i, z, own, I::load(y), live, losses, weights);
+        float* to = at.grads + of.slots[i] / L * at.line + of.slots[i] % L;
+        for (int64_t k = 0; k < count; ++k) to[(r + k) * L] = z[i * L + k];
+        for (int64_t k = 0; gem.kept != nullptr && k < count; ++k) {
+          gem.kept[(row + r + k) * of.experts + i] = z[i * L + k];
+        }
+      }
+    }
+    for (int64_t i = 0; i < of.experts; ++i) {
+      for (int64_t k = 0; k < L; ++k) {
+        totals.loss[i] += losses[i * L + k];
+        totals.weight[i] += weights[i * L + k];
+      }
+    }
+  }
+
+  // Logits of L rows; g, then what each expert weighs, in `own`; 1 - g in `rest`.
+  static void select(const Selection& of, const Room& at, int64_t row, int64_t count, float* z,
+                     float* own, float* rest) {
+    for (int64_t i = 0; i < of.experts; ++i) {
+      const float* from = at.logits + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
+      for (int64_t k = 0; k < L; ++k) z[i * L + k] = k < count ? from[k * L] : 0;
+      confident(of, i, z + i * L, own + i * L, rest + i * L);
+    }
+    for (int64_t i = 0; i < of.experts; ++i) {
+      V w = of.own ? I::load(own + i * L) : I::set(1.0f);
+      for (int64_t n = of.inside_at[i]; n < of.inside_at[i + 1]; ++n) {
+        w = I::mul(w, I::load(rest + of.inside[n] * L));
+      }
+      I::store(own + i * L, w);
+    }
+  }
+
+  // g and 1 - g of one expert, NaN where its logit is.
+  static void confident(const Selection& of, int64_t i, const float* logits, float* own,
+                        float* rest) {
+    const V z = I::load(logits);
+    // Comparisons with NaN are false.
+    const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
+    const V safe = I::select(known, z, I::zero());
+    Confident<I> c = confidence<I>(of.confidence, safe, Odds<I>(safe));
+    if (of.sharpness != 1.0f && of.larger[i]) c = sharpened<I>(c, of.sharpness);
+    I::store(own, I::select(known, c.g, z));
+    I::store(rest, I::select(known, c.rest, z));
+  }
+
+  // Weights of samples that count, those of a sample divided by their sum where that is asked for.
+  static void share_out(const Gem& gem, float* weights, M live) {
+    V total = I::zero();
+    for (int64_t i = 0; i < gem.selection.experts; ++i) {
+      const V w = I::select(live, I::load(weights + i * L), I::zero());
+      total = I::add(total, w);
+      I::store(weights + i * L, w);
+    }
+    if (!gem.per_sample) return;
+    // Nothing to share is shared out as nothing.
+    const V by = I::select(I::less_equal(total, I::zero()), I::set(1.0f), total);
+    for (int64_t i = 0; i < gem.selection.experts; ++i) {
+      I::store(weights + i * L, I::div(I::load(weights + i * L), by));
+    }
+  }
+
+  // Where no expert has any confidence, all count alike.
+  static void mix(const Mixture& to, const Room& at, int64_t row, int64_t rows) {
+    const Selection& of = to.selection;
+    const int64_t experts = of.experts;
+    float* z = at.work;
+    float *alpha = z + experts * L, *rest = alpha + experts * L;
+    for (int64_t r = 0; r < rows; r += L) {
+      const int64_t count = Linear::smaller(L, rows - r);
+      select(of, at, r, count, z, alpha, rest);
+      V total = I::zero(), sum = I::zero();
+      for (int64_t i = 0; i < experts; ++i) total = I::add(total, I::load(alpha + i * L));
+      const M nobody = I::less_equal(total, I::zero());
+      const V alike = I::set(1.0f / static_cast<float>(experts));
+      const V by = I::select(nobody, I::set(1.0f), total);
+      for (int64_t i = 0; i < experts; ++i) {
+        const V share = I::select(nobody, alike, I::div(I::load(alpha + i * L), by));
+        I::store(rest + i * L, share);
+        sum = I::fma(share, Odds<I>(I::load(z + i * L)).p, sum);
+      }
+      float probability[L];
+      I::store(probability, I::min(I::set(1.0f), sum));  // shares may sum to 1 and a rounding
+      for (int64_t k = 0; k < count; ++k) {
+        to.probability[row + r + k] = probability[k];
+        for (int64_t i = 0; i < experts; ++i) {
+          to.alpha[(row + r + k) * experts + i] = alpha[i * L + k];
+          to.share[(row + r + k) * experts + i] = rest[i * L + k];
+        }
+      }
+    }
+  }
+
+  // Adds w BCE and w to the sums, and leaves the gradient in place of the logit.
+  static void judge(const Gem& gem, int64_t i, float* logits, const float* own, V y, M live,
+                    float* losses, float* weights) {
+    const V z = I::load(logits + i * L), w = I::load(own + i * L), one = I::set(1.0f);
+    const Odds<I> odds(z);
+    // BCE(2z, y) = max(2z, 0) - 2z y + log(1 + e).
+    const V twice = I::add(z, z), above = I::max(I::zero(), twice);
+    V bce = I::add(I::sub(above, I::mul(twice, y)), log_one_plus<I>(odds.e));
+    // p - y without cancellation.
+    V slope = I::sub(I::mul(I::sub(one, y), odds.p), I::mul(y, odds.rest));
+    slope = I::mul(I::add(slope, slope), I::mul(w, I::set(gem.scale)));
+    add_to(losses + i * L, I::select(live, I::mul(w, bce), I::zero()));
+    add_to(weights + i * L, w);
+    I::store(logits + i * L, I::select(live, slope, I::zero()));
+  }
+
+  static void add_to(float* sum, V a) { I::store(sum, I::add(I::load(sum), a)); }
+};
+
+}  // namespace maskmoe

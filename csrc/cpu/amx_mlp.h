@@ -1,0 +1,245 @@
+// Networks in bfloat16 on tiles: the walk of masked_mlp.h, with activations in lines of 32 slots.
+// Other dtypes use AVX-512.
+//
+// Between layers, values are rounded to bfloat16, as tiles are read and as layers one by one round
+// them; so is what derivatives need. Logits, the loss and gradients are float32, and gradients are
+// rounded where they are multiplied.
+#pragma once
+
+#include "amx_sums.h"
+#include "network_loss.h"
+
+namespace maskmoe::amx {
+
+struct MLP {
+  using Loss = NetworkLoss<Isa>;
+
+  // --- Where things of a tile lie, in floats from the start of scratch or `saved` ---------------
+
+  // Vectors of 16 slots in a layer's inputs.
+  static int64_t halves_into(const Network& n, int64_t layer) {
+    return layer == 0 ? Float::lines(n.in_features) : n.layers[layer - 1].panels.lines;
+  }
+
+  static bool gathers(const Network& n) { return n.num_parts > 1 || n.parts->ids != nullptr; }
+
+  struct Places {
+    int64_t tile, line, total = 0, kept = 0;
+    int64_t work, x, stage, floats, logits, grads[2], rounded, pairs, turned, loss;
+    bool keeps_z;
+
+    explicit Places(const Network& n)
+        : tile(tile_rows(n.tile_rows)), line(Float::line_stride(tile)),
+          keeps_z(n.activation == Activation::kGelu || n.activation == Activation::kSilu) {
+      int64_t units = 0, inputs = 0, widened = 0, multiplies = 2 * kTileFloats;
+      for (int64_t k = 0; k < n.depth; ++k) {
+        const NetworkLayer& layer = n.layers[k];
+        const Needs needs(layer.panels);
+        multiplies = larger(multiplies, multiply_scratch(needs));
+        if (n.backward) multiplies = larger(multiplies, multiply_scratch(Needs(layer.turned)));
+        units = larger(units, layer.panels.lines);
+        inputs = larger(inputs, halves_into(n, k));
+        if (needs.floats) widened = larger(widened, halves_into(n, k));
+        if (k + 1 < n.depth) kept += kept_of(layer);
+      }
+      work = take(multiplies);
+      x = take(lines(n.in_features) * line);
+      stage = take(gathers(n) ? tile * lines(n.in_features) * L : 0);
+      floats = take(widened * line);
+      logits = take(n.layers[n.depth - 1].panels.lines * line);
+      grads[0] = take(units * line);
+      grads[1] = take(n.backward ? units * line : 0);
+      rounded = take(n.backward ? (units + 1) / 2 * line : 0);
+      pairs = take(n.backward ? units * (tile / 2) * L : 0);
+      turned = take(n.backward ? inputs * (tile / 2) * L : 0);
+      loss = take(Loss::work(n));
+    }
+
+    int64_t size_of(const NetworkLayer& layer) const { return (layer.panels.lines + 1) / 2 * line; }
+    int64_t kept_of(const NetworkLayer& layer) const { return (keeps_z ? 2 : 1) * size_of(layer); }
+
+   private:
+    int64_t take(int64_t size) {
+      const int64_t at = total;
+      total += Float::round_up(size, 16);
+      return at;
+    }
+  };
+
+  // Lines of every hidden layer: its output, and the pre-activation where the derivative needs it.
+  struct Activations {
+    const Network& network;
+    const Places& at;
+    float* first;
+
+    float* output(int64_t layer) const {
+      float* from = first;
+      for (int64_t k = 0; k < layer; ++k) from += at.kept_of(network.layers[k]);
+      return from;
+    }
+    float* before(int64_t layer) const {
+      return output(layer) + (at.keeps_z ? at.size_of(network.layers[layer]) : 0);
+    }
+  };
+
+  static int64_t saved(const Network& n) {
+    return n.dtype == Dtype::kBfloat16 ? Float::round_up(Places(n).kept, 16)
+                                       : kAvx512.network_saved(n);
+  }
+
+  static int64_t scratch(const Network& n) {
+    if (n.dtype != Dtype::kBfloat16) return kAvx512.network_scratch(n);
+    const Places at(n);
+    return at.total + (n.saved == nullptr ? at.kept : 0);
+  }
+
+  static void run(const Network& n, int64_t begin, int64_t end, const LayerSums* sums,
+                  const GemSums& totals, float* scratch) {
+    if (n.dtype != Dtype::kBfloat16) {
+      kAvx512.network(n, begin, end, sums, totals, scratch);
+      return;
+    }
+    const Places at(n);
+    const Loss::Room room{scratch + at.logits, scratch + at.grads[0], scratch + at.loss, at.line};
+    Loss::begin(n, room, totals);
+    Tiles::configure();
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t row = tile * n.tile_rows, rows = smaller(n.tile_rows, n.rows - row);
+      float* kept = n.saved == nullptr ? scratch + at.total : n.saved + tile * n.saved_stride;
+      const Activations of{n, at, kept};
+      if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
+      if (n.forward) forward(n, at, of, rows, scratch);
+      Loss::run(n, room, row, rows, totals);
+      if (n.backward) backward(n, at, of, row, rows, sums, tile > begin, scratch);
+    }
+    Tiles::release();
+  }
+
+ private:
+  // --- Forward ---------------------------------------------------------------------------------
+
+  static void load_inputs(const Network& n, const Places& at, int64_t row, int64_t rows,
+                          float* scratch) {
+    float* x = scratch + at.x;
+    if (gathers(n)) {
+      const int64_t stride = lines(n.in_features) * kLine;
+      auto* stage = reinterpret_cast<char*>(scratch + at.stage);
+      for (int64_t r = 0; r < rows; ++r) {
+        char* to = stage + r * stride * 2;
+        for (int64_t p = 0; p < n.num_parts; to += n.parts[p].width * 2, ++p) {
+          const Part& part = n.parts[p];
+          const int64_t from = part.ids == nullptr ? row + r : part.ids[row + r];
+          __builtin_memcpy(to, static_cast<const char*>(part.data) + from * part.stride * 2,
+                           part.width * 2);
+        }
+      }
+      load_lines(x, at.line, {stage, n.dtype, n.in_features, stride, n.in_order}, 0, rows);
+    } else {
+      load_lines(x, at.line, {const_cast<void*>(n.parts->data), n.dtype, n.in_features,
+                              n.parts->stride, n.in_order}, row, rows);
+    }
+    if (n.mask == nullptr) return;
+    for (int64_t r = 0; r < rows; ++r) {  // what does not count may hold anything
+      if (n.mask[row + r]) continue;
+      for (int64_t k = 0; k < lines(n.in_features); ++k) {
+        Isa::store(x + k * at.line + r * L, Isa::zero());
+      }
+    }
+  }
+
+  // Results to lines of 32 slots.
+  struct Hidden {
+    float *y, *z;  // z null: not kept
+    int64_t line;
+    Activation activation;
+
+    void operator()(const Panel& panel, int64_t row, int64_t rows, const float* sums) const {
+      dispatch<Isa>(activation, [&]<Activation A>() {
+        each_vector(panel, rows, sums, [&](int64_t r, int64_t lane, V a) {
+          const int64_t index = panel.line + lane / L, slot = (row + r) * kLine;
+          if (z != nullptr) Isa::store_bf16(half(z, line, index) + slot, a);
+          Isa::store_bf16(half(y, line, index) + slot, activate<Isa, A>(a));
+        });
+      });
+    }
+  };
+
+  // Results to lines of 16 floats, times the derivative that the activation had at `saved`.
+  struct Floats {
+    float* to;
+    int64_t line;
+    const float* saved;  // lines of 32 slots; null with kNone
+    Activation derivative;
+
+    void operator()(const Panel& panel, int64_t row, int64_t rows, const float* sums) const {
+      dispatch<Isa>(derivative, [&]<Activation A>() {
+        each_vector(panel, rows, sums, [&](int64_t r, int64_t lane, V a) {
+          const int64_t index = panel.line + lane / L;
+          if constexpr (A != Activation::kNone) {
+            const uint16_t* at = half(saved, line, index) + (row + r) * kLine;
+            a = activation_grad<Isa, A>(a, Isa::load_bf16(at));
+          }
+          Isa::store(to + index * line + (row + r) * L, a);
+        });
+      });
+    }
+  };
+
+  static void forward(const Network& n, const Places& at, const Activations& of, int64_t rows,
+                      float* scratch) {
+    const float* x = scratch + at.x;
+    float *floats = scratch + at.floats, *work = scratch + at.work;
+    for (int64_t k = 0; k < n.depth; ++k) {
+      const NetworkLayer& layer = n.layers[k];
+      const auto to = [&](const auto& results) {
+        multiply(layer.panels, x, floats, at.line, layer.buffer, layer.bias, results, rows, work);
+      };
+      if (Needs(layer.panels).floats) widen_lines(floats, x, at.line, halves_into(n, k), rows);
+      if (k + 1 == n.depth) {
+        to(Floats{scratch + at.logits, at.line, nullptr, Activation::kNone});
+      } else {
+        float* y = of.output(k);
+        to(Hidden{y, at.keeps_z ? of.before(k) : nullptr, at.line, n.activation});
+        x = y;
+      }
+    }
+  }
+
+  // --- Backward --------------------------------------------------------------------------------
+
+  static void backward(const Network& n, const Places& at, const Activations& of, int64_t row,
+                       int64_t rows, const LayerSums* sums, bool add, float* scratch) {
+    float *g = scratch + at.grads[0], *next = scratch + at.grads[1];
+    float *work = scratch + at.work, *rounded = scratch + at.rounded;
+    for (int64_t k = n.depth - 1; k >= 0; --k) {
+      const NetworkLayer& layer = n.layers[k];
+      if (n.need_weights) {
+        float *pairs = scratch + at.pairs, *turned = scratch + at.turned;
+        turn(turned, k == 0 ? scratch + at.x : of.output(k - 1), at.line, halves_into(n, k), rows);
+        pair_rows(pairs, g, at.line, layer.panels.lines, rows);
+        weight_sums(layer.panels, turned, pairs, rows, sums[k].buffer, add, work);
+        if (layer.bias != nullptr) {
+          Float::bias_sums(layer.panels, g, at.line, rows, sums[k].bias, add);
+        }
+      }
+      if (k == 0 && !n.need_inputs) return;
+      const auto to = [&](const auto& results) {
+        multiply(layer.turned, rounded, g, at.line, layer.turned_buffer, nullptr, results, rows,
+                 work);
+      };
+      if (Needs(layer.turned).pieces > 0) {
+        round_lines(rounded, g, at.line, layer.panels.lines, rows);
+      }
+      if (k == 0) {
+        to(Rows{n.grad_inputs, nullptr, Activation::kNone, row});
+      } else {
+        to(Floats{next, at.line, of.before(k - 1), n.activation});
+        float* done = g;
+        g = next;
+        next = done;
+      }
+    }
+  }
+};
+
+}  // namespace maskmoe::amx

@@ -202,6 +202,9 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
   if (kept) {  // cut as the forward cut them, however many threads there are now
     tiling.count = saved.size(0);
     tiling.rows = (g.in.rows + tiling.count - 1) / tiling.count;
+    STD_TORCH_CHECK(saved.size(1) == worth_keeping(g.in, *kernels(), tiling),
+                    "maskmoe::masked_mlp_backward: activations were kept by other kernels; "
+                    "leave the instruction set alone between forward and backward");
   }
   network_backward(g.in, *kernels(), tiling, from_logits,
                    kept ? static_cast<const float*>(saved.data_ptr()) : nullptr, results.grads);

@@ -701,9 +701,12 @@ def test_predicts_what_the_mixture_of_its_logits_is(case, confidence, sharpness)
     with torch.no_grad():
         logits = copy.deepcopy(net).float()(x.float())
         theirs = mk.mixture(logits, family, confidence, sharpness)
+    # Tiles round activations between layers: see test_network_tiles.py.
+    rounded = x.dtype == torch.bfloat16 and native.isa().startswith("amx")
+    tolerance = {"rtol": 0, "atol": 0.1} if rounded else {"rtol": 1e-4, "atol": 1e-6}
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(a, b, **tolerance)
 
 
 def test_predictions_where_nobody_or_everybody_is_sure():

@@ -227,7 +227,7 @@ def test_activations_kept_or_computed_again_give_the_same_bits(activation, isa):
 def test_activations_kept_by_other_kernels_are_refused(kept, read):
     call, grad = given_to_ops("gelu")
     native.set_isa(kept)
-    logits, saved = call.forward(True)
+    _, saved = call.forward(True)
     native.set_isa(read)
     with pytest.raises(RuntimeError, match="kept by other kernels"):
         call.backward(grad, saved)

@@ -110,7 +110,8 @@ struct MLP {
       if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
       if (n.forward) forward(n, at, of, rows, scratch);
       Loss::run(n, room, row, rows, totals);
-      if (n.backward) backward(n, at, of, row, rows, sums, tile > begin, scratch);
+      const bool add = n.done > 0 || tile > begin;
+      if (n.backward) backward(n, at, of, row, rows, sums, add, scratch);
     }
     Tiles::release();
   }
@@ -231,7 +232,7 @@ struct MLP {
         round_lines(rounded, g, at.line, layer.panels.lines, rows);
       }
       if (k == 0) {
-        to(Rows{n.grad_inputs, nullptr, Activation::kNone, row});
+        to(Rows{n.grad_inputs, nullptr, Activation::kNone, row - n.done});
       } else {
         to(Floats{next, at.line, of.before(k - 1), n.activation});
         float* done = g;

@@ -116,6 +116,7 @@ struct Network {
   int64_t num_parts, in_features;
   const int64_t* in_order;  // feature at each position of the block order, or null
   int64_t rows, tile_rows;
+  int64_t done;           // rows of earlier calls: sums go on, and `grad_inputs` begins behind them
   const uint8_t* mask;    // which samples count; null: all
   float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
   int64_t saved_stride;

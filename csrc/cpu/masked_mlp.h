@@ -71,7 +71,8 @@ struct MaskedMLP {
       if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
       if (n.forward) forward(n, at, of, rows, scratch);
       Loss::run(n, room, row, rows, totals);
-      if (n.backward) backward(n, at, of, row, rows, sums, tile > begin, scratch);
+      const bool add = n.done > 0 || tile > begin;
+      if (n.backward) backward(n, at, of, row, rows, sums, add, scratch);
     }
   }
 
@@ -215,6 +216,7 @@ struct MaskedMLP {
   static void input_grads(const Network& n, const Places& at, const float* g, int64_t row,
                           int64_t rows, float* scratch) {
     const Matrix& to = n.grad_inputs;
+    row -= n.done;
     const bool here = Linear::in_place(to);
     const int64_t stride = here ? to.stride : Linear::row_stride(n.in_features);
     float* out = here ? static_cast<float*>(Linear::row_of(to, row)) : scratch + at.stage;

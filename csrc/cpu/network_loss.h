@@ -30,6 +30,7 @@ struct NetworkLoss {
     // Lanes without an expert are computed on, and dropped: on values, not on what lay here.
     const int64_t size = n.layers[n.depth - 1].panels.lines * at.line;
     for (int64_t k = 0; k < size; k += L) I::store(at.grads + k, I::zero());
+    if (n.done > 0) return;
     for (int64_t i = 0; i < n.gem->selection.experts; ++i) totals.loss[i] = totals.weight[i] = 0;
   }
 

@@ -88,14 +88,24 @@ class Call {
     }
   }
 
+  // Tiles by the `step`; after each, `then(row, rows)`.
+  template <class F>
+  void run(int64_t step, const F& then) {
+    for (int64_t begin = 0, end; begin < tiling_.count; begin = end) {
+      end = std::min(begin + step, tiling_.count);
+      network.done = begin * tiling_.rows;
+      each(threads_, [&](int64_t t) {
+        std::vector<LayerSums> own;
+        for (const ThreadSums& layer : sums) own.push_back(layer.of(t));
+        const int64_t count = end - begin;
+        k_.network(network, begin + count * t / threads_, begin + count * (t + 1) / threads_,
+                   own.data(), totals_[t], tiles_[t]);
+      });
+      then(network.done, std::min(end * tiling_.rows, in_.rows) - network.done);
+    }
+  }
   void run() {
-    if (in_.rows == 0) return;
-    each(threads_, [&](int64_t t) {
-      std::vector<LayerSums> own;
-      for (const ThreadSums& layer : sums) own.push_back(layer.of(t));
-      k_.network(network, tiling_.count * t / threads_, tiling_.count * (t + 1) / threads_,
-                 own.data(), totals_[t], tiles_[t]);
-    });
+    run(std::max<int64_t>(tiling_.count, 1), [](int64_t, int64_t) {});
   }
 
   void finish(const NetworkGradients& grads, const float* scale) {
@@ -174,82 +184,118 @@ int64_t work_of(const NetworkInputs& in, bool forward, bool need_inputs, bool ne
 }
 
 // Where gradients of the inputs go: straight to x if that is all there is, else to rows of all
-// parts, from which they are shared out.
+// parts, from which they are shared out, some tiles at a time while they are in the cache.
 class InputGradients {
  public:
-  InputGradients(const NetworkInputs& in, const NetworkGradients& grads)
+  InputGradients(const NetworkInputs& in, const NetworkGradients& grads, const Tiling& tiling)
       : in_(in), grads_(grads),
         tables_(std::any_of(grads.tables.begin(), grads.tables.end(), [](void* p) { return p; })),
-        straight_(grads.x.data != nullptr && in.parts.size() == 1) {}
+        straight_(grads.x.data != nullptr && in.parts.size() == 1),
+        step_(std::max<int64_t>(kRowsFloats / (features() * tiling.rows),
+                                2 * torch::stable::get_num_threads())),
+        rows_(std::min(step_ * tiling.rows, in.rows)) {}
 
   bool wanted() const { return tables_ || grads_.x.data != nullptr; }
-  bool straight() const { return straight_; }
 
   int64_t scratch() const {
-    if (!wanted() || straight()) return 0;
-    int64_t size = Scratch::round_up(in_.rows * features());
+    if (!wanted() || straight_) return 0;
+    int64_t size = Scratch::round_up(rows_ * features());
     for (size_t p = 0; p < in_.parts.size(); ++p) size += Scratch::round_up(wide(p));
     return size;
   }
 
   Matrix take(Scratch& scratch) {
-    if (straight() || !wanted()) return grads_.x;
-    rows_ = scratch.take(in_.rows * features());
+    if (straight_ || !wanted()) return grads_.x;
+    values_ = scratch.take(rows_ * features());
     for (size_t p = 0; p < in_.parts.size(); ++p) wide_.push_back(scratch.take(wide(p)));
     const auto& order = in_.chain[0].layout.col_order;
-    return {rows_, Dtype::kFloat32, features(), features(),
+    return {values_, Dtype::kFloat32, features(), features(),
             order.empty() ? nullptr : order.data()};
   }
 
-  // Every table row sums the samples that named it, in the order of the batch.
-  void share_out(const Kernels& k, int64_t threads) const {
-    if (straight() || !wanted()) return;
-    int64_t column = 0, x_column = 0;
-    for (size_t p = 0; p < in_.parts.size(); column += in_.parts[p].width, ++p) {
-      const Part& part = in_.parts[p];
-      if (in_.table_rows[p] == 0) {  // without samples, ids may be null
-        if (grads_.x.data != nullptr) copy_columns(k, column, x_column, part.width);
-        x_column += part.width;
-      } else if (grads_.tables[p] != nullptr) {
-        const int64_t count = in_.table_rows[p];
-        float* to = direct() ? static_cast<float*>(grads_.tables[p]) : wide_[p];
-        const int64_t tasks = count * part.width < (1 << 14) ? 1 : threads;
-        each(tasks, [&](int64_t t) {
-          add_rows(k, part, column, count * t / tasks, count * (t + 1) / tasks, to);
+  // Runs the call, which has to go back. Every table row sums the samples that named it, in the
+  // order of the batch.
+  void run(Call& call, const Kernels& k) const {
+    if (straight_ || !wanted()) return call.run();
+    each_table([&](size_t p, float* to) {
+      each_range(p, call.threads(), [&](int64_t begin, int64_t end) {
+        std::fill(to + begin * in_.parts[p].width, to + end * in_.parts[p].width, 0.0f);
+      });
+    });
+    call.run(step_, [&](int64_t first, int64_t rows) {
+      if (grads_.x.data != nullptr) copy_columns(k, first, rows);
+      each_table([&](size_t p, float* to) {
+        each_range(p, call.threads(), [&](int64_t begin, int64_t end) {
+          add_rows(k, p, first, rows, begin, end, to);
         });
-        if (!direct()) k.store(grads_.tables[p], in_.dtype, nullptr, to, count * part.width);
-      }
-    }
+      });
+    });
+    if (direct()) return;
+    each_table([&](size_t p, float* from) {
+      k.store(grads_.tables[p], in_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
+    });
   }
 
  private:
+  static constexpr int64_t kRowsFloats = 1 << 20;
+
   bool direct() const { return in_.dtype == Dtype::kFloat32; }
   int64_t features() const { return in_.chain[0].layout.in_features; }
+  bool is_table(size_t p) const { return in_.table_rows[p] > 0; }
   int64_t wide(size_t p) const {
     return direct() || grads_.tables[p] == nullptr ? 0 : in_.table_rows[p] * in_.parts[p].width;
   }
-  void copy_columns(const Kernels& k, int64_t column, int64_t x_column, int64_t width) const {
-    const int64_t size = direct() ? 4 : 2;
-    for (int64_t r = 0; r < in_.rows; ++r) {
-      char* to = static_cast<char*>(grads_.x.data) + (r * grads_.x.stride + x_column) * size;
-      k.store(to, in_.dtype, nullptr, rows_ + r * features() + column, width);
+
+  // f(part, its sums) for every table that wants a gradient.
+  template <class F>
+  void each_table(const F& f) const {
+    for (size_t p = 0; p < in_.parts.size(); ++p) {
+      if (!is_table(p) || grads_.tables[p] == nullptr) continue;
+      f(p, direct() ? static_cast<float*>(grads_.tables[p]) : wide_[p]);
     }
   }
 
-  void add_rows(const Kernels& k, const Part& part, int64_t column, int64_t begin, int64_t end,
-                float* to) const {
-    std::fill(to + begin * part.width, to + end * part.width, 0.0f);
-    for (int64_t r = 0; r < in_.rows; ++r) {
-      const int64_t id = part.ids[r];
+  // f(begin, end) on a table's rows.
+  template <class F>
+  void each_range(size_t p, int64_t threads, const F& f) const {
+    const int64_t count = in_.table_rows[p];
+    const int64_t tasks = count * in_.parts[p].width < (1 << 14) ? 1 : threads;
+    each(tasks, [&](int64_t t) { f(count * t / tasks, count * (t + 1) / tasks); });
+  }
+
+  void copy_columns(const Kernels& k, int64_t first, int64_t rows) const {
+    const int64_t size = direct() ? 4 : 2;
+    int64_t column = 0, x_column = 0;
+    for (size_t p = 0; p < in_.parts.size(); column += in_.parts[p].width, ++p) {
+      if (is_table(p)) continue;
+      const int64_t width = in_.parts[p].width;
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t at = (first + r) * grads_.x.stride + x_column;
+        k.store(static_cast<char*>(grads_.x.data) + at * size, in_.dtype, nullptr,
+                values_ + r * features() + column, width);
+      }
+      x_column += width;
+    }
+  }
+
+  // Samples [first, first + rows) to those of them that name a row of [begin, end).
+  void add_rows(const Kernels& k, size_t p, int64_t first, int64_t rows, int64_t begin,
+                int64_t end, float* to) const {
+    const Part& part = in_.parts[p];
+    const float* from = values_;
+    for (size_t before = 0; before < p; ++before) from += in_.parts[before].width;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t id = part.ids[first + r];
       if (id < begin || id >= end) continue;
-      k.add(to + id * part.width, rows_ + r * features() + column, part.width);
+      k.add(to + id * part.width, from + r * features(), part.width);
     }
   }
 
   const NetworkInputs& in_;
   const NetworkGradients& grads_;
   const bool tables_, straight_;
-  float* rows_ = nullptr;
+  const int64_t step_, rows_;  // tiles at a time, and the rows that they have at most
+  float* values_ = nullptr;    // (rows_, features)
   std::vector<float*> wide_;
 };
 
@@ -299,7 +345,7 @@ void network_mixture(const NetworkInputs& in, const Kernels& k, const Tiling& ti
 void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& tiling,
                       const Matrix& grad_logits, const float* saved,
                       const NetworkGradients& grads) {
-  InputGradients inputs(in, grads);
+  InputGradients inputs(in, grads, tiling);
   Call call(in, k, tiling,
             work_of(in, saved == nullptr, inputs.wanted(), !grads.weights.empty()));
   Network& n = call.network;
@@ -311,15 +357,14 @@ void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& t
   n.need_inputs = inputs.wanted();
   call.prepare(grads, 0, inputs.scratch());
   n.grad_inputs = inputs.take(*call.scratch);
-  call.run();
+  inputs.run(call, k);
   call.finish(grads, nullptr);
-  inputs.share_out(k, call.threads());
 }
 
 float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, Gem gem,
                   Normalize normalize, const NetworkGradients& grads) {
   const int64_t experts = gem.selection.experts;
-  InputGradients inputs(in, grads);
+  InputGradients inputs(in, grads, tiling);
   const bool weights = !grads.weights.empty(), wanted = weights || inputs.wanted();
   const bool by_sums = normalize == Normalize::kExpert || normalize == Normalize::kBatch;
   const bool twice = wanted && by_sums && (inputs.wanted() || !isolated(in.chain));
@@ -353,7 +398,11 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
     gem.kept = grad_logits;
     n.backward = false;
   }
-  call.run();
+  if (n.backward) {
+    inputs.run(call, k);
+  } else {
+    call.run();
+  }
   std::vector<double> loss(experts), weight(experts);
   call.add_totals(experts, loss.data(), weight.data());
   double total = 0, all = 0;
@@ -370,12 +419,9 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
     n.backward = true;
     n.grad_logits = {grad_logits, Dtype::kFloat32, experts, experts, nullptr};
     n.scale = scale;
-    call.run();
+    inputs.run(call, k);
   }
-  if (wanted) {
-    call.finish(grads, by_sums && !twice ? scale : nullptr);
-    inputs.share_out(k, call.threads());
-  }
+  if (wanted) call.finish(grads, by_sums && !twice ? scale : nullptr);
   return static_cast<float>(total);
 }
 

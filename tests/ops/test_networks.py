@@ -368,29 +368,47 @@ def ncf(rows, seed=0, dtype=torch.float32, **options):
     return model.to(dtype), (user, item, codes, numeric), torch.rand(rows).round()
 
 
+def check_tables(model, data, y, **options):
+    """Loss and all gradients are about as close to those in float64 as the layers' are."""
+    options |= {"confidence": "rare", "weighting": "deselection"}
+    dtype = data[3].dtype
+    true = copy.deepcopy(model).double()
+    plain = copy.deepcopy(model)
+    plain.experts.layers[0].register_forward_hook(lambda *args: None)
+    assert plain.experts.layers.obstacle() is not None
+    wide = (*data[:3], data[3].double())
+    found = []
+    for net, inputs in ((model, data), (plain, data), (true, wide)):
+        loss = net.gem_loss(*inputs, y, **options)
+        grads = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
+        found.append([loss, *grads])
+    assert model.experts.layers.obstacle() is None
+    floor = 64 * torch.finfo(dtype).eps
+    for a, b, t in zip(*found, strict=True):
+        error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
+        assert error <= 2 * theirs + floor * t.abs().max() + 1e-30
+
+
 @pytest.mark.parametrize("isa", native.isas())
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("embeddings", ["shared", "strict"])
 def test_embedding_rows_get_the_gradients_of_who_named_them(isa, normalize, embeddings):
     native.set_isa(isa)
-    options = {"confidence": "rare", "weighting": "deselection", "normalize": normalize}
     for rows, dtype in itertools.product((0, 1, 200), DTYPES):
         model, data, y = ncf(rows, embeddings=embeddings, dtype=dtype)
-        true = copy.deepcopy(model).double()
-        plain = copy.deepcopy(model)
-        plain.experts.layers[0].register_forward_hook(lambda *args: None)
-        assert plain.experts.layers.obstacle() is not None
-        wide = (*data[:3], data[3].double())
-        found = []
-        for net, inputs in ((model, data), (plain, data), (true, wide)):
-            loss = net.gem_loss(*inputs, y, **options)
-            grads = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
-            found.append([loss, *grads])
-        assert model.experts.layers.obstacle() is None
-        floor = 64 * torch.finfo(dtype).eps
-        for a, b, t in zip(*found, strict=True):
-            error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
-            assert error <= 2 * theirs + floor * t.abs().max() + 1e-30
+        check_tables(model, data, y, normalize=normalize)
+
+
+@pytest.mark.parametrize("normalize", [None, "batch"])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_samples_are_shared_out_some_tiles_at_a_time(normalize, threads):
+    before = torch.get_num_threads()
+    model, data, y = ncf(50_001)  # three times what is gathered before it is shared out
+    try:
+        torch.set_num_threads(threads)
+        check_tables(model, data, y, normalize=normalize)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_logits_of_ids_are_those_of_gathered_rows():

@@ -384,3 +384,22 @@ def test_bench_resumes_after_ctrl_c(monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(bench.command, "main", interrupted)
     assert main(["bench"]) == 130
     assert "--resume" in capsys.readouterr().err
+
+
+def test_denormals_are_flushed_in_a_command_and_as_before_after_it(monkeypatch):
+    # Made from bits: a conversion would flush them already.
+    tiny = torch.tensor(71362, dtype=torch.int32).view(torch.float32)
+
+    def flushes():
+        return int((tiny * 1).view(torch.int32)) == 0
+
+    seen = []
+    monkeypatch.setattr(cli, "_info", lambda *args: seen.append(flushes()))
+    before = flushes()
+    assert main(["info"]) == 0
+    assert seen == [True]
+    assert flushes() == before
+    with cli.denormals_flushed():
+        assert main(["info"]) == 0
+        assert flushes()  # whoever asked for it keeps it
+    assert flushes() == before

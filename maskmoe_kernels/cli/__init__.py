@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +37,21 @@ _USER_ERRORS = (LayoutError, BackendError, DataError, FloatingPointError, OSErro
 _MODELS = ("content", "black-box", "interpretable")
 
 
+@contextmanager
+def denormals_flushed() -> Iterator[None]:
+    """Numbers below 1e-38 count as zero, in this thread and in those that it starts.
+
+    Adam's averages of weights that have no gradient for long shrink to such numbers and stay there;
+    each costs a hundred cycles a step.
+    """
+    before = int(torch.tensor(1e-40).view(torch.int32)) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -56,8 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         words[:2] = ["movielens explain"]
     arguments = _parser().parse_args(words, argparse.Namespace(words=rest))
     command: Callable[[argparse.Namespace, Console], int | None] = arguments.run
+    measures = words[:1] == ["bench"]  # as a process finds it
     try:
-        return command(arguments, Console()) or 0
+        with nullcontext() if measures else denormals_flushed():
+            return command(arguments, Console()) or 0
     except _USER_ERRORS as error:
         text = " ".join(str(error).split())
         _stderr().print(f"error: {text}", style="bold red")

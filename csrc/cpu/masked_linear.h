@@ -412,8 +412,8 @@ struct MaskedLinear {
   };
   static constexpr Products table{};
 
-  // `size` things in the fewest parts of at most `most`, all nearly equal. Divisions take as long as
-  // a small tile, so there is one cut for many of them.
+  // `size` > 0 things in the fewest parts of at most `most`, all nearly equal. A division takes as
+  // long as a small tile, so there is one cut for many of them.
   struct Cut {
     uint32_t count, each, larger;  // the first `larger` parts have one more
     Cut(int64_t size, uint32_t most)

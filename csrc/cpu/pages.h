@@ -9,10 +9,10 @@
 
 namespace maskmoe {
 
-// Asks for pages of 2 MiB under `bytes` of memory that nobody has touched yet: the system hands over
-// each page with an interrupt and filled with zeros, and at 4 KiB a page that takes longer than many
-// a layer. Only for what malloc maps by itself, on every call anew; smaller blocks lie in a heap that
-// others share and that keeps its pages.
+// Asks for pages of 2 MiB under `bytes` of memory that nobody has touched yet. The system hands over
+// each page with an interrupt and filled with zeros; at 4 KiB a page that takes longer than many a
+// layer. Only for what malloc maps by itself, on every call anew; smaller blocks lie in a heap
+// that others share and that keeps its pages.
 inline void prefer_large_pages(void* from, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr int64_t kMapped = int64_t{32} << 20;

@@ -9,7 +9,7 @@
 
 namespace maskmoe {
 
-// Asks for pages of 2 MiB under `bytes` of memory that nobody has touched yet. The system hands over
+// Asks for pages of 2 MiB under `bytes` of memory that nobody touched yet. The system hands over
 // each page with an interrupt and filled with zeros; at 4 KiB a page that takes longer than many a
 // layer. Only for what malloc maps by itself, on every call anew; smaller blocks lie in a heap
 // that others share and that keeps its pages.

@@ -140,12 +140,7 @@ struct MLP {
                               n.parts->stride, n.in_order}, row, rows);
     }
     if (n.mask == nullptr) return;
-    for (int64_t r = 0; r < rows; ++r) {  // what does not count may hold anything
-      if (n.mask[row + r]) continue;
-      for (int64_t k = 0; k < lines(n.in_features); ++k) {
-        Isa::store(x + k * at.line + r * L, Isa::zero());
-      }
-    }
+    Float::clear_rows(x, at.line, lines(n.in_features), n.mask + row, rows);
   }
 
   // Results to lines of 32 slots.

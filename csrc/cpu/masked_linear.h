@@ -170,6 +170,15 @@ struct MaskedLinear {
     });
   }
 
+  // Zeros in the rows of a tile that `mask` leaves out: what does not count may hold anything.
+  static void clear_rows(float* tile, int64_t line, int64_t lines, const uint8_t* mask,
+                         int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
+      if (mask[r]) continue;
+      for (int64_t n = 0; n < lines; ++n) I::store(tile + n * line + r * L, I::zero());
+    }
+  }
+
   // --- Weights ---------------------------------------------------------------------------
 
   static void pack(const PanelsView& view, int64_t begin, int64_t end, const void* weight,

@@ -134,12 +134,7 @@ struct MaskedMLP {
                         rows);
     }
     if (n.mask == nullptr) return;
-    for (int64_t r = 0; r < rows; ++r) {  // what does not count may hold anything
-      if (n.mask[row + r]) continue;
-      for (int64_t k = 0; k < Linear::lines(n.in_features); ++k) {
-        I::store(x + k * at.line + r * L, I::zero());
-      }
-    }
+    Linear::clear_rows(x, at.line, Linear::lines(n.in_features), n.mask + row, rows);
   }
 
   static void forward(const Network& n, const Places& at, const Activations& of, int64_t rows,

@@ -10,3 +10,13 @@ def _the_isa_stays():
     yield
     if before is not None:
         native.set_isa(before)
+
+
+@pytest.fixture
+def usual_machine():
+    """The host twin runs on the machine that it stands for; the next test starts afresh."""
+    from tests.ops.cuda_twin import configure  # which compiles the twin
+
+    configure()
+    yield
+    configure()

@@ -28,15 +28,11 @@ from tests.ops.cuda_cases import (
 from tests.ops.cuda_twin import configure, draw
 
 REASON = cuda_twin.obstacle()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.usefixtures("usual_machine"),
+]
 SHARPNESS = (0.7, 1.0, 2.5)
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    configure()
-    yield
-    configure()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -32,14 +32,10 @@ from tests.ops.cuda_cases import (
 from tests.ops.cuda_twin import configure, draw
 
 REASON = cuda_twin.obstacle()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    configure()
-    yield
-    configure()
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.usefixtures("usual_machine"),
+]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -25,18 +25,14 @@ from tests.ops.cuda_cases import (
 from tests.ops.cuda_twin import configure, draw, hold
 
 REASON = cuda_twin.obstacle()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.usefixtures("usual_machine"),
+]
 if REASON is None:
     torch.library.register_fake("maskmoe_twin::masked_mlp", networks._fake)
 #: Networks that have products (a single layer is summed up without tensor cores).
 DEEP = [name for name in NETWORKS if name != "no hidden"]
-
-
-@pytest.fixture(autouse=True)
-def _machine():
-    configure()
-    yield
-    configure()
 
 
 @contextmanager

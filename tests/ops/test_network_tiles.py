@@ -20,8 +20,9 @@ from tests.ops.test_networks import (
     ACTIVATIONS,
     CONFIDENCES,
     NORMALIZE,
-    WEIGHTINGS,
     bits_of,
+    losses,
+    options_of_a_loss,
     same_bits,
     step,
 )
@@ -126,42 +127,11 @@ def test_equals_its_definition(case, seed):
     close(*found, [true.detach(), *expected])
 
 
-@given(
-    networks(),
-    st.sampled_from(CONFIDENCES),
-    st.sampled_from(WEIGHTINGS),
-    st.sampled_from(NORMALIZE),
-    st.sampled_from([1.0, 0.7, 3.0]),
-    st.booleans(),
-    st.booleans(),
-    seeds,
-)
-def test_the_loss_equals_that_of_its_definition(
-    case, confidence, weighting, normalize, sharpness, masked, wants_x, seed
-):
-    net, family, x = case
-    torch.manual_seed(seed)
-    y = torch.rand(len(x)).round()
-    mask = torch.rand(len(x)) < 0.7 if masked else None
-    options = (confidence, weighting, normalize, mask, sharpness)
-    leaves = [t.detach().double().requires_grad_() for t in (x, *net.parameters())]
-    true = mk.gem_loss(defined(net, leaves[0], leaves[1:]), y, family, *options)
-    expected = [true.detach(), *torch.autograd.grad(true, leaves, materialize_grads=True)]
-    x.requires_grad_(wants_x)
-    given_to = [x, *net.parameters()] if wants_x else [*net.parameters()]
-    if not wants_x:
-        del expected[1]
-    found = []
-    for loss in (
-        net.gem_loss(x, y, *options),
-        mk.gem_loss(net.layers.layered(x), y, family, *options),
-    ):
-        grads = torch.autograd.grad(loss, given_to, materialize_grads=True)
-        found.append([loss.detach(), *grads])
-    with torch.no_grad():
-        assert torch.equal(net.gem_loss(x, y, *options), found[0][0])
-    close(*found, expected)
-    assert (found[0][0] - expected[0]).abs() <= 2e-3 * expected[0].abs() + 1e-5
+@given(networks(), options_of_a_loss())
+def test_the_loss_equals_that_of_its_definition(case, options):
+    ours, plain, expected = losses(case, defined, **options)
+    close(ours, plain, expected)
+    assert (ours[0] - expected[0]).abs() <= 2e-3 * expected[0].abs() + 1e-5
 
 
 @given(networks(), st.sampled_from(CONFIDENCES), st.sampled_from([1.0, 0.7, 3.0]))

@@ -222,42 +222,52 @@ def test_the_loss_of_an_expert_is_blind(case, weighting, seed):
 # --- The loss ------------------------------------------------------------------------------------
 
 
-@given(
-    networks(DTYPES, max_experts=8),
-    st.sampled_from(CONFIDENCES),
-    st.sampled_from(WEIGHTINGS),
-    st.sampled_from(NORMALIZE),
-    st.sampled_from([1.0, 0.7, 3.0]),
-    st.booleans(),
-    st.booleans(),
-    seeds,
-)
-def test_equals_the_loss_of_its_logits(
-    case, confidence, weighting, normalize, sharpness, masked, wants_x, seed
-):
+@st.composite
+def options_of_a_loss(draw):
+    """For ``losses``."""
+    return {
+        "confidence": draw(st.sampled_from(CONFIDENCES)),
+        "weighting": draw(st.sampled_from(WEIGHTINGS)),
+        "normalize": draw(st.sampled_from(NORMALIZE)),
+        "sharpness": draw(st.sampled_from([1.0, 0.7, 3.0])),
+        "masked": draw(st.booleans()),
+        "wants_x": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+
+
+def losses(case, definition, masked, wants_x, seed, **options):
+    """Loss and gradients in one pass, layer by layer, and in float64 by ``definition``.
+
+    ``definition(net, x, parameters)`` are the logits.
+    """
     net, family, x = case
     torch.manual_seed(seed)
     y = torch.rand(len(x)).round()
-    mask = torch.rand(len(x)) < 0.7 if masked else None
-    options = (confidence, weighting, normalize, mask, sharpness)
+    options["mask"] = torch.rand(len(x)) < 0.7 if masked else None
     leaves = [t.detach().double().requires_grad_() for t in (x, *net.parameters())]
-    true = mk.gem_loss(oracle(net, leaves[0], leaves[1:]), y, family, *options)
-    expected = [true, *torch.autograd.grad(true, leaves, materialize_grads=True)]
+    true = mk.gem_loss(definition(net, leaves[0], leaves[1:]), y, family, **options)
+    expected = [true.detach(), *torch.autograd.grad(true, leaves, materialize_grads=True)]
     x.requires_grad_(wants_x)
     given_to = [x, *net.parameters()] if wants_x else [*net.parameters()]
     if not wants_x:
         del expected[1]
-    ours = net.gem_loss(x, y, *options)
-    plain = mk.gem_loss(net.layers.layered(x), y, family, *options)
+    ours = net.gem_loss(x, y, **options)
+    plain = mk.gem_loss(net.layers.layered(x), y, family, **options)
     found = [
-        [loss, *torch.autograd.grad(loss, given_to, materialize_grads=True)]
+        [loss.detach(), *torch.autograd.grad(loss, given_to, materialize_grads=True)]
         for loss in (ours, plain)
     ]
     with torch.no_grad():
-        assert torch.equal(net.gem_loss(x, y, *options), ours)
+        assert torch.equal(net.gem_loss(x, y, **options), ours)
+    return *found, expected
+
+
+@given(networks(DTYPES, max_experts=8), options_of_a_loss())
+def test_equals_the_loss_of_its_logits(case, options):
+    floor = 64 * torch.finfo(case[2].dtype).eps
     # Weights follow the logits' rounding: half-precision logits move the weights themselves.
-    floor = 64 * torch.finfo(x.dtype).eps
-    for a, b, t in zip(*found, expected, strict=True):
+    for a, b, t in zip(*losses(case, oracle, **options), strict=True):
         if t.numel():
             error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
             assert error <= 2 * theirs + floor * t.abs().max() + 1e-30

@@ -87,6 +87,11 @@ struct MLP {
                                        : kAvx512.network_saved(n);
   }
 
+  static int64_t units(const Network& n) {
+    return n.dtype == Dtype::kBfloat16 ? n.layers[0].panels.lines * Places(n).line
+                                       : kAvx512.network_units(n);
+  }
+
   static int64_t scratch(const Network& n) {
     if (n.dtype != Dtype::kBfloat16) return kAvx512.network_scratch(n);
     const Places at(n);
@@ -105,13 +110,24 @@ struct MLP {
     Tiles::configure();
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile * n.tile_rows, rows = smaller(n.tile_rows, n.rows - row);
+      float* units = n.unit_grads == nullptr ? nullptr : n.unit_grads + tile * n.units_stride;
+      if (units != nullptr && n.need_inputs) {
+        float* g = scratch + at.grads[0];
+        Loss::scale_units(n, units, g, at.line, rows);
+        input_grads(n, at, g, row, rows, scratch);
+        continue;
+      }
       float* kept = n.saved == nullptr ? scratch + at.total : n.saved + tile * n.saved_stride;
       const Activations of{n, at, kept};
       if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
       if (n.forward) forward(n, at, of, rows, scratch);
       Loss::run(n, room, row, rows, totals);
       const bool add = n.done > 0 || tile > begin;
-      if (n.backward) backward(n, at, of, row, rows, sums, add, scratch);
+      if (n.backward) {
+        const float* g = backward(n, at, of, rows, sums, add, units, scratch);
+        if (n.need_inputs) input_grads(n, at, g, row, rows, scratch);
+        if (units != nullptr && g != units) Loss::keep_units(n, g, units, at.line, rows);
+      }
     }
     Tiles::release();
   }
@@ -203,38 +219,47 @@ struct MLP {
 
   // --- Backward --------------------------------------------------------------------------------
 
-  static void backward(const Network& n, const Places& at, const Activations& of, int64_t row,
-                       int64_t rows, const LayerSums* sums, bool add, float* scratch) {
+  // Gradients of the first layer's units, in `units` where there are later layers and it is not
+  // null; those of all weights are added to the sums.
+  static const float* backward(const Network& n, const Places& at, const Activations& of,
+                               int64_t rows, const LayerSums* sums, bool add, float* units,
+                               float* scratch) {
     float *g = scratch + at.grads[0], *next = scratch + at.grads[1];
-    float *work = scratch + at.work, *rounded = scratch + at.rounded;
     for (int64_t k = n.depth - 1; k >= 0; --k) {
       const NetworkLayer& layer = n.layers[k];
       if (n.need_weights) {
         float *pairs = scratch + at.pairs, *turned = scratch + at.turned;
         turn(turned, k == 0 ? scratch + at.x : of.output(k - 1), at.line, halves_into(n, k), rows);
         pair_rows(pairs, g, at.line, layer.panels.lines, rows);
-        weight_sums(layer.panels, turned, pairs, rows, sums[k].buffer, add, work);
+        weight_sums(layer.panels, turned, pairs, rows, sums[k].buffer, add, scratch + at.work);
         if (layer.bias != nullptr) {
           Float::bias_sums(layer.panels, g, at.line, rows, sums[k].bias, add);
         }
       }
-      if (k == 0 && !n.need_inputs) return;
-      const auto to = [&](const auto& results) {
-        multiply(layer.turned, rounded, g, at.line, layer.turned_buffer, nullptr, results, rows,
-                 work);
-      };
-      if (Needs(layer.turned).pieces > 0) {
-        round_lines(rounded, g, at.line, layer.panels.lines, rows);
-      }
-      if (k == 0) {
-        to(Rows{n.grad_inputs, nullptr, Activation::kNone, row - n.done});
-      } else {
-        to(Floats{next, at.line, of.before(k - 1), n.activation});
-        float* done = g;
-        g = next;
-        next = done;
-      }
+      if (k == 0) break;
+      if (k == 1 && units != nullptr) next = units;
+      go_back(layer, at, g, Floats{next, at.line, of.before(k - 1), n.activation}, rows, scratch);
+      float* done = g;
+      g = next;
+      next = done;
     }
+    return g;
+  }
+
+  static void input_grads(const Network& n, const Places& at, const float* g, int64_t row,
+                          int64_t rows, float* scratch) {
+    go_back(n.layers[0], at, g, Rows{n.grad_inputs, nullptr, Activation::kNone, row - n.done}, rows,
+            scratch);
+  }
+
+  // From gradients of a layer's units to those of its inputs.
+  template <class R>
+  static void go_back(const NetworkLayer& layer, const Places& at, const float* g, const R& results,
+                      int64_t rows, float* scratch) {
+    float* rounded = scratch + at.rounded;
+    if (Needs(layer.turned).pieces > 0) round_lines(rounded, g, at.line, layer.panels.lines, rows);
+    multiply(layer.turned, rounded, g, at.line, layer.turned_buffer, nullptr, results, rows,
+             scratch + at.work);
   }
 };
 

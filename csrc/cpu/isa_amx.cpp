@@ -22,6 +22,7 @@ const Kernels kAmx = {kName,
                       amx::Float::load,
                       amx::Float::store,
                       amx::MLP::saved,
+                      amx::MLP::units,
                       amx::MLP::scratch,
                       amx::MLP::run};
 

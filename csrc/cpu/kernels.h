@@ -120,6 +120,9 @@ struct Network {
   const uint8_t* mask;    // which samples count; null: all
   float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
   int64_t saved_stride;
+  float* unit_grads;      // of the first layer's units, of all tiles, (tiles, units_stride): kept when
+  int64_t units_stride;   // the inputs' are not wanted, else these are made from them; or null
+  const float* unit_scale;  // factor of each slot of the first layer's units
   bool forward;           // else the activations are those in `saved`
   bool backward, need_weights, need_inputs;
   Matrix logits;          // to write; data null: not wanted
@@ -150,8 +153,9 @@ struct Kernels {
   // Converts `count` values, `order[n]` giving the place of each in the result where it is given.
   void (*load)(float* to, const void* from, Dtype, const int64_t* order, int64_t count);
   void (*store)(void* to, Dtype, const int64_t* order, const float* from, int64_t count);
-  // Floats of a tile's activations in `saved`.
+  // Floats of a tile in `saved` and in `unit_grads`.
   int64_t (*network_saved)(const Network&);
+  int64_t (*network_units)(const Network&);
   int64_t (*network_scratch)(const Network&);
   // Tiles [begin, end) through all layers, and back if asked for; `sums` has a layer each.
   void (*network)(const Network&, int64_t begin, int64_t end, const LayerSums* sums,

@@ -52,6 +52,7 @@ struct MaskedMLP {
   };
 
   static int64_t saved(const Network& n) { return Linear::round_up(Places(n).kept, 16); }
+  static int64_t units(const Network& n) { return n.layers[0].panels.lines * Places(n).line; }
 
   static int64_t scratch(const Network& n) {
     const Places at(n);
@@ -66,13 +67,24 @@ struct MaskedMLP {
     Loss::begin(n, room, totals);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile * n.tile_rows, rows = Linear::smaller(n.tile_rows, n.rows - row);
+      float* units = n.unit_grads == nullptr ? nullptr : n.unit_grads + tile * n.units_stride;
+      if (units != nullptr && n.need_inputs) {
+        float* g = scratch + at.grads[0];
+        Loss::scale_units(n, units, g, at.line, rows);
+        input_grads(n, at, g, row, rows, scratch);
+        continue;
+      }
       float* kept = n.saved == nullptr ? scratch + at.total : n.saved + tile * n.saved_stride;
       const Activations of(n, at, kept);
       if (n.forward || n.need_weights) load_inputs(n, at, row, rows, scratch);
       if (n.forward) forward(n, at, of, rows, scratch);
       Loss::run(n, room, row, rows, totals);
       const bool add = n.done > 0 || tile > begin;
-      if (n.backward) backward(n, at, of, row, rows, sums, add, scratch);
+      if (n.backward) {
+        const float* g = backward(n, at, of, rows, sums, add, units, scratch);
+        if (n.need_inputs) input_grads(n, at, g, row, rows, scratch);
+        if (units != nullptr && g != units) Loss::keep_units(n, g, units, at.line, rows);
+      }
     }
   }
 
@@ -166,8 +178,11 @@ struct MaskedMLP {
 
   // --- Backward ----------------------------------------------------------------------------
 
-  static void backward(const Network& n, const Places& at, const Activations& of, int64_t row,
-                       int64_t rows, const LayerSums* sums, bool add, float* scratch) {
+  // Gradients of the first layer's units, in `units` where there are later layers and it is not
+  // null; those of all weights are added to the sums.
+  static const float* backward(const Network& n, const Places& at, const Activations& of,
+                               int64_t rows, const LayerSums* sums, bool add, float* units,
+                               float* scratch) {
     float* g = scratch + at.grads[0];
     float* next = scratch + at.grads[1];
     for (int64_t k = n.depth - 1; k >= 0; --k) {
@@ -181,6 +196,7 @@ struct MaskedMLP {
         }
       }
       if (k == 0) break;
+      if (k == 1 && units != nullptr) next = units;
       const bool fused = Linear::fused(n.activation);
       const float* saved = n.activation == Activation::kNone ? nullptr : of.before(k - 1);
       Linear::multiply(layer.turned, g, at.line, nullptr, Place::kNowhere, layer.turned_buffer,
@@ -193,7 +209,7 @@ struct MaskedMLP {
       g = next;
       next = done;
     }
-    if (n.need_inputs) input_grads(n, at, g, row, rows, scratch);
+    return g;
   }
 
   // grad *= act', for all lines of a tile.
@@ -239,6 +255,7 @@ constexpr Kernels kernels_of(const char* name) {
           Linear::load,
           Linear::store,
           MLP::saved,
+          MLP::units,
           MLP::scratch,
           MLP::run};
 }

@@ -46,6 +46,25 @@ struct NetworkLoss {
     }
   }
 
+  // Gradients of the first layer's units, in lines, from a tile to where they wait for their factors.
+  static void keep_units(const Network& n, const float* from, float* to, int64_t line,
+                         int64_t rows) {
+    for (int64_t k = 0; k < n.layers[0].panels.lines; ++k, from += line, to += line) {
+      for (int64_t at = 0; at < rows * L; at += L) I::store(to + at, I::load(from + at));
+    }
+  }
+
+  // And from there back to a tile.
+  static void scale_units(const Network& n, const float* from, float* to, int64_t line,
+                          int64_t rows) {
+    for (int64_t k = 0; k < n.layers[0].panels.lines; ++k, from += line, to += line) {
+      const V scale = I::load(n.unit_scale + k * L);
+      for (int64_t at = 0; at < rows * L; at += L) {
+        I::store(to + at, I::mul(I::load(from + at), scale));
+      }
+    }
+  }
+
  private:
   static void store_logits(const Network& n, const Room& at, int64_t row, int64_t rows) {
     const NetworkLayer& last = n.layers[n.depth - 1];

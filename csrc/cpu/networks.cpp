@@ -8,6 +8,7 @@ namespace {
 
 constexpr int64_t kTileFloats = 1 << 18;  // of activations: weights pass by every tile, so tiles are few
 constexpr int64_t kKeptBytes = 1 << 24;   // beyond, activations are cheaper computed than read
+constexpr int64_t kUnitBytes = 1 << 30;   // of a large batch's gradients that wait for their factors
 
 int64_t weights_of(const NetworkInputs& in) {
   int64_t sum = 0;
@@ -15,9 +16,10 @@ int64_t weights_of(const NetworkInputs& in) {
   return sum;
 }
 
-// Does every layer but the first route gradients from an expert to itself only?
-bool isolated(const Chain& chain) {
-  const size_t experts = chain[0].layout.rows();
+// Has every layer a block of units an expert, and does every layer but the first route gradients
+// from an expert to itself only?
+bool isolated(const Chain& chain, size_t experts) {
+  if (chain[0].layout.rows() != experts) return false;
   for (size_t k = 1; k < chain.size(); ++k) {
     const Layout& layout = chain[k].layout;
     if (layout.rows() != experts || layout.cols() != experts) return false;
@@ -125,6 +127,20 @@ class Call {
       for (int64_t i = 0; i < experts; ++i) {
         loss[i] += totals_[t].loss[i];
         weight[i] += totals_[t].weight[i];
+      }
+    }
+  }
+
+  // Slots of the first layer's units, and each expert's `factor` in those of its units.
+  int64_t slots_of_units() const {
+    return Scratch::round_up(in_.chain[0].forward.lines * in_.chain[0].forward.width);
+  }
+  void spread_over_units(const float* factor, float* slots) const {
+    const Layout& first = in_.chain[0].layout;
+    std::fill_n(slots, slots_of_units(), 0.0f);
+    for (size_t i = 0; i < first.rows(); ++i) {
+      for (int64_t u = first.row_offsets[i]; u < first.row_offsets[i + 1]; ++u) {
+        slots[in_.chain[0].forward.slots[u]] = factor[i];
       }
     }
   }
@@ -367,7 +383,9 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
   InputGradients inputs(in, grads, tiling);
   const bool weights = !grads.weights.empty(), wanted = weights || inputs.wanted();
   const bool by_sums = normalize == Normalize::kExpert || normalize == Normalize::kBatch;
-  const bool twice = wanted && by_sums && (inputs.wanted() || !isolated(in.chain));
+  // Factors of experts are known at the end. Gradients of weights are an expert's own, and so are
+  // those of its units; what it gives to inputs adds up with what others give.
+  const bool own = by_sums && isolated(in.chain, experts);
   int64_t counted = in.rows;
   if (in.mask != nullptr) {
     counted = std::count_if(in.mask, in.mask + in.rows, [](uint8_t m) { return m != 0; });
@@ -383,22 +401,33 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
   n.backward = wanted;
   n.need_inputs = inputs.wanted();
   n.saved_stride = k.network_saved(n);
+  n.units_stride = Scratch::round_up(k.network_units(n));
+  const int64_t all_units = n.units_stride * tiling.count;
+  const bool waits = own && inputs.wanted() && 4 * all_units <= kUnitBytes;
+  const bool twice = wanted && by_sums && !waits && (inputs.wanted() || !own);
   const bool keeps = twice && 4 * n.saved_stride * tiling.count <= kKeptBytes;
   const int64_t kept = Scratch::round_up(keeps ? n.saved_stride * tiling.count : 0);
   const int64_t kept_grads = Scratch::round_up(twice ? in.rows * experts : 0);
   const int64_t factors = Scratch::round_up(experts);
-  call.prepare(grads, experts, inputs.scratch() + kept + kept_grads + factors);
+  const int64_t units = waits ? all_units : 0, slots = waits ? call.slots_of_units() : 0;
+  call.prepare(grads, experts, inputs.scratch() + kept + kept_grads + factors + units + slots);
   n.grad_inputs = inputs.take(*call.scratch);
   float* saved = call.scratch->take(kept);
   float* grad_logits = call.scratch->take(kept_grads);
   float* scale = call.scratch->take(factors);
+  float* unit_grads = call.scratch->take(units);
+  float* unit_scale = call.scratch->take(slots);
 
+  if (waits) {
+    n.unit_grads = unit_grads;
+    n.need_inputs = false;
+  }
   if (twice) {
     n.saved = keeps ? saved : nullptr;
     gem.kept = grad_logits;
     n.backward = false;
   }
-  if (n.backward) {
+  if (n.need_inputs && n.backward) {
     inputs.run(call, k);
   } else {
     call.run();
@@ -419,6 +448,13 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
     n.backward = true;
     n.grad_logits = {grad_logits, Dtype::kFloat32, experts, experts, nullptr};
     n.scale = scale;
+    inputs.run(call, k);
+  }
+  if (waits) {
+    call.spread_over_units(scale, unit_scale);
+    n.gem = nullptr;
+    n.unit_scale = unit_scale;
+    n.need_inputs = true;
     inputs.run(call, k);
   }
   if (wanted) call.finish(grads, by_sums && !twice ? scale : nullptr);

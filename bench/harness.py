@@ -15,7 +15,7 @@ import gc
 import random
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,20 +86,24 @@ class Runner:
     def sample(self) -> float:
         """Seconds a call; graphs for the backward are made before the clock starts.
 
-        One call goes ahead of the clock, so that caches hold what this contender left and not what
-        the one before it did. Not where they are to be cold, nor where a call is long.
+        As many calls go ahead of the clock, so that caches hold what this contender left and not
+        what the one before it did. Not where they are to be cold, nor where a call is long.
         """
-        contender, calls = self.contender, self.calls
-        problem = contender.problem
-        turn = problem.turn if self.mode == COLD else _stay
-        ahead = self.mode != COLD and 0 < self.estimate < LONGEST_AHEAD
+        try:
+            if self.mode != COLD and 0 < self.estimate < LONGEST_AHEAD:
+                self._calls_to_time()()
+            return self._clock.seconds(self._calls_to_time()) / self.calls
+        finally:
+            self.contender.problem.turn(0)
+
+    def _calls_to_time(self) -> Callable[[], None]:
+        contender, calls = self.contender, range(self.calls)
+        turn = contender.problem.turn if self.mode == COLD else _stay
         if self.phase == "backward":
             graphs = []
-            for k in range(calls + ahead):
+            for k in calls:
                 turn(k)
                 graphs.append(contender.graph())
-            if ahead:
-                contender.backward(graphs.pop())
 
             def run() -> None:
                 for k, graph in enumerate(graphs):
@@ -107,18 +111,13 @@ class Runner:
                     contender.backward(graph)
         else:
             call = contender.forward if self.phase == "forward" else contender.step
-            if ahead:
-                call()
 
             def run() -> None:
-                for k in range(calls):
+                for k in calls:
                     turn(k)
                     call()
 
-        try:
-            return self._clock.seconds(run) / calls
-        finally:
-            problem.turn(0)
+        return run
 
     def report(self) -> dict[str, Any]:
         """Microseconds a call: median and quartiles, and what they were made from."""

@@ -23,6 +23,8 @@ class MaskedLinearFunction(torch.autograd.Function):
 
     grad_x is not the derivative of the forward wherever a block is present but not routed: the
     stop-gradient is work not done.
+
+    What has no gradient comes as one argument: small layers feel every one.
     """
 
     @staticmethod
@@ -31,46 +33,42 @@ class MaskedLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        plan: Tensor,
-        layout: int,
-        out_features: int,
-        activation: str,
-        op: str,
+        fixed: tuple[Tensor, int, int, str, str],
     ) -> Tensor:
         """Output ``(*, out_features)``; keeps x, the weight and what the derivative needs."""
+        plan, layout, out_features, activation, op = fixed
         y: Tensor
         z: Tensor
         y, z = FORWARD[op](x, weight, bias, plan, layout, out_features, activation, True)
         saved = z if activation in NEEDS_INPUT or activation == "none" else y
-        ctx.save_for_backward(x, weight, saved, plan, bias)
-        ctx.layout = layout
-        ctx.activation = activation
-        ctx.op = op
+        ctx.save_for_backward(x, weight, saved, bias)
+        ctx.fixed = fixed
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
-        x, weight, saved, plan, bias = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        x, weight, saved, bias = ctx.saved_tensors
+        plan, layout, _, activation, op = ctx.fixed
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            grad_x, grad_weight, grad_bias = BACKWARD[ctx.op](
-                grad_y, x, weight, saved, plan, ctx.layout, ctx.activation, need_x, need_weight,
-                need_bias,
-            )  # fmt: skip
+            grad_x, grad_weight, grad_bias = BACKWARD[op](
+                grad_y, x, weight, saved, plan, layout, activation, need_x, need_weight, need_bias
+            )
         grads: tuple[Tensor | None, ...] = (
             grad_x if need_x else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
+            None,
         )
         if graph:
             # create_graph=True: what was computed here depends on all of these, and must say so.
-            grads = tuple(
+            return tuple(
                 None if g is None else differentiable_once(g, _ONCE, grad_y, x, weight, bias)
                 for g in grads
             )
-        return (*grads, None, None, None, None, None)
+        return grads
 
 
 # Function.apply looks for torch.func's wrappers first, which small layers feel; the front end has

@@ -71,7 +71,7 @@ def masked_linear(
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
         apply: Any = MaskedLinearFunction.apply if compiling else APPLY
-        y: Tensor = apply(x, weight, bias, plan, layout.id, layout.out_features, name, op)
+        y: Tensor = apply(x, weight, bias, (plan, layout.id, layout.out_features, name, op))
         return y
     result: Tensor = FORWARD[op](
         x, weight, bias, plan, layout.id, layout.out_features, name, False

@@ -281,6 +281,27 @@ def test_equals_the_loss_of_its_logits(case, options):
             assert error <= 2 * theirs + floor * t.abs().max() + 1e-30
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("rows", [70, 5000])  # activations are kept for few rows only
+def test_layers_that_route_between_experts_have_their_loss(rows, normalize):
+    """Factors of experts, known at the end, are then no common factors of anything."""
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(CUBE, [64, 64], "tanh")
+    layouts = [
+        mk.BlockLayout(layout.row_sizes, layout.col_sizes, layout.present)
+        for layout in net.layers.layouts
+    ]
+    net.layers = mk.MaskedMLP(layouts, "tanh")
+    x, y = torch.randn(rows, 22), torch.rand(rows).round()
+    plain = copy.deepcopy(net)
+    plain.layers[0].register_forward_hook(lambda *args: None)
+    assert net.layers.obstacle() is None
+    assert plain.layers.obstacle() is not None
+    expected = step(plain, x, y, normalize=normalize)
+    for ours, theirs in zip(step(net, x, y, normalize=normalize), expected, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 @pytest.mark.parametrize("scale", [1e-6, 1e-2, 1.0, 8.0, 60.0])
 def test_keeps_its_digits_where_tanh_saturates(confidence, scale):

@@ -14,7 +14,7 @@ from torch import Tensor
 from bench import rivals
 from bench.contender import Contender, Unavailable
 from bench.counts import PHASES
-from bench.harness import FEW, MOST_CALLS, SAMPLE, Runner, measure
+from bench.harness import FEW, LONGEST_AHEAD, MOST_CALLS, SAMPLE, Runner, measure
 from bench.limits import Settings
 from bench.problem import Problem
 from bench.rivals import BestDense, FloorGemm, MaskedDense, Ours, PaperStyle
@@ -145,8 +145,29 @@ def test_rounds_are_interleaved() -> None:
         kind._do = lambda self, phase: (log.append(self.name), time.sleep(SAMPLE))[0]
     settings = Settings(rounds=6, budget=0.0, longest=10.0)
     measure(CASE, settings, FAST, kinds)
-    rounds = log[-12:]  # what is before is warm-up
+    ahead, rounds = log[-24::2], log[-23::2]  # what is before is warm-up
+    assert ahead == rounds
     assert all(set(rounds[k : k + 2]) == {"a", "b"} for k in range(0, 12, 2))
+
+
+@pytest.mark.usefixtures("told_time")
+@pytest.mark.parametrize(
+    ("seconds", "slower"),
+    [(SAMPLE, 1.0), (SAMPLE / 4, 1.0), (2 * LONGEST_AHEAD, 3.0)],
+)
+def test_who_ran_before_does_not_show_in_short_calls(seconds: float, slower: float) -> None:
+    """The first call after someone else's takes three times as long as those after it."""
+    log = [""]
+
+    def call(self: Scripted, phase: str) -> None:
+        time.sleep(seconds * (1 if log[-1] == self.name else 3))
+        log.append(self.name)
+
+    kinds = [scripted(name, phases=("step",), _do=call) for name in "ab"]
+    found = measure(CASE, Settings(rounds=40, budget=0.0, longest=10.0), FAST, kinds)["contenders"]
+    for name in "ab":
+        slowest = found[name]["phases"]["step"]["q75"] / 1e6
+        assert slowest == pytest.approx(slower * seconds, rel=0.01)
 
 
 @pytest.mark.usefixtures("told_time")

@@ -237,7 +237,7 @@ def options_of_a_loss(draw):
 
 
 def losses(case, definition, masked, wants_x, seed, **options):
-    """Loss and gradients in one pass, layer by layer, in float64 by ``definition``; and their noise.
+    """Loss and gradients in one pass, layer by layer, in float64 by ``definition``; their noise.
 
     ``definition(net, x, parameters)`` are the logits. The noise is what the gradients would be had
     every sample's a random sign: errors of rounding add up like that, and do not cancel where the

@@ -44,6 +44,8 @@ def obstacle():
     call = command()
     if shutil.which(call[0]) is None:
         return f"no {call[0]} to compile the twin with"
+    if not CSRC.is_dir():
+        return f"no sources in {CSRC}: the suite runs against an installed wheel"
     sources = sorted([*CSRC.glob("plan.*"), *(CSRC / "cuda").iterdir()])
     key = hashlib.sha256(repr((call, torch.__version__)).encode())
     for source in sources:

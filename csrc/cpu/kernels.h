@@ -120,9 +120,9 @@ struct Network {
   const uint8_t* mask;    // which samples count; null: all
   float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
   int64_t saved_stride;
-  float* unit_grads;      // of the first layer's units, of all tiles, (tiles, units_stride): kept when
-  int64_t units_stride;   // the inputs' are not wanted, else these are made from them; or null
-  const float* unit_scale;  // factor of each slot of the first layer's units
+  float* unit_grads;      // of the first layer's units, of all tiles, (tiles, units_stride); or null
+  int64_t units_stride;
+  const float* unit_scale;  // factor of each of their slots: only `grad_inputs` are made, from them
   bool forward;           // else the activations are those in `saved`
   bool backward, need_weights, need_inputs;
   Matrix logits;          // to write; data null: not wanted

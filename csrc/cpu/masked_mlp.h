@@ -67,11 +67,10 @@ struct MaskedMLP {
     Loss::begin(n, room, totals);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t row = tile * n.tile_rows, rows = Linear::smaller(n.tile_rows, n.rows - row);
-      float* units = n.unit_grads == nullptr ? nullptr : n.unit_grads + tile * n.units_stride;
-      if (units != nullptr && n.need_inputs) {
-        float* g = scratch + at.grads[0];
-        Loss::scale_units(n, units, g, at.line, rows);
-        input_grads(n, at, g, row, rows, scratch);
+      float* units = Loss::units_of(n, tile);
+      if (n.unit_scale != nullptr) {
+        Loss::scale_units(n, units, scratch + at.grads[0], at.line, rows);
+        input_grads(n, at, scratch + at.grads[0], row, rows, scratch);
         continue;
       }
       float* kept = n.saved == nullptr ? scratch + at.total : n.saved + tile * n.saved_stride;

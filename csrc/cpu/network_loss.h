@@ -46,7 +46,12 @@ struct NetworkLoss {
     }
   }
 
-  // Gradients of the first layer's units, in lines, from a tile to where they wait for their factors.
+  // Where gradients of a tile's first units wait for their factors; null: they need not.
+  static float* units_of(const Network& n, int64_t tile) {
+    return n.unit_grads == nullptr ? nullptr : n.unit_grads + tile * n.units_stride;
+  }
+
+  // From a tile to there, in lines.
   static void keep_units(const Network& n, const float* from, float* to, int64_t line,
                          int64_t rows) {
     for (int64_t k = 0; k < n.layers[0].panels.lines; ++k, from += line, to += line) {

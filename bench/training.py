@@ -159,13 +159,13 @@ class Trainer:
         """Steps as ``maskmoe_kernels.experiments.train`` takes them."""
         for _ in range(steps):
             batch = self.data.step(self.done)
+            self.optimizer.zero_grad()
             loss = self.loss(*batch)
-            self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if self.clip is not None:
                 nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
             self.optimizer.step()
-            self.total += loss.detach().double() * len(batch[0])
+            self.total.add_(loss.detach(), alpha=len(batch[0]))
             self.done += 1
 
     def warm_up(self, seconds: float) -> None:

@@ -14,6 +14,7 @@ constexpr int64_t kVersion = 1;  // PLAN_VERSION of layout/plan.py
 constexpr int64_t kHeader = 5;
 constexpr int64_t kWord = 32;
 constexpr size_t kMostPlans = 4096;
+constexpr int64_t kNear = 128;  // floats: rows no further apart share cache sets with few others
 
 std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> offsets(sizes.size() + 1, 0);
@@ -164,7 +165,7 @@ class Builder {
       const int64_t lanes = std::min<int64_t>(size - start, 2 * out_.width);
       Panel panel = begin(d_.lane_offsets[a] + start, lanes);
       if (d_.in_place && lanes % out_.width == 0) {
-        panel.place = lanes == size ? Place::kTogether : Place::kApart;
+        panel.place = size <= kNear ? Place::kTogether : Place::kApart;
       }
       for (size_t n = 0; n < d_.seen[a].size(); ++n) {
         const int64_t b = d_.seen[a][n], inputs = d_.input_sizes[b];

@@ -22,8 +22,8 @@ struct Segment {
   uint32_t mask;  // bits of lanes; only shared panels look at it
 };
 
-// Where a panel's weights lie as it needs them. Inputs that lie apart share few cache sets, so with
-// many rows it is worth a copy.
+// Where a panel's weights lie as it needs them. Inputs that lie far apart share few cache sets, so
+// with many rows they are worth a copy.
 enum class Place : int { kBuffer, kApart, kTogether, kNowhere };
 
 struct Panel {

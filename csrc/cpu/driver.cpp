@@ -75,21 +75,22 @@ void masked_linear_backward(const Plan& plan, const Kernels& k, const Matrix& gr
   const int64_t each_needs = Scratch::round_up(k.backward_scratch(b));
   const int64_t turned =
       Scratch::round_up(grads.x != nullptr ? buffer_size(plan.backward, Place::kNowhere) : 0);
-  ThreadSums sums(plan, x.dtype, in_place, need_weight, need_bias, threads);
-  Scratch scratch(turned + sums.scratch() + threads * each_needs);
+  std::vector<ThreadSums> sums;
+  sums.emplace_back(plan, x.dtype, in_place, need_weight, need_bias, threads);
+  Scratch scratch(turned + sums[0].scratch() + threads * each_needs);
   float* turned_buffer = scratch.take(turned);
   if (grads.x != nullptr) {
     pack(k, plan.backward, weight, x.dtype, Place::kNowhere, turned_buffer, threads);
     b.turned_buffer = turned_buffer;
   }
-  sums.take(scratch, grads.weight);
+  sums[0].take(scratch, grads.weight, grads.bias, grad_y.order);
   float* tiles = scratch.take(threads * each_needs);
   each(threads, [&](int64_t t) {
     const int64_t begin = rows * t / threads, end = rows * (t + 1) / threads;
-    const LayerSums& own = sums.of(t);
+    const LayerSums& own = sums[0].of(t);
     k.backward(b, begin, end, own.weight, own.buffer, own.bias, tiles + t * each_needs);
   });
-  sums.finish(k, grads.weight, grads.bias, grad_y.order, rows);
+  ThreadSums::finish(k, sums, threads, rows, nullptr);
 }
 
 namespace {

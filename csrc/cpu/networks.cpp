@@ -81,7 +81,10 @@ class Call {
     scratch = std::make_unique<Scratch>(size + threads_ * (tile + totals));
     bring_weights();
     for (size_t n = 0; n < sums.size(); ++n) {
-      sums[n].take(*scratch, weights ? grads.weights[n] : nullptr);
+      const auto& order = in_.chain[n].layout.row_order;
+      sums[n].take(*scratch, weights ? grads.weights[n] : nullptr,
+                   grads.biases.empty() ? nullptr : grads.biases[n],
+                   order.empty() ? nullptr : order.data());
     }
     for (int64_t t = 0; t < threads_; ++t) {
       double* of = reinterpret_cast<double*>(scratch->take(totals));
@@ -110,13 +113,9 @@ class Call {
     run(std::max<int64_t>(tiling_.count, 1), [](int64_t, int64_t) {});
   }
 
-  void finish(const NetworkGradients& grads, const float* scale) {
-    for (size_t n = 0; n < sums.size(); ++n) {
-      const Layout& layout = in_.chain[n].layout;
-      sums[n].finish(k_, grads.weights.empty() ? nullptr : grads.weights[n],
-                     grads.biases.empty() ? nullptr : grads.biases[n],
-                     layout.row_order.empty() ? nullptr : layout.row_order.data(), in_.rows, scale);
-    }
+  // `scale`, where given, has a factor for each expert.
+  void finish(const float* scale) {
+    ThreadSums::finish(k_, sums, threads_, in_.rows, scale);
   }
 
   // Sums of all threads, of w BCE and of w, for every expert.
@@ -156,18 +155,19 @@ class Call {
   }
 
   void bring_weights() {
+    std::vector<float*> forward, turned;
+    int64_t size = 0;
     for (size_t n = 0; n < in_.chain.size(); ++n) {
       const Plan& plan = in_.chain[n];
       NetworkLayer& layer = layers_[n];
-      float* buffer = scratch->take(buffer_size(plan.forward, network.in_place));
-      pack(k_, plan.forward, in_.weights[n], in_.dtype, network.in_place, buffer, threads_);
-      layer.buffer = buffer;
+      const int64_t copied = buffer_size(plan.forward, network.in_place);
+      const int64_t back = turns(n) ? buffer_size(plan.backward, Place::kNowhere) : 0;
+      size += copied + back;
+      forward.push_back(scratch->take(copied));
+      turned.push_back(scratch->take(back));
+      layer.buffer = forward[n];
       if (in_.dtype == Dtype::kFloat32) layer.weight = static_cast<const float*>(in_.weights[n]);
-      if (turns(n)) {
-        float* turned = scratch->take(buffer_size(plan.backward, Place::kNowhere));
-        pack(k_, plan.backward, in_.weights[n], in_.dtype, Place::kNowhere, turned, threads_);
-        layer.turned_buffer = turned;
-      }
+      if (turns(n)) layer.turned_buffer = turned[n];
       if (copies_bias(n)) {
         float* bias = scratch->take(plan.layout.out_features);
         const auto& order = plan.layout.row_order;
@@ -178,6 +178,16 @@ class Call {
         layer.bias = static_cast<const float*>(in_.biases[n]);
       }
     }
+    const int64_t shares = tasks_for(size, threads_);
+    each(shares, [&](int64_t t) {
+      for (size_t n = 0; n < in_.chain.size(); ++n) {
+        const auto bring = [&](const Panels& panels, Place in_place, float* to) {
+          pack_share(k_, panels, in_.weights[n], in_.dtype, in_place, to, t, shares);
+        };
+        bring(in_.chain[n].forward, network.in_place, forward[n]);
+        if (turns(n)) bring(in_.chain[n].backward, Place::kNowhere, turned[n]);
+      }
+    });
   }
 
   const NetworkInputs& in_;
@@ -233,19 +243,24 @@ class InputGradients {
   // order of the batch.
   void run(Call& call, const Kernels& k) const {
     if (straight_ || !wanted()) return call.run();
-    each_table([&](size_t p, float* to) {
-      each_range(p, call.threads(), [&](int64_t begin, int64_t end) {
-        std::fill(to + begin * in_.parts[p].width, to + end * in_.parts[p].width, 0.0f);
-      });
-    });
-    call.run(step_, [&](int64_t first, int64_t rows) {
-      if (grads_.x.data != nullptr) copy_columns(k, first, rows);
-      each_table([&](size_t p, float* to) {
-        each_range(p, call.threads(), [&](int64_t begin, int64_t end) {
+    bool fresh = true;
+    auto share_out = [&](int64_t first, int64_t rows) {
+      each(call.threads(), [&](int64_t t) {
+        if (grads_.x.data != nullptr) {
+          copy_columns(k, first, rows * t / call.threads(), rows * (t + 1) / call.threads());
+        }
+        each_table([&](size_t p, float* to) {
+          const int64_t count = in_.table_rows[p], width = in_.parts[p].width;
+          const int64_t begin = count * t / call.threads();
+          const int64_t end = count * (t + 1) / call.threads();
+          if (fresh) std::fill(to + begin * width, to + end * width, 0.0f);
           add_rows(k, p, first, rows, begin, end, to);
         });
       });
-    });
+      fresh = false;
+    };
+    call.run(step_, share_out);
+    if (in_.rows == 0) share_out(0, 0);
     if (direct()) return;
     each_table([&](size_t p, float* from) {
       k.store(grads_.tables[p], in_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
@@ -271,21 +286,14 @@ class InputGradients {
     }
   }
 
-  // f(begin, end) on a table's rows.
-  template <class F>
-  void each_range(size_t p, int64_t threads, const F& f) const {
-    const int64_t count = in_.table_rows[p];
-    const int64_t tasks = count * in_.parts[p].width < (1 << 14) ? 1 : threads;
-    each(tasks, [&](int64_t t) { f(count * t / tasks, count * (t + 1) / tasks); });
-  }
-
-  void copy_columns(const Kernels& k, int64_t first, int64_t rows) const {
+  // Rows [begin, end) of those that begin at `first`.
+  void copy_columns(const Kernels& k, int64_t first, int64_t begin, int64_t end) const {
     const int64_t size = direct() ? 4 : 2;
     int64_t column = 0, x_column = 0;
     for (size_t p = 0; p < in_.parts.size(); column += in_.parts[p].width, ++p) {
       if (is_table(p)) continue;
       const int64_t width = in_.parts[p].width;
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = begin; r < end; ++r) {
         const int64_t at = (first + r) * grads_.x.stride + x_column;
         k.store(static_cast<char*>(grads_.x.data) + at * size, in_.dtype, nullptr,
                 values_ + r * features() + column, width);
@@ -374,7 +382,7 @@ void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& t
   call.prepare(grads, 0, inputs.scratch());
   n.grad_inputs = inputs.take(*call.scratch);
   inputs.run(call, k);
-  call.finish(grads, nullptr);
+  call.finish(nullptr);
 }
 
 float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, Gem gem,
@@ -457,7 +465,7 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
     n.need_inputs = true;
     inputs.run(call, k);
   }
-  if (wanted) call.finish(grads, by_sums && !twice ? scale : nullptr);
+  if (wanted) call.finish(by_sums && !twice ? scale : nullptr);
   return static_cast<float>(total);
 }
 

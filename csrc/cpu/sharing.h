@@ -84,29 +84,25 @@ inline Place place_for(Dtype dtype, int64_t rows) {
   return rows < kFewRows ? Place::kApart : Place::kTogether;
 }
 
-// f(begin, end) on ranges of panels that together have `size` weights.
-template <class F>
-void each_panel(const Panels& panels, int64_t size, int64_t threads, const F& f) {
-  if (size == 0) return;
-  const int64_t count = static_cast<int64_t>(panels.panels.size());
-  const int64_t tasks = size < (1 << 16) ? 1 : std::min(threads, count);
-  each(tasks, [&](int64_t t) { f(count * t / tasks, count * (t + 1) / tasks); });
+// How many threads share out work on `size` weights.
+inline int64_t tasks_for(int64_t size, int64_t threads) { return size < (1 << 15) ? 1 : threads; }
+
+// One share of bringing weights where panels want them: every `shares`-th panel, for some see much
+// more than others.
+inline void pack_share(const Kernels& k, const Panels& panels, const void* weight, Dtype dtype,
+                       Place in_place, float* buffer, int64_t share, int64_t shares) {
+  if (buffer_size(panels, in_place) == 0) return;
+  const PanelsView of = view(panels);
+  for (int64_t p = share; p < of.count; p += shares) {
+    k.pack(of, p, p + 1, weight, dtype, in_place, buffer);
+  }
 }
 
 inline void pack(const Kernels& k, const Panels& panels, const void* weight, Dtype dtype,
                  Place in_place, float* buffer, int64_t threads) {
-  each_panel(panels, buffer_size(panels, in_place), threads, [&](int64_t begin, int64_t end) {
-    k.pack(view(panels), begin, end, weight, dtype, in_place, buffer);
-  });
-}
-
-// into += parts[0], then parts[1], ...
-inline void sum(const Kernels& k, float* into, const std::vector<float*>& parts, int64_t count,
-                int64_t threads) {
-  const int64_t tasks = count < (1 << 15) ? 1 : threads;
-  each(tasks, [&](int64_t t) {
-    const int64_t begin = count * t / tasks, end = count * (t + 1) / tasks;
-    for (float* part : parts) k.add(into + begin, part + begin, end - begin);
+  const int64_t shares = tasks_for(buffer_size(panels, in_place), threads);
+  each(shares, [&](int64_t t) {
+    pack_share(k, panels, weight, dtype, in_place, buffer, t, shares);
   });
 }
 
@@ -129,7 +125,11 @@ class ThreadSums {
     return wide_ + threads_ * (packed_ + biases_) + (threads_ - 1) * weights_;
   }
 
-  void take(Scratch& scratch, void* grad_weight) {
+  // `order` is that of the biases.
+  void take(Scratch& scratch, void* grad_weight, void* grad_bias, const int64_t* order) {
+    grad_weight_ = grad_weight;
+    grad_bias_ = grad_bias;
+    order_ = order;
     result_ = direct() ? static_cast<float*>(grad_weight) : scratch.take(wide_);
     for (int64_t t = 0; t < threads_; ++t) {
       own_.push_back({t == 0 ? result_ : scratch.take(weights_), scratch.take(packed_),
@@ -139,44 +139,88 @@ class ThreadSums {
 
   const LayerSums& of(int64_t thread) const { return own_[thread]; }
 
-  // `order` is that of the biases; `scale`, where given, has a factor for each row block.
-  void finish(const Kernels& k, void* grad_weight, void* grad_bias, const int64_t* order,
-              int64_t rows, const float* scale = nullptr) {
-    std::vector<float*> weights, buffers, biases;
-    for (int64_t t = 1; t < threads_; ++t) {
-      weights.push_back(own_[t].weight);
-      buffers.push_back(own_[t].buffer);
-      biases.push_back(own_[t].bias);
+  // What threads have summed becomes gradients. `scale`, where given, has a factor for each row
+  // block.
+  static void finish(const Kernels& k, std::vector<ThreadSums>& layers, int64_t threads,
+                     int64_t rows, const float* scale) {
+    int64_t size = 0;
+    bool packed = false;
+    for (const ThreadSums& layer : layers) {
+      size += layer.weight_ ? layer.layout_.num_weights : 0;
+      packed = packed || layer.packed_ > 0;
     }
-    if (weight_) {
-      if (rows == 0) {
-        std::fill_n(result_, layout_.num_weights, 0.0f);
-      } else {
-        sum(k, own_[0].buffer, buffers, packed_, threads_);
-        if (some_in_place_) sum(k, result_, weights, layout_.num_weights, threads_);
-        each_panel(panels_, packed_, threads_, [&](int64_t begin, int64_t end) {
-          k.unpack(view(panels_), begin, end, own_[0].buffer, in_place_, result_);
-        });
+    const int64_t shares = tasks_for(size, threads);
+    each(shares, [&](int64_t t) {
+      for (ThreadSums& layer : layers) {
+        layer.add_up(k, rows, t, shares);
+        if (!packed) layer.write(k, scale, t, shares);
       }
-      multiply(result_, layout_.weight_offsets, scale);
-      if (!direct()) k.store(grad_weight, dtype_, nullptr, result_, layout_.num_weights);
+    });
+    if (!packed) return;
+    if (rows > 0) {
+      each(shares, [&](int64_t t) {
+        for (ThreadSums& layer : layers) layer.unpack(k, t, shares);
+      });
     }
-    if (bias_) {
-      float* total = own_[0].bias;
-      if (rows == 0) std::fill_n(total, layout_.out_features, 0.0f);
-      sum(k, total, biases, rows == 0 ? 0 : layout_.out_features, threads_);
-      multiply(total, layout_.row_offsets, scale);
-      k.store(grad_bias, dtype_, order, total, layout_.out_features);
-    }
+    each(shares, [&](int64_t t) {
+      for (ThreadSums& layer : layers) layer.write(k, scale, t, shares);
+    });
   }
 
  private:
+  // into += what the other threads have, in their order; without rows nobody has anything.
+  template <class Of>
+  void sum(const Kernels& k, const Of& of, int64_t count, int64_t rows, int64_t share,
+           int64_t shares) {
+    const int64_t begin = count * share / shares, size = count * (share + 1) / shares - begin;
+    if (rows == 0) std::fill_n(of(own_[0]) + begin, size, 0.0f);
+    for (int64_t t = 1; t < threads_ && rows > 0; ++t) {
+      k.add(of(own_[0]) + begin, of(own_[t]) + begin, size);
+    }
+  }
+
+  void add_up(const Kernels& k, int64_t rows, int64_t share, int64_t shares) {
+    if (weight_ && (some_in_place_ || rows == 0)) {
+      sum(k, [](const LayerSums& s) { return s.weight; }, layout_.num_weights, rows, share, shares);
+    }
+    sum(k, [](const LayerSums& s) { return s.buffer; }, packed_, rows, share, shares);
+    if (bias_ && share == 0) {
+      sum(k, [](const LayerSums& s) { return s.bias; }, layout_.out_features, rows, 0, 1);
+    }
+  }
+
+  void unpack(const Kernels& k, int64_t share, int64_t shares) {
+    const PanelsView of = view(panels_);
+    for (int64_t p = share; p < of.count && packed_ > 0; p += shares) {
+      k.unpack(of, p, p + 1, own_[0].buffer, in_place_, result_);
+    }
+  }
+
+  void write(const Kernels& k, const float* scale, int64_t share, int64_t shares) {
+    if (weight_) {
+      const int64_t count = layout_.num_weights;
+      const int64_t begin = count * share / shares, end = count * (share + 1) / shares;
+      multiply(result_, layout_.weight_offsets, scale, begin, end);
+      if (!direct()) {
+        k.store(static_cast<uint16_t*>(grad_weight_) + begin, dtype_, nullptr, result_ + begin,
+                end - begin);
+      }
+    }
+    if (bias_ && share == 0) {
+      multiply(own_[0].bias, layout_.row_offsets, scale, 0, layout_.out_features);
+      k.store(grad_bias_, dtype_, order_, own_[0].bias, layout_.out_features);
+    }
+  }
+
   bool direct() const { return dtype_ == Dtype::kFloat32; }
 
-  static void multiply(float* values, const std::vector<int64_t>& offsets, const float* scale) {
+  // Those of [begin, end), each by its block's factor.
+  static void multiply(float* values, const std::vector<int64_t>& offsets, const float* scale,
+                       int64_t begin, int64_t end) {
     if (scale == nullptr) return;
     for (size_t i = 0; i + 1 < offsets.size(); ++i) {
-      for (int64_t n = offsets[i]; n < offsets[i + 1]; ++n) values[n] *= scale[i];
+      const int64_t last = std::min(offsets[i + 1], end);
+      for (int64_t n = std::max(offsets[i], begin); n < last; ++n) values[n] *= scale[i];
     }
   }
 
@@ -188,6 +232,8 @@ class ThreadSums {
   const int64_t threads_;
   bool some_in_place_;
   int64_t packed_, weights_, biases_, wide_;
+  void *grad_weight_ = nullptr, *grad_bias_ = nullptr;
+  const int64_t* order_ = nullptr;
   float* result_ = nullptr;
   std::vector<LayerSums> own_;
 };

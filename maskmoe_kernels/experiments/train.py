@@ -249,11 +249,11 @@ def _train_epoch(
         task = progress.add_task(name, total=-(-count // size), speed="")
         for step, start in enumerate(range(0, count, size), start=1):
             batch = tuple(part[start : start + size] for part in samples)
+            optimizer.zero_grad()  # first, so that new gradients lie where the old ones were
             loss = loss_of(*batch)
-            optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            total += loss.detach().double() * len(batch[0])
+            total.add_(loss.detach(), alpha=len(batch[0]))
             if step % 200 == 0:
                 _check_finite("loss", float(total), config, epoch)
             if step % 50 == 0 and not progress.disable:

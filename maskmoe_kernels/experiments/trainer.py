@@ -168,8 +168,8 @@ class Trainer:
 
     def _step(self, batch: SessionBatch) -> None:
         batch = batch.to(self.ranks.device, non_blocking=True)
+        self.optimizer.zero_grad()
         loss = self.loss_of(batch)
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.pace.clip)
         self.optimizer.step()

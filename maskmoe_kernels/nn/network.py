@@ -88,6 +88,23 @@ class MaskedMLP(nn.Sequential):
 
     def obstacle(self) -> str | None:
         """Why the layers run one by one, in words for the user; None when they run as one op."""
+        return self._parameters_or_obstacle([], [])
+
+    def fused(self, x: Tensor | Inputs) -> Layers | None:
+        """The layers for one op on ``x``; None: they run one by one."""
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
+        if transformed() or self._parameters_or_obstacle(weights, biases) is not None:
+            return None
+        given, like = x.x if isinstance(x, Inputs) else x, weights[0]
+        fits = given is None or (given.dtype == like.dtype and given.device == like.device)
+        if not fits and not torch.is_autocast_enabled(like.device.type):
+            return None  # and the first layer says what is wrong
+        activation = self[0].activation if len(weights) > 1 else None
+        return Layers(weights, biases, self.layouts, activation or "none")
+
+    def _parameters_or_obstacle(self, weights: list[Tensor], biases: list[Tensor]) -> str | None:
+        """Puts each layer's weight and bias into the lists; or says what :meth:`obstacle` says."""
         layers = [*self]
         if len(layers) != len(self.layouts):
             return f"it was made with {len(self.layouts)} layers and has {len(layers)}"
@@ -101,31 +118,22 @@ class MaskedMLP(nn.Sequential):
                 return f"backend {layer.backend!r} was asked for"
             if layer is not last and layer.activation != first.activation:
                 return "layers differ in their activation"
-            if (layer.bias is None) != (first.bias is None):
-                return "some layers have a bias and some have none"
+            # Small networks feel a module's own look-up of its parameters.
+            own = layer._parameters
+            weight = own.get("weight")
+            if weight is None or "bias" not in own:
+                return "a layer's weight or bias is not its own parameter"
+            weights.append(weight)
+            if own["bias"] is not None:
+                biases.append(own["bias"])
+        if len(biases) not in (0, len(weights)):
+            return "some layers have a bias and some have none"
         if last.activation not in (None, "none"):
             return "the last layer has an activation"
         if _has_any_global_hook():
             return "a hook wants to see each layer"
         named = first.backend == "native"
-        return self._gap or networks.obstacle(first.weight.dtype, first.weight.device, named)
-
-    def fused(self, x: Tensor | Inputs) -> Layers | None:
-        """The layers for one op on ``x``; None: they run one by one."""
-        given = x.x if isinstance(x, Inputs) else x
-        if transformed() or self.obstacle() is not None:
-            return None
-        layers = [*self]
-        weights = [layer.weight for layer in layers]
-        like = weights[0]
-        fits = given is None or (given.dtype == like.dtype and given.device == like.device)
-        if not fits and not torch.is_autocast_enabled(like.device.type):
-            return None  # and the first layer says what is wrong
-        biases = [layer.bias for layer in layers]
-        activation = layers[0].activation if len(layers) > 1 else None
-        return Layers(
-            weights, [] if biases[0] is None else biases, self.layouts, activation or "none"
-        )
+        return self._gap or networks.obstacle(weights[0].dtype, weights[0].device, named)
 
     def extra_repr(self) -> str:
         """How the layers run, for ``print(net)``."""

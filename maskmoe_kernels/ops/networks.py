@@ -356,8 +356,7 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     _check(parts, layers)
     fixed, tensors, wants_grad = _given(parts, layers)
     if wants_grad:
-        apply: Any = _MaskedMLP.apply
-        result: Tensor = apply(fixed, parts.x, *tensors)
+        result: Tensor = _APPLY(fixed, parts.x, *tensors)
         return result
     logits: Tensor = _logits(fixed, parts.x, tensors, keep=False)[0]
     return logits
@@ -415,8 +414,7 @@ def masked_mlp_gem(
         target.float(), mask, strict, confidence, float(sharpness), weighting, normalize or "none",
     )  # fmt: skip
     if wants_grad:
-        apply: Any = _MaskedMLPGem.apply
-        result: Tensor = apply(fixed, loss_of, parts.x, *tensors)
+        result: Tensor = _APPLY_GEM(fixed, loss_of, parts.x, *tensors)
         return result
     network = fixed.network(parts.x, tensors)
     loss: Tensor = _run(_GEM, *network, *loss_of, False, False, False)[0]
@@ -537,9 +535,8 @@ class _MaskedMLPGem(torch.autograd.Function):
         ctx.fixed = fixed
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
-        else:
-            ctx.grads = grads
-            ctx.save_for_backward(x, *tensors)
+        else:  # nothing is computed from the inputs again: they need not be saved, only known
+            ctx.grads, ctx.depends_on = grads, (x, *tensors)
         return loss
 
     @staticmethod
@@ -549,9 +546,14 @@ class _MaskedMLPGem(torch.autograd.Function):
         if torch.compiler.is_compiling():
             scaled = [grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
             return (None, None, *fixed.spread(scaled, need_x, need))
-        depends_on = ctx.saved_tensors
+        if ctx.grads is None:
+            raise RuntimeError(
+                "this loss went backward before, and its gradients were freed; specify "
+                "retain_graph=True where it does so the first time"
+            )
+        depends_on = ctx.depends_on
         graph = torch.is_grad_enabled()
-        with torch.no_grad():
+        with torch.no_grad() if graph else nullcontext():
             grads = fixed.spread(_scaled(ctx, grad_loss), need_x, need)
         if graph:
             grads = [
@@ -561,10 +563,15 @@ class _MaskedMLPGem(torch.autograd.Function):
         return (None, None, *grads)
 
 
+# As in ops/autograd.py; :meth:`MaskedMLP.fused` has sent torch.func's wrappers elsewhere.
+_APPLY: Any = super(torch.autograd.Function, _MaskedMLP).apply
+_APPLY_GEM: Any = super(torch.autograd.Function, _MaskedMLPGem).apply
+
+
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     grads: list[Tensor] = ctx.grads
     if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.grads = None  # nobody asks twice: give them away instead of copies
+        ctx.grads = ctx.depends_on = None  # nobody asks twice: give them away instead of copies
         if not grad_loss.is_cuda and grad_loss.item() == 1:
             return grads
     return [grad * grad_loss.to(grad.dtype) for grad in grads]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -359,6 +360,31 @@ def test_gradients_scale_with_the_loss_and_may_be_asked_for_twice():
     assert same_bits(again, kept)
 
 
+def test_a_loss_that_went_backward_says_so_when_asked_again():
+    net = mk.InterpretableMLP(CUBE, [9])
+    x = torch.randn(30, 22)
+    loss = net.gem_loss(x, torch.ones(30))
+    loss.backward()
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
+    held = weakref.ref(x)  # who keeps losses keeps no batches
+    del x
+    assert held() is None
+
+
+def test_gradients_are_those_of_the_weights_that_the_loss_was_taken_with():
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(CUBE, [9])
+    x, y = torch.randn(30, 22), torch.rand(30).round()
+    parameters = [*net.parameters()]
+    expected = torch.autograd.grad(net.gem_loss(x, y), parameters)
+    loss = net.gem_loss(x, y)
+    with torch.no_grad():
+        for p in parameters:
+            p.mul_(3)
+    assert same_bits(torch.autograd.grad(loss, parameters), expected)
+
+
 def test_frozen_parameters_have_no_gradient_and_the_others_keep_theirs():
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [9, 4])
@@ -513,6 +539,8 @@ def test_which_path_runs_and_why():
         (lambda n: n.layers[0].register_forward_pre_hook(lambda *a: None), "hook"),
         (lambda n: n.layers.__setitem__(0, torch.nn.Linear(22, 28)), "Linear"),
         (lambda n: setattr(n.layers[0], "backend", "grouped"), "grouped"),
+        (lambda n: _no_parameter(n.layers[0], "weight"), "not its own parameter"),
+        (lambda n: [_no_parameter(layer, "bias") for layer in n.layers], "not its own parameter"),
     ):
         other = copy.deepcopy(net)
         change(other)
@@ -520,6 +548,13 @@ def test_which_path_runs_and_why():
         assert f"layer by layer: {other.layers.obstacle()}" in repr(other)
         x = torch.randn(3, 22, dtype=next(other.parameters()).dtype)
         torch.testing.assert_close(other(x), other.layers.layered(x))
+
+
+def _no_parameter(layer, name):
+    """What was a parameter is a tensor that something else made."""
+    value = getattr(layer, name).detach() + 1
+    delattr(layer, name)
+    setattr(layer, name, value)
 
 
 def test_some_of_its_layers_are_a_plain_sequence():

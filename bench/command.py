@@ -23,6 +23,7 @@ from bench.roofs import Roofs, measure_roofs
 from bench.shapes import DTYPES, SUITES, Case
 from bench.summary import print_summary, summarize
 from bench.table import print_result
+from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
 
 LOST = 3  # the exit status where a fresh process can go on
@@ -198,10 +199,11 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
         )
     )
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
-    if arguments.model == "networks":
-        network_training.run(plan, out, console, arguments.device)
-    else:
-        training.run(plan, out, arguments.device, console, subject)
+    with denormals_flushed():  # for all, as the experiments train
+        if arguments.model == "networks":
+            network_training.run(plan, out, console, arguments.device)
+        else:
+            training.run(plan, out, arguments.device, console, subject)
     return 0
 
 

@@ -14,7 +14,8 @@ constexpr int64_t kVersion = 1;  // PLAN_VERSION of layout/plan.py
 constexpr int64_t kHeader = 5;
 constexpr int64_t kWord = 32;
 constexpr size_t kMostPlans = 4096;
-constexpr int64_t kNear = 128;  // floats: rows no further apart share cache sets with few others
+constexpr int64_t kNear = 128;       // floats from input to input that cost no more than side by side
+constexpr int64_t kSmall = 1 << 16;  // floats of a block row, a quarter of a 1 MiB cache
 
 std::vector<int64_t> offsets_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> offsets(sizes.size() + 1, 0);
@@ -161,11 +162,14 @@ class Builder {
   // Block a alone, in panels of up to two vectors.
   void split(size_t a) {
     const int64_t size = d_.lane_sizes[a];
+    int64_t depth = 0;
+    for (const int64_t b : d_.seen[a]) depth += d_.input_sizes[b];
+    const bool near = size <= 2 * out_.width || (size <= kNear && size * depth <= kSmall);
     for (int64_t start = 0; start < size; start += 2 * out_.width) {
       const int64_t lanes = std::min<int64_t>(size - start, 2 * out_.width);
       Panel panel = begin(d_.lane_offsets[a] + start, lanes);
       if (d_.in_place && lanes % out_.width == 0) {
-        panel.place = size <= kNear ? Place::kTogether : Place::kApart;
+        panel.place = near ? Place::kTogether : Place::kApart;
       }
       for (size_t n = 0; n < d_.seen[a].size(); ++n) {
         const int64_t b = d_.seen[a][n], inputs = d_.input_sizes[b];

@@ -43,11 +43,12 @@ inline typename I::V log(typename I::V x) {
 // What a logit says: sigmoid(2z), sigmoid(-2z) and log(1 + e).
 template <class I>
 struct Odds {
-  typename I::V e, p, rest;
+  typename I::V e, p, rest, large, small;  // the last two are p and rest by size
   explicit Odds(typename I::V z) {
     const auto one = I::set(1.0f);
     e = exp<I>(I::mul(I::set(-2.0f), absolute<I>(z)));
-    auto large = I::div(one, I::add(one, e)), small = I::mul(e, large);
+    large = I::div(one, I::add(one, e));
+    small = I::mul(e, large);
     auto positive = I::greater(z, I::zero());
     p = I::select(positive, large, small);
     rest = I::select(positive, small, large);
@@ -75,13 +76,13 @@ inline Confident<I> confidence(Confidence name, typename I::V z, const Odds<I>& 
     auto far = I::div(I::mul(odds.rest, factor), I::mul(below, I::set(0.2401f)));
     rest = I::select(I::greater(I::set(0.5f), g), I::sub(one, g), far);
   } else {
-    auto a = absolute<I>(z), u = I::mul(a, a), sum = I::add(one, odds.e);
+    auto a = absolute<I>(z), u = I::mul(a, a);
     // tanh a: 1 - e cancels where a is small; the series of activations.h ends there.
     auto p = polynomial<I>(u, -0x1.55553ep-2f, 0x1.110b58p-3f, -0x1.b92b2ep-5f, 0x1.5d160cp-6f,
                            -0x1.e5e522p-8f, 0x1.a0085ep-10f);
-    auto t = I::select(I::greater(a, I::set(0.8f)), I::div(I::sub(one, odds.e), sum),
+    auto t = I::select(I::greater(a, I::set(0.8f)), I::mul(I::sub(one, odds.e), odds.large),
                        I::fma(I::mul(u, p), a, a));
-    rest = I::div(I::add(odds.e, odds.e), sum);
+    rest = I::add(odds.small, odds.small);
     if (name == Confidence::kAbs) {
       g = t;
     } else if (name == Confidence::kSquare) {

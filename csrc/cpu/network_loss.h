@@ -20,8 +20,8 @@ struct NetworkLoss {
   };
 
   static int64_t work(const Network& n) {
-    if (n.mixture != nullptr) return 5 * L * n.mixture->selection.experts;
-    return n.gem == nullptr ? 0 : 5 * L * n.gem->selection.experts;
+    if (n.mixture != nullptr) return 3 * L * n.mixture->selection.experts;
+    return n.gem == nullptr ? 0 : 6 * L * n.gem->selection.experts;
   }
 
   // Before the first tile of a thread.
@@ -121,31 +121,40 @@ struct NetworkLoss {
     const Gem& gem = *n.gem;
     const Selection& of = gem.selection;
     const int64_t size = of.experts * L;
-    float* z = at.work;     // logits, then gradients
-    float* own = z + size;  // g, then w
-    float* rest = own + size;
-    float *losses = rest + size, *weights = losses + size;
+    float* w = at.work;
+    float *rest = w + size, *bce = rest + size, *slope = bce + size;
+    float *losses = slope + size, *weights = losses + size;
     for (int64_t k = 0; k < size; k += L) {
       I::store(losses + k, I::zero());
       I::store(weights + k, I::zero());
     }
     for (int64_t r = 0; r < rows; r += L) {
       const int64_t count = Linear::smaller(L, rows - r);
-      float y[L] = {}, counts[L] = {};
+      float targets[L] = {}, counts[L] = {};
       for (int64_t k = 0; k < count; ++k) {
         if (n.mask != nullptr && !n.mask[row + r + k]) continue;
         counts[k] = 1;
-        y[k] = gem.target[row + r + k];
+        targets[k] = gem.target[row + r + k];
       }
       const M live = I::greater(I::load(counts), I::zero());
-      select(of, at, r, count, z, own, rest);
-      share_out(gem, own, live);
+      const V y = I::load(targets);
+      select(of, at, r, count, w, rest, [&](int64_t i, V z, M known, const Odds<I>& odds) {
+        judge(z, known, odds, y, bce + i * L, slope + i * L);
+      });
+      share_out(gem, w, live);
       for (int64_t i = 0; i < of.experts; ++i) {
-        judge(gem, i, z, own, I::load(y), live, losses, weights);
-        float* to = at.grads + of.slots[i] / L * at.line + of.slots[i] % L;
-        for (int64_t k = 0; k < count; ++k) to[(r + k) * L] = z[i * L + k];
+        const V share = I::load(w + i * L);
+        V g = I::mul(I::load(slope + i * L), I::mul(share, I::set(gem.scale)));
+        I::store(slope + i * L, I::select(live, g, I::zero()));
+        add_to(losses + i * L, I::select(live, I::mul(share, I::load(bce + i * L)), I::zero()));
+        add_to(weights + i * L, share);
+      }
+      for (int64_t i = 0; i < of.experts; ++i) {
+        const float* g = slope + i * L;
+        float* to = at.grads + of.slots[i] / L * at.line + of.slots[i] % L + r * L;
+        for (int64_t k = 0; k < count; ++k) to[k * L] = g[k];
         for (int64_t k = 0; gem.kept != nullptr && k < count; ++k) {
-          gem.kept[(row + r + k) * of.experts + i] = z[i * L + k];
+          gem.kept[(row + r + k) * of.experts + i] = g[k];
         }
       }
     }
@@ -157,13 +166,26 @@ struct NetworkLoss {
     }
   }
 
-  // Logits of L rows; g, then what each expert weighs, in `own`; 1 - g in `rest`.
-  static void select(const Selection& of, const Room& at, int64_t row, int64_t count, float* z,
-                     float* own, float* rest) {
+  // Of L rows: what each expert weighs, 1 - g in `rest`, and `also` with what else its logits say,
+  // which are 0 where they are not known.
+  template <class F>
+  static void select(const Selection& of, const Room& at, int64_t row, int64_t count, float* own,
+                     float* rest, const F& also) {
     for (int64_t i = 0; i < of.experts; ++i) {
       const float* from = at.logits + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
-      for (int64_t k = 0; k < L; ++k) z[i * L + k] = k < count ? from[k * L] : 0;
-      confident(of, i, z + i * L, own + i * L, rest + i * L);
+      for (int64_t k = 0; k < L; ++k) own[i * L + k] = k < count ? from[k * L] : 0;
+    }
+    for (int64_t i = 0; i < of.experts; ++i) {
+      const V z = I::load(own + i * L);
+      // Comparisons with NaN are false.
+      const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
+      const V safe = I::select(known, z, I::zero());
+      const Odds<I> odds(safe);
+      Confident<I> c = confidence<I>(of.confidence, safe, odds);
+      if (of.sharpness != 1.0f && of.larger[i]) c = sharpened<I>(c, of.sharpness);
+      I::store(own + i * L, I::select(known, c.g, z));
+      I::store(rest + i * L, I::select(known, c.rest, z));
+      also(i, z, known, odds);
     }
     for (int64_t i = 0; i < of.experts; ++i) {
       V w = of.own ? I::load(own + i * L) : I::set(1.0f);
@@ -174,17 +196,15 @@ struct NetworkLoss {
     }
   }
 
-  // g and 1 - g of one expert, NaN where its logit is.
-  static void confident(const Selection& of, int64_t i, const float* logits, float* own,
-                        float* rest) {
-    const V z = I::load(logits);
-    // Comparisons with NaN are false.
-    const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
-    const V safe = I::select(known, z, I::zero());
-    Confident<I> c = confidence<I>(of.confidence, safe, Odds<I>(safe));
-    if (of.sharpness != 1.0f && of.larger[i]) c = sharpened<I>(c, of.sharpness);
-    I::store(own, I::select(known, c.g, z));
-    I::store(rest, I::select(known, c.rest, z));
+  // BCE of a logit, and its derivative; NaN where the logit is.
+  static void judge(V z, M known, const Odds<I>& odds, V y, float* bce, float* slope) {
+    // BCE(2z, y) = max(2z, 0) - 2z y + log(1 + e).
+    const V twice = I::add(z, z), above = I::max(I::zero(), twice);
+    I::store(bce, I::add(I::sub(above, I::mul(twice, y)), log_one_plus<I>(odds.e)));
+    // p - y without cancellation.
+    const V from_one = I::mul(I::sub(I::set(1.0f), y), odds.p);
+    const V half = I::sub(from_one, I::mul(y, odds.rest));
+    I::store(slope, I::select(known, I::add(half, half), z));
   }
 
   // Weights of samples that count, those of a sample divided by their sum where that is asked for.
@@ -207,11 +227,13 @@ struct NetworkLoss {
   static void mix(const Mixture& to, const Room& at, int64_t row, int64_t rows) {
     const Selection& of = to.selection;
     const int64_t experts = of.experts;
-    float* z = at.work;
-    float *alpha = z + experts * L, *rest = alpha + experts * L;
+    float* alpha = at.work;
+    float *rest = alpha + experts * L, *p = rest + experts * L;
     for (int64_t r = 0; r < rows; r += L) {
       const int64_t count = Linear::smaller(L, rows - r);
-      select(of, at, r, count, z, alpha, rest);
+      select(of, at, r, count, alpha, rest, [&](int64_t i, V z, M known, const Odds<I>& odds) {
+        I::store(p + i * L, I::select(known, odds.p, z));
+      });
       V total = I::zero(), sum = I::zero();
       for (int64_t i = 0; i < experts; ++i) total = I::add(total, I::load(alpha + i * L));
       const M nobody = I::less_equal(total, I::zero());
@@ -220,7 +242,7 @@ struct NetworkLoss {
       for (int64_t i = 0; i < experts; ++i) {
         const V share = I::select(nobody, alike, I::div(I::load(alpha + i * L), by));
         I::store(rest + i * L, share);
-        sum = I::fma(share, Odds<I>(I::load(z + i * L)).p, sum);
+        sum = I::fma(share, I::load(p + i * L), sum);
       }
       float probability[L];
       I::store(probability, I::min(I::set(1.0f), sum));  // shares may sum to 1 and a rounding
@@ -232,22 +254,6 @@ struct NetworkLoss {
         }
       }
     }
-  }
-
-  // Adds w BCE and w to the sums, and leaves the gradient in place of the logit.
-  static void judge(const Gem& gem, int64_t i, float* logits, const float* own, V y, M live,
-                    float* losses, float* weights) {
-    const V z = I::load(logits + i * L), w = I::load(own + i * L), one = I::set(1.0f);
-    const Odds<I> odds(z);
-    // BCE(2z, y) = max(2z, 0) - 2z y + log(1 + e).
-    const V twice = I::add(z, z), above = I::max(I::zero(), twice);
-    V bce = I::add(I::sub(above, I::mul(twice, y)), log_one_plus<I>(odds.e));
-    // p - y without cancellation.
-    V slope = I::sub(I::mul(I::sub(one, y), odds.p), I::mul(y, odds.rest));
-    slope = I::mul(I::add(slope, slope), I::mul(w, I::set(gem.scale)));
-    add_to(losses + i * L, I::select(live, I::mul(w, bce), I::zero()));
-    add_to(weights + i * L, w);
-    I::store(logits + i * L, I::select(live, slope, I::zero()));
   }
 
   static void add_to(float* sum, V a) { I::store(sum, I::add(I::load(sum), a)); }

@@ -40,10 +40,10 @@ inline typename I::V log(typename I::V x) {
   return I::fma(n, I::set(0x1.62e43p-1f), rest);
 }
 
-// What a logit says: sigmoid(2z), sigmoid(-2z) and log(1 + e).
+// What a logit says: e, p = sigmoid(2z) and rest = sigmoid(-2z), the two also by size.
 template <class I>
 struct Odds {
-  typename I::V e, p, rest, large, small;  // the last two are p and rest by size
+  typename I::V e, p, rest, large, small;
   explicit Odds(typename I::V z) {
     const auto one = I::set(1.0f);
     e = exp<I>(I::mul(I::set(-2.0f), absolute<I>(z)));

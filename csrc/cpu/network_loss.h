@@ -166,8 +166,8 @@ struct NetworkLoss {
     }
   }
 
-  // Of L rows: what each expert weighs, 1 - g in `rest`, and `also` with what else its logits say,
-  // which are 0 where they are not known.
+  // Of L rows: what each expert weighs, and 1 - g in `rest`. `also` gets each expert's logits, those
+  // of them that are known (not NaN), and their odds, those of 0 for the others.
   template <class F>
   static void select(const Selection& of, const Room& at, int64_t row, int64_t count, float* own,
                      float* rest, const F& also) {

@@ -143,6 +143,13 @@ struct Results {
   }
 };
 
+// Of what a forward keeps, `kept` floats a tile: the first size is a tile's rows, so that backward
+// can cut the batch alike.
+std::vector<int64_t> saved_shape(const Tiling& tiling, int64_t kept) {
+  if (kept == 0) return {0, 0};
+  return {tiling.rows, (tiling.count * kept + tiling.rows - 1) / tiling.rows};
+}
+
 std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
                                    std::vector<int64_t> parts, Tensors weights, Tensors biases,
                                    Tensors plans, std::vector<int64_t> layouts,
@@ -166,7 +173,7 @@ std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tens
   Tensor logits = empty_like_with(like, sizes.data(), static_cast<int64_t>(sizes.size()));
   const Tiling tiling = tiles_of(g.in);
   const int64_t kept = keep ? worth_keeping(g.in, *kernels(), tiling) : 0;
-  Tensor saved = float_like(like, {kept > 0 ? tiling.count : 0, kept});
+  Tensor saved = float_like(like, saved_shape(tiling, kept));
   Tensor held;
   network_forward(g.in, *kernels(), tiling, logits_of(logits, held, last, g.in.dtype),
                   kept > 0 ? static_cast<float*>(saved.data_ptr()) : nullptr);
@@ -200,9 +207,10 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
   Tiling tiling = tiles_of(g.in);
   const bool kept = saved.numel() > 0;
   if (kept) {  // cut as the forward cut them, however many threads there are now
-    tiling.count = saved.size(0);
-    tiling.rows = (g.in.rows + tiling.count - 1) / tiling.count;
-    STD_TORCH_CHECK(saved.size(1) == worth_keeping(g.in, *kernels(), tiling),
+    tiling.rows = saved.size(0);
+    tiling.count = (g.in.rows + tiling.rows - 1) / tiling.rows;
+    const auto shape = saved_shape(tiling, worth_keeping(g.in, *kernels(), tiling));
+    STD_TORCH_CHECK(saved.size(0) == shape[0] && saved.size(1) == shape[1],
                     "maskmoe::masked_mlp_backward: activations were kept by other kernels; "
                     "leave the instruction set alone between forward and backward");
   }

@@ -118,14 +118,14 @@ class MaskedMLP(nn.Sequential):
                 return f"backend {layer.backend!r} was asked for"
             if layer is not last and layer.activation != first.activation:
                 return "layers differ in their activation"
-            # Small networks feel a module's own look-up of its parameters.
+            # Small networks feel a module's own look-up, which is for those whose parameters are
+            # plain tensors now: a wrapper's views of its own, say.
             own = layer._parameters
-            weight = own.get("weight")
-            if weight is None or "bias" not in own:
-                return "a layer's weight or bias is not its own parameter"
+            weight = own["weight"] if "weight" in own else layer.weight
+            bias = own["bias"] if "bias" in own else layer.bias
             weights.append(weight)
-            if own["bias"] is not None:
-                biases.append(own["bias"])
+            if bias is not None:
+                biases.append(bias)
         if len(biases) not in (0, len(weights)):
             return "some layers have a bias and some have none"
         if last.activation not in (None, "none"):

@@ -102,6 +102,21 @@ class _NoDoubleBackward(torch.autograd.Function):
 
 def transformed() -> bool:
     """Is a torch.func transform or forward-mode AD at work, which opaque ops do not know?"""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return func_transforms() or forward_mode()
+
+
+def func_transforms() -> bool:
+    """Is a torch.func transform at work?"""
+    return torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Is forward-mode AD at work?"""
+    return forward_ad._current_level >= 0
+
+
+# A trace has transforms of its own, which torch.compile does not show to the code that it traces;
+# it does to a function that it calls (see torch.compiler.assume_constant_result).
+_CONSTANT: tuple[Any, ...] = (func_transforms, forward_mode)
+for _function in _CONSTANT:
+    _function._dynamo_marked_constant = True

@@ -16,7 +16,13 @@ from maskmoe_kernels.backends.choice import choose, warn_of_fallback
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
-from maskmoe_kernels.ops.autograd import APPLY, FORWARD, MaskedLinearFunction
+from maskmoe_kernels.ops.autograd import (
+    APPLY,
+    FORWARD,
+    MaskedLinearFunction,
+    forward_mode,
+    func_transforms,
+)
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
@@ -59,12 +65,11 @@ def masked_linear(
     compiling = torch.compiler.is_compiling()
     route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
     op, plan = route or _route(backend, x, layout, keep=not compiling)
-    if not compiling:
-        if forward_ad._current_level >= 0:
-            _refuse_forward_ad(x, weight, bias)
-        if torch._C._are_functorch_transforms_active():
-            _warn_or_refuse_transform(backend)
-            op = None
+    if forward_mode():
+        _refuse_forward_ad(x, weight, bias)
+    if func_transforms():
+        _warn_or_refuse_transform(backend)
+        op = None
     if op is None:
         return reference.masked_linear(x, weight, bias, layout, name)
     if torch.is_grad_enabled() and (

@@ -570,11 +570,15 @@ _APPLY_GEM: Any = super(torch.autograd.Function, _MaskedMLPGem).apply
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     grads: list[Tensor] = ctx.grads
-    if not torch._C._autograd._get_current_graph_task_keep_graph():
-        ctx.grads = ctx.depends_on = None  # nobody asks twice: give them away instead of copies
-        if not grad_loss.is_cuda and grad_loss.item() == 1:
-            return grads
-    return [grad * grad_loss.to(grad.dtype) for grad in grads]
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [grad * grad_loss.to(grad.dtype) for grad in grads]
+    # Nobody asks twice: what is not scaled is given away instead of a copy.
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+    if batched or grad_loss.is_cuda or grad_loss.item() != 1:
+        grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
+    ctx.grads = ctx.depends_on = None
+    return grads
 
 
 def _prepared(parts: Inputs, layers: Layers, confidence: str) -> tuple[Inputs, Layers]:

@@ -237,6 +237,46 @@ def test_compiles_whole_with_a_dynamic_batch(compiler, dynamic):
             torch.testing.assert_close(compiled(x_of(rows)), net(x_of(rows)))
 
 
+class Loss(nn.Module):
+    """The loss of a network, as a module to call."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, y):
+        return self.net.gem_loss(x, y)
+
+
+@pytest.mark.filterwarnings("ignore:torch.func transforms")
+@pytest.mark.parametrize("what", ["layer", "network", "loss"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_transforms_under_compile_are_those_outside(what):
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(mk.SubsetFamily.powerset({"a": 3, "b": 4}), [8])
+    y = torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    module = {"layer": net.layers[0], "network": net, "loss": Loss(net)}[what]
+
+    def of(parameters, x):
+        given = (x, y) if what == "loss" else (x,)
+        return torch.func.functional_call(module, parameters, given).square().sum()
+
+    parameters = dict(module.named_parameters())
+    x = torch.randn(5, 7)
+    for transformed in (
+        lambda p, x: torch.func.grad(of, 1)(p, x),
+        lambda p, x: torch.func.grad(of)(p, x),
+        lambda p, x: torch.func.vmap(lambda row: of(p, row.expand(5, 7)))(x),
+    ):
+        expected = transformed(parameters, x)
+        compiled = torch.compile(transformed, backend="aot_eager")
+        torch.testing.assert_close(compiled(parameters, x), expected)
+    inside = torch.func.grad(torch.compile(of, backend="aot_eager"), 1)
+    torch.testing.assert_close(inside(parameters, x), torch.func.grad(of, 1)(parameters, x))
+    with pytest.raises(Exception, match="no forward-mode derivative"):
+        torch.compile(lambda x: torch.func.jvp(lambda x: of(parameters, x), (x,), (x,)))(x)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_one_graph_serves_every_batch():
     net = network()

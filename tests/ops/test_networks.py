@@ -353,6 +353,12 @@ def test_gradients_scale_with_the_loss_and_may_be_asked_for_twice():
     for a, b, c in zip(once, kept, twice, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(c, -2.5 * b)
+    factors = torch.tensor([1.0, -2.5])
+    batched = torch.autograd.grad(
+        net.gem_loss(x, y), parameters, grad_outputs=factors, is_grads_batched=True
+    )
+    for a, b in zip(batched, kept, strict=True):
+        torch.testing.assert_close(a, torch.stack([b, -2.5 * b]))
     net.gem_loss(x, y).backward()
     for p in parameters:  # given away: what comes later must not write into it
         p.grad.zero_()
@@ -476,6 +482,26 @@ def test_many_samples_are_shared_out_some_tiles_at_a_time(normalize, threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [1900, 2048, 2600, 4096])
+def test_backward_cuts_the_batch_as_forward_did(rows):
+    """However many threads there are by then."""
+    net = mk.InterpretableMLP(mk.SubsetFamily.powerset({"a": 5, "b": 6}), [16])
+    x, cotangent = torch.randn(rows, 11), torch.randn(rows, 3)
+    parameters = [*net.parameters()]
+    before = torch.get_num_threads()
+    try:
+        for first, then in itertools.product((1, 2, 4), repeat=2):
+            torch.set_num_threads(first)
+            logits, layered = net(x), net.layers.layered(x)
+            torch.set_num_threads(then)
+            found = torch.autograd.grad(logits, parameters, cotangent)
+            expected = torch.autograd.grad(layered, parameters, cotangent)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_logits_of_ids_are_those_of_gathered_rows():
     model, data, _ = ncf(60)
     gathered = model.inputs(*data)
@@ -539,8 +565,6 @@ def test_which_path_runs_and_why():
         (lambda n: n.layers[0].register_forward_pre_hook(lambda *a: None), "hook"),
         (lambda n: n.layers.__setitem__(0, torch.nn.Linear(22, 28)), "Linear"),
         (lambda n: setattr(n.layers[0], "backend", "grouped"), "grouped"),
-        (lambda n: _no_parameter(n.layers[0], "weight"), "not its own parameter"),
-        (lambda n: [_no_parameter(layer, "bias") for layer in n.layers], "not its own parameter"),
     ):
         other = copy.deepcopy(net)
         change(other)
@@ -550,11 +574,27 @@ def test_which_path_runs_and_why():
         torch.testing.assert_close(other(x), other.layers.layered(x))
 
 
-def _no_parameter(layer, name):
-    """What was a parameter is a tensor that something else made."""
-    value = getattr(layer, name).detach() + 1
-    delattr(layer, name)
-    setattr(layer, name, value)
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_tensors_in_place_of_parameters_run_as_one_op(name):
+    """Wrappers that keep all parameters in one flat tensor put views of it where those were."""
+    net = mk.InterpretableMLP(CUBE, [4])
+    x, y = torch.randn(3, 22), torch.tensor([0.0, 1.0, 1.0])
+    expected = torch.autograd.grad(net.gem_loss(x, y), [*net.parameters()])
+    flat = torch.cat([p.detach().reshape(-1) for p in net.parameters()]).requires_grad_()
+    views = iter(flat.split([p.numel() for p in net.parameters()]))
+    for layer in net.layers:
+        for key, view in zip(("weight", "bias"), views, strict=False):
+            if key == name:
+                delattr(layer, key)
+                setattr(layer, key, view)
+    assert net.layers.obstacle() is None
+    of_flat, *of_others = torch.autograd.grad(net.gem_loss(x, y), [flat, *net.parameters()])
+    ours = iter(of_flat.split([g.numel() for g in expected]))
+    others = iter(of_others)
+    for k, grad in enumerate(expected):
+        mine = next(ours)
+        replaced = ("weight", "bias")[k % 2] == name
+        assert torch.equal(mine if replaced else next(others), grad)
 
 
 def test_some_of_its_layers_are_a_plain_sequence():

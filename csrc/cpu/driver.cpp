@@ -90,7 +90,7 @@ void masked_linear_backward(const Plan& plan, const Kernels& k, const Matrix& gr
     const LayerSums& own = sums[0].of(t);
     k.backward(b, begin, end, own.weight, own.buffer, own.bias, tiles + t * each_needs);
   });
-  ThreadSums::finish(k, sums, threads, rows, nullptr);
+  ThreadSums::finish(k, sums, rows, nullptr);
 }
 
 namespace {

@@ -115,7 +115,7 @@ class Call {
 
   // `scale`, where given, has a factor for each expert.
   void finish(const float* scale) {
-    ThreadSums::finish(k_, sums, threads_, in_.rows, scale);
+    ThreadSums::finish(k_, sums, in_.rows, scale);
   }
 
   // Sums of all threads, of w BCE and of w, for every expert.

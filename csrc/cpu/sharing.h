@@ -141,19 +141,22 @@ class ThreadSums {
 
   // What threads have summed becomes gradients. `scale`, where given, has a factor for each row
   // block.
-  static void finish(const Kernels& k, std::vector<ThreadSums>& layers, int64_t threads,
-                     int64_t rows, const float* scale) {
-    int64_t size = 0;
-    bool packed = false;
+  static void finish(const Kernels& k, std::vector<ThreadSums>& layers, int64_t rows,
+                     const float* scale) {
+    int64_t size = 0, threads = 1;
+    bool packed = false, later = scale != nullptr;
     for (const ThreadSums& layer : layers) {
       size += layer.weight_ ? layer.layout_.num_weights : 0;
+      threads = layer.threads_;
       packed = packed || layer.packed_ > 0;
+      later = later || !layer.direct();
     }
     const int64_t shares = tasks_for(size, threads);
     each(shares, [&](int64_t t) {
       for (ThreadSums& layer : layers) {
         layer.add_up(k, rows, t, shares);
-        if (!packed) layer.write(k, scale, t, shares);
+        if (t == 0) layer.write_bias(k, scale);
+        if (!packed) layer.write_weight(k, scale, t, shares);
       }
     });
     if (!packed) return;
@@ -162,8 +165,9 @@ class ThreadSums {
         for (ThreadSums& layer : layers) layer.unpack(k, t, shares);
       });
     }
+    if (!later) return;
     each(shares, [&](int64_t t) {
-      for (ThreadSums& layer : layers) layer.write(k, scale, t, shares);
+      for (ThreadSums& layer : layers) layer.write_weight(k, scale, t, shares);
     });
   }
 
@@ -191,25 +195,26 @@ class ThreadSums {
 
   void unpack(const Kernels& k, int64_t share, int64_t shares) {
     const PanelsView of = view(panels_);
-    for (int64_t p = share; p < of.count && packed_ > 0; p += shares) {
+    if (packed_ == 0) return;
+    for (int64_t p = share; p < of.count; p += shares) {
       k.unpack(of, p, p + 1, own_[0].buffer, in_place_, result_);
     }
   }
 
-  void write(const Kernels& k, const float* scale, int64_t share, int64_t shares) {
-    if (weight_) {
-      const int64_t count = layout_.num_weights;
-      const int64_t begin = count * share / shares, end = count * (share + 1) / shares;
-      multiply(result_, layout_.weight_offsets, scale, begin, end);
-      if (!direct()) {
-        k.store(static_cast<uint16_t*>(grad_weight_) + begin, dtype_, nullptr, result_ + begin,
-                end - begin);
-      }
-    }
-    if (bias_ && share == 0) {
-      multiply(own_[0].bias, layout_.row_offsets, scale, 0, layout_.out_features);
-      k.store(grad_bias_, dtype_, order_, own_[0].bias, layout_.out_features);
-    }
+  void write_weight(const Kernels& k, const float* scale, int64_t share, int64_t shares) {
+    if (!weight_) return;
+    const int64_t count = layout_.num_weights;
+    const int64_t begin = count * share / shares, end = count * (share + 1) / shares;
+    multiply(result_, layout_.weight_offsets, scale, begin, end);
+    if (direct()) return;
+    k.store(static_cast<uint16_t*>(grad_weight_) + begin, dtype_, nullptr, result_ + begin,
+            end - begin);
+  }
+
+  void write_bias(const Kernels& k, const float* scale) {
+    if (!bias_) return;
+    multiply(own_[0].bias, layout_.row_offsets, scale, 0, layout_.out_features);
+    k.store(grad_bias_, dtype_, order_, own_[0].bias, layout_.out_features);
   }
 
   bool direct() const { return dtype_ == Dtype::kFloat32; }

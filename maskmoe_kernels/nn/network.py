@@ -120,9 +120,9 @@ class MaskedMLP(nn.Sequential):
                 return "layers differ in their activation"
             # Small networks feel a module's own look-up, which is for those whose parameters are
             # plain tensors now: a wrapper's views of its own, say.
-            own = layer._parameters
-            weight = own["weight"] if "weight" in own else layer.weight
-            bias = own["bias"] if "bias" in own else layer.bias
+            own: dict[str, Any] = layer._parameters
+            both = "weight" in own and "bias" in own
+            weight, bias = (own["weight"], own["bias"]) if both else (layer.weight, layer.bias)
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)

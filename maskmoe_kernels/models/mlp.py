@@ -110,13 +110,16 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
         """
+        inputs = inputs_of(x)
+        check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
         layers = self.layers.fused(x)
         if layers is None or not isinstance(confidence, str) or target.requires_grad:
+            if mask is not None:
+                x = inputs.joined().masked_fill(~mask.unsqueeze(-1), 0)
+                target = target.masked_fill(~mask, 0)
             return gem_loss(
                 self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
             )
-        inputs = inputs_of(x)
-        check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
         return networks.masked_mlp_gem(
             inputs,
             layers,

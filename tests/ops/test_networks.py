@@ -318,10 +318,11 @@ def test_keeps_its_digits_where_tanh_saturates(confidence, scale):
             torch.testing.assert_close(a.double(), t, rtol=2e-5, atol=1e-6 * float(t.abs().max()))
 
 
+@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_what_a_mask_leaves_out_reaches_nothing(normalize):
+def test_what_a_mask_leaves_out_reaches_nothing(normalize, backend):
     torch.manual_seed(0)
-    net = mk.InterpretableMLP(CUBE, [16, 5])
+    net = mk.InterpretableMLP(CUBE, [16, 5], backend=backend)
     x, y, mask = torch.randn(300, 22), torch.rand(300).round(), torch.rand(300) < 0.5
     options = {"normalize": normalize, "mask": mask}
     expected = step(net, x, y, **options)

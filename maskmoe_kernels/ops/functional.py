@@ -68,7 +68,9 @@ def masked_linear(
     if forward_mode():
         _refuse_forward_ad(x, weight, bias)
     if func_transforms():
-        _warn_or_refuse_transform(backend)
+        _refuse_transform(backend)
+        if backend is None:
+            _warn_of_transform()
         op = None
     if op is None:
         return reference.masked_linear(x, weight, bias, layout, name)
@@ -100,18 +102,25 @@ def _route(
     return route
 
 
-def _warn_or_refuse_transform(backend: str | None) -> None:
+def _refuse_transform(backend: str | None) -> None:
     if backend not in (None, "reference"):
         raise BackendError(
             f"backend {backend!r} does not support torch.func transforms; use "
             "backend='reference' or leave the choice open with backend=None"
         )
-    if backend is None:
-        warnings.warn(
-            "torch.func transforms run masked_linear on the reference backend, which is slow; "
-            "pass backend='reference' to say that you know",
-            stacklevel=3,
-        )
+
+
+def _warn_of_transform() -> None:
+    warnings.warn(
+        "torch.func transforms run masked_linear on the reference backend, which is slow; "
+        "pass backend='reference' to say that you know",
+        stacklevel=3,
+    )
+
+
+# As in ops/autograd.py: a trace warns, and goes on.
+_CONSTANT: Any = _warn_of_transform
+_CONSTANT._dynamo_marked_constant = True
 
 
 def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:

@@ -269,7 +269,7 @@ def test_transforms_under_compile_are_those_outside(what):
         lambda p, x: torch.func.vmap(lambda row: of(p, row.expand(5, 7)))(x),
     ):
         expected = transformed(parameters, x)
-        compiled = torch.compile(transformed, backend="aot_eager")
+        compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(parameters, x), expected)
     inside = torch.func.grad(torch.compile(of, backend="aot_eager"), 1)
     torch.testing.assert_close(inside(parameters, x), torch.func.grad(of, 1)(parameters, x))
@@ -292,8 +292,8 @@ def test_one_graph_serves_every_batch():
 @pytest.mark.usefixtures("fresh_compiler")
 def test_every_layout_compiles(name, activation):
     layout = LAYOUTS[name]
-    for bias in (True, False):
-        layer = mk.MaskedLinear.from_layout(layout, bias, activation=activation)
+    for bias, backend in ((True, None), (False, None), (True, "reference")):
+        layer = mk.MaskedLinear.from_layout(layout, bias, activation=activation, backend=backend)
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
         results = []
         for call in (compiled, layer):

@@ -6,13 +6,11 @@ everything else, so double backward, ``torch.func.grad`` and ``torch.func.vmap``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from maskmoe_kernels.backends.activations import FUNCTIONS
+from maskmoe_kernels.backends.tracing import constant_in_trace
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 
@@ -22,7 +20,7 @@ def masked_linear(
     """``x`` ``(*, in)`` to ``(*, out)``, one gather and one product per row block."""
     order = layout.col_order
     if order is not None:
-        x = x[..., _table(layout, "col_order", x.device, lambda: order)]
+        x = x[..., layout.table("col_order", x.device, lambda: order)]
     held = x.detach()
     columns = torch.arange(layout.in_features, device=x.device).split(list(layout.col_sizes))
     outputs = []
@@ -34,24 +32,12 @@ def masked_linear(
         outputs.append(features @ weight[start:stop].view(shape))
     z = torch.cat(outputs, dim=-1)
     if layout.row_order is not None:
-        z = z[..., _table(layout, "row_rank", x.device, layout.row_order.argsort)]
+        z = z[..., layout.table("row_rank", x.device, layout.row_order.argsort)]
     return FUNCTIONS[activation](z if bias is None else z + bias)
 
 
+@constant_in_trace
 def _blocks(layout: BlockLayout) -> list[list[tuple[int, bool]]]:
     """For each row block, the column blocks it reads, ascending, and whether they route."""
     routes = layout.routes_grad.tolist()
     return [[(j, routes[i][j]) for j in blocks] for i, blocks in enumerate(layout.row_blocks())]
-
-
-def _table(
-    layout: BlockLayout, name: str, device: torch.device, build: Callable[[], Tensor]
-) -> Tensor:
-    # A trace keeps what it builds in its graph; to the layout, it cannot add.
-    compiling = torch.compiler.is_compiling()
-    return build().to(device) if compiling else layout.table(name, device, build)
-
-
-# What torch.compiler.assume_constant_result does; but that imports the compiler, and Triton.
-_CONSTANT: Any = _blocks
-_CONSTANT._dynamo_marked_constant = True

@@ -363,6 +363,8 @@ def keep_table(
 ) -> Tensor:
     """``build()`` on the key's device, from ``tables`` if it is there already."""
     if key not in tables:
+        if torch.compiler.is_dynamo_compiling():  # a trace holds it in its graph
+            return build().to(key[1])
         # A table outlives the call that needs it first: no fake tensor of a trace, and no
         # inference tensor, which a later backward could not save.
         with (

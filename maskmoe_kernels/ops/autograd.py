@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
+from maskmoe_kernels.backends.tracing import constant_in_trace
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.registration import OPS
 
@@ -105,18 +106,15 @@ def transformed() -> bool:
     return func_transforms() or forward_mode()
 
 
+# A trace has transforms of its own, which torch.compile does not show to the code that it traces;
+# it does to a function that it calls.
+@constant_in_trace
 def func_transforms() -> bool:
     """Is a torch.func transform at work?"""
     return torch._C._are_functorch_transforms_active()
 
 
+@constant_in_trace
 def forward_mode() -> bool:
     """Is forward-mode AD at work?"""
     return forward_ad._current_level >= 0
-
-
-# A trace has transforms of its own, which torch.compile does not show to the code that it traces;
-# it does to a function that it calls (see torch.compiler.assume_constant_result).
-_CONSTANT: tuple[Any, ...] = (func_transforms, forward_mode)
-for _function in _CONSTANT:
-    _function._dynamo_marked_constant = True

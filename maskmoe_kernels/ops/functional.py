@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from maskmoe_kernels.backends import reference
 from maskmoe_kernels.backends.activations import activation_name
 from maskmoe_kernels.backends.choice import choose, warn_of_fallback
+from maskmoe_kernels.backends.tracing import constant_in_trace
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
@@ -110,17 +111,13 @@ def _refuse_transform(backend: str | None) -> None:
         )
 
 
+@constant_in_trace
 def _warn_of_transform() -> None:
     warnings.warn(
         "torch.func transforms run masked_linear on the reference backend, which is slow; "
         "pass backend='reference' to say that you know",
         stacklevel=3,
     )
-
-
-# As in ops/autograd.py: a trace warns, and goes on.
-_CONSTANT: Any = _warn_of_transform
-_CONSTANT._dynamo_marked_constant = True
 
 
 def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:

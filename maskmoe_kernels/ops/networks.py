@@ -570,14 +570,14 @@ _APPLY_GEM: Any = super(torch.autograd.Function, _MaskedMLPGem).apply
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     grads: list[Tensor] = ctx.grads
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return [grad * grad_loss.to(grad.dtype) for grad in grads]
-    # Nobody asks twice: what is not scaled is given away instead of a copy.
+    again = torch._C._autograd._get_current_graph_task_keep_graph()
     functorch = torch._C._functorch
     batched = functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
-    if batched or grad_loss.is_cuda or grad_loss.item() != 1:
+    # Where nobody asks again, what is not scaled is given away instead of a copy.
+    if again or batched or grad_loss.is_cuda or grad_loss.item() != 1:
         grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
-    ctx.grads = ctx.depends_on = None
+    if not again:
+        ctx.grads = ctx.depends_on = None
     return grads
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.backends import triton as backend
+from maskmoe_kernels.backends.tracing import constant_in_trace
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
 from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -115,12 +116,14 @@ def obstacle(logits: Tensor, confidence: Any) -> str | None:
     return _device_obstacle(logits.device)
 
 
+@constant_in_trace
 def _device_obstacle(device: torch.device) -> str | None:
     return backend.obstacle(device)
 
 
+@constant_in_trace
 def _keep_tables(family: SubsetFamily, device: torch.device) -> None:
-    # Runs while torch.compile traces, too; the trace then finds the tables as it finds any other.
+    # The trace then finds the tables as it finds any other.
     for name in ("smaller", "above", "bigger", "below", "larger"):
         key = (f"fused {name}", device)
         keep_table(family._tables, key, partial(_build, family, name))
@@ -147,12 +150,6 @@ def _build(family: SubsetFamily, name: str) -> Tensor:
     if name in ("above", "below"):
         return strict[listed].to(torch.uint8).contiguous()
     return listed.nonzero().flatten().to(torch.int32)
-
-
-# What torch.compiler.assume_constant_result does; but that imports the compiler, and Triton.
-_CONSTANT: tuple[Any, ...] = (_device_obstacle, _keep_tables)
-for _function in _CONSTANT:
-    _function._dynamo_marked_constant = True
 
 
 def selection(

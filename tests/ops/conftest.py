@@ -1,15 +1,17 @@
 import pytest
+import torch
 
 from maskmoe_kernels.backends import native
 
 
 @pytest.fixture(autouse=True)
-def _the_isa_stays():
-    """Runners choose an instruction set for the whole process: the next test starts afresh."""
-    before = native.isa()
+def _threads_and_isa_stay():
+    """What tests and runners choose for the whole process: the next test starts afresh."""
+    threads, isa = torch.get_num_threads(), native.isa()
     yield
-    if before is not None:
-        native.set_isa(before)
+    torch.set_num_threads(threads)
+    if isa is not None:
+        native.set_isa(isa)
 
 
 @pytest.fixture

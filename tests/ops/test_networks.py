@@ -474,13 +474,9 @@ def test_embedding_rows_get_the_gradients_of_who_named_them(isa, normalize, embe
 @pytest.mark.parametrize("normalize", [None, "batch"])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_many_samples_are_shared_out_some_tiles_at_a_time(normalize, threads):
-    before = torch.get_num_threads()
     model, data, y = ncf(50_001)  # three times what is gathered before it is shared out
-    try:
-        torch.set_num_threads(threads)
-        check_tables(model, data, y, normalize=normalize)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check_tables(model, data, y, normalize=normalize)
 
 
 @pytest.mark.parametrize("rows", [1900, 2048, 2600, 4096])
@@ -489,18 +485,14 @@ def test_backward_cuts_the_batch_as_forward_did(rows):
     net = mk.InterpretableMLP(mk.SubsetFamily.powerset({"a": 5, "b": 6}), [16])
     x, cotangent = torch.randn(rows, 11), torch.randn(rows, 3)
     parameters = [*net.parameters()]
-    before = torch.get_num_threads()
-    try:
-        for first, then in itertools.product((1, 2, 4), repeat=2):
-            torch.set_num_threads(first)
-            logits, layered = net(x), net.layers.layered(x)
-            torch.set_num_threads(then)
-            found = torch.autograd.grad(logits, parameters, cotangent)
-            expected = torch.autograd.grad(layered, parameters, cotangent)
-            for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
-    finally:
-        torch.set_num_threads(before)
+    for first, then in itertools.product((1, 2, 4), repeat=2):
+        torch.set_num_threads(first)
+        logits, layered = net(x), net.layers.layered(x)
+        torch.set_num_threads(then)
+        found = torch.autograd.grad(logits, parameters, cotangent)
+        expected = torch.autograd.grad(layered, parameters, cotangent)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
 def test_logits_of_ids_are_those_of_gathered_rows():

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import torch
+
+from maskmoe_kernels.backends.tracing import constant_in_trace
 
 #: The kernels run on the CPU, in Triton's interpreter.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -39,10 +40,6 @@ def obstacle(device: torch.device) -> str | None:
     return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
 
 
+@constant_in_trace
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
-
-
-# What torch.compiler.assume_constant_result does; but that imports the compiler, and Triton.
-_function: Any = _capability
-_function._dynamo_marked_constant = True

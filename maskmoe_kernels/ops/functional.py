@@ -90,15 +90,16 @@ def masked_linear(
 def _route(
     backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
 ) -> tuple[str | None, Tensor]:
-    # The choice is the same for every call with these three; small layers feel what it costs.
-    name = choose(backend, x)
+    # The choice is the same for every call on a layout with these three; small layers feel what it
+    # costs.
+    name = choose(backend, x, layout)
     op = OP_OF.get(name)
     if name == "triton" and not x.is_cuda:  # the interpreter
         op = "triton_linear"
     route = op, plan_of(layout, x.device)
     if keep:
         if backend is None:
-            warn_of_fallback(name, x)
+            warn_of_fallback(name, x, layout)
         layout.routes[backend, x.dtype, x.device] = route
     return route
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.backends import choice, native
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES
 from maskmoe_kernels.errors import BackendError, LayoutError
@@ -314,13 +314,16 @@ class Layers:
     activation: str = "none"
 
 
-def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | None:
+def obstacle(
+    dtype: torch.dtype, device: torch.device, named: bool, too_fine: bool = False
+) -> str | None:
     """Why no network runs as one op on such weights, in words for the user; None when they do.
 
     Args:
         dtype: Of the weights.
         device: Of the weights.
         named: Was the backend ``"native"`` asked for?
+        too_fine: Is one of the layouts; see :attr:`BlockLayout.too_fine`.
     """
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
@@ -330,7 +333,7 @@ def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | Non
         return native.CUDA_OBSTACLE
     if device.type != "cpu":
         return f"the weights are on {device}; fused networks run on the CPU and on NVIDIA GPUs"
-    return native.OBSTACLE
+    return native.OBSTACLE or (choice.TOO_FINE if too_fine else None)
 
 
 def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:

@@ -31,6 +31,7 @@ from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
+from maskmoe_kernels.ops.checks import check_count, check_parts
 from maskmoe_kernels.ops.functional import autocast
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
@@ -126,9 +127,11 @@ def _layered(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_parts(x, tables, ids, parts, weights, biases, len(layouts))
     with torch.no_grad():
         h = _gather(x, tables, ids, parts)
         logits = _through(h, weights, biases, plans, layouts, activation)[0][-1]
+    check_count("out_features", out_features, logits.shape[-1])
     return logits, logits.new_empty((0, 0), dtype=torch.float32)
 
 
@@ -148,6 +151,7 @@ def _layered_backward(
     need_tables: bool,
     need_weights: bool,
 ) -> list[Tensor]:
+    check_parts(x, tables, ids, parts, weights, biases, len(layouts))
     h = _gather(x, tables, ids, parts)
     outputs, before = _through(h, weights, biases, plans, layouts, activation)
     grad, last = grad_logits, len(layouts) - 1

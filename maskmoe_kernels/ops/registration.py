@@ -25,6 +25,7 @@ from maskmoe_kernels.backends import grouped, triton
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.plan import layout_of
+from maskmoe_kernels.ops.checks import check_count, check_like, check_linear
 
 _LIBRARY = torch.library.Library("maskmoe", "DEF")
 _FORWARD = (
@@ -70,8 +71,11 @@ class _Implementation:
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         # A loaded program calls the op as such, with weights that may still require a gradient.
+        of = layout_of(layout, plan)
+        check_linear(x, weight, bias, of)
+        check_count("out_features", out_features, of.out_features)
         with torch.no_grad():
-            y, z = self._of(x).forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+            y, z = self._of(x).forward(x, weight, bias, of, activation, keep)
         return y, z
 
     def backward(
@@ -89,6 +93,10 @@ class _Implementation:
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = (need_x, need_weight, need_bias)
         of = layout_of(layout, plan)
+        check_linear(x, weight, None, of)
+        check_like("grad_y", grad_y, x, of.out_features)
+        if activation != "none":
+            check_like("saved", saved, x, of.out_features)
         grads: tuple[Tensor, Tensor, Tensor] = self._of(x).backward(
             grad_y, x, weight, saved, of, activation, needs
         )

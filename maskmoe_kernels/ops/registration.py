@@ -146,7 +146,9 @@ def _backward_fake(
     )
 
 
-def _forward_flops(x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+def _forward_flops(
+    x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
     return 2 * _rows(x) * weight.numel()  # present blocks, never the dense size
 
 

@@ -209,7 +209,7 @@ def spoilt_list(draw, name, values):
     if how == 1:
         return values[:-1]
     if how == 2:
-        return values + [draw.choice(values)]
+        return [*values, draw.choice(values)]
     if how == 3:
         return draw.sample(values, len(values))
     if how == 4:

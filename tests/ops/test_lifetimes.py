@@ -6,6 +6,7 @@
 import copy
 import ctypes
 import gc
+import itertools
 import os
 import pickle
 import subprocess
@@ -97,7 +98,7 @@ print(resident() - before)
 
 class _Heap(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
-    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 
 def in_use():
@@ -136,7 +137,7 @@ def test_no_call_leaks_a_byte(what):
             calls[what]()
         counts.append(in_use())
     # 48 bytes a string before: 9,600 a round and more.
-    assert min(after - before for before, after in zip(counts, counts[1:], strict=False)) < 3000
+    assert min(after - before for before, after in itertools.pairwise(counts)) < 3000
 
 
 # --- Who keeps what ------------------------------------------------------------------------

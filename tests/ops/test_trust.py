@@ -1,4 +1,4 @@
-"""What an op is called with is not believed: plans, sizes, places. And one id is not one content."""
+"""What an op is called with is not believed: plans, sizes, places. An id is not its content."""
 
 import gc
 
@@ -294,7 +294,7 @@ def test_networks_are_chains_of_their_own_layouts(network):
 
 @pytest.mark.filterwarnings("ignore:masked_linear runs in plain PyTorch")
 def test_what_kernels_do_not_take_falls_back_everywhere():
-    family = mk.SubsetFamily.powerset({name: 2 for name in "abcdefghijk"})
+    family = mk.SubsetFamily.powerset(dict.fromkeys("abcdefghijk", 2))
     torch.manual_seed(0)
     net = mk.InterpretableMLP(family, [4])
     layout = net.layers[1].layout

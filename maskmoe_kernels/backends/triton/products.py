@@ -39,7 +39,8 @@ class Product:
     def layout(self) -> BlockLayout:
         """The layout."""
         layout = self._layout()
-        assert layout is not None
+        if layout is None:
+            raise ReferenceError("tiles of a layout that nobody holds any more")
         return layout
 
     def options(self, rows: Tensor, precision: str, gradient: bool = False) -> list[Config]:

@@ -7,9 +7,9 @@ Plan, int64, one dimension::
     row_order (out), col_order (in)
 
 Bits are packed 32 to an entry, lowest first. A plan is built once per layout and device. A call
-names a layout by its id and its plan, and the plan is what counts: the tensor that was built here is
-known by itself, so no call reads it back from a device; any other, of a loaded program say, is read
-once, and refused if its content is not what the id says.
+names a layout by its id and its plan, and the plan is what counts: the tensor that was built here
+is known by itself, so no call reads it back from a device; any other, of a loaded program say, is
+read once, and refused if its content is not what the id says.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 The choice for (kind, layout, dtype, precision, log2 of the rows) is made by the first call and
 stays as long as the layout, so that a call gives the same bits again. ``MASKMOE_TUNE=0`` always
-takes the model's first choice; so does a call that a CUDA graph captures. Measured choices are kept in
-``MASKMOE_CACHE`` (default: ``maskmoe_kernels`` in the user's cache folder), a file for each GPU
-and each version of torch, Triton and this package.
+takes the model's first choice; so does a call that a CUDA graph captures. Measured choices are
+kept in ``MASKMOE_CACHE`` (default: ``maskmoe_kernels`` in the user's cache folder), a file for each
+GPU and each version of torch, Triton and this package.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@
 
 namespace maskmoe {
 
-// A string among an op's arguments. torch's own conversion to std::string leaks it, at every call.
+// A string among an op's arguments. torch's conversion to std::string leaks it at every call
+// (pytorch/pytorch#191340).
 struct Text : std::string {
   using std::string::string;
 };

@@ -4,6 +4,7 @@
 #include <Python.h>
 
 #include "cpu/driver.h"
+#include "plan.h"
 
 namespace {
 
@@ -30,10 +31,21 @@ PyObject* set_isa(PyObject*, PyObject* name) {
   return PyBool_FromLong(maskmoe::set_isa(text));
 }
 
+PyObject* forget(PyObject*, PyObject* id) {
+  const long long number = PyLong_AsLongLong(id);
+  if (number == -1 && PyErr_Occurred()) return nullptr;
+  maskmoe::forget_chains(number);
+  Py_RETURN_NONE;
+}
+
+PyObject* compiled(PyObject*, PyObject*) { return PyLong_FromLongLong(maskmoe::count_chains()); }
+
 PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Kernels that this build has and this machine can run."},
     {"isa", isa, METH_NOARGS, "The kernels that run, or None."},
     {"set_isa", set_isa, METH_O, "Run these kernels; '' for the best. False: not here."},
+    {"forget", forget, METH_O, "Free what was compiled from the layout with this id."},
+    {"compiled", compiled, METH_NOARGS, "How many layouts and chains of them are kept compiled."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", "Kernels for the CPU.", -1, methods,

@@ -7,12 +7,6 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-std::vector<const void*> pointers(const Tensors& tensors) {
-  std::vector<const void*> to;
-  for (const Tensor& t : tensors) to.push_back(t.data_ptr());
-  return to;
-}
-
 // What a call was given, as the kernels see it, and what keeps that alive.
 struct Given {
   NetworkInputs in;
@@ -21,84 +15,115 @@ struct Given {
   std::vector<size_t> table_at;  // the part that is each table
 };
 
-Tensor first_of(const std::optional<Tensor>& x, const Tensors& weights) {
-  return x ? *x : weights.front();
-}
-
-Given given(const Chain& chain, const std::optional<Tensor>& x, const Tensors& tables,
-            const Tensors& ids, const std::vector<int64_t>& parts, const Tensors& weights,
-            const Tensors& biases, const std::string& activation) {
-  const Tensor like = first_of(x, weights);
-  const Dtype dtype = *dtype_of(like);
-  Given g{{chain, dtype, activation_of(activation), {}, {}, {}, {}, 0, nullptr}, {}, 0, {}};
-  const bool fits = weights.size() == chain.size() && ids.size() == tables.size() &&
-                    (biases.empty() || biases.size() == chain.size()) &&
-                    (x.has_value() ? x->dim() > 0 : !ids.empty());
-  STD_TORCH_CHECK(fits, "maskmoe::masked_mlp: weights, biases, layouts, tables and ids do not match");
-  Matrix columns{};
-  if (x) {
-    Tensor kept;
-    columns = matrix_of(*x, kept, dtype, {});
-    g.held.push_back(kept);
-    g.in.rows = rows_of(*x);
-    g.columns = columns.features;
-  } else {
-    g.in.rows = ids.front().numel();
-  }
-  int64_t features = 0, column = 0;
-  g.table_at.resize(tables.size(), parts.size());
-  for (size_t p = 0; p < parts.size(); ++p) {
-    if (parts[p] < 0) {
-      const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
-      g.in.parts.push_back({static_cast<char*>(columns.data) + column * size, columns.stride,
-                            nullptr, -parts[p]});
-      g.in.table_rows.push_back(0);
-      column -= parts[p];
-    } else {
-      const size_t t = static_cast<size_t>(parts[p]);
-      STD_TORCH_CHECK(t < tables.size() && g.table_at[t] == parts.size() &&
-                          tables[t].dim() == 2 && tables[t].scalar_type() == like.scalar_type() &&
-                          ids[t].scalar_type() == ScalarType::Long && ids[t].numel() == g.in.rows,
-                      "maskmoe::masked_mlp: table ", t, " and its ids do not fit the input");
-      g.held.push_back(dense(tables[t]));
-      const void* rows = g.held.back().data_ptr();
-      g.held.push_back(dense(ids[t]));
-      const auto* of = static_cast<const int64_t*>(g.held.back().data_ptr());
-      const int64_t count = tables[t].size(0), width = tables[t].size(1);
-      for (int64_t r = 0; r < g.in.rows; ++r) {
-        STD_TORCH_CHECK(of[r] >= 0 && of[r] < count, "maskmoe::masked_mlp: ids[", t, "] has ", of[r],
-                        ", its table has rows 0 to ", count - 1);
-      }
-      g.in.parts.push_back({rows, width, of, width});
-      g.in.table_rows.push_back(count);
-      g.table_at[t] = p;
-    }
-    features += g.in.parts.back().width;
-  }
-  STD_TORCH_CHECK(features == chain.front().layout.in_features && column == g.columns,
-                  "maskmoe::masked_mlp: the parts have ", features, " features, the first layer ",
-                  chain.front().layout.in_features);
-  for (size_t n = 0; n < chain.size(); ++n) {
-    const Layout& l = chain[n].layout;
-    STD_TORCH_CHECK(weights[n].numel() == l.num_weights &&
-                        weights[n].scalar_type() == like.scalar_type() &&
-                        (biases.empty() || (biases[n].numel() == l.out_features &&
-                                            biases[n].scalar_type() == like.scalar_type())),
-                    "maskmoe::masked_mlp: weight or bias ", n, " does not fit its layout");
-    g.held.push_back(dense(weights[n]));
-    g.in.weights.push_back(g.held.back().data_ptr());
-    if (biases.empty()) continue;
-    g.held.push_back(dense(biases[n]));
-    g.in.biases.push_back(g.held.back().data_ptr());
-  }
-  return g;
-}
-
 std::vector<int64_t> leading(const std::optional<Tensor>& x, const Tensors& ids) {
   std::vector<int64_t> sizes;
   const Tensor& of = x ? *x : ids.front();
   for (int64_t d = 0; d < of.dim() - (x ? 1 : 0); ++d) sizes.push_back(of.size(d));
   return sizes;
+}
+
+// What all ops of networks are called with.
+struct Arguments {
+  const char* op;
+  const std::optional<Tensor>& x;
+  const Tensors &tables, &ids;
+  const std::vector<int64_t>& parts;
+  const Tensors &weights, &biases, &plans;
+  const std::vector<int64_t>& layouts;
+  const std::string& activation;
+
+  Checks checks;
+  std::vector<PartOf> read;  // the parts
+  std::optional<Dtype> dtype;
+
+  Arguments(const char* op, const std::optional<Tensor>& x, const Tensors& tables,
+            const Tensors& ids, const std::vector<int64_t>& parts, const Tensors& weights,
+            const Tensors& biases, const Tensors& plans, const std::vector<int64_t>& layouts,
+            const std::string& activation)
+      : op(op), x(x), tables(tables), ids(ids), parts(parts), weights(weights), biases(biases),
+        plans(plans), layouts(layouts), activation(activation), checks(op, first()),
+        dtype(dtype_of(first())) {
+    check_lists(op, plans, layouts, weights, biases, tables, ids, x.has_value());
+    STD_TORCH_CHECK(!x || x->dim() > 0, "maskmoe::", op, ": x must be (*, columns)");
+    read = read_parts(op, parts, tables, x ? x->size(x->dim() - 1) : 0);
+  }
+
+  const Tensor& first() const {
+    STD_TORCH_CHECK(!weights.empty(), "maskmoe::", op, ": there are no weights");
+    return weights.front();
+  }
+
+  // Of a network with so many outputs; null: the PyTorch path runs it.
+  std::shared_ptr<const Chain> chain(int64_t outputs) const {
+    return chain_of(checks, dtype, plans, layouts, {features_of(read), outputs});
+  }
+};
+
+// Ids of a table, one for each row of the batch, which is `sizes`.
+void check_ids(const Arguments& a, size_t t, const std::vector<int64_t>& sizes) {
+  const Tensor& ids = a.ids[t];
+  a.checks.readable(ids, "ids", t, aoti_torch_dtype_int64());
+  bool fits = ids.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t d = 0; fits && d < sizes.size(); ++d) fits = ids.size(d) == sizes[d];
+  STD_TORCH_CHECK(fits, a.checks.named("ids", t), " must have the shape of the batch");
+}
+
+Given given(const Chain& chain, const Arguments& a) {
+  const Dtype dtype = *a.dtype;
+  Given g{{chain, dtype, activation_of(a.activation), {}, {}, {}, {}, 1, nullptr}, {}, 0, {}};
+  const std::vector<int64_t> sizes = leading(a.x, a.ids);
+  Matrix columns{};
+  if (a.x) {
+    g.in.rows = rows_of(*a.x);
+    const int64_t features = a.x->size(a.x->dim() - 1);
+    a.checks.matrix(*a.x, "x", g.in.rows, features);
+    Tensor kept;
+    columns = matrix_of(*a.x, kept, dtype, {});
+    g.held.push_back(kept);
+    g.columns = features;
+  } else {
+    g.in.rows = a.ids.front().numel();
+  }
+  g.table_at.resize(a.tables.size(), a.parts.size());
+  for (size_t t = 0; t < a.tables.size(); ++t) {
+    a.checks.readable(a.tables[t], "tables", t, a.checks.dtype());
+    STD_TORCH_CHECK(a.tables[t].dim() == 2, a.checks.named("tables", t), " must be (rows, width)");
+    check_ids(a, t, sizes);
+  }
+  for (size_t p = 0; p < a.read.size(); ++p) {
+    const PartOf& part = a.read[p];
+    if (part.table < 0) {
+      const int64_t size = dtype == Dtype::kFloat32 ? 4 : 2;
+      g.in.parts.push_back({static_cast<char*>(columns.data) + part.column * size, columns.stride,
+                            nullptr, part.width});
+      g.in.table_rows.push_back(0);
+      continue;
+    }
+    const auto t = static_cast<size_t>(part.table);
+    g.held.push_back(dense(a.tables[t]));
+    const void* rows = g.held.back().data_ptr();
+    g.held.push_back(dense(a.ids[t]));
+    const auto* of = static_cast<const int64_t*>(g.held.back().data_ptr());
+    const int64_t count = a.tables[t].size(0);
+    for (int64_t r = 0; r < g.in.rows; ++r) {
+      STD_TORCH_CHECK(of[r] >= 0 && of[r] < count, "maskmoe::masked_mlp: ids[", t, "] has ", of[r],
+                      ", its table has rows 0 to ", count - 1);
+    }
+    g.in.parts.push_back({rows, part.width, of, part.width});
+    g.in.table_rows.push_back(count);
+    g.table_at[t] = p;
+  }
+  for (size_t n = 0; n < chain.size(); ++n) {
+    const Layout& l = chain[n].layout;
+    a.checks.values(a.weights[n], "weights", n, l.num_weights);
+    g.held.push_back(dense(a.weights[n]));
+    g.in.weights.push_back(g.held.back().data_ptr());
+    if (a.biases.empty()) continue;
+    a.checks.values(a.biases[n], "biases", n, l.out_features);
+    g.held.push_back(dense(a.biases[n]));
+    g.in.biases.push_back(g.held.back().data_ptr());
+  }
+  return g;
 }
 
 Matrix logits_of(const Tensor& t, Tensor& held, const Layout& last, Dtype dtype) {
@@ -143,6 +168,8 @@ struct Results {
   }
 };
 
+constexpr int64_t kMostTileRows = 378;  // that tiles_of gives: 252, and half of that where it rounds
+
 // Of what a forward keeps, `kept` floats a tile: the first size is a tile's rows, so that backward
 // can cut the batch alike.
 std::vector<int64_t> saved_shape(const Tiling& tiling, int64_t kept) {
@@ -153,10 +180,11 @@ std::vector<int64_t> saved_shape(const Tiling& tiling, int64_t kept) {
 std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
                                    std::vector<int64_t> parts, Tensors weights, Tensors biases,
                                    Tensors plans, std::vector<int64_t> layouts,
-                                   int64_t out_features, std::string activation, bool keep) {
+                                   int64_t out_features, Text activation, bool keep) {
   using torch::stable::detail::from;
-  const Tensor like = first_of(x, weights);
-  const auto chain = chain_of(like, plans, layouts);
+  const Arguments a("masked_mlp", x, tables, ids, parts, weights, biases, plans, layouts, activation);
+  const Tensor& like = a.first();
+  const auto chain = a.chain(out_features);
   if (chain == nullptr) {
     std::array<StableIValue, 11> stack{
         from(x),      from(tables), from(ids),     from(parts),        from(weights),   from(biases),
@@ -166,7 +194,7 @@ std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tens
     return {torch::stable::detail::to<Tensor>(stack[0]),
             torch::stable::detail::to<Tensor>(stack[1])};
   }
-  const Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
+  const Given g = given(*chain, a);
   const Layout& last = chain->back().layout;
   std::vector<int64_t> sizes = leading(x, ids);
   sizes.push_back(last.out_features);
@@ -182,10 +210,13 @@ std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tens
 
 Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Tensors ids,
                  std::vector<int64_t> parts, Tensors weights, Tensors biases, Tensor saved,
-                 Tensors plans, std::vector<int64_t> layouts, std::string activation, bool need_x,
+                 Tensors plans, std::vector<int64_t> layouts, Text activation, bool need_x,
                  bool need_tables, bool need_weights) {
   using torch::stable::detail::from;
-  const auto chain = chain_of(first_of(x, weights), plans, layouts);
+  const Arguments a("masked_mlp_backward", x, tables, ids, parts, weights, biases, plans, layouts,
+                    activation);
+  const int64_t dims = grad_logits.dim();
+  const auto chain = a.chain(dims > 0 ? grad_logits.size(dims - 1) : 0);
   if (chain == nullptr) {
     std::array<StableIValue, 14> stack{
         from(grad_logits), from(x),       from(tables),     from(ids),     from(parts),
@@ -195,18 +226,19 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
                                                         stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensors>(stack[0]);
   }
-  const Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
+  const Given g = given(*chain, a);
   Results results(g, x, tables, weights, biases, need_x, need_tables, need_weights);
   if (results.all.empty()) return {};
   Tensor held;
   const Layout& last = chain->back().layout;
-  STD_TORCH_CHECK(rows_of(grad_logits) == g.in.rows &&
-                      grad_logits.size(grad_logits.dim() - 1) == last.out_features,
-                  "maskmoe::masked_mlp_backward: grad_logits does not fit");
+  a.checks.matrix(grad_logits, "grad_logits", g.in.rows, last.out_features);
   const Matrix from_logits = logits_of(grad_logits, held, last, g.in.dtype);
   Tiling tiling = tiles_of(g.in);
   const bool kept = saved.numel() > 0;
   if (kept) {  // cut as the forward cut them, however many threads there are now
+    a.checks.readable(saved, "saved", -1, aoti_torch_dtype_float32());
+    STD_TORCH_CHECK(saved.dim() == 2 && saved.is_contiguous() && saved.size(0) <= kMostTileRows,
+                    "maskmoe::masked_mlp_backward: saved is not what a forward returned");
     tiling.rows = saved.size(0);
     tiling.count = (g.in.rows + tiling.rows - 1) / tiling.rows;
     const auto shape = saved_shape(tiling, worth_keeping(g.in, *kernels(), tiling));
@@ -220,20 +252,21 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
 }
 
 Confidence confidence_of(const std::string& name) {
-  if (name == "abs") return Confidence::kAbs;
-  if (name == "square") return Confidence::kSquare;
-  if (name == "smooth") return Confidence::kSmooth;
-  STD_TORCH_CHECK(name == "rare", "maskmoe: unknown confidence ", name);
-  return Confidence::kRare;
+  constexpr std::array names{"abs", "square", "smooth", "rare"};
+  return named_of<Confidence>(names, name, "confidence");
 }
 
 Normalize normalize_of(const std::string& name) {
-  if (name == "none") return Normalize::kNone;
-  if (name == "sample") return Normalize::kSample;
-  if (name == "expert") return Normalize::kExpert;
-  STD_TORCH_CHECK(name == "batch", "maskmoe: unknown normalization ", name);
-  return Normalize::kBatch;
+  constexpr std::array names{"none", "sample", "expert", "batch"};
+  return named_of<Normalize>(names, name, "normalization");
 }
+
+bool weighs_own(const std::string& name) {
+  constexpr std::array names{"deselection", "selection"};
+  return named_of<int>(names, name, "weighting") == 1;
+}
+
+int64_t experts_in(const Tensor& strict) { return strict.dim() > 0 ? strict.size(0) : 0; }
 
 // Who is inside whom, for the kernels.
 struct Chosen {
@@ -241,12 +274,12 @@ struct Chosen {
   std::vector<uint8_t> larger;
   Selection selection;
 
-  Chosen(const Chain& chain, Tensor strict, const std::string& confidence, double sharpness,
-         bool own)
+  Chosen(const Checks& checks, const Chain& chain, Tensor strict, const std::string& confidence,
+         double sharpness, bool own)
       : larger(chain.back().layout.out_features, 0) {
     const int64_t experts = chain.back().layout.out_features;
-    STD_TORCH_CHECK(strict.scalar_type() == ScalarType::Bool && strict.dim() == 2 &&
-                        strict.size(0) == experts && strict.size(1) == experts,
+    checks.readable(strict, "strict", -1, aoti_torch_dtype_bool());
+    STD_TORCH_CHECK(strict.dim() == 2 && strict.size(0) == experts && strict.size(1) == experts,
                     "maskmoe: the family does not fit the network, it has ", experts, " logits");
     strict = dense(strict);
     const auto* inside_of = static_cast<const uint8_t*>(strict.data_ptr());
@@ -264,7 +297,7 @@ struct Chosen {
                  inside_at.data(),
                  larger.data(),
                  confidence_of(confidence),
-                 static_cast<float>(sharpness),
+                 checked_sharpness(sharpness),
                  own};
   }
   Chosen(const Chosen&) = delete;  // `selection` points into it
@@ -274,21 +307,23 @@ const char* const kNone = "maskmoe: no kernels for networks of this dtype or lay
 
 Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<int64_t> parts,
             Tensors weights, Tensors biases, Tensors plans, std::vector<int64_t> layouts,
-            std::string activation, Tensor target, std::optional<Tensor> mask, Tensor strict,
-            std::string confidence, double sharpness, std::string weighting, std::string normalize,
+            Text activation, Tensor target, std::optional<Tensor> mask, Tensor strict,
+            Text confidence, double sharpness, Text weighting, Text normalize,
             bool need_x, bool need_tables, bool need_weights) {
-  const auto chain = chain_of(first_of(x, weights), plans, layouts);
+  const Arguments a("masked_mlp_gem", x, tables, ids, parts, weights, biases, plans, layouts,
+                    activation);
+  const auto chain = a.chain(experts_in(strict));
   STD_TORCH_CHECK(chain != nullptr, kNone);
-  Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
-  STD_TORCH_CHECK(target.scalar_type() == ScalarType::Float && target.numel() == g.in.rows &&
-                      (!mask || (mask->scalar_type() == ScalarType::Bool &&
-                                 mask->numel() == g.in.rows)) &&
-                      (weighting == "selection" || weighting == "deselection"),
-                  "maskmoe::masked_mlp_gem: target or mask do not fit the network");
+  Given g = given(*chain, a);
+  a.checks.readable(target, "target", -1, aoti_torch_dtype_float32());
+  if (mask) a.checks.readable(*mask, "mask", -1, aoti_torch_dtype_bool());
+  STD_TORCH_CHECK(target.numel() == g.in.rows && (!mask || mask->numel() == g.in.rows),
+                  "maskmoe::masked_mlp_gem: target and mask must have a value for each of ",
+                  g.in.rows, " samples");
   target = dense(target);
   if (mask) mask = dense(*mask);
   g.in.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
-  const Chosen chosen(*chain, strict, confidence, sharpness, weighting == "selection");
+  const Chosen chosen(a.checks, *chain, strict, confidence, sharpness, weighs_own(weighting));
   const Gem loss{chosen.selection, static_cast<const float*>(target.data_ptr()), false, 1.0f,
                  nullptr};
   Results results(g, x, tables, weights, biases, need_x, need_tables, need_weights);
@@ -302,14 +337,16 @@ Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<in
 std::tuple<Tensor, Tensor, Tensor> mixture(std::optional<Tensor> x, Tensors tables, Tensors ids,
                                            std::vector<int64_t> parts, Tensors weights,
                                            Tensors biases, Tensors plans,
-                                           std::vector<int64_t> layouts, std::string activation,
-                                           Tensor strict, std::string confidence,
+                                           std::vector<int64_t> layouts, Text activation,
+                                           Tensor strict, Text confidence,
                                            double sharpness) {
-  const Tensor like = first_of(x, weights);
-  const auto chain = chain_of(like, plans, layouts);
+  const Arguments a("masked_mlp_mixture", x, tables, ids, parts, weights, biases, plans, layouts,
+                    activation);
+  const Tensor& like = a.first();
+  const auto chain = a.chain(experts_in(strict));
   STD_TORCH_CHECK(chain != nullptr, kNone);
-  const Given g = given(*chain, x, tables, ids, parts, weights, biases, activation);
-  const Chosen chosen(*chain, strict, confidence, sharpness, true);
+  const Given g = given(*chain, a);
+  const Chosen chosen(a.checks, *chain, strict, confidence, sharpness, true);
   std::vector<int64_t> sizes = leading(x, ids);
   Tensor probability = float_like(like, sizes);
   sizes.push_back(chosen.selection.experts);

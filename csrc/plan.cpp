@@ -1,11 +1,15 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <iterator>
+#include <list>
 #include <map>
 #include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <unordered_map>
+#include <utility>
 
 namespace maskmoe {
 namespace {
@@ -13,7 +17,7 @@ namespace {
 constexpr int64_t kVersion = 1;  // PLAN_VERSION of layout/plan.py
 constexpr int64_t kHeader = 5;
 constexpr int64_t kWord = 32;
-constexpr size_t kMostPlans = 4096;
+constexpr int64_t kMostFeatures = (int64_t{1} << 31) - 1;  // MOST_FEATURES of layout/blocks.py
 constexpr int64_t kNear = 128;       // floats from input to input that cost no more than side by side
 constexpr int64_t kSmall = 1 << 16;  // floats of a block row, a quarter of a 1 MiB cache
 
@@ -213,15 +217,99 @@ class Builder {
   Panels out_;
 };
 
-std::mutex mutex;
-std::map<std::pair<std::vector<int64_t>, int>, std::shared_ptr<const Chain>> known;
+}  // namespace
 
-// The layers up to the first that is too fine.
-Chain chain_of(int width, const std::vector<Encoded>& layouts) {
+Layout decode(const Encoded& encoded) {
+  const auto [values, count] = encoded;
+  if (count < kHeader || values[0] != kVersion) {
+    throw std::runtime_error("maskmoe: plan has version " +
+                             std::to_string(count > 0 ? values[0] : 0) + ", this build reads " +
+                             std::to_string(kVersion) + "; export again");
+  }
+  const int64_t* at = values + kHeader;
+  int64_t left = count - kHeader;
+  auto expect = [](bool holds, const char* what) {
+    if (!holds) throw std::runtime_error(std::string("maskmoe: plan ") + what);
+  };
+  auto take = [&](int64_t n) {
+    expect(n <= left, "is too short");
+    const int64_t* from = at;
+    at += n;
+    left -= n;
+    return from;
+  };
+  auto take_sizes = [&](int64_t blocks, std::vector<int64_t>& sizes) {
+    expect(blocks >= 1, "has no blocks");
+    const int64_t* from = take(blocks);
+    int64_t features = 0;
+    for (int64_t n = 0; n < blocks; ++n) {
+      expect(from[n] >= 1 && from[n] <= kMostFeatures - features, "has sizes that no layout has");
+      features += from[n];
+    }
+    sizes.assign(from, from + blocks);
+    return offsets_of(sizes);
+  };
+  Layout layout;
+  layout.row_offsets = take_sizes(values[1], layout.row_sizes);
+  layout.col_offsets = take_sizes(values[2], layout.col_sizes);
+  layout.out_features = layout.row_offsets.back();
+  layout.in_features = layout.col_offsets.back();
+  // Both were taken from `count` values: their product is far from an overflow.
+  const int64_t rows = values[1], cols = values[2], blocks = rows * cols;
+  auto take_bits = [&](std::vector<uint8_t>& bits) {
+    const int64_t words = (blocks + kWord - 1) / kWord;
+    const int64_t* word = take(words);
+    for (int64_t n = 0; n < words; ++n) {
+      const int64_t used = std::min(kWord, blocks - n * kWord);
+      expect(word[n] >= 0 && word[n] < int64_t{1} << used, "has bits of no block");
+    }
+    bits.resize(blocks);
+    for (int64_t n = 0; n < blocks; ++n) bits[n] = (word[n / kWord] >> (n % kWord)) & 1;
+  };
+  take_bits(layout.present);
+  take_bits(layout.routes);
+  auto take_order = [&](int64_t flag, int64_t features, std::vector<int64_t>& order) {
+    expect(flag == 0 || flag == 1, "has an order or not, which is 1 or 0");
+    if (flag == 0) return;
+    const int64_t* from = take(features);
+    std::vector<uint8_t> met(features, 0);
+    for (int64_t n = 0; n < features; ++n) {
+      expect(from[n] >= 0 && from[n] < features && !met[from[n]], "has an order that repeats");
+      met[from[n]] = 1;
+    }
+    order.assign(from, from + features);
+  };
+  take_order(values[3], layout.out_features, layout.row_order);
+  take_order(values[4], layout.in_features, layout.col_order);
+  expect(left == 0, "is too long");
+  std::vector<int64_t> weights(rows);
+  layout.num_blocks = layout.num_routed = 0;
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t fan_in = 0;
+    for (int64_t j = 0; j < cols; ++j) {
+      const bool routed = layout.routes[i * cols + j];
+      expect(!routed || layout.present[i * cols + j], "routes a gradient through no block");
+      if (!layout.present[i * cols + j]) continue;
+      fan_in += layout.col_sizes[j];
+      ++layout.num_blocks;
+      if (routed) layout.num_routed += layout.row_sizes[i] * layout.col_sizes[j];
+    }
+    weights[i] = fan_in * layout.row_sizes[i];
+  }
+  layout.weight_offsets = offsets_of(weights);  // less than kMostFeatures squared
+  layout.num_weights = layout.weight_offsets.back();
+  return layout;
+}
+
+bool too_fine(const Layout& layout) {
+  return layout.num_blocks > (1 << 16) && layout.num_weights < 16 * layout.num_blocks;
+}
+
+Chain compile(int width, std::vector<Layout> layouts) {
   Chain chain;
   chain.reserve(layouts.size());  // a layer refers to the slots of the one before
-  for (const Encoded& encoded : layouts) {
-    Plan plan{decode(encoded), {}, {}};
+  for (Layout& layout : layouts) {
+    Plan plan{std::move(layout), {}, {}};
     const Plan* before = chain.empty() ? nullptr : &chain.back();
     if (before != nullptr && (plan.layout.col_sizes != before->layout.row_sizes ||
                               plan.layout.col_order != before->layout.row_order)) {
@@ -236,83 +324,156 @@ Chain chain_of(int width, const std::vector<Encoded>& layouts) {
   return chain;
 }
 
+// --- The cache -----------------------------------------------------------------------------------
+
+namespace {
+
+constexpr size_t kMostChains = 4096;
+constexpr int64_t kMostBytes = int64_t{1} << 29;
+
+template <class V>
+int64_t bytes_of(const V& of) {
+  return static_cast<int64_t>(of.size() * sizeof(of[0]));
+}
+
+struct Compiled {
+  Contents contents;
+  Chain chain;
+
+  int64_t bytes() const {
+    int64_t sum = 0;
+    for (const auto& content : contents) sum += bytes_of(content);
+    for (const Plan& plan : chain) {
+      const Layout& l = plan.layout;
+      for (const auto* sizes : {&l.row_sizes, &l.col_sizes, &l.row_offsets, &l.col_offsets,
+                                &l.weight_offsets, &l.row_order, &l.col_order}) {
+        sum += bytes_of(*sizes);
+      }
+      sum += bytes_of(l.present) + bytes_of(l.routes);
+      for (const Panels* p : {&plan.forward, &plan.backward}) {
+        sum += bytes_of(p->panels) + bytes_of(p->segments) + bytes_of(p->copies);
+        sum += bytes_of(p->slots);
+      }
+    }
+    return sum;
+  }
+};
+
+struct Entry {
+  std::vector<int64_t> ids;
+  int width;
+  std::vector<Encoded> plans;  // where their values lie
+  std::shared_ptr<const void> held;
+  std::shared_ptr<const Compiled> compiled;
+  int64_t bytes;
+
+  bool is_for(Names named, int lanes) const {
+    return width == lanes && std::equal(ids.begin(), ids.end(), named.begin(), named.end());
+  }
+};
+
+using Entries = std::list<Entry>;  // the last used first
+
+struct Cache {
+  std::mutex mutex;
+  Entries entries;
+  std::unordered_multimap<int64_t, Entries::iterator> by_name;  // the first of their ids
+  int64_t bytes = 0;
+
+  template <class Matches>
+  std::shared_ptr<const Compiled> find(Names ids, int width, const Matches& matches) {
+    const auto [begin, end] = by_name.equal_range(ids.front());
+    for (auto found = begin; found != end; ++found) {
+      const Entries::iterator entry = found->second;
+      if (!entry->is_for(ids, width) || !matches(*entry)) continue;
+      if (entry != entries.begin()) entries.splice(entries.begin(), entries, entry);
+      return entry->compiled;
+    }
+    return nullptr;
+  }
+
+  // Moves an entry to `dropped`. What it holds is freed after the lock: a tensor that Python knows
+  // waits for Python's own lock, whose owner may be waiting for this one.
+  void drop(Entries::iterator entry, Entries& dropped) {
+    const auto [begin, end] = by_name.equal_range(entry->ids.front());
+    by_name.erase(std::find_if(begin, end, [&](const auto& of) { return of.second == entry; }));
+    bytes -= entry->bytes;
+    dropped.splice(dropped.end(), entries, entry);
+  }
+};
+
+// Never destroyed: at exit, threads may still compute, and torch may be gone before.
+Cache& cache() {
+  static Cache* const the = new Cache;
+  return *the;
+}
+
+std::shared_ptr<const Chain> chain_in(std::shared_ptr<const Compiled> compiled) {
+  if (compiled == nullptr) return nullptr;
+  const Chain* chain = &compiled->chain;
+  return {std::move(compiled), chain};
+}
+
 }  // namespace
 
-Layout decode(const Encoded& encoded) {
-  const auto [values, count] = encoded;
-  if (count < kHeader || values[0] != kVersion) {
-    throw std::runtime_error("maskmoe: plan has version " +
-                             std::to_string(count > 0 ? values[0] : 0) + ", this build reads " +
-                             std::to_string(kVersion) + "; export again");
+std::shared_ptr<const Chain> find_chain(Names ids, int width, std::span<const Encoded> plans) {
+  Cache& all = cache();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return chain_in(all.find(ids, width, [&](const Entry& entry) {
+    return std::equal(plans.begin(), plans.end(), entry.plans.begin(), entry.plans.end(),
+                      [](const Encoded& a, const Encoded& b) {
+                        return a.values == b.values && a.count == b.count;
+                      });
+  }));
+}
+
+std::shared_ptr<const Chain> keep_chain(Names ids, int width, std::span<const Encoded> plans,
+                                        std::shared_ptr<const void> held, Contents contents,
+                                        const std::function<Chain(const Contents&)>& compile) {
+  Cache& all = cache();
+  std::shared_ptr<const Compiled> compiled;
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    compiled = all.find(ids, width, [&](const Entry& entry) {
+      return entry.compiled->contents == contents;
+    });
   }
-  const int64_t rows = values[1], cols = values[2];
-  const int64_t words = (rows * cols + kWord - 1) / kWord;
-  const int64_t* end = values + count;
-  const int64_t* at = values + kHeader;
-  auto take = [&](int64_t n) {
-    if (n < 0 || n > end - at) throw std::runtime_error("maskmoe: plan is too short");
-    const int64_t* from = at;
-    at += n;
-    return from;
-  };
-  Layout layout;
-  const int64_t* sizes = take(rows);
-  layout.row_sizes.assign(sizes, sizes + rows);
-  sizes = take(cols);
-  layout.col_sizes.assign(sizes, sizes + cols);
-  auto bits = [&](std::vector<uint8_t>& out) {
-    const int64_t* word = take(words);
-    out.resize(rows * cols);
-    for (int64_t n = 0; n < rows * cols; ++n) out[n] = (word[n / kWord] >> (n % kWord)) & 1;
-  };
-  bits(layout.present);
-  bits(layout.routes);
-  layout.row_offsets = offsets_of(layout.row_sizes);
-  layout.col_offsets = offsets_of(layout.col_sizes);
-  layout.out_features = layout.row_offsets.back();
-  layout.in_features = layout.col_offsets.back();
-  if (values[3]) {
-    const int64_t* order = take(layout.out_features);
-    layout.row_order.assign(order, order + layout.out_features);
+  if (compiled == nullptr) {
+    Chain chain = compile(contents);
+    compiled = std::make_shared<const Compiled>(Compiled{std::move(contents), std::move(chain)});
   }
-  if (values[4]) {
-    const int64_t* order = take(layout.in_features);
-    layout.col_order.assign(order, order + layout.in_features);
+  const int64_t bytes = compiled->bytes();
+  Entries added, dropped;
+  added.push_back({{ids.begin(), ids.end()}, width, {plans.begin(), plans.end()}, std::move(held),
+                   compiled, bytes});
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  all.by_name.emplace(ids.front(), added.begin());
+  all.entries.splice(all.entries.begin(), added);
+  all.bytes += bytes;
+  while (all.entries.size() > 1 &&
+         (all.entries.size() > kMostChains || all.bytes > kMostBytes)) {
+    all.drop(std::prev(all.entries.end()), dropped);
   }
-  if (at != end) throw std::runtime_error("maskmoe: plan is too long");
-  std::vector<int64_t> weights(rows);
-  layout.num_blocks = layout.num_routed = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    int64_t fan_in = 0;
-    for (int64_t j = 0; j < cols; ++j) {
-      if (!layout.present[i * cols + j]) continue;
-      fan_in += layout.col_sizes[j];
-      ++layout.num_blocks;
-      if (layout.routes[i * cols + j]) layout.num_routed += layout.row_sizes[i] * layout.col_sizes[j];
+  return chain_in(std::move(compiled));
+}
+
+void forget_chains(int64_t id) {
+  Cache& all = cache();
+  Entries dropped;
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  for (auto entry = all.entries.begin(); entry != all.entries.end();) {
+    const auto next = std::next(entry);
+    if (std::find(entry->ids.begin(), entry->ids.end(), id) != entry->ids.end()) {
+      all.drop(entry, dropped);
     }
-    weights[i] = fan_in * layout.row_sizes[i];
+    entry = next;
   }
-  layout.weight_offsets = offsets_of(weights);
-  layout.num_weights = layout.weight_offsets.back();
-  return layout;
 }
 
-bool too_fine(const Layout& layout) {
-  return layout.num_blocks > (1 << 16) && layout.num_weights < 16 * layout.num_blocks;
-}
-
-std::shared_ptr<const Chain> find_plan(const std::vector<int64_t>& ids, int width) {
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = known.find({ids, width});
-  return found == known.end() ? nullptr : found->second;
-}
-
-std::shared_ptr<const Chain> build_plan(const std::vector<int64_t>& ids, int width,
-                                        const std::vector<Encoded>& layouts) {
-  auto chain = std::make_shared<const Chain>(chain_of(width, layouts));
-  std::lock_guard<std::mutex> lock(mutex);
-  if (known.size() >= kMostPlans) known.clear();  // whoever still runs one holds it
-  return known[{ids, width}] = std::move(chain);
+int64_t count_chains() {
+  Cache& all = cache();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  return static_cast<int64_t>(all.entries.size());
 }
 
 }  // namespace maskmoe

@@ -9,7 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace maskmoe {
@@ -79,6 +81,9 @@ struct Encoded {
   const int64_t* values;
   int64_t count;
 };
+
+// Raises std::runtime_error for all that the kernels could not walk: a layout comes from whoever
+// wrote the program that runs.
 Layout decode(const Encoded& encoded);
 
 struct Plan {
@@ -87,18 +92,37 @@ struct Plan {
   Panels backward;  // lanes are features, routed blocks only
 };
 
-// Layouts of so many single weights would need tables larger than their weights.
+// Layouts of so many single weights would need tables larger than their weights. The library knows
+// it, too (`BlockLayout.too_fine`), and sends them elsewhere.
 bool too_fine(const Layout& layout);
 
 // One layer, or layers one after the other: the inputs of each lie where the one before leaves its
 // units in a tile. Empty: one of them is too fine.
 using Chain = std::vector<Plan>;
 
-// The plan of the layouts with these ids for vectors of `width` lanes; null: not built yet.
-std::shared_ptr<const Chain> find_plan(const std::vector<int64_t>& ids, int width);
+// Chains are kept, up to some number and size, with the content that each was compiled from. A call
+// names layouts by id and brings them as tensors; an id alone finds nothing. Tensors that a chain
+// was kept with are known by their address, for it is theirs as long as the cache holds them, and
+// what they contained then is what counts. All others are compared by content.
+using Names = std::span<const int64_t>;
+using Contents = std::vector<std::vector<int64_t>>;
 
-// Builds and keeps it, from values that are known to be the layouts'.
-std::shared_ptr<const Chain> build_plan(const std::vector<int64_t>& ids, int width,
-                                        const std::vector<Encoded>& layouts);
+// The chain kept with tensors at these addresses; null: there is none.
+std::shared_ptr<const Chain> find_chain(Names ids, int width, std::span<const Encoded> plans);
+
+// Keeps one with these tensors, which `held` keeps alive: the chain of another entry with this
+// content, else one that `compile` makes, which has to verify the content first.
+std::shared_ptr<const Chain> keep_chain(Names ids, int width, std::span<const Encoded> plans,
+                                        std::shared_ptr<const void> held, Contents contents,
+                                        const std::function<Chain(const Contents&)>& compile);
+
+// Panels for vectors of `width` lanes.
+Chain compile(int width, std::vector<Layout> layouts);
+
+// Drops the chains of the layout with this id: nobody has it any more.
+void forget_chains(int64_t id);
+
+// How many are kept.
+int64_t count_chains();
 
 }  // namespace maskmoe

@@ -9,8 +9,12 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor> bias,
                                    Tensor plan, int64_t layout, int64_t out_features,
-                                   std::string activation, bool keep) {
-  const auto chain = chain_of(x, {plan}, {layout});
+                                   Text activation, bool keep) {
+  const Checks checks("masked_linear", x);
+  const auto known = dtype_of(x);
+  STD_TORCH_CHECK(x.dim() > 0, "maskmoe::masked_linear: x must be (*, in_features)");
+  const Widths widths{x.size(x.dim() - 1), out_features};
+  const auto chain = chain_of(checks, known, {plan}, {layout}, widths);
   if (chain == nullptr) {
     std::array<StableIValue, 8> stack{
         torch::stable::detail::from(x),      torch::stable::detail::from(weight),
@@ -23,13 +27,11 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
   }
   const Plan& compiled = chain->front();
   const Layout& of = compiled.layout;
-  const Dtype dtype = *dtype_of(x);
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
-                      weight.numel() == of.num_weights &&
-                      (!bias || bias->numel() == of.out_features) &&
-                      weight.scalar_type() == x.scalar_type() &&
-                      (!bias || bias->scalar_type() == x.scalar_type()),
-                  "maskmoe::masked_linear: shapes or dtypes do not fit the layout");
+  const Dtype dtype = *known;
+  const int64_t rows = rows_of(x);
+  checks.matrix(x, "x", rows, of.in_features);
+  checks.values(weight, "weight", -1, of.num_weights);
+  if (bias) checks.values(*bias, "bias", -1, of.out_features);
   const Activation act = activation_of(activation);
   const bool kept = keep && (act == Activation::kGelu || act == Activation::kSilu);
   std::vector<int64_t> sizes(x.dim());
@@ -46,14 +48,19 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
   weight = dense(weight);
   if (bias) bias = dense(*bias);
   masked_linear(compiled, *kernels(), from, weight.data_ptr(), bias ? bias->data_ptr() : nullptr,
-                to, before, act, rows_of(x));
+                to, before, act, rows);
   return {y, z};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weight, Tensor saved,
-                                            Tensor plan, int64_t layout, std::string activation,
+                                            Tensor plan, int64_t layout, Text activation,
                                             bool need_x, bool need_weight, bool need_bias) {
-  const auto chain = chain_of(x, {plan}, {layout});
+  const Checks checks("masked_linear_backward", x);
+  const auto known = dtype_of(x);
+  STD_TORCH_CHECK(x.dim() > 0 && grad_y.dim() > 0,
+                  "maskmoe::masked_linear_backward: x and grad_y must be (*, features)");
+  const Widths widths{x.size(x.dim() - 1), grad_y.size(grad_y.dim() - 1)};
+  const auto chain = chain_of(checks, known, {plan}, {layout}, widths);
   if (chain == nullptr) {
     std::array<StableIValue, 10> stack{
         torch::stable::detail::from(grad_y),      torch::stable::detail::from(x),
@@ -68,18 +75,20 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weig
   }
   const Plan& compiled = chain->front();
   const Layout& of = compiled.layout;
-  const Dtype dtype = *dtype_of(x);
-  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == of.in_features &&
-                      grad_y.size(grad_y.dim() - 1) == of.out_features &&
-                      rows_of(grad_y) == rows_of(x) && weight.numel() == of.num_weights &&
-                      grad_y.scalar_type() == x.scalar_type(),
-                  "maskmoe::masked_linear_backward: shapes or dtypes do not fit the layout");
+  const Dtype dtype = *known;
+  const int64_t rows = rows_of(x);
+  checks.matrix(x, "x", rows, of.in_features);
+  checks.matrix(grad_y, "grad_y", rows, of.out_features);
+  checks.values(weight, "weight", -1, of.num_weights);
   const Activation act = activation_of(activation);
   Tensor held_y, held_x, held_saved;
   const Matrix given = matrix_of(grad_y, held_y, dtype, of.row_order);
   const Matrix from = matrix_of(x, held_x, dtype, of.col_order);
   Matrix before = given;
-  if (act != Activation::kNone) before = matrix_of(saved, held_saved, dtype, of.row_order);
+  if (act != Activation::kNone) {
+    checks.matrix(saved, "saved", rows, of.out_features);
+    before = matrix_of(saved, held_saved, dtype, of.row_order);
+  }
   std::vector<int64_t> sizes(x.dim());
   for (int64_t d = 0; d < x.dim(); ++d) sizes[d] = x.size(d);
   Tensor grad_x = need_x ? empty_like_with(x, sizes.data(), x.dim()) : nothing(x);
@@ -90,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weig
                          {need_x ? grad_x.data_ptr() : nullptr,
                           need_weight ? grad_weight.data_ptr() : nullptr,
                           need_bias ? grad_bias.data_ptr() : nullptr},
-                         act, rows_of(x));
+                         act, rows);
   return {grad_x, grad_weight, grad_bias};
 }
 

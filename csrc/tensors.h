@@ -1,25 +1,17 @@
 // Tensors as the kernels see them, for the files that implement ops.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/driver.h"
 #include "cpu/pages.h"
-
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // as in torch 2.11's headers
-#define STABLE_TORCH_ERROR_CODE_CHECK(call) STD_TORCH_CHECK((call) == 0, #call " failed")
-#endif
 
 namespace maskmoe {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 inline std::optional<Dtype> dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
@@ -31,13 +23,8 @@ inline std::optional<Dtype> dtype_of(const Tensor& t) {
 }
 
 inline Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "leaky_relu") return Activation::kLeakyRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "tanh") return Activation::kTanh;
-  STD_TORCH_CHECK(name == "silu", "maskmoe: unknown activation ", name);
-  return Activation::kSilu;
+  constexpr std::array names{"none", "relu", "leaky_relu", "gelu", "tanh", "silu"};
+  return named_of<Activation>(names, name, "activation");
 }
 
 // An empty tensor of `like`'s dtype, or of another.
@@ -79,39 +66,54 @@ inline Matrix matrix_of(const Tensor& t, Tensor& held, Dtype dtype, const std::v
   return {held.data_ptr(), dtype, features, stride, order.empty() ? nullptr : order.data()};
 }
 
-inline int64_t rows_of(const Tensor& t) {
-  int64_t rows = 1;
-  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
-  return rows;
-}
+// How many features a call brings and wants.
+struct Widths {
+  int64_t in, out;
 
-inline Tensor dense(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
+  void check(const char* op, const Layout& first, const Layout& last) const {
+    STD_TORCH_CHECK(in == first.in_features && out == last.out_features, "maskmoe::", op,
+                    ": the layout has ", first.in_features, " features and ", last.out_features,
+                    " units, the call ", in, " and ", out);
+  }
+};
 
 // The compiled layouts if these kernels can run on tensors of this kind, else null: then the PyTorch
 // path does.
-inline std::shared_ptr<const Chain> chain_of(const Tensor& like, const std::vector<Tensor>& plans,
-                                             const std::vector<int64_t>& layouts) {
+inline std::shared_ptr<const Chain> chain_of(const Checks& checks, std::optional<Dtype> dtype,
+                                             const std::vector<Tensor>& plans,
+                                             const std::vector<int64_t>& layouts, Widths widths) {
   const Kernels* k = kernels();
-  if (k == nullptr) return nullptr;
-  auto found = find_plan(layouts, k->width);
-  if (found == nullptr) {
-    std::vector<Tensor> held;
-    std::vector<Encoded> encoded;
-    for (size_t n = 0; n < plans.size(); ++n) {
-      std::array<StableIValue, 2> stack{torch::stable::detail::from(plans[n]),
-                                        torch::stable::detail::from(layouts[n])};
-      STABLE_TORCH_ERROR_CODE_CHECK(
-          torch_call_dispatcher("maskmoe::plan_obstacle", "", stack.data(), TORCH_ABI_VERSION));
-      const auto obstacle = torch::stable::detail::to<std::string>(stack[0]);
-      STD_TORCH_CHECK(obstacle.empty(), obstacle);
-      held.push_back(dense(plans[n]));
-      encoded.push_back({static_cast<const int64_t*>(held.back().data_ptr()), held.back().numel()});
-    }
-    found = build_plan(layouts, k->width, encoded);
+  if (k == nullptr || !dtype) return nullptr;
+  const char* const op = checks.op();
+  STD_TORCH_CHECK(!plans.empty() && plans.size() == layouts.size(), "maskmoe::", op, ": ",
+                  plans.size(), " plans for ", layouts.size(), " layouts");
+  std::array<Encoded, 16> few;
+  std::vector<Encoded> many(plans.size() > few.size() ? plans.size() : 0);
+  Encoded* const encoded = many.empty() ? few.data() : many.data();
+  for (size_t n = 0; n < plans.size(); ++n) {
+    encoded[n] = {static_cast<const int64_t*>(plans[n].data_ptr()), plans[n].numel()};
   }
-  return found->empty() || !dtype_of(like) ? nullptr : found;
+  const std::span<const Encoded> addresses(encoded, plans.size());
+  auto found = find_chain(layouts, k->width, addresses);
+  if (found == nullptr) {
+    Contents contents;
+    for (size_t n = 0; n < plans.size(); ++n) {
+      checks.readable(plans[n], "plans", n, aoti_torch_dtype_int64());
+      STD_TORCH_CHECK(plans[n].dim() == 1 && plans[n].is_contiguous(), checks.named("plans", n),
+                      " must be a vector");
+      contents.emplace_back(encoded[n].values, encoded[n].values + encoded[n].count);
+    }
+    found = keep_chain(layouts, k->width, addresses,
+                       std::make_shared<const std::vector<Tensor>>(plans), std::move(contents),
+                       [&](const Contents& values) {
+                         auto read = verified(values, layouts);
+                         widths.check(op, read.front(), read.back());  // before memory is taken
+                         return compile(k->width, std::move(read));
+                       });
+  }
+  if (found->empty()) return nullptr;
+  widths.check(op, found->front().layout, found->back().layout);
+  return found;
 }
 
 }  // namespace maskmoe

@@ -10,7 +10,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
                                             Integers parts, Tensors weights, Tensors biases,
                                             Tensors plans, Integers layouts,
-                                            int64_t /*out_features*/, std::string activation,
+                                            int64_t /*out_features*/, Text activation,
                                             bool /*keep*/) {
     // Nothing is kept: a backward recomputes the activations, which never left the chip.
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
@@ -21,7 +21,7 @@ struct Ops {
 
   static Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Tensors ids,
                           Integers parts, Tensors weights, Tensors biases, Tensor /*saved*/,
-                          Tensors plans, Integers layouts, std::string activation, bool need_x,
+                          Tensors plans, Integers layouts, Text activation, bool need_x,
                           bool need_tables, bool need_weights) {
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
                           activation_of(activation)},
@@ -31,8 +31,8 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor, Tensor> mixture(
       std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts, Tensors weights,
-      Tensors biases, Tensors plans, Integers layouts, std::string activation, Tensor strict,
-      std::string confidence, double sharpness) {
+      Tensors biases, Tensors plans, Integers layouts, Text activation, Tensor strict,
+      Text confidence, double sharpness) {
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
                           activation_of(activation)},
                          Use::kMixture);
@@ -41,9 +41,9 @@ struct Ops {
 
   static Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
                      Tensors weights, Tensors biases, Tensors plans, Integers layouts,
-                     std::string activation, Tensor target, std::optional<Tensor> mask,
-                     Tensor strict, std::string confidence, double sharpness,
-                     std::string weighting, std::string normalize, bool need_x, bool need_tables,
+                     Text activation, Tensor target, std::optional<Tensor> mask,
+                     Tensor strict, Text confidence, double sharpness,
+                     Text weighting, Text normalize, bool need_x, bool need_tables,
                      bool need_weights) {
     Operator<Machine> op({x, tables, ids, parts, weights, biases, plans, layouts,
                           activation_of(activation)},

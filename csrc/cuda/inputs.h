@@ -1,16 +1,13 @@
 // What the ops share: names, a network's tables on a device, buffers.
 #pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cuda/numbers.h"
 
 namespace maskmoe::fused {

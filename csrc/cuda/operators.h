@@ -20,13 +20,13 @@ template <class Machine>
 class Operator {
  public:
   Operator(Inputs given, Use use)
-      : in_(std::move(given)), use_(use), machine_(like()), buffers_(like()) {
-    STD_TORCH_CHECK(!in_.weights.empty() && in_.plans.size() == in_.weights.size() &&
-                        in_.layouts.size() == in_.weights.size() &&
-                        (in_.biases.empty() || in_.biases.size() == in_.weights.size()) &&
-                        in_.ids.size() == in_.tables.size() && (in_.x || !in_.ids.empty()),
-                    "maskmoe: the fused network's lists of tensors do not fit each other");
+      : in_(std::move(given)), use_(use), checks_(kOp, like()), machine_(like()), buffers_(like()) {
+    check_lists(kOp, in_.plans, in_.layouts, in_.weights, in_.biases, in_.tables, in_.ids,
+                in_.x.has_value());
+    STD_TORCH_CHECK(!in_.x || in_.x->dim() > 0, "maskmoe: x must be (*, features)");
+    parts_ = read_parts(kOp, in_.parts, in_.tables, in_.x ? in_.x->size(in_.x->dim() - 1) : 0);
     typed([](auto) {});
+    check_readable();
     single_ = dtype() == ScalarType::Float && single_products();
     dense(in_.tables), dense(in_.ids), dense(in_.weights), dense(in_.biases);
     if (in_.x) hold_matrix();
@@ -55,10 +55,8 @@ class Operator {
   }
 
   Tensors backward(const Tensor& grad_logits, bool need_x, bool need_tables, bool need_weights) {
+    checks_.matrix(grad_logits, "grad_logits", rows_, network().out_features);
     Tensor given = compact(grad_logits);
-    STD_TORCH_CHECK(given.numel() == rows_ * network().out_features &&
-                        given.scalar_type() == dtype(),
-                    "maskmoe: grad_logits does not fit the logits");
     need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
     typed([&](auto t) {
       using T = decltype(t);
@@ -109,9 +107,9 @@ class Operator {
 
   Tensors gem(Loss loss, Choice choice, bool need_x, bool need_tables, bool need_weights) {
     const int64_t experts = network().out_features;
-    STD_TORCH_CHECK(loss.target.numel() == rows_ && (!loss.mask || loss.mask->numel() == rows_) &&
-                        loss.target.scalar_type() == ScalarType::Float &&
-                        (!loss.mask || loss.mask->scalar_type() == ScalarType::Bool),
+    checks_.readable(loss.target, "target", -1, aoti_torch_dtype_float32());
+    if (loss.mask) checks_.readable(*loss.mask, "mask", -1, aoti_torch_dtype_bool());
+    STD_TORCH_CHECK(loss.target.numel() == rows_ && (!loss.mask || loss.mask->numel() == rows_),
                     "maskmoe: target or mask do not fit the logits");
     check(choice);
     loss.target = compact(loss.target);
@@ -153,7 +151,10 @@ class Operator {
   }
 
  private:
-  const Tensor& like() const { return in_.weights.front(); }
+  const Tensor& like() const {
+    STD_TORCH_CHECK(!in_.weights.empty(), "maskmoe: the fused network has no weights");
+    return in_.weights.front();
+  }
   ScalarType dtype() const { return like().scalar_type(); }
   const Network& network() const { return placed_->network; }
   const Tables& network_tables() const { return placed_->host; }
@@ -165,7 +166,6 @@ class Operator {
   // x as a matrix with features side by side.
   void hold_matrix() {
     Tensor& x = *in_.x;
-    STD_TORCH_CHECK(x.dim() > 0, "maskmoe: x must be (*, features)");
     const int64_t features = x.size(x.dim() - 1);
     x_stride_ = features;
     if (x.dim() == 2 && (features == 1 || x.stride(1) == 1) && x.stride(0) >= features) {
@@ -175,62 +175,122 @@ class Operator {
     }
   }
 
+  // A network compiled for parts of these widths, the plans that it was read from, and where their
+  // values lie, which stays theirs.
+  struct Kept {
+    std::vector<Encoded> addresses;
+    Tensors plans;
+    Contents contents;
+    std::shared_ptr<const Placed<Machine>> placed;
+
+    bool is_from(const std::vector<Encoded>& others) const {
+      return std::equal(addresses.begin(), addresses.end(), others.begin(), others.end(),
+                        [](const Encoded& a, const Encoded& b) {
+                          return a.values == b.values && a.count == b.count;
+                        });
+    }
+  };
+
   // The plan of these layouts and parts on this device. Built on first use, which reads the
   // layouts back from the device and so cannot be captured in a graph; kept for good, as graphs
-  // that were captured later point to its tables.
+  // that were captured later point to its tables. What it was read from is known by its address,
+  // other tensors by their content; see plan.h.
   std::shared_ptr<const Placed<Machine>> place() {
     static std::mutex mutex;
-    static std::map<Integers, std::shared_ptr<const Placed<Machine>>> known;
+    static std::map<Integers, std::vector<Kept>> known;
     Integers key = in_.layouts;
     std::vector<PartSize> sizes;
-    for (int64_t p : in_.parts) {
-      STD_TORCH_CHECK(p < static_cast<int64_t>(in_.tables.size()) && (p >= 0 || in_.x),
-                      "maskmoe: parts name table ", p, ", and there are ", in_.tables.size());
-      sizes.push_back(p < 0 ? PartSize{false, -p} : PartSize{true, in_.tables[p].size(1)});
-      key.push_back(sizes.back().width);
+    for (const PartOf& part : parts_) {
+      sizes.push_back({part.table >= 0, part.width});
+      key.push_back(part.width);
     }
     key.push_back(static_cast<int64_t>(in_.layouts.size()));
     key.push_back(machine_.device());
-    std::lock_guard<std::mutex> lock(mutex);
-    auto found = known.find(key);
-    if (found != known.end()) return found->second;
-    std::vector<std::vector<int64_t>> values;
-    std::vector<Encoded> encoded;
+    std::vector<Encoded> addresses;
     for (const Tensor& plan : in_.plans) {
-      values.push_back(machine_.read(compact(plan)));
-      encoded.push_back({values.back().data(), static_cast<int64_t>(values.back().size())});
+      addresses.push_back({static_cast<const int64_t*>(plan.data_ptr()), plan.numel()});
     }
-    auto made = std::make_shared<const Placed<Machine>>(encoded, sizes);
-    return known[key] = made;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (const Kept& kept : known[key]) {
+        if (kept.is_from(addresses)) return kept.placed;
+      }
+    }
+    Contents contents;
+    for (size_t n = 0; n < in_.plans.size(); ++n) {
+      checks_.readable(in_.plans[n], "plans", n, aoti_torch_dtype_int64());
+      STD_TORCH_CHECK(in_.plans[n].dim() == 1, checks_.named("plans", n), " must be a vector");
+      contents.push_back(machine_.read(compact(in_.plans[n])));
+    }
+    std::shared_ptr<const Placed<Machine>> placed;
+    {
+      const std::lock_guard<std::mutex> lock(mutex);
+      for (const Kept& kept : known[key]) {
+        if (kept.contents == contents) placed = kept.placed;
+      }
+    }
+    if (placed == nullptr) {
+      const auto layouts = verified(contents, in_.layouts);
+      STD_TORCH_CHECK(layouts.front().in_features == features_of(parts_),
+                      "maskmoe: the fused network reads ", layouts.front().in_features,
+                      " features, its parts have ", features_of(parts_));
+      std::vector<Encoded> encoded;
+      for (const auto& values : contents) {
+        encoded.push_back({values.data(), static_cast<int64_t>(values.size())});
+      }
+      placed = std::make_shared<const Placed<Machine>>(encoded, sizes);
+    }
+    Kept dropped;  // freed after the lock; see plan.cpp
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::vector<Kept>& all = known[key];
+    if (all.size() >= kMostPlans) {  // never the last that has its tables
+      auto spare = std::find_if(all.begin(), all.end(), [](const Kept& kept) {
+        return kept.placed.use_count() > 1;
+      });
+      if (spare != all.end()) {
+        dropped = std::move(*spare);
+        all.erase(spare);
+      }
+    }
+    all.push_back({std::move(addresses), in_.plans, std::move(contents), placed});
+    return placed;
+  }
+
+  void check_readable() const {
+    if (in_.x) checks_.readable(*in_.x, "x", -1, checks_.dtype());
+    for (size_t n = 0; n < in_.tables.size(); ++n) {
+      checks_.readable(in_.tables[n], "tables", n, checks_.dtype());
+      checks_.readable(in_.ids[n], "ids", n, aoti_torch_dtype_int64());
+      STD_TORCH_CHECK(in_.tables[n].dim() == 2, checks_.named("tables", n),
+                      " must be (rows, width)");
+    }
+    for (size_t n = 0; n < in_.weights.size(); ++n) {
+      checks_.readable(in_.weights[n], "weights", n, checks_.dtype());
+    }
+    for (size_t n = 0; n < in_.biases.size(); ++n) {
+      checks_.readable(in_.biases[n], "biases", n, checks_.dtype());
+    }
   }
 
   void check() const {
-    const size_t layers = in_.weights.size();
-    bool fits = true;
-    for (size_t l = 0; l < layers; ++l) {
-      fits &= in_.weights[l].numel() == network().num_weights[l];
-      fits &= in_.weights[l].scalar_type() == dtype();
+    for (size_t n = 0; n < in_.weights.size(); ++n) {
+      checks_.values(in_.weights[n], "weights", n, network().num_weights[n]);
       if (in_.biases.empty()) continue;
-      fits &= in_.biases[l].numel() == network().num_units[l];
-      fits &= in_.biases[l].scalar_type() == dtype();
+      checks_.values(in_.biases[n], "biases", n, network().num_units[n]);
     }
-    for (size_t n = 0; n < in_.tables.size(); ++n) {
-      fits &= in_.tables[n].dim() == 2 && in_.tables[n].scalar_type() == dtype();
-      fits &= in_.ids[n].numel() == rows_ && in_.ids[n].scalar_type() == ScalarType::Long;
+    for (size_t n = 0; n < in_.ids.size(); ++n) {
+      STD_TORCH_CHECK(in_.ids[n].numel() == rows_, checks_.named("ids", n), " must have ", rows_,
+                      " entries, one a sample");
     }
-    int64_t columns = 0;
-    for (int64_t p : in_.parts) columns -= p < 0 ? p : 0;
-    if (in_.x) {
-      fits &= in_.x->scalar_type() == dtype() && in_.x->size(in_.x->dim() - 1) == columns;
-    }
-    STD_TORCH_CHECK(fits, "maskmoe: shapes or dtypes do not fit the fused network");
   }
 
   void check(Choice& choice) const {
     const int64_t experts = network().out_features;
-    STD_TORCH_CHECK(choice.strict.numel() == experts * experts &&
-                        choice.strict.scalar_type() == ScalarType::Bool,
+    checks_.readable(choice.strict, "strict", -1, aoti_torch_dtype_bool());
+    STD_TORCH_CHECK(choice.strict.dim() == 2 && choice.strict.size(0) == experts &&
+                        choice.strict.size(1) == experts,
                     "maskmoe: the family does not fit the network, it has ", experts, " logits");
+    choice.sharpness = checked_sharpness(choice.sharpness);
     choice.strict = compact(choice.strict);
   }
 
@@ -437,7 +497,6 @@ class Operator {
     int64_t at = 0;
     for (int64_t p : in_.parts) {
       if (p < 0) continue;
-      STD_TORCH_CHECK(column[p] < 0, "maskmoe: parts name table ", p, " twice");
       column[p] = at;
       at += in_.tables[p].size(1);
     }
@@ -462,8 +521,13 @@ class Operator {
     return all;
   }
 
+  static constexpr const char* kOp = "masked_mlp";
+  static constexpr size_t kMostPlans = 64;  // tensors that one network is known by
+
   Inputs in_;
   Use use_;
+  Checks checks_;
+  std::vector<PartOf> parts_;
   Machine machine_;
   std::shared_ptr<const Placed<Machine>> placed_;
   Integers leading_;

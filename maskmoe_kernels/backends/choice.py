@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmoe_kernels.backends import native, triton
 from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.blocks import BlockLayout
 
 #: Fastest first; ``None`` takes the first that can run.
 BACKENDS: tuple[str, ...] = ("triton", "native", "grouped", "reference")
@@ -27,8 +28,18 @@ DESCRIPTIONS: dict[str, str] = {
 }
 
 
-def obstacle(name: str, x: Tensor) -> str | None:
-    """Why backend ``name`` cannot run on ``x``, in words for the user; None when it can."""
+#: What ``layout.too_fine`` means to whom it stops.
+TOO_FINE = (
+    "its layout has too many blocks of too few weights, more than 65,536 of less than 16 on "
+    "average: tables of them would be larger than the weights"
+)
+
+
+def obstacle(name: str, x: Tensor, layout: BlockLayout | None = None) -> str | None:
+    """Why backend ``name`` cannot run on ``x``, in words for the user; None when it can.
+
+    Without a ``layout``: on one that every backend takes.
+    """
     if not x.is_floating_point():
         return f"x is {x.dtype}; convert it to a floating-point type first"
     if name == "triton":
@@ -36,7 +47,8 @@ def obstacle(name: str, x: Tensor) -> str | None:
     if name == "native":
         if x.device.type not in ("cpu", "meta"):
             return f"x is on {x.device}; these kernels are for the CPU"
-        return _dtype_obstacle(x) or native.OBSTACLE
+        fine = layout is not None and layout.too_fine
+        return _dtype_obstacle(x) or native.OBSTACLE or (TOO_FINE if fine else None)
     return None
 
 
@@ -52,30 +64,31 @@ def check_backend(backend: str | None) -> None:
         raise BackendError(f"backend must be None or one of {list(BACKENDS)}, got {backend!r}")
 
 
-def choose(backend: str | None, x: Tensor) -> str:
+def choose(backend: str | None, x: Tensor, layout: BlockLayout | None = None) -> str:
     """The backend to run on ``x``: the named one, or the fastest that can.
 
     Raises:
-        BackendError: An unknown name, or a named backend that cannot run on ``x``.
+        BackendError: An unknown name, or a named backend that cannot run on ``x`` and ``layout``.
     """
     if backend is None:
         # Triton's interpreter is a test bench: on the CPU, it runs where it is named.
         for name in BACKENDS if x.is_cuda else BACKENDS[1:]:
-            if obstacle(name, x) is None:
+            if obstacle(name, x, layout) is None:
                 return name
         raise BackendError(f"no backend can run: {obstacle(BACKENDS[-1], x)}")
     check_backend(backend)
-    reason = obstacle(backend, x)
+    reason = obstacle(backend, x, layout)
     if reason is not None:
         raise BackendError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 
-def warn_of_fallback(name: str, x: Tensor) -> None:
+def warn_of_fallback(name: str, x: Tensor, layout: BlockLayout) -> None:
     """Say once why ``x`` takes the PyTorch path, if kernels for its device are not to be had."""
     if name == "grouped" and _dtype_obstacle(x) is None and x.device.type in ("cpu", "cuda"):
         best = "triton" if x.is_cuda else "native"
-        _warn_once(f"masked_linear runs in plain PyTorch: no {best} kernels, {obstacle(best, x)}")
+        reason = obstacle(best, x, layout)
+        _warn_once(f"masked_linear runs in plain PyTorch: no {best} kernels, {reason}")
 
 
 @cache

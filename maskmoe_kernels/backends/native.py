@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.plan import on_forget
 
 _PACKAGE = Path(__file__).parent.parent
 
@@ -79,5 +80,7 @@ CUDA_OBSTACLE: str | None = _reason or (
     if build_record().get("cuda")
     else None
 )
+if _extension is not None:
+    on_forget(_extension.forget)
 if _extension is not None and os.environ.get("MASKMOE_ISA"):
     set_isa(os.environ["MASKMOE_ISA"])

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 PACKING_VERSION = 2
 # Below this many weights a block is not worth a matrix product of its own.
 SMALL_BLOCK = 16
+# More blocks than this, each too small for a product, are too many for a kernel's tables.
+MANY_BLOCKS = 1 << 16
+# Features and units a side: kernels count them in 32 bits.
+MOST_FEATURES = 2**31 - 1
 # Up to this many units a side, a dense product is so cheap that nobody needs a warning.
 SMALL_SIDE = 256
 
@@ -77,6 +81,11 @@ class BlockLayout:
         self.col_offsets: tuple[int, ...] = tuple(accumulate(self.col_sizes, initial=0))
         self.out_features: int = self.row_offsets[-1]
         self.in_features: int = self.col_offsets[-1]
+        if max(self.out_features, self.in_features) > MOST_FEATURES:
+            raise LayoutError(
+                f"a layout has at most {MOST_FEATURES} units and features, got "
+                f"{self.out_features} and {self.in_features}"
+            )
         self.row_order = _order("row_order", row_order, self.out_features)
         self.col_order = _order("col_order", col_order, self.in_features)
         exact = torch.float32 if self.in_features < 2**24 else torch.float64
@@ -88,6 +97,8 @@ class BlockLayout:
             accumulate(map(operator.mul, self.row_sizes, self.row_fan_in), initial=0)
         )
         self.num_weights: int = self.weight_offsets[-1]
+        #: Z, the number of present blocks.
+        self.num_blocks: int = int(self.present.count_nonzero())
         #: Digest of what orders the packed weights; a checkpoint records it.
         self.packing_id: int = self._packing_digest()
         #: 63-bit digest of the content; equal layouts have equal ids, on every machine.
@@ -204,11 +215,6 @@ class BlockLayout:
         return self.num_weights / (self.out_features * self.in_features)
 
     @cached_property
-    def num_blocks(self) -> int:
-        """Z, the number of present blocks."""
-        return int(self.present.count_nonzero())
-
-    @cached_property
     def num_routed_weights(self) -> int:
         """Weights in the blocks that route a gradient to the input."""
         sizes = torch.tensor(self.row_sizes, device="cpu")[:, None] * torch.tensor(
@@ -226,6 +232,14 @@ class BlockLayout:
     def has_blocks(self) -> bool:
         """Are blocks large enough, on average, to be worth a matrix product each?"""
         return self.num_weights >= SMALL_BLOCK * self.num_blocks
+
+    @property
+    def too_fine(self) -> bool:
+        """Are there so many blocks of so few weights that a kernel's tables would outweigh them?
+
+        Compiled kernels do not take such a layout; who chooses what runs asks here.
+        """
+        return self.num_blocks > MANY_BLOCKS and not self.has_blocks
 
     @cached_property
     def routes_all(self) -> bool:
@@ -325,7 +339,20 @@ class BlockLayout:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, BlockLayout):
             return NotImplemented
-        return self.id == other.id
+        if self is other:
+            return True
+        # An id tells most layouts apart; that two have one id does not make them one.
+        return self.id == other.id and self._content_equals(other)
+
+    def _content_equals(self, other: BlockLayout) -> bool:
+        return (
+            self.row_sizes == other.row_sizes
+            and self.col_sizes == other.col_sizes
+            and torch.equal(self.present, other.present)
+            and torch.equal(self.routes_grad, other.routes_grad)
+            and _same_order(self.row_order, other.row_order)
+            and _same_order(self.col_order, other.col_order)
+        )
 
     def __hash__(self) -> int:
         return self.id
@@ -374,6 +401,10 @@ def keep_table(
         ):
             tables[key] = build().to(key[1], copy=True)
     return tables[key]
+
+
+def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
 
 
 def _digest(parts: Sequence[bytes]) -> int:

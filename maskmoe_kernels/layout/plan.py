@@ -6,19 +6,23 @@ Plan, int64, one dimension::
     row_sizes (R), col_sizes (C), present (R * C bits), routes_grad (R * C bits),
     row_order (out), col_order (in)
 
-Bits are packed 32 to an entry, lowest first. A plan is built once per layout and device and
-found again by the layout's id, so no call reads it back from a device; only a program loaded in
-a fresh process decodes it, once.
+Bits are packed 32 to an entry, lowest first. A plan is built once per layout and device. A call
+names a layout by its id and its plan, and the plan is what counts: the tensor that was built here
+is known by itself, so no call reads it back from a device; any other, of a loaded program say, is
+read once, and refused if its content is not what the id says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize, ref
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
@@ -27,12 +31,26 @@ PLAN_VERSION = 1
 _HEADER = 5
 _WORD = 32
 
+#: One layout of each content that has a plan. (Two contents with one id: the first.)
 _known: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
-_decoded: dict[int, BlockLayout] = {}
+#: What each plan describes. A plan that belongs to a layout does not keep it alive; what was read
+#: from a plan lives as long as that.
+_read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_forgets: list[Callable[[int], None]] = []
+
+
+def on_forget(forget: Callable[[int], None]) -> None:
+    """Have ``forget(id)`` called when nobody holds a layout with this id any more."""
+    _forgets.append(forget)
+
+
+def _forget(layout_id: int) -> None:
+    for forget in _forgets:
+        forget(layout_id)
 
 
 def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
-    """The plan of ``layout`` on ``device``; builds it on first use and registers the layout."""
+    """The plan of ``layout`` on ``device``, which equal layouts share; built on first use."""
     key = ("plan", device)
     plan = layout._tables.get(key)
     if plan is None:
@@ -41,26 +59,58 @@ def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
                 "torch.compile cannot build the plan of a layout; call masked_linear once on this "
                 "device before compiling it (MaskedLinear has its plan from the start)"
             )
-        # Equal layouts keep the registered one alive: its id has to be known as long as any of
-        # them has a plan, or a call would read a plan back from its device.
-        registered = _known.setdefault(layout.id, layout)
+        registered = _registered(layout)
         if registered is not layout:  # a layout that held itself would wait for the collector
             layout._registered = registered
+            plan = layout._tables[key] = plan_of(registered, device)
+            return plan
         plan = layout.table("plan", device, lambda: encode(layout))
+        _read[plan] = ref(layout)
+        finalize(layout, _forget, layout.id).atexit = False
     return plan
 
 
+def _registered(layout: BlockLayout) -> BlockLayout:
+    """The layout that stands for all with the content of this one."""
+    registered = _known.setdefault(layout.id, layout)
+    return registered if registered == layout else layout
+
+
 def layout_of(layout_id: int, plan: Tensor) -> BlockLayout:
-    """The layout with ``layout_id``; decoded from ``plan`` if this process has not met it."""
+    """The layout that ``plan`` describes, which has to be the one with ``layout_id``.
+
+    Raises:
+        LayoutError: Not a plan, or that of another layout.
+    """
+    known = _read.get(plan)
+    layout: BlockLayout | None = None if known is None else known()
+    if layout is not None and layout.id == layout_id:
+        return layout
+    if plan.device.type == "meta" or isinstance(plan, torch._subclasses.FakeTensor):
+        return _unread(layout_id, plan)
+    layout = decode(plan)
+    if layout.id != layout_id:
+        raise LayoutError(
+            f"plan describes layout {layout.id}, but the call names {layout_id}; pass a plan "
+            "from plan_of(layout, device)"
+        )
+    layout = _registered(layout)
+    _read[plan] = partial(_itself, layout)
+    return layout
+
+
+def _itself(layout: BlockLayout) -> BlockLayout:
+    return layout
+
+
+def _unread(layout_id: int, plan: Tensor) -> BlockLayout:
+    """The layout of a plan that has no values: who asks computes none, only counts."""
     layout = _known.get(layout_id)
-    if layout is None:
-        layout = decode(plan)
-        if layout.id != layout_id:
-            raise LayoutError(
-                f"plan describes layout {layout.id}, but the call names {layout_id}; pass a plan "
-                "from plan_of(layout, device)"
-            )
-        _known[layout_id] = _decoded[layout_id] = layout
+    if layout is None or plan.shape != encode(layout).shape:
+        raise LayoutError(
+            f"layout {layout_id} is not known, and the plan has no values to read it from; call "
+            "plan_of(layout, device) first"
+        )
     return layout
 
 
@@ -99,26 +149,33 @@ def decode(plan: Tensor) -> BlockLayout:
         raise LayoutError(
             f"plan has version {version}, this library reads version {PLAN_VERSION}; export again"
         )
-    row_sizes, col_sizes = values[_HEADER : _HEADER + rows + cols].split([rows, cols])
+    if rows < 1 or cols < 1 or _HEADER + rows + cols > values.numel():
+        raise LayoutError(f"plan names {rows} x {cols} blocks, it holds {values.numel()} entries")
+    row_sizes, col_sizes = (
+        part.tolist() for part in values[_HEADER : _HEADER + rows + cols].split([rows, cols])
+    )
     words = -(-rows * cols // _WORD)
     sizes = [
         _HEADER + rows + cols,
         words,
         words,
-        int(row_sizes.sum()) * has_row_order,
-        int(col_sizes.sum()) * has_col_order,
+        sum(row_sizes) if has_row_order else 0,
+        sum(col_sizes) if has_col_order else 0,
     ]
-    if sum(sizes) != values.numel():
+    if sum(sizes) != values.numel() or min(sizes) < 0:
         raise LayoutError(f"plan should hold {sum(sizes)} entries, it holds {values.numel()}")
     _, present, routes, row_order, col_order = values.split(sizes)
-    return BlockLayout(
-        row_sizes.tolist(),
-        col_sizes.tolist(),
+    layout = BlockLayout(
+        row_sizes,
+        col_sizes,
         _bits(present, rows, cols),
         _bits(routes, rows, cols),
         row_order=row_order if has_row_order else None,
         col_order=col_order if has_col_order else None,
     )
+    if not torch.equal(encode(layout), values):
+        raise LayoutError("plan has bits or flags that stand for nothing; export again")
+    return layout
 
 
 def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:

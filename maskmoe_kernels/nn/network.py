@@ -63,6 +63,7 @@ class MaskedMLP(nn.Sequential):
         )
         self.layouts = [*layouts]
         self._gap = gap
+        self._too_fine = any(layout.too_fine for layout in layouts)
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
         """Input ``(*, in_features)`` of the first layer to ``(*, out_features)`` of the last.
@@ -133,7 +134,8 @@ class MaskedMLP(nn.Sequential):
         if _has_any_global_hook():
             return "a hook wants to see each layer"
         named = first.backend == "native"
-        return self._gap or networks.obstacle(weights[0].dtype, weights[0].device, named)
+        of = weights[0]
+        return self._gap or networks.obstacle(of.dtype, of.device, named, self._too_fine)
 
     def extra_repr(self) -> str:
         """How the layers run, for ``print(net)``."""

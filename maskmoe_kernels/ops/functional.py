@@ -14,7 +14,7 @@ from maskmoe_kernels.backends import reference
 from maskmoe_kernels.backends.activations import activation_name
 from maskmoe_kernels.backends.choice import choose, warn_of_fallback
 from maskmoe_kernels.backends.tracing import constant_in_trace
-from maskmoe_kernels.errors import BackendError, LayoutError
+from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.ops.autograd import (
@@ -24,6 +24,7 @@ from maskmoe_kernels.ops.autograd import (
     forward_mode,
     func_transforms,
 )
+from maskmoe_kernels.ops.checks import check_linear
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
@@ -62,7 +63,7 @@ def masked_linear(
     name = "none" if activation is None else activation_name(activation)
     if torch._C._is_any_autocast_enabled():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
-    _check(x, weight, bias, layout)
+    check_linear(x, weight, bias, layout)
     compiling = torch.compiler.is_compiling()
     route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
     op, plan = route or _route(backend, x, layout, keep=not compiling)
@@ -90,15 +91,16 @@ def masked_linear(
 def _route(
     backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
 ) -> tuple[str | None, Tensor]:
-    # The choice is the same for every call with these three; small layers feel what it costs.
-    name = choose(backend, x)
+    # The choice is the same for every call on a layout with these three; small layers feel what it
+    # costs.
+    name = choose(backend, x, layout)
     op = OP_OF.get(name)
     if name == "triton" and not x.is_cuda:  # the interpreter
         op = "triton_linear"
     route = op, plan_of(layout, x.device)
     if keep:
         if backend is None:
-            warn_of_fallback(name, x)
+            warn_of_fallback(name, x, layout)
         layout.routes[backend, x.dtype, x.device] = route
     return route
 
@@ -130,49 +132,6 @@ def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
 
     return [None if t is None else cast(t) for t in tensors]
-
-
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
-    # Layers can be so small that looking twice would show.
-    dtype, device = x.dtype, x.device
-    if (
-        x.dim() == 0
-        or x.size(-1) != layout.in_features
-        or weight.dim() != 1
-        or weight.numel() != layout.num_weights
-        or weight.dtype != dtype
-        or weight.device != device
-        or not dtype.is_floating_point
-    ):
-        _explain(x, weight, bias, layout)
-    if bias is not None and (
-        bias.dim() != 1
-        or bias.numel() != layout.out_features
-        or bias.dtype != dtype
-        or bias.device != device
-    ):
-        _explain(x, weight, bias, layout)
-
-
-def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
-    if not x.is_floating_point():
-        raise LayoutError(f"x must be floating-point, got {x.dtype}; convert it first")
-    if x.dim() == 0 or x.shape[-1] != layout.in_features:
-        raise LayoutError(
-            f"x must be (*, in_features) with in_features={layout.in_features}, got "
-            f"{tuple(x.shape)}"
-        )
-    layout.check_weight(weight)
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != layout.out_features):
-        raise LayoutError(
-            f"bias must be (out_features,) = ({layout.out_features},), got {tuple(bias.shape)}"
-        )
-    for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and (other.dtype != x.dtype or other.device != x.device):
-            raise LayoutError(
-                f"x is {x.dtype} on {x.device} but {name} is {other.dtype} on {other.device}; "
-                "move both to one dtype and device"
-            )
 
 
 def _refuse_forward_ad(*inputs: Tensor | None) -> None:

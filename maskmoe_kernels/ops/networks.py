@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.backends import choice, native
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
+from maskmoe_kernels.ops.checks import check_count, check_parts
 from maskmoe_kernels.ops.functional import autocast
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
@@ -126,9 +127,11 @@ def _layered(
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_parts(x, tables, ids, parts, weights, biases, len(layouts))
     with torch.no_grad():
         h = _gather(x, tables, ids, parts)
         logits = _through(h, weights, biases, plans, layouts, activation)[0][-1]
+    check_count("out_features", out_features, logits.shape[-1])
     return logits, logits.new_empty((0, 0), dtype=torch.float32)
 
 
@@ -148,6 +151,7 @@ def _layered_backward(
     need_tables: bool,
     need_weights: bool,
 ) -> list[Tensor]:
+    check_parts(x, tables, ids, parts, weights, biases, len(layouts))
     h = _gather(x, tables, ids, parts)
     outputs, before = _through(h, weights, biases, plans, layouts, activation)
     grad, last = grad_logits, len(layouts) - 1
@@ -314,13 +318,16 @@ class Layers:
     activation: str = "none"
 
 
-def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | None:
+def obstacle(
+    dtype: torch.dtype, device: torch.device, named: bool, too_fine: bool = False
+) -> str | None:
     """Why no network runs as one op on such weights, in words for the user; None when they do.
 
     Args:
         dtype: Of the weights.
         device: Of the weights.
         named: Was the backend ``"native"`` asked for?
+        too_fine: Is one of the layouts; see :attr:`BlockLayout.too_fine`.
     """
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
@@ -330,7 +337,7 @@ def obstacle(dtype: torch.dtype, device: torch.device, named: bool) -> str | Non
         return native.CUDA_OBSTACLE
     if device.type != "cpu":
         return f"the weights are on {device}; fused networks run on the CPU and on NVIDIA GPUs"
-    return native.OBSTACLE
+    return native.OBSTACLE or (choice.TOO_FINE if too_fine else None)
 
 
 def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:

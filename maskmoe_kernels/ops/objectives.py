@@ -18,9 +18,11 @@ from torch import Tensor
 from maskmoe_kernels.backends import triton as backend
 from maskmoe_kernels.backends.tracing import constant_in_trace
 from maskmoe_kernels.backends.triton.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
+from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops.autograd import differentiable_once, transformed
+from maskmoe_kernels.ops.checks import check_exactly, check_name
 
 #: Devices whose tensors go to the kernels unasked. (Tests of the interpreter add the CPU.)
 DEVICES = {"cuda"}
@@ -44,29 +46,71 @@ for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
+# What a kernel reads by address is checked here: a program that was loaded brings its own tables.
+# The values in them are for the kernels, which stay inside the experts whatever a table names.
+def _check(
+    logits: Tensor, listed: Tensor, of: Tensor, larger: Tensor, confidence: str, sharpness: float
+) -> None:
+    if logits.dtype not in DTYPES or logits.layout != torch.strided or not logits.dim():
+        raise LayoutError(f"logits must be (*, H) in one of {DTYPES}, got {logits.dtype}")
+    experts, device = logits.shape[-1], logits.device
+    if not 0 < experts <= MAX_EXPERTS or listed.dim() != 1:
+        raise LayoutError(
+            f"there must be 1 to {MAX_EXPERTS} experts and a list of some, got {experts} and "
+            f"{tuple(listed.shape)}"
+        )
+    check_exactly("smaller and bigger", listed, listed.shape, torch.int32, device)
+    check_exactly("above and below", of, (len(listed), experts), torch.uint8, device)
+    check_exactly("larger", larger, (experts,), torch.bool, device)
+    check_name("confidence", confidence, CONFIDENCES)
+    if not 1e-6 <= sharpness <= 1e6:
+        raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
+
+
 # Triton is imported when a kernel is first called, not before.
-def _selection(*args: Any) -> tuple[Tensor, Tensor]:
+def _selection(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from maskmoe_kernels.backends.triton import selection_kernels
 
-    return selection_kernels.forward(*args)
+    _check(logits, *args[:5])
+    return selection_kernels.forward(logits, *args)
 
 
-def _selection_backward(*args: Any) -> Tensor:
+def _selection_backward(
+    grad_alpha: Tensor | None, grad_product: Tensor | None, logits: Tensor, *args: Any
+) -> Tensor:
     from maskmoe_kernels.backends.triton import selection_kernels
 
-    return selection_kernels.backward(*args)
+    _check(logits, *args[2:])
+    shape, device = logits.shape, logits.device
+    for name, kept in zip(("alpha", "product"), args[:2], strict=True):
+        check_exactly(name, kept, shape, torch.float32, device)
+    for name, grad in (("grad_alpha", grad_alpha), ("grad_product", grad_product)):
+        if grad is not None:
+            check_exactly(name, grad.contiguous(), shape, torch.float32, device)
+    return selection_kernels.backward(grad_alpha, grad_product, logits, *args)
 
 
-def _mixture(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _mixture(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from maskmoe_kernels.backends.triton import selection_kernels
 
-    return selection_kernels.mixture(*args)
+    _check(logits, *args)
+    return selection_kernels.mixture(logits, *args)
 
 
-def _gem_loss(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gem_loss(
+    logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     from maskmoe_kernels.backends.triton import gem_kernels
 
-    return gem_kernels.gem_loss(*args)
+    *selection, weighting, normalize = args
+    _check(logits, *selection)
+    check_name("weighting", weighting, ("selection", "deselection"))
+    check_name("normalize", normalize, ("none", "sample", "expert", "batch"))
+    rows, device = (logits.numel() // logits.shape[-1],), logits.device
+    check_exactly("target", target.reshape(-1).float(), rows, torch.float32, device)
+    if mask is not None:
+        check_exactly("mask", mask.reshape(-1).contiguous(), rows, torch.bool, device)
+    return gem_kernels.gem_loss(logits, target, mask, *args)
 
 
 def _selection_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ derivative needs it, otherwise the output.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -24,6 +25,7 @@ from maskmoe_kernels.backends import grouped, triton
 from maskmoe_kernels.backends.activations import NEEDS_INPUT
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.plan import layout_of
+from maskmoe_kernels.ops.checks import check_count, check_like, check_linear
 
 _LIBRARY = torch.library.Library("maskmoe", "DEF")
 _FORWARD = (
@@ -69,8 +71,11 @@ class _Implementation:
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         # A loaded program calls the op as such, with weights that may still require a gradient.
+        of = layout_of(layout, plan)
+        check_linear(x, weight, bias, of)
+        check_count("out_features", out_features, of.out_features)
         with torch.no_grad():
-            y, z = self._of(x).forward(x, weight, bias, layout_of(layout, plan), activation, keep)
+            y, z = self._of(x).forward(x, weight, bias, of, activation, keep)
         return y, z
 
     def backward(
@@ -88,6 +93,10 @@ class _Implementation:
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs = (need_x, need_weight, need_bias)
         of = layout_of(layout, plan)
+        check_linear(x, weight, None, of)
+        check_like("grad_y", grad_y, x, of.out_features)
+        if activation != "none":
+            check_like("saved", saved, x, of.out_features)
         grads: tuple[Tensor, Tensor, Tensor] = self._of(x).backward(
             grad_y, x, weight, saved, of, activation, needs
         )
@@ -137,16 +146,18 @@ def _backward_fake(
     )
 
 
-def _forward_flops(x: Any, weight: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
-    return 2 * _rows(x) * int(weight[0])  # present blocks, never the dense size
+def _forward_flops(
+    x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
+) -> int:
+    return 2 * _rows(x) * weight.numel()  # present blocks, never the dense size
 
 
 def _backward_flops(
-    grad_y: Any,
-    x: Any,
-    weight: Any,
-    saved: Any,
-    plan: Any,
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    plan: Tensor,
     layout: int,
     activation: str,
     need_x: bool,
@@ -157,14 +168,11 @@ def _backward_flops(
     **kwargs: Any,
 ) -> int:
     routed = layout_of(layout, plan).num_routed_weights if need_x else 0
-    return 2 * _rows(x) * (routed + need_weight * int(weight[0]))
+    return 2 * _rows(x) * (routed + need_weight * weight.numel())
 
 
-def _rows(shape: Any) -> int:
-    rows = 1
-    for size in shape[:-1]:
-        rows *= int(size)
-    return rows
+def _rows(x: Tensor) -> int:
+    return math.prod(map(int, x.shape[:-1]))
 
 
 _GROUPED = _Implementation(lambda x: grouped)
@@ -177,7 +185,9 @@ for _name in OPS:
     _LIBRARY.impl(_name + "_backward", _way.backward, "CompositeExplicitAutograd")
     torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
-    register_flop_formula(getattr(torch.ops.maskmoe, _name))(_forward_flops)
-    register_flop_formula(getattr(torch.ops.maskmoe, _name + "_backward"))(_backward_flops)
+    _flops = register_flop_formula(getattr(torch.ops.maskmoe, _name), get_raw=True)
+    _flops(_forward_flops)
+    _flops = register_flop_formula(getattr(torch.ops.maskmoe, _name + "_backward"), get_raw=True)
+    _flops(_backward_flops)
 _LIBRARY.impl("masked_linear", _TRITON.forward, "CUDA")
 _LIBRARY.impl("masked_linear_backward", _TRITON.backward, "CUDA")

@@ -4,6 +4,7 @@ import gc
 import pickle
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,9 @@ def test_decode_inverts_encode(layout):
 def test_a_plan_is_built_once(layout):
     plan = plan_of(layout, CPU)
     assert plan_of(layout, CPU) is plan
-    assert layout_of(layout.id, torch.zeros(0, dtype=torch.int64)) == layout  # found by its id
+    assert layout_of(layout.id, plan) == layout
+    with pytest.raises(mk.LayoutError, match="one-dimensional int64"):  # no id stands for content
+        layout_of(layout.id, torch.zeros(0, dtype=torch.int64))
 
 
 @given(strategies.layouts(), strategies.layouts())
@@ -118,13 +121,15 @@ def test_a_dead_twin_does_not_take_the_registration_with_it() -> None:
     layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2, dtype=torch.bool))
     twin = pickle.loads(pickle.dumps(layout))
     plan = plan_of(layout, torch.device("cpu"))
-    plan_of(twin, torch.device("cpu"))
+    assert plan_of(twin, torch.device("cpu")) is plan
     number = layout.id
     del twin
     gc.collect()
     assert layout_of(number, plan) is layout  # not decoded: on a GPU that waits for the device
     twin = pickle.loads(pickle.dumps(layout))
-    plan_of(twin, torch.device("cpu"))
+    assert plan_of(twin, torch.device("cpu")) is plan
+    registered = weakref.ref(layout)
     del layout
     gc.collect()
-    assert layout_of(number, torch.empty(0)) == twin
+    assert layout_of(number, plan) is registered()  # kept by its twin
+    assert twin == registered()

@@ -46,7 +46,7 @@ def obstacle():
         return f"no {call[0]} to compile the twin with"
     if not CSRC.is_dir():
         return f"no sources in {CSRC}: the suite runs against an installed wheel"
-    sources = sorted([*CSRC.glob("plan.*"), *(CSRC / "cuda").iterdir()])
+    sources = sorted([*CSRC.glob("plan.*"), *CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()])
     key = hashlib.sha256(repr((call, torch.__version__)).encode())
     for source in sources:
         key.update(source.read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -28,12 +28,20 @@ _SHORT = 4
 
 
 class Product:
-    """The tiles of one layout."""
+    """The tiles of one layout, which whoever asks for them holds."""
 
     def __init__(self, layout: BlockLayout) -> None:
-        self.layout = layout
+        self._layout = ref(layout)  # tiles are kept as long as their layout: not the other way
         self._host: dict[tuple[int, int], Tiles] = {}
         self._device: dict[tuple[object, ...], Any] = {}
+
+    @property
+    def layout(self) -> BlockLayout:
+        """The layout."""
+        layout = self._layout()
+        if layout is None:
+            raise ReferenceError("tiles of a layout that nobody holds any more")
+        return layout
 
     def options(self, rows: Tensor, precision: str, gradient: bool = False) -> list[Config]:
         """Ways to multiply ``rows``, the likeliest first; or to take the weight gradient."""
@@ -92,8 +100,8 @@ class Pair:
 
     def __init__(self, layout: BlockLayout) -> None:
         self.forward = Product(layout)
-        turned, self._index = transposed(layout)
-        self.turned = Product(turned)
+        self._turned, self._index = transposed(layout)
+        self.turned = Product(self._turned)
         self.fits = layout.num_weights < 2**31 and all(map(_fits, (self.forward, self.turned)))
 
     def turn(self, weight: Tensor) -> Tensor:

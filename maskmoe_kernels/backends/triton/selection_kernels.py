@@ -76,6 +76,12 @@ def load_logits(logits, row, expert, live, row_stride, expert_stride):
 
 
 @triton.jit
+def known_expert(named, experts):
+    """The expert that a table names; the table comes from whoever wrote the program."""
+    return tl.minimum(tl.maximum(named, 0), experts - 1)
+
+
+@triton.jit
 def products(rest, scratch, row, at, live, rows, experts, smaller, above, count, HB: tl.constexpr):
     """A_i, the product of 1 - g over omega(i), ``(R, HB)``.
 
@@ -87,7 +93,7 @@ def products(rest, scratch, row, at, live, rows, experts, smaller, above, count,
     expert = tl.arange(0, HB)
     product = tl.full(rest.shape, 1.0, tl.float32)
     for n in range(count):
-        j = tl.load(smaller + n)
+        j = known_expert(tl.load(smaller + n), experts)
         factor = tl.load(scratch + row * experts + j, mask=row < rows, other=1.0)
         inside = tl.load(above + n * experts + expert, mask=expert < experts, other=0) != 0
         product *= tl.where(inside[None, :], factor, 1.0)
@@ -151,7 +157,7 @@ def selection_backward(
     total = tl.zeros((R, HB), tl.float32)
     column = tl.arange(0, HB)
     for n in range(count):
-        i = tl.load(bigger + n)
+        i = known_expert(tl.load(bigger + n), experts)
         one = row * experts + i
         moved = tl.zeros((R, 1), tl.float32)
         if OWN:

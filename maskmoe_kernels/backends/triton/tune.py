@@ -1,10 +1,10 @@
 """Which of a few configurations is fastest here: measured once, kept on disk.
 
 The choice for (kind, layout, dtype, precision, log2 of the rows) is made by the first call and
-stays for the process, so that the same call gives the same bits. ``MASKMOE_TUNE=0`` always takes
-the model's first choice; so does a call that a CUDA graph captures. Measured choices are kept in
-``MASKMOE_CACHE`` (default: ``maskmoe_kernels`` in the user's cache folder), a file for each GPU
-and each version of torch, Triton and this package.
+stays as long as the layout, so that a call gives the same bits again. ``MASKMOE_TUNE=0`` always
+takes the model's first choice; so does a call that a CUDA graph captures. Measured choices are
+kept in ``MASKMOE_CACHE`` (default: ``maskmoe_kernels`` in the user's cache folder), a file for each
+GPU and each version of torch, Triton and this package.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ _ROUNDS = 7
 # A sample lasts about this long, in milliseconds: shorter ones measure the launch.
 _SAMPLE = 0.2
 
-_chosen: dict[tuple[str, torch.device], Any] = {}
+_chosen: WeakKeyDictionary[BlockLayout, dict[tuple[str, torch.device], Any]] = WeakKeyDictionary()
 
 
 def choose(
@@ -54,14 +55,15 @@ def choose(
         run: Computes with one of them; called again and again when it is measured.
     """
     key = f"{kind} {layout.id} {rows.dtype} {precision} {rows.shape[0].bit_length()}"
-    chosen: _T | None = _chosen.get((key, rows.device))
+    known = _chosen.setdefault(layout, {})
+    chosen: _T | None = known.get((key, rows.device))
     if chosen is None:
         choices = options()
         if len(choices) == 1 or not _may_measure():
             chosen = choices[0]
         else:
             chosen = _recalled(key, rows.device, choices) or _measured(key, rows, choices, run)
-        _chosen[key, rows.device] = chosen
+        known[key, rows.device] = chosen
     return chosen
 
 

@@ -1,0 +1,132 @@
+"""Do the tensors of a call fit its layouts? For the front ends, and for ops called by name.
+
+Shapes, dtypes and devices, which cost no look at a tensor's values. The C++ kernels check theirs in
+``csrc/checks.h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.blocks import BlockLayout
+
+
+def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
+    """Raise LayoutError unless these are a masked linear map's; see :func:`masked_linear`."""
+    # Layers can be so small that looking twice would show.
+    dtype, device = x.dtype, x.device
+    if (
+        x.dim() == 0
+        or x.size(-1) != layout.in_features
+        or weight.dim() != 1
+        or weight.numel() != layout.num_weights
+        or weight.dtype != dtype
+        or weight.device != device
+        or not dtype.is_floating_point
+    ):
+        _explain(x, weight, bias, layout)
+    if bias is not None and (
+        bias.dim() != 1
+        or bias.numel() != layout.out_features
+        or bias.dtype != dtype
+        or bias.device != device
+    ):
+        _explain(x, weight, bias, layout)
+
+
+def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
+    if not x.is_floating_point():
+        raise LayoutError(f"x must be floating-point, got {x.dtype}; convert it first")
+    if x.dim() == 0 or x.shape[-1] != layout.in_features:
+        raise LayoutError(
+            f"x must be (*, in_features) with in_features={layout.in_features}, got "
+            f"{tuple(x.shape)}"
+        )
+    layout.check_weight(weight)
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != layout.out_features):
+        raise LayoutError(
+            f"bias must be (out_features,) = ({layout.out_features},), got {tuple(bias.shape)}"
+        )
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and (other.dtype != x.dtype or other.device != x.device):
+            raise LayoutError(
+                f"x is {x.dtype} on {x.device} but {name} is {other.dtype} on {other.device}; "
+                "move both to one dtype and device"
+            )
+
+
+def check_count(name: str, given: int, expected: int) -> None:
+    """Raise LayoutError unless an argument that the layout determines is what it says."""
+    if given != expected:
+        raise LayoutError(f"{name} must be {expected}, as the layout has it, got {given}")
+
+
+def check_name(argument: str, given: str, names: Sequence[str]) -> None:
+    """Raise LayoutError unless ``given`` is one of ``names``."""
+    if given not in names:
+        raise LayoutError(f"{argument} must be one of {list(names)}, got {given!r}")
+
+
+def check_like(name: str, given: Tensor, x: Tensor, features: int) -> None:
+    """Raise LayoutError unless ``given`` has ``features`` for every row of ``x``."""
+    expected = (*x.shape[:-1], features)
+    if tuple(given.shape) != expected or given.dtype != x.dtype or given.device != x.device:
+        raise LayoutError(
+            f"{name} must be {expected}, {x.dtype} on {x.device}, got {tuple(given.shape)} "
+            f"{given.dtype} on {given.device}"
+        )
+
+
+def check_exactly(
+    name: str, given: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise LayoutError unless ``given`` is what a kernel reads by address: also contiguous."""
+    fits = tuple(given.shape) == tuple(shape) and given.dtype == dtype and given.device == device
+    if not fits or given.layout != torch.strided or not given.is_contiguous():
+        raise LayoutError(
+            f"{name} must be {tuple(shape)}, {dtype} on {device}, and contiguous; got "
+            f"{tuple(given.shape)} {given.dtype} on {given.device}"
+        )
+
+
+def check_parts(
+    x: Tensor | None,
+    tables: Sequence[Tensor],
+    ids: Sequence[Tensor],
+    parts: Sequence[int],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layers: int,
+) -> None:
+    """Raise LayoutError unless the lists of a network's arguments fit each other."""
+    if not layers == len(weights) or len(biases) not in (0, layers) or not weights:
+        raise LayoutError(
+            f"a network of {layers} layers needs as many weights, and biases or none; got "
+            f"{len(weights)} and {len(biases)}"
+        )
+    if len(ids) != len(tables) or (x is None and not ids) or (x is not None and not x.dim()):
+        raise LayoutError(
+            f"a network reads x (*, columns), or tables with an id each; got {len(tables)} tables "
+            f"and {len(ids)} ids"
+        )
+    named = [part for part in parts if part >= 0]
+    columns, given = -sum(part for part in parts if part < 0), 0 if x is None else x.shape[-1]
+    missing = max(named, default=-1) >= len(tables)
+    if missing or len({*named}) < len(named) or columns != given:
+        raise LayoutError(
+            f"parts must name every column of x once and no table twice; got {list(parts)[:9]} "
+            f"for {given} columns and {len(tables)} tables"
+        )
+    shape = ids[0].shape if x is None else x.shape[:-1]
+    for t, (table, rows) in enumerate(zip(tables, ids, strict=True)):
+        if table.dim() != 2 or rows.dtype != torch.int64 or rows.shape != shape:
+            raise LayoutError(
+                f"tables[{t}] must be (rows, width) and its ids {tuple(shape)} int64, got "
+                f"{tuple(table.shape)} and {tuple(rows.shape)} {rows.dtype}"
+            )
+        if rows.device.type == "cpu" and rows.numel() and int(rows.min()) < 0:
+            raise LayoutError(f"ids[{t}] must be rows of its table, 0 or more, got {rows.min()}")

@@ -80,7 +80,7 @@ class Call {
       if (turns(n)) size += Scratch::round_up(buffer_size(plan.backward, Place::kNowhere));
       if (copies_bias(n)) size += Scratch::round_up(plan.layout.out_features);
       if (network.backward) {
-        sums.emplace_back(plan, in_.dtype, in_place, weights, !grads.biases.empty(), threads_);
+        sums.emplace_back(plan, grads.dtype, in_place, weights, !grads.biases.empty(), threads_);
         size += sums.back().scratch();
       }
     }
@@ -271,14 +271,14 @@ class InputGradients {
     if (in_.rows == 0) share_out(0, 0);
     if (direct()) return;
     each_table([&](size_t p, float* from) {
-      k.store(grads_.tables[p], in_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
+      k.store(grads_.tables[p], grads_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
     });
   }
 
  private:
   static constexpr int64_t kRowsFloats = 1 << 20;
 
-  bool direct() const { return in_.dtype == Dtype::kFloat32; }
+  bool direct() const { return grads_.dtype == Dtype::kFloat32; }
   int64_t features() const { return in_.chain[0].layout.in_features; }
   bool is_table(size_t p) const { return in_.table_rows[p] > 0; }
   int64_t wide(size_t p) const {
@@ -303,7 +303,7 @@ class InputGradients {
       const int64_t width = in_.parts[p].width;
       for (int64_t r = begin; r < end; ++r) {
         const int64_t at = (first + r) * grads_.x.stride + x_column;
-        k.store(static_cast<char*>(grads_.x.data) + at * size, in_.dtype, nullptr,
+        k.store(static_cast<char*>(grads_.x.data) + at * size, grads_.dtype, nullptr,
                 values_ + r * features() + column, width);
       }
       x_column += width;

@@ -107,8 +107,8 @@ def check(net, x, y, path, left, **options):
 def test_weights_of_any_size_train_as_in_two_steps(left, path, isa):
     """In samples that "ab" gets wrong, and where it is right to 3e-8: tiny times tiny."""
     native.set_isa(isa)
-    dtype = DTYPES[(LEFT.index(left) + PATHS.index(path)) % 3]
-    for rows, dtype in ((70, torch.float32), (600, torch.float32), (70, dtype)):
+    other = DTYPES[(LEFT.index(left) + PATHS.index(path)) % 3]
+    for rows, dtype in ((70, torch.float32), (600, torch.float32), (70, other)):
         net = sure(left, dtype, isolated=path != "twice")
         x, y, mask = batch(rows, dtype)
         y = torch.zeros_like(y) if rows == 70 else y
@@ -152,7 +152,7 @@ def test_small_weights_of_others_move_no_bit(rows):
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("left", LEFT)
 def test_flushed_denormals_leave_both_forms_alike(left, threads):
-    """As the project's own training commands set it. What is left of a weight may then be nothing."""
+    """As the project's own training commands have it; what is left of a weight may be nothing."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
@@ -175,7 +175,7 @@ def test_training_into_saturation_stays_with_the_layers():
     """400 steps of Adam: from the sixth on, a sum of weights is below any normal number."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    family = mk.SubsetFamily.powerset({k: 4 for k in "abcde"})
+    family = mk.SubsetFamily.powerset(dict.fromkeys("abcde", 4))
     nets = [mk.InterpretableMLP(family, [16])]
     nets.append(copy.deepcopy(nets[0]))
     nets[1].layers[0].register_forward_hook(lambda *of: None)
@@ -193,3 +193,95 @@ def test_training_into_saturation_stays_with_the_layers():
         losses.append(torch.stack(of).detach())
     torch.testing.assert_close(losses[0][:100], losses[1], rtol=1e-3, atol=0)
     assert losses[0][-1] < 2e-3
+
+
+# --- A loss that is scaled -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_scaled_loss_has_the_gradients_of_its_definition(dtype, normalize):
+    """In range and in digits: float32's, rounded once, whatever the scale."""
+    torch.manual_seed(0)
+    if native.isa().startswith("amx"):
+        native.set_isa("avx512")  # tiles round between layers
+    net = mk.InterpretableMLP(FAMILY, [8, 4], "tanh").to(dtype)
+    x, y, _ = batch(4000, dtype)
+    plain = copy.deepcopy(net)
+    plain.layers[0].register_forward_hook(lambda *of: None)
+    true = in_float64(net, x, y, normalize=normalize)[1:]
+    info = torch.finfo(dtype)
+    for scale in (2.0**-10, 1.0, 1024.0, 65536.0, 2.0**24):
+        ours, theirs = (
+            found_by(
+                lambda x, of=of, by=scale: by * of.gem_loss(x, y, normalize=normalize), of, x, "all"
+            )
+            for of in (net, plain)
+        )
+        for a, b, t in zip(ours[1:], theirs[1:], true, strict=True):
+            assert a.dtype == dtype
+            t = t * scale
+            assert not (a.isinf() & b.isfinite() & (t.abs() < info.max)).any()
+            kept = t.abs() < info.max
+            rounding = 0.51 * info.eps * t.abs() + info.smallest_normal * info.eps
+            error = (a.double() - t).abs()
+            assert (error <= rounding + 2e-5 * t.abs().max())[kept].all()
+
+
+def skipped(net, x, y, dtype, steps=50):
+    """Steps that a loss scaled by 65536, and halved where a gradient is not finite, leaves out."""
+    scaler = torch.amp.GradScaler("cpu")
+    # Parameters of 16 bits are scaled by hand, for a scaler takes float32 only.
+    scale, count, parameters = 65536.0, 0, [*net.parameters()]
+    optimizer = torch.optim.SGD(parameters, 0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.float16, enabled=dtype == torch.float32):
+            loss = net.gem_loss(x, y, normalize="expert")
+        if dtype == torch.float32:
+            before = scaler.get_scale()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            count += scaler.get_scale() < before
+            continue
+        (loss * scale).backward()
+        if all(p.grad.isfinite().all() for p in parameters):
+            for p in parameters:
+                p.grad = p.grad.div_(scale)
+            optimizer.step()
+        else:
+            scale, count = scale / 2, count + 1
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["autocast", "float16"])
+@pytest.mark.parametrize("size", [0.1, 1.0, 30.0])
+def test_a_scaler_skips_no_more_steps_than_layer_by_layer(size, dtype):
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(FAMILY, [8, 4]).to(dtype)
+    x, y, _ = batch(256, dtype)
+    plain = copy.deepcopy(net)
+    plain.layers[0].register_forward_hook(lambda *of: None)
+    assert skipped(net, size * x, y, dtype) <= skipped(plain, size * x, y, dtype)
+    assert all(p.isfinite().all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_op_keeps_float32_and_backward_rounds(dtype):
+    """Asked twice, batched, and given away: each gradient is the same float32 sum, rounded once."""
+    net = sure(1e-3, dtype)
+    x, y, _ = batch(40, dtype)
+    parameters = [getattr(of, name) for name in ("weight", "bias") for of in net.layers]
+    loss = net.gem_loss(x, y)
+    kept = [g.clone() for g in loss.grad_fn.grads]
+    assert {g.dtype for g in kept} == {torch.float32}
+    factor = torch.tensor(2.0**20)
+    again = torch.autograd.grad(loss, parameters, factor, retain_graph=True)
+    batched = torch.autograd.grad(
+        loss, parameters, torch.stack([factor, -factor]), retain_graph=True, is_grads_batched=True
+    )
+    last = torch.autograd.grad(loss, parameters, factor)
+    expected = [(g * factor).to(dtype) for g in kept]
+    for found in (again, last, [g[0] for g in batched], [-g[1] for g in batched]):
+        assert same_bits(found, expected)

@@ -207,8 +207,8 @@ struct NetworkLoss {
     I::store(slope, I::select(known, I::add(half, half), z));
   }
 
-  // Weights of samples that count, divided where that is asked for: by their sum over the sample, or
-  // by the divisors of their experts.
+  // Weights of samples that count, divided where that is asked for: by their sum over the sample,
+  // or by the divisors of their experts.
   static void share_out(const Gem& gem, float* weights, M live) {
     V total = I::zero();
     for (int64_t i = 0; i < gem.selection.experts; ++i) {

@@ -12,10 +12,10 @@ constexpr int64_t kTileFloats = 1 << 18;  // of activations: weights pass by eve
 constexpr int64_t kKeptBytes = 1 << 24;   // beyond, activations are cheaper computed than read
 constexpr int64_t kUnitBytes = 1 << 30;   // of a large batch's gradients that wait for their factors
 
-// Weights whose sum is smaller are divided by it before anything is multiplied by them. Dividing by a
-// sum of at least 2^-63 may wait: products of weights then have all their digits where the result is
-// 2^-63 (a normal 2^-126, divided), and no optimizer tells smaller gradients apart, for their squares
-// are denormal.
+// Weights whose sum is smaller are divided by it before anything is multiplied by them. Dividing by
+// a sum of at least 2^-63 may wait: products of weights then have all their digits where the result
+// is 2^-63 (a normal 2^-126, divided), and no optimizer tells smaller gradients apart, for their
+// squares are denormal.
 constexpr double kMayWait = 0x1p-63;
 
 int64_t weights_of(const NetworkInputs& in) {
@@ -271,7 +271,8 @@ class InputGradients {
     if (in_.rows == 0) share_out(0, 0);
     if (direct()) return;
     each_table([&](size_t p, float* from) {
-      k.store(grads_.tables[p], grads_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
+      const int64_t size = in_.table_rows[p] * in_.parts[p].width;
+      k.store(grads_.tables[p], grads_.dtype, nullptr, from, size);
     });
   }
 

@@ -137,6 +137,23 @@ def test_tables_of_small_weights():
         assert (ours - theirs).abs().max() <= 1e-3 * theirs.abs().max()
 
 
+@pytest.mark.parametrize("isa", native.isas())
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_weights_that_are_all_zero_share_nothing(normalize, dtype, isa):
+    """Logits of 0: nobody is confident, no sample and no expert has anything to divide by."""
+    native.set_isa(isa)
+    net = mk.InterpretableMLP(FAMILY, [8, 4]).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    x, y, mask = batch(40, dtype)
+    for kept in (None, mask):
+        loss, *grads = step(net, x, y, normalize=normalize, mask=kept)
+        assert loss == 0
+        assert not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("rows", [70, 5000])
 def test_small_weights_of_others_move_no_bit(rows):
     """Only "ab" has small weights, and they come of features that "b" does not see."""

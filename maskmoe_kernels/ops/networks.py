@@ -228,7 +228,8 @@ def _mixture_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _gem_fake(*args: Any) -> list[Tensor]:
     x, tables, _, _, weights, biases = args[:6]
     loss = weights[0].new_empty((), dtype=torch.float32)
-    return [loss, *_grads_fake(x, tables, weights, biases, *args[-3:], dtype=torch.float32)]
+    needs = args[-3], args[-2], args[-1]
+    return [loss, *_grads_fake(x, tables, weights, biases, *needs, dtype=torch.float32)]
 
 
 for _name in OPS:

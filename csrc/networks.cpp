@@ -135,14 +135,16 @@ Tensor float_like(const Tensor& like, const std::vector<int64_t>& sizes) {
                          aoti_torch_dtype_float32());
 }
 
-// Gradients that are asked for, in the order in which the ops return them.
+// Gradients that are asked for, in the order in which the ops return them, as `dtype`: that of the
+// input, or float32, the dtype of the sums.
 struct Results {
   Tensors all;
   NetworkGradients grads{};
 
-  Results(const Given& g, const std::optional<Tensor>& x, const Tensors& tables,
+  Results(const Given& g, Dtype dtype, const std::optional<Tensor>& x, const Tensors& tables,
           const Tensors& weights, const Tensors& biases, bool need_x, bool need_tables,
           bool need_weights) {
+    grads.dtype = dtype;
     grads.tables.resize(g.in.parts.size(), nullptr);
     if (need_x && x) {
       std::vector<int64_t> sizes;
@@ -150,7 +152,7 @@ struct Results {
       void* to = add(*x, sizes);
       const auto& order = g.in.chain.front().layout.col_order;
       const bool ordered = g.in.parts.size() == 1 && !order.empty();
-      grads.x = {to, g.in.dtype, g.columns, g.columns, ordered ? order.data() : nullptr};
+      grads.x = {to, dtype, g.columns, g.columns, ordered ? order.data() : nullptr};
     }
     for (size_t t = 0; need_tables && t < tables.size(); ++t) {
       void* to = add(tables[t], {tables[t].size(0), tables[t].size(1)});
@@ -163,7 +165,9 @@ struct Results {
 
  private:
   void* add(const Tensor& like, const std::vector<int64_t>& sizes) {
-    all.push_back(empty_like_with(like, sizes.data(), static_cast<int64_t>(sizes.size())));
+    const auto count = static_cast<int64_t>(sizes.size());
+    all.push_back(grads.dtype == Dtype::kFloat32 ? float_like(like, sizes)
+                                                 : empty_like_with(like, sizes.data(), count));
     return all.back().data_ptr();
   }
 };
@@ -227,7 +231,7 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
     return torch::stable::detail::to<Tensors>(stack[0]);
   }
   const Given g = given(*chain, a);
-  Results results(g, x, tables, weights, biases, need_x, need_tables, need_weights);
+  Results results(g, g.in.dtype, x, tables, weights, biases, need_x, need_tables, need_weights);
   if (results.all.empty()) return {};
   Tensor held;
   const Layout& last = chain->back().layout;
@@ -326,7 +330,8 @@ Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<in
   const Chosen chosen(a.checks, *chain, strict, confidence, sharpness, weighs_own(weighting));
   const Gem loss{chosen.selection, static_cast<const float*>(target.data_ptr()), false, 1.0f,
                  nullptr};
-  Results results(g, x, tables, weights, biases, need_x, need_tables, need_weights);
+  // In float32 whatever the weights are: what scales the loss is yet to come.
+  Results results(g, Dtype::kFloat32, x, tables, weights, biases, need_x, need_tables, need_weights);
   Tensor total = float_like(target, {});
   *static_cast<float*>(total.data_ptr()) = network_gem(
       g.in, *kernels(), tiles_of(g.in), loss, normalize_of(normalize), results.grads);

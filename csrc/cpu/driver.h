@@ -49,6 +49,7 @@ int64_t worth_keeping(const NetworkInputs& in, const Kernels& k, const Tiling& t
 
 // Null results, or none, are not computed: gradients of x or of tables only, of weights.
 struct NetworkGradients {
+  Dtype dtype;                // of them all: the input's, or float32
   Matrix x;                   // (rows, its columns), in the order of the features
   std::vector<void*> tables;  // one a part, null where it has none
   std::vector<void*> weights, biases;

@@ -88,6 +88,7 @@ struct Gem {
   bool per_sample;  // weights of a sample are divided by their sum
   float scale;      // of every gradient
   float* kept;      // (rows, experts): gradients for a second pass; null: backward follows at once
+  const float* divisors;  // of each expert's weights, where they are known and matter; or null
 };
 
 // The prediction and its attribution (eq. 1): (rows,), and (rows, experts) twice.

@@ -207,7 +207,8 @@ struct NetworkLoss {
     I::store(slope, I::select(known, I::add(half, half), z));
   }
 
-  // Weights of samples that count, those of a sample divided by their sum where that is asked for.
+  // Weights of samples that count, divided where that is asked for: by their sum over the sample,
+  // or by the divisors of their experts.
   static void share_out(const Gem& gem, float* weights, M live) {
     V total = I::zero();
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
@@ -215,12 +216,17 @@ struct NetworkLoss {
       total = I::add(total, w);
       I::store(weights + i * L, w);
     }
-    if (!gem.per_sample) return;
-    // Nothing to share is shared out as nothing.
-    const V by = I::select(I::less_equal(total, I::zero()), I::set(1.0f), total);
+    if (!gem.per_sample && gem.divisors == nullptr) return;
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
-      I::store(weights + i * L, I::div(I::load(weights + i * L), by));
+      const V by = gem.per_sample ? total : I::set(gem.divisors[i]);
+      I::store(weights + i * L, quotient(I::load(weights + i * L), by));
     }
+  }
+
+  // a / by; a where there is nothing to divide by. A thread that takes denormals for zero does so
+  // in the comparison, too.
+  static V quotient(V a, V by) {
+    return I::div(a, I::select(I::less_equal(by, I::zero()), I::set(1.0f), by));
   }
 
   // Where no expert has any confidence, all count alike.
@@ -238,9 +244,8 @@ struct NetworkLoss {
       for (int64_t i = 0; i < experts; ++i) total = I::add(total, I::load(alpha + i * L));
       const M nobody = I::less_equal(total, I::zero());
       const V alike = I::set(1.0f / static_cast<float>(experts));
-      const V by = I::select(nobody, I::set(1.0f), total);
       for (int64_t i = 0; i < experts; ++i) {
-        const V share = I::select(nobody, alike, I::div(I::load(alpha + i * L), by));
+        const V share = I::select(nobody, alike, quotient(I::load(alpha + i * L), total));
         I::store(rest + i * L, share);
         sum = I::fma(share, I::load(p + i * L), sum);
       }

@@ -1,5 +1,7 @@
 // A network on a batch, shared out over threads: each takes tiles of rows through all layers.
 
+#include <numeric>
+
 #include "driver.h"
 #include "sharing.h"
 
@@ -9,6 +11,12 @@ namespace {
 constexpr int64_t kTileFloats = 1 << 18;  // of activations: weights pass by every tile, so tiles are few
 constexpr int64_t kKeptBytes = 1 << 24;   // beyond, activations are cheaper computed than read
 constexpr int64_t kUnitBytes = 1 << 30;   // of a large batch's gradients that wait for their factors
+
+// Weights whose sum is smaller are divided by it before anything is multiplied by them. Dividing by
+// a sum of at least 2^-63 may wait: products of weights then have all their digits where the result
+// is 2^-63 (a normal 2^-126, divided), and no optimizer tells smaller gradients apart, for their
+// squares are denormal.
+constexpr double kMayWait = 0x1p-63;
 
 int64_t weights_of(const NetworkInputs& in) {
   int64_t sum = 0;
@@ -72,7 +80,7 @@ class Call {
       if (turns(n)) size += Scratch::round_up(buffer_size(plan.backward, Place::kNowhere));
       if (copies_bias(n)) size += Scratch::round_up(plan.layout.out_features);
       if (network.backward) {
-        sums.emplace_back(plan, in_.dtype, in_place, weights, !grads.biases.empty(), threads_);
+        sums.emplace_back(plan, grads.dtype, in_place, weights, !grads.biases.empty(), threads_);
         size += sums.back().scratch();
       }
     }
@@ -263,14 +271,15 @@ class InputGradients {
     if (in_.rows == 0) share_out(0, 0);
     if (direct()) return;
     each_table([&](size_t p, float* from) {
-      k.store(grads_.tables[p], in_.dtype, nullptr, from, in_.table_rows[p] * in_.parts[p].width);
+      const int64_t size = in_.table_rows[p] * in_.parts[p].width;
+      k.store(grads_.tables[p], grads_.dtype, nullptr, from, size);
     });
   }
 
  private:
   static constexpr int64_t kRowsFloats = 1 << 20;
 
-  bool direct() const { return in_.dtype == Dtype::kFloat32; }
+  bool direct() const { return grads_.dtype == Dtype::kFloat32; }
   int64_t features() const { return in_.chain[0].layout.in_features; }
   bool is_table(size_t p) const { return in_.table_rows[p] > 0; }
   int64_t wide(size_t p) const {
@@ -295,7 +304,7 @@ class InputGradients {
       const int64_t width = in_.parts[p].width;
       for (int64_t r = begin; r < end; ++r) {
         const int64_t at = (first + r) * grads_.x.stride + x_column;
-        k.store(static_cast<char*>(grads_.x.data) + at * size, in_.dtype, nullptr,
+        k.store(static_cast<char*>(grads_.x.data) + at * size, grads_.dtype, nullptr,
                 values_ + r * features() + column, width);
       }
       x_column += width;
@@ -385,6 +394,26 @@ void network_backward(const NetworkInputs& in, const Kernels& k, const Tiling& t
   call.finish(nullptr);
 }
 
+namespace {
+
+// What divides an expert's weights: a factor for the end, or a divisor for another sweep, which the
+// result says is needed. An expert's own sum decides for it alone, and its bits are its own.
+bool part_with(const std::vector<double>& weight, Normalize normalize, double* factor,
+               float* divisor) {
+  bool again = false;
+  const double all = std::accumulate(weight.begin(), weight.end(), 0.0);
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const double by = normalize == Normalize::kExpert ? weight[i] : all;
+    const bool small = by > 0 && by < kMayWait;
+    if (small) divisor[i] = static_cast<float>(by);
+    factor[i] = small || by == 0 ? 1 : 1 / by;
+    again = again || small;
+  }
+  return again;
+}
+
+}  // namespace
+
 float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tiling, Gem gem,
                   Normalize normalize, const NetworkGradients& grads) {
   const int64_t experts = gem.selection.experts;
@@ -435,20 +464,27 @@ float network_gem(const NetworkInputs& in, const Kernels& k, const Tiling& tilin
     gem.kept = grad_logits;
     n.backward = false;
   }
-  if (n.need_inputs && n.backward) {
-    inputs.run(call, k);
-  } else {
-    call.run();
+  std::vector<double> loss(experts), weight(experts), factor(experts, per_sample);
+  const auto sweep = [&] {
+    if (n.need_inputs && n.backward) {
+      inputs.run(call, k);
+    } else {
+      call.run();
+    }
+    call.add_totals(experts, loss.data(), weight.data());
+  };
+  sweep();
+  if (by_sums) {
+    std::vector<float> divisors(experts, 1.0f);
+    if (part_with(weight, normalize, factor.data(), divisors.data())) {
+      gem.divisors = divisors.data();
+      sweep();
+    }
   }
-  std::vector<double> loss(experts), weight(experts);
-  call.add_totals(experts, loss.data(), weight.data());
-  double total = 0, all = 0;
-  for (double w : weight) all += w;
+  double total = 0;
   for (int64_t i = 0; i < experts; ++i) {
-    const double by = normalize == Normalize::kExpert ? weight[i] : all;
-    const double factor = by_sums ? (by == 0 ? 1 : 1 / by) : per_sample;
-    total += loss[i] * factor;
-    scale[i] = static_cast<float>(factor);
+    total += loss[i] * factor[i];
+    scale[i] = static_cast<float>(factor[i]);
   }
   if (twice) {
     n.gem = nullptr;

@@ -33,6 +33,9 @@ struct Objective {
   const float* target;  // null: there is none
   const uint8_t* mask;  // null: every sample counts
   const float* scale;   // of each expert, known before; null: after the launch
+  const float* divisor; // of each expert's weights, known before; null: none
+  const int32_t* again; // the launch does nothing where this is 0; null: it does
+  float gain;           // of every gradient: a power of two that the results are without
   float* sums;          // of each block: losses, weights (per expert), samples; or null
   bool sample;          // weights divided by their sum over the experts
 };
@@ -54,8 +57,9 @@ struct Call {
   float* partial;          // of each block: gradients of blocks, entries and biases; null: none
   int64_t partial_size;
   bool sinks_wanted;
+  bool sinks_wide;         // sinks of 16-bit networks are float32
   float drain;             // what the inputs' gradients are multiplied with,
-  const float* drain_by;   // or where that lies on the device
+  const float* drain_by;   // and with what lies there on the device; null: 1
   Part parts[kMostParts];
   Sink sinks[kMostParts];
   Selection selection;
@@ -83,6 +87,7 @@ struct Gradients {
   const float* partial;
   int64_t partial_size, partials;
   const float* scale;  // of each expert; null: 1
+  float factor;        // of all
   void* weights[kMostLayers];
   void* biases[kMostLayers];  // null: none
 };
@@ -99,7 +104,11 @@ struct Totals {
   int64_t blocks;
   int32_t experts;
   int32_t normalize;  // 0 none, 1 sample, 2 expert, 3 batch
-  float* scale;       // (experts,)
+  float* scale;       // (experts,): of the gradients, where nothing scales them before
+  float* divisor;     // (experts,): of weights whose sum is below `least`, else 1
+  int32_t* again;     // is there such a sum?
+  float least;
+  bool known;         // these three are, and weights were divided
   float* loss;
 };
 

@@ -150,25 +150,32 @@ struct Drain {
 
   MASKMOE_DEVICE void operator()(int row, int column, int, float one, float other) const {
     if (first + row >= c.rows) return;
-    const float factor = c.drain_by == nullptr ? c.drain : *c.drain_by;
+    const float factor = c.drain_by == nullptr ? c.drain : c.drain * *c.drain_by;
     one *= factor, other *= factor;
-    const Column left = c.tables.columns[column], right = c.tables.columns[column + 1];
-    T* to = find(left, row);
-    const bool next = right.part == left.part && right.column == left.column + 1;
-    if (to != nullptr && next && aligned<Several<T, 2>>(to)) {
-      *reinterpret_cast<Several<T, 2>*>(to) = {{rounded<T>(one), rounded<T>(other)}};
-      return;
-    }
-    if (to != nullptr) *to = rounded<T>(one);
-    to = find(right, row);
-    if (to != nullptr) *to = rounded<T>(other);
+    if (sizeof(T) == 2 && c.sinks_wide) return write<float>(row, column, one, other);
+    write<T>(row, column, one, other);
   }
 
  private:
-  MASKMOE_DEVICE T* find(const Column& column, int row) const {
+  template <class To>
+  MASKMOE_DEVICE void write(int row, int column, float one, float other) const {
+    const Column left = c.tables.columns[column], right = c.tables.columns[column + 1];
+    To* to = find<To>(left, row);
+    const bool next = right.part == left.part && right.column == left.column + 1;
+    if (to != nullptr && next && aligned<Several<To, 2>>(to)) {
+      *reinterpret_cast<Several<To, 2>*>(to) = {{rounded<To>(one), rounded<To>(other)}};
+      return;
+    }
+    if (to != nullptr) *to = rounded<To>(one);
+    to = find<To>(right, row);
+    if (to != nullptr) *to = rounded<To>(other);
+  }
+
+  template <class To>
+  MASKMOE_DEVICE To* find(const Column& column, int row) const {
     if (column.part < 0 || c.sinks[column.part].data == nullptr) return nullptr;
     const Sink& sink = c.sinks[column.part];
-    return static_cast<T*>(sink.data) + (first + row) * sink.stride + column.column;
+    return static_cast<To*>(sink.data) + (first + row) * sink.stride + column.column;
   }
 };
 
@@ -261,6 +268,7 @@ struct Backward {
   static constexpr int kResident = 2;
 
   static MASKMOE_DEVICE void run(const Call& c, const Place& place) {
+    if (c.objective.again != nullptr && *c.objective.again == 0) return;
     const Tables& t = c.tables;
     const Tile<T> tile(c, place);
     const bool follows = c.objective.target != nullptr;

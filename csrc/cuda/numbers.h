@@ -70,6 +70,21 @@ MASKMOE_DEVICE Float16 rounded<Float16>(float v) {
 #endif
 }
 
+// Between layers, gradients are rounded to the numbers of the network. float16 ends at 2^-24: there
+// the loss hands on 2^8 times its gradients (beyond 2^8, then, they are infinite), and weights whose
+// sum is below 1 are divided first; for other numbers see kMayWait of cpu/networks.cpp.
+template <class T>
+constexpr bool kNarrow = false;
+template <>
+constexpr bool kNarrow<Float16> = true;
+template <class T>
+constexpr float kGain = kNarrow<T> ? 256.0f : 1.0f;
+template <class T>
+constexpr float kLeast = kNarrow<T> ? 1.0f : 1.0842021724855044e-19f;
+
+// a / by; a where there is nothing to divide by.
+MASKMOE_DEVICE float quotient(float a, float by) { return a / (by == 0.0f ? 1.0f : by); }
+
 enum class Activation : int { kNone, kRelu, kLeakyRelu, kGelu, kTanh, kSilu };
 
 // Does the derivative follow from the activation's value alone?

@@ -21,12 +21,13 @@ MASKMOE_DEVICE void objective(const Call& c, const Cells& cells) {
   each_cell<kR>(c, [&](int n, int row, int expert) {
     const float z = cells.logit[n];
     float weight = cells.own[n];
-    if (o.sample) weight /= cells.total[row] == 0.0f ? 1.0f : cells.total[row];
+    if (o.sample) weight = quotient(weight, cells.total[row]);
+    if (o.divisor != nullptr) weight = quotient(weight, o.divisor[expert]);
     const Loss loss = cross_entropy(z, cells.target[row]);
     const bool counts = cells.live[row] != 0.0f;
     float grad = counts ? 2.0f * weight * loss.error : 0.0f;
     if (o.scale != nullptr) grad *= o.scale[expert];
-    cells.logit[n] = grad;
+    cells.logit[n] = grad * o.gain;
     cells.own[n] = weight;
     cells.rest[n] = counts ? weight * loss.value : 0.0f;
   });

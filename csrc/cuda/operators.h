@@ -27,6 +27,7 @@ class Operator {
     parts_ = read_parts(kOp, in_.parts, in_.tables, in_.x ? in_.x->size(in_.x->dim() - 1) : 0);
     typed([](auto) {});
     check_readable();
+    results_ = dtype();
     single_ = dtype() == ScalarType::Float && single_products();
     dense(in_.tables), dense(in_.ids), dense(in_.weights), dense(in_.biases);
     if (in_.x) hold_matrix();
@@ -65,7 +66,9 @@ class Operator {
       if (need_x || need_tables || need_weights) {
         pack<T>(call, packed_blocks(), nullptr);
         sink(call);
-        train<T>(call, need_weights, nullptr);
+        hold_sums<T>(call, need_weights, nullptr);
+        sweep<T>(call, nullptr);
+        if (need_weights) reduce<T>(call, nullptr, 1.0f);
         scatter<T>();
       }
     });
@@ -115,8 +118,8 @@ class Operator {
     loss.target = compact(loss.target);
     if (loss.mask) loss.mask = compact(*loss.mask);
     need_x_ = need_x, need_tables_ = need_tables, need_weights_ = need_weights;
+    results_ = ScalarType::Float;  // what scales the loss is yet to come
     Tensor result = buffers_.empty({}, ScalarType::Float);
-    Tensor scale = buffers_.empty({experts}, ScalarType::Float);
     typed([&](auto t) {
       using T = decltype(t);
       Call call = this->call();
@@ -124,26 +127,39 @@ class Operator {
       o.target = static_cast<const float*>(loss.target.data_ptr());
       o.mask = loss.mask ? static_cast<const uint8_t*>(loss.mask->data_ptr()) : nullptr;
       o.sample = loss.normalize == 1;
+      o.gain = kGain<T>;
+      call.drain = 1.0f / kGain<T>;
       pack<T>(call, packed_blocks(), &choice);
       sink(call);
-      Totals totals{nullptr,
-                    0,
-                    static_cast<int32_t>(experts),
-                    loss.normalize,
-                    static_cast<float*>(scale.mutable_data_ptr()),
-                    static_cast<float*>(result.mutable_data_ptr())};
-      if (call.sinks_wanted && loss.normalize >= 2) {
-        // The input's gradient adds experts up, and what divides each is a sum over the batch.
+      Totals totals{};
+      totals.experts = static_cast<int32_t>(experts);
+      totals.normalize = loss.normalize;
+      totals.scale = buffers_.template take<float>(experts);
+      totals.divisor = buffers_.template take<float>(experts);
+      totals.again = buffers_.template take<int32_t>(1);
+      totals.least = kLeast<T>;
+      totals.loss = static_cast<float*>(result.mutable_data_ptr());
+      hold_sums<T>(call, need_weights, &totals);
+      if (loss.normalize >= 2) {
+        // The input's gradient adds experts up, and what divides each is a sum over the batch: it
+        // needs a second sweep, which elsewhere is for sums that are small.
         Call first = call;
         first.sinks_wanted = false;
-        train<T>(first, false, &totals);
-        o.scale = totals.scale;
-        train<T>(call, need_weights, nullptr);
+        if (call.sinks_wanted) first.partial = nullptr;
+        sweep<T>(first, &totals);
+        totals.known = true;
+        o.divisor = totals.divisor;
+        if (call.sinks_wanted) {
+          o.scale = totals.scale;
+        } else {
+          o.again = totals.again;
+        }
       } else {
         share(call);
-        train<T>(call, need_weights, &totals);
       }
-      scatter<T>();
+      sweep<T>(call, &totals);
+      if (need_weights) reduce<float>(call, o.scale ? nullptr : totals.scale, 1.0f / kGain<T>);
+      scatter<float>();
     });
     Tensors all{result};
     for (Tensor& grad : results()) all.push_back(grad);
@@ -408,14 +424,14 @@ class Operator {
     if (in_.x && need_x_) {
       Integers sizes = leading_;
       sizes.push_back(in_.x->size(in_.x->dim() - 1));
-      grad_x_ = buffers_.empty(sizes, dtype());
+      grad_x_ = buffers_.empty(sizes, results_);
     }
     int64_t width = 0;
     if (need_tables_) {
       for (int64_t p : in_.parts) width += p < 0 ? 0 : in_.tables[p].size(1);
-      grad_rows_ = buffers_.empty({rows_, width}, dtype());
+      grad_rows_ = buffers_.empty({rows_, width}, results_);
     }
-    const int64_t item = dtype() == ScalarType::Float ? 4 : 2;
+    const int64_t item = results_ == ScalarType::Float ? 4 : 2;
     int64_t column = 0, table_column = 0;
     for (size_t n = 0; n < in_.parts.size(); ++n) {
       const int64_t p = in_.parts[n];
@@ -432,13 +448,14 @@ class Operator {
       }
     }
     call.sinks_wanted = grad_x_ || (need_tables_ && width > 0);
+    call.sinks_wide = results_ == ScalarType::Float;
   }
 
   // The loss is a mean over samples: so are the inputs' gradients.
   void share(Call& call) {
     if (!call.sinks_wanted) return;
     if (call.objective.mask == nullptr) {
-      call.drain = 1.0f / static_cast<float>(std::max<int64_t>(rows_, 1));
+      call.drain /= static_cast<float>(std::max<int64_t>(rows_, 1));
       return;
     }
     const Samples samples{call.objective.mask, rows_, buffers_.template take<float>(1)};
@@ -446,50 +463,52 @@ class Operator {
     call.drain_by = samples.share;
   }
 
-  // Forward and backward of all tiles; then the sums over blocks.
+  // Room for what every block sums up.
   template <class T>
-  void train(Call call, bool weights, Totals* totals) {
+  void hold_sums(Call& call, bool weights, Totals* totals) {
     const Tables& t = network_tables();
-    int64_t count = 0;
     call.partial_size = partial_biases(t) + t.num_biases;
     call.partial_size = (call.partial_size + 3) / 4 * 4;
     with_kernel<Backward, T>([&](auto kernel) {
-      using Kernel = typename decltype(kernel)::type;
-      count = blocks<Kernel>();
-      if (weights) call.partial = buffers_.template take<float>(count * call.partial_size);
-      if (totals != nullptr) {
-        call.objective.sums = buffers_.template take<float>(count * (2 * t.experts + 1));
-        totals->sums = call.objective.sums;
-        totals->blocks = count;
-      }
-      walk<Kernel>(call);
+      sums_ = blocks<typename decltype(kernel)::type>();
     });
-    if (totals != nullptr) {
-      machine_.template launch<Finish>(1, 4 * (2 * t.experts + 1), *totals);
-    }
-    if (weights) reduce<T>(call, count, totals == nullptr ? nullptr : totals->scale);
+    if (weights) call.partial = buffers_.template take<float>(sums_ * call.partial_size);
+    if (totals == nullptr) return;
+    call.objective.sums = buffers_.template take<float>(sums_ * (2 * t.experts + 1));
+    totals->sums = call.objective.sums;
+    totals->blocks = sums_;
   }
 
+  // Forward and backward of all tiles; then the loss, where there is one.
   template <class T>
-  void reduce(const Call& call, int64_t count, const float* scale) {
+  void sweep(const Call& call, const Totals* totals) {
+    with_kernel<Backward, T>([&](auto kernel) { walk<typename decltype(kernel)::type>(call); });
+    if (totals == nullptr) return;
+    machine_.template launch<Finish>(1, 4 * (2 * totals->experts + 1), *totals);
+  }
+
+  // The sums over blocks; T: as the results hold numbers.
+  template <class T>
+  void reduce(const Call& call, const float* scale, float factor) {
     Gradients g{};
     g.tables = placed_->tables;
     g.partial = call.partial;
     g.partial_size = call.partial_size;
-    g.partials = count;
+    g.partials = sums_;
     g.scale = scale;
+    g.factor = factor;
     for (size_t l = 0; l < in_.weights.size(); ++l) {
-      grad_weights_.push_back(buffers_.empty({in_.weights[l].numel()}, dtype()));
+      grad_weights_.push_back(buffers_.empty({in_.weights[l].numel()}, results_));
       g.weights[l] = grad_weights_.back().mutable_data_ptr();
     }
     for (size_t l = 0; l < in_.biases.size(); ++l) {
-      grad_biases_.push_back(buffers_.empty({in_.biases[l].numel()}, dtype()));
+      grad_biases_.push_back(buffers_.empty({in_.biases[l].numel()}, results_));
       g.biases[l] = grad_biases_.back().mutable_data_ptr();
     }
     machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
   }
 
-  // Gradients of the tables from those of the rows that samples read.
+  // Gradients of the tables from those of the rows that samples read; T: as those hold numbers.
   template <class T>
   void scatter() {
     if (!need_tables_) return;
@@ -508,7 +527,7 @@ class Operator {
       s.stride = at;
       s.rows = table.size(0);
       s.width = table.size(1);
-      grad_tables_.push_back(table_gradient<T>(machine_, buffers_, s, in_.ids[n], dtype()));
+      grad_tables_.push_back(table_gradient<T>(machine_, buffers_, s, in_.ids[n], results_));
     }
   }
 
@@ -531,7 +550,9 @@ class Operator {
   Machine machine_;
   std::shared_ptr<const Placed<Machine>> placed_;
   Integers leading_;
+  ScalarType results_;  // of the gradients
   int64_t rows_ = 1, x_stride_ = 0, bytes_ = 0;
+  int64_t sums_ = 0;    // blocks that have some
   int height_ = 0;
   Room room_{};
   bool single_ = false;  // float32 multiplies as Tf32

@@ -109,7 +109,8 @@ struct Reduce {
         }
         if (to == nullptr || at < 0) continue;
         const float sum = sum_of(g, n);
-        static_cast<T*>(to)[at] = rounded<T>(g.scale == nullptr ? sum : sum * g.scale[expert]);
+        const float scaled = g.scale == nullptr ? sum : sum * g.scale[expert];
+        static_cast<T*>(to)[at] = rounded<T>(scaled * g.factor);
       }
     });
   }
@@ -137,7 +138,8 @@ struct Count {
   }
 };
 
-// The loss, and what each expert's gradient is to be multiplied with. One block.
+// The loss, and what each expert's gradient is to be multiplied with, or its weights divided by.
+// One block.
 struct Finish {
   using Arguments = Totals;
   static constexpr int kResident = 4;
@@ -155,19 +157,29 @@ struct Finish {
     barrier();
     each_thread([&](int thread) {
       if (thread != 0) return;
-      const float* weight = loss + t.experts;
-      double total = 0.0, sum = 0.0;
-      for (int i = 0; i < t.experts; ++i) total += weight[i];
-      for (int i = 0; i < t.experts; ++i) {
-        const float samples = loss[2 * t.experts];
-        float divisor = samples < 1.0f ? 1.0f : samples;
-        if (t.normalize == 2) divisor = weight[i] == 0.0f ? 1.0f : weight[i];
-        if (t.normalize == 3) divisor = total == 0.0 ? 1.0f : static_cast<float>(total);
-        t.scale[i] = 1.0f / divisor;
-        sum += static_cast<double>(loss[i]) / divisor;
-      }
+      if (!t.known) part(t, loss + t.experts);
+      double sum = 0.0;
+      for (int i = 0; i < t.experts; ++i) sum += static_cast<double>(loss[i]) * t.scale[i];
       *t.loss = static_cast<float>(sum);
     });
+  }
+
+ private:
+  // A sum that is small divides its weights before anything is multiplied by them; others may wait.
+  static MASKMOE_DEVICE void part(const Totals& t, const float* weight) {
+    double total = 0.0;
+    for (int i = 0; i < t.experts; ++i) total += weight[i];
+    *t.again = 0;
+    for (int i = 0; i < t.experts; ++i) {
+      const float samples = weight[t.experts];
+      float by = samples < 1.0f ? 1.0f : samples;
+      if (t.normalize == 2) by = weight[i];
+      if (t.normalize == 3) by = static_cast<float>(total);
+      const bool small = t.normalize >= 2 && by > 0.0f && by < t.least;
+      t.divisor[i] = small ? by : 1.0f;
+      t.scale[i] = small || by == 0.0f ? 1.0f : 1.0f / by;
+      if (small) *t.again = 1;
+    }
   }
 };
 

@@ -210,10 +210,11 @@ def _grads_fake(
     need_x: bool,
     need_tables: bool,
     need_weights: bool,
+    dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     like = [x] * (need_x and x is not None) + tables * need_tables
     like += [*weights, *biases] * need_weights
-    return [t.new_empty(t.shape) for t in like if t is not None]
+    return [t.new_empty(t.shape, dtype=dtype) for t in like if t is not None]
 
 
 def _backward_fake(*args: Any) -> list[Tensor]:
@@ -231,7 +232,8 @@ def _mixture_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _gem_fake(*args: Any) -> list[Tensor]:
     x, tables, _, _, weights, biases = args[:6]
     loss = weights[0].new_empty((), dtype=torch.float32)
-    return [loss, *_grads_fake(x, tables, weights, biases, *args[-3:])]
+    needs = args[-3], args[-2], args[-1]
+    return [loss, *_grads_fake(x, tables, weights, biases, *needs, dtype=torch.float32)]
 
 
 for _name in OPS:
@@ -526,7 +528,7 @@ class _MaskedMLP(torch.autograd.Function):
 
 
 class _MaskedMLPGem(torch.autograd.Function):
-    """The gradients come with the loss; backward has them only scaled."""
+    """The gradients come with the loss, in float32; backward has them scaled, and rounded once."""
 
     @staticmethod
     def forward(
@@ -539,7 +541,7 @@ class _MaskedMLPGem(torch.autograd.Function):
             *fixed.network(x, tensors), *loss_of,
             *fixed.needs(need_x, need),
         )  # fmt: skip
-        ctx.fixed = fixed
+        ctx.fixed, ctx.dtype = fixed, tensors[0].dtype
         if torch.compiler.is_compiling():
             ctx.save_for_backward(*grads)
         else:  # nothing is computed from the inputs again: they need not be saved, only known
@@ -551,7 +553,7 @@ class _MaskedMLPGem(torch.autograd.Function):
         fixed: _Fixed = ctx.fixed
         need_x, *need = ctx.needs_input_grad[2:]
         if torch.compiler.is_compiling():
-            scaled = [grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+            scaled = [(grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors]
             return (None, None, *fixed.spread(scaled, need_x, need))
         if ctx.grads is None:
             raise RuntimeError(
@@ -576,15 +578,18 @@ _APPLY_GEM: Any = super(torch.autograd.Function, _MaskedMLPGem).apply
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
-    grads: list[Tensor] = ctx.grads
     again = torch._C._autograd._get_current_graph_task_keep_graph()
     functorch = torch._C._functorch
     batched = functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
-    # Where nobody asks again, what is not scaled is given away instead of a copy.
-    if again or batched or grad_loss.is_cuda or grad_loss.item() != 1:
-        grads = [grad * grad_loss.to(grad.dtype) for grad in grads]
+    # Where nobody asks again, what is not scaled is given away, and what is, is overwritten.
+    scales = again or batched or grad_loss.is_cuda or grad_loss.item() != 1
+    grads: list[Tensor] = [*ctx.grads] if again else ctx.grads
     if not again:
         ctx.grads = ctx.depends_on = None
+    for k, grad in enumerate(grads):  # one by one: tables may be large
+        if scales:
+            grad = grad * grad_loss if again or batched else grad.mul_(grad_loss)
+        grads[k] = grad.to(ctx.dtype)
     return grads
 
 

@@ -40,7 +40,7 @@ _SCHEMAS = (
     "-> Tensor",
     f"mixture(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor)",
     f"gem_loss(Tensor logits, Tensor target, Tensor? mask, {_FORWARD}, str weighting, "
-    "str normalize) -> (Tensor, Tensor, Tensor)",
+    "str normalize) -> (Tensor, Tensor)",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -99,7 +99,7 @@ def _mixture(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gem_loss(
     logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from maskmoe_kernels.backends.triton import gem_kernels
 
     *selection, weighting, normalize = args
@@ -129,10 +129,9 @@ def _mixture_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return alpha.new_empty(logits.shape[:-1]), alpha, torch.empty_like(alpha)
 
 
-def _gem_loss_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gem_loss_fake(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     grad = logits.new_empty(logits.shape, dtype=torch.float32)
-    scale = grad.new_empty(logits.shape[-1] if args[-1] == "expert" else 1)
-    return grad.new_empty(()), grad, scale
+    return grad.new_empty(()), grad
 
 
 for _name, _run, _fake in (
@@ -302,19 +301,19 @@ class _GemLoss(torch.autograd.Function):
         *options: Any,
     ) -> Tensor:
         loss: Tensor
-        loss, grad, scale = torch.ops.maskmoe.gem_loss(
+        loss, grad = torch.ops.maskmoe.gem_loss(
             logits, target, mask, smaller, above, larger, *options
         )
-        ctx.save_for_backward(logits, grad, scale)
+        ctx.save_for_backward(logits, grad)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, unscaled, scale = ctx.saved_tensors
+        logits, of_one = ctx.saved_tensors
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            grad = torch.empty_like(unscaled, dtype=logits.dtype)
-            torch.mul(unscaled, scale * grad_loss, out=grad)  # rounds once, also to 16 bits
+            grad = torch.empty_like(of_one, dtype=logits.dtype)
+            torch.mul(of_one, grad_loss, out=grad)  # rounds once, also to 16 bits
         if graph:
             grad = differentiable_once(grad, _ONCE, grad_loss, logits)
         return (grad, *[None] * 9)

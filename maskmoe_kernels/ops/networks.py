@@ -32,6 +32,7 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
 from maskmoe_kernels.ops.functional import autocast
+from maskmoe_kernels.ops.tensors import PLAIN, refuse_sharded
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
@@ -611,6 +612,8 @@ def _check(parts: Inputs, layers: Layers) -> None:
     if any(t.dtype != dtype or t.device != device for t in tensors):
         _explain(parts, layers)
     for layout, weight in zip(layers.layouts, layers.weights, strict=True):
+        if type(weight) not in PLAIN:
+            refuse_sharded(x, weight)
         if weight.numel() != layout.num_weights or weight.dim() != 1:
             layout.check_weight(weight)
     if not parts.tables:

@@ -17,9 +17,12 @@ from maskmoe_kernels.objectives.selection import (
     takes_kernels,
 )
 from maskmoe_kernels.ops import objectives as fused
+from maskmoe_kernels.ops.autograd import transformed
+from maskmoe_kernels.ops.tensors import PLAIN
 
 _WEIGHTINGS = {"selection": selection, "deselection": deselection}
 _NORMALIZE = (None, "sample", "expert", "batch")
+_LABELS = "target must hold labels in [0, 1], the probability that y is 1"
 
 
 def gem_loss(
@@ -39,7 +42,10 @@ def gem_loss(
 
     Args:
         logits: z, ``(*, H)``.
-        target: y in {0, 1}, ``(*,)``.
+        target: y in {0, 1}, or its probability, ``(*,)``. A sample that counts and is outside
+            [0, 1], or NaN, is refused: on the CPU with a LayoutError; on CUDA, and in a compiled
+            graph, by an assertion (``torch._assert_async``) for which no call waits. Transforms
+            of torch.func do not look.
         family: The subsets of the H experts.
         confidence: See :func:`selection`.
         weighting: ``"selection"`` (alpha, eq. 7) or ``"deselection"`` (alpha without the own
@@ -55,7 +61,8 @@ def gem_loss(
         Scalar, float32 (float64 for float64 logits). With no sample at all it is 0.
 
     Raises:
-        LayoutError: A shape that does not fit, or an unknown weighting or normalization.
+        LayoutError: A shape or a target that does not fit, or an unknown weighting or
+            normalization.
     """
     check_logits(logits, family)
     check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
@@ -99,6 +106,43 @@ def check_loss(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    _check_labels(target, mask)
+
+
+def _check_labels(target: Tensor, mask: Tensor | None) -> None:
+    """Raise LayoutError unless the targets that count lie in [0, 1].
+
+    Off the CPU, and in a compiled graph, this is an assertion for which nobody waits.
+    """
+    if target.dtype == torch.bool or not target.numel() or target.is_meta or transformed():
+        return
+    if target.device.type != "cpu" or type(target) not in PLAIN or torch.compiler.is_compiling():
+        inside = target.clamp(0, 1) == target
+        torch._assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
+        return
+    low, high = _range(target)
+    if mask is not None and not 0 <= low <= high <= 1:
+        low, high = _range(target.masked_fill(~mask, 0))  # what is left out may be anything
+    if not 0 <= low <= high <= 1:
+        raise LayoutError(
+            f"{_LABELS}, got values from {low:g} to {high:g}; {_remedy(target, low, high)}"
+        )
+
+
+def _remedy(target: Tensor, low: float, high: float) -> str:
+    if low != low:
+        return "leave samples whose label is NaN out with mask"
+    if low == -1 and high <= 1:
+        return "for labels -1 and 1, pass (target + 1) / 2"
+    if low >= 0 and not (target.is_floating_point() and (target != target.round()).any()):
+        return "for class indices, pass target == k, with k the class to be predicted"
+    return "scale them"
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    # One pass and two reads are the cheapest way; NaN makes both NaN.
+    low, high = torch.aminmax(values)
+    return low.item(), high.item()
 
 
 def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
-from maskmoe_kernels.nn.embedding import ContentEncoder
-from maskmoe_kernels.nn.interception import intercepting, interceptor
+from maskmoe_kernels.nn.embedding import ContentEncoder, table_obstacle
+from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.objectives.gem import gem_loss
 from maskmoe_kernels.ops.networks import Inputs
 
@@ -81,19 +81,16 @@ class _Inputs(nn.Module):
         )
 
 
-_FORWARDS = {cls: cls.forward for cls in (_Inputs, ContentEncoder, nn.Embedding)}
+_FORWARDS = {cls: cls.forward for cls in (_Inputs, ContentEncoder)}
 
 
 def _watched(module: nn.Module | None) -> bool:
     """Would its own call do more than its weights say?"""
-    forward = _FORWARDS.get(type(module))  # type: ignore[arg-type]
-    if module is None or forward is None or interceptor(module, forward) is not None:
+    if module is None:
         return True
-    if not isinstance(module, nn.Embedding):
-        return False
-    # Each of these is seen by the table's own forward or backward only.
-    special = module.sparse or module.scale_grad_by_freq or module.padding_idx is not None
-    return special or module.max_norm is not None or intercepting(module.weight)
+    forward = _FORWARDS.get(type(module))  # type: ignore[arg-type]
+    reason = table_obstacle(module) if forward is None else interceptor(module, forward)
+    return reason is not None
 
 
 class InterpretableNCF(nn.Module):

@@ -273,15 +273,28 @@ class Inputs:
 
     Attributes:
         x: Columns, ``(*, columns)``, or ``None``.
-        tables: Embeddings, ``(rows, width)`` each.
+        tables: Embeddings, ``(rows, width)`` each. All of their rows train: where some should not
+            (``padding_idx``), call the ``nn.Embedding`` and put what it returns into ``x``.
+            ``maskmoe_kernels.nn.table_of(embedding)`` is the table of one that only looks up.
         ids: A row for every sample, ``(*,)`` int64, one tensor a table.
         order: ``p >= 0``: table p; ``p < 0``: the next ``-p`` columns of ``x``.
+
+    Raises:
+        LayoutError: A table that is no tensor.
     """
 
     x: Tensor | None
     tables: Sequence[Tensor] = ()
     ids: Sequence[Tensor] = ()
     order: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for t, table in enumerate(self.tables):
+            if not isinstance(table, Tensor):
+                raise LayoutError(
+                    f"tables[{t}] must be a tensor, got {type(table).__name__}; of an "
+                    "nn.Embedding, pass maskmoe_kernels.nn.table_of(embedding)"
+                )
 
     @classmethod
     def of(cls, x: Tensor) -> Inputs:

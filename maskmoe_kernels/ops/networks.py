@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -85,11 +86,30 @@ def _gather(
     columns, start = [], 0
     for part in parts:
         if part >= 0:
-            columns.append(tables[part][ids[part]])
+            columns.append(_rows(tables[part], ids[part]))
         elif x is not None:
             columns.append(x[..., start : start - part])
             start -= part
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of ``table`` by ``ids`` ``(*,)``: ``(*, width)``; what they get is added in one order.
+
+    Backward of an index adds in any order on the CPU, that of ``index_select`` in any on a GPU.
+    """
+    if ids.is_cuda:
+        return F.embedding(ids, table)
+    return table.index_select(0, ids.reshape(-1)).view(*ids.shape, table.shape[1])
+
+
+def _summed(grad: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The gradient of a table of ``count`` rows from that of :func:`_rows`, in one order."""
+    if ids.is_cuda:
+        summed: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, count, -1, False)
+        return summed
+    flat = grad.reshape(-1, grad.shape[-1])
+    return grad.new_zeros(count, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)
 
 
 def _through(
@@ -176,7 +196,7 @@ def _input_grads(
     need_x: bool,
     need_tables: bool,
 ) -> list[Tensor]:
-    of_x, of_tables, start = [], [torch.zeros_like(table) for table in tables], 0
+    of_x, summed, start = [], {}, 0
     for part in parts if need_x or need_tables else ():
         width = -part if part < 0 else tables[part].shape[1]
         columns = grad[..., start : start + width]
@@ -184,7 +204,10 @@ def _input_grads(
         if part < 0:
             of_x.append(columns)
         elif need_tables:
-            of_tables[part].index_add_(0, ids[part].reshape(-1), columns.reshape(-1, width))
+            summed[part] = _summed(columns, ids[part], len(tables[part]))
+    of_tables = [
+        summed[t] if t in summed else torch.zeros_like(table) for t, table in enumerate(tables)
+    ]
     return [torch.cat(of_x, -1)] * (need_x and x is not None) + of_tables * need_tables
 
 

@@ -138,9 +138,7 @@ def test_an_embedding_that_only_looks_up_is_its_weight():
     x, ids = torch.randn(6, 2), torch.tensor([0, 4, 4, 1, 2, 0])
     inputs = mk.Inputs(x, [table_of(embedding)], [ids], (0, -2))
     torch.testing.assert_close(net(inputs), net(torch.cat([embedding(ids), x], -1)))
-    with pytest.raises(
-        mk.LayoutError, match=r"tables\[0\] must be a tensor.*table_of"
-    ):
+    with pytest.raises(mk.LayoutError, match=r"tables\[0\] must be a tensor.*table_of"):
         mk.Inputs(x, [embedding], [ids], (0, -2))
     embedding.register_forward_hook(lambda *args: None)
     with pytest.raises(mk.LayoutError, match="a hook wants to see"):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.nn.interception import interceptor
+from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
 from maskmoe_kernels.objectives.gem import check_loss, gem_loss
 from maskmoe_kernels.objectives.mixture import Mixture, check_missing, mixture
@@ -170,9 +170,15 @@ class InterpretableMLP(nn.Module):
 
     def _fused(self, x: Tensor | Inputs) -> Layers | None:
         """The layers for one op that calls neither this module nor ``layers``; None: call them."""
-        if interceptor(self, _FORWARD) or interceptor(self.layers, _LAYERS_FORWARD):
+        layers = self.layers
+        if (
+            interceptor_of_class(type(self), _FORWARD)
+            or interceptor_of_class(type(layers), _LAYERS_FORWARD)
+            or interceptor_of_instance(self)
+            or interceptor_of_instance(layers)
+        ):
             return None
-        return self.layers.fused(x)
+        return layers.fused(x)  # which asks for global hooks
 
     def _strict(self, device: torch.device) -> Tensor:
         on_cpu = device.type == "cpu"

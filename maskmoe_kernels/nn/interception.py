@@ -16,7 +16,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from maskmoe_kernels.ops.tensors import PLAIN
 
-_CALL, _CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+# What torch made ``__call__``, which others may have replaced before this is imported.
+_CALL, _CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl
 
 _TORCH_FUNCTION: Any = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 _NO_TORCH_FUNCTION = torch._C._disabled_torch_function_impl
@@ -29,13 +30,20 @@ def interceptor(module: nn.Module, forward: Callable[..., Any]) -> str | None:
         module: The one whose call is to be left out.
         forward: The function of its class that the fused path stands in for.
     """
-    return interceptor_of_class(type(module), forward) or interceptor_of_instance(module)
+    return (
+        interceptor_of_all()
+        or interceptor_of_class(type(module), forward)
+        or interceptor_of_instance(module)
+    )
+
+
+def interceptor_of_all() -> str | None:
+    """The same for all modules: global hooks."""
+    return "a global hook wants to see each module" if _has_any_global_hook() else None
 
 
 def interceptor_of_class(cls: type[nn.Module], forward: Callable[..., Any]) -> str | None:
-    """The same for all modules of a class: global hooks, methods that are not torch's own."""
-    if _has_any_global_hook():
-        return "a global hook wants to see each module"
+    """The same for the modules of one class: methods that are neither ``forward`` nor torch's."""
     if cls.forward is not forward:
         return f"{cls.__name__} has a forward of its own"
     if cls.__call__ is not _CALL or cls._call_impl is not _CALL_IMPL:

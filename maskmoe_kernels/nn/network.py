@@ -13,6 +13,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.interception import (
     intercepting,
+    interceptor_of_all,
     interceptor_of_class,
     interceptor_of_instance,
 )
@@ -141,7 +142,7 @@ class MaskedMLP(nn.Sequential):
             return "some layers have a bias and some have none"
         if last.activation not in (None, "none"):
             return "the last layer has an activation"
-        seen_by = interceptor_of_class(MaskedLinear, _LAYER_FORWARD)
+        seen_by = interceptor_of_all() or interceptor_of_class(MaskedLinear, _LAYER_FORWARD)
         if seen_by is not None:
             return seen_by
         named = first.backend == "native"

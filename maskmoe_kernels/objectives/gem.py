@@ -17,7 +17,7 @@ from maskmoe_kernels.objectives.selection import (
     takes_kernels,
 )
 from maskmoe_kernels.ops import objectives as fused
-from maskmoe_kernels.ops.autograd import transformed
+from maskmoe_kernels.ops.autograd import func_transforms
 from maskmoe_kernels.ops.tensors import PLAIN
 
 _WEIGHTINGS = {"selection": selection, "deselection": deselection}
@@ -114,15 +114,30 @@ def _check_labels(target: Tensor, mask: Tensor | None) -> None:
 
     Off the CPU, and in a compiled graph, this is an assertion for which nobody waits.
     """
-    if target.dtype == torch.bool or not target.numel() or target.is_meta or transformed():
+    if torch.compiler.is_compiling():
+        if not func_transforms():
+            _assert_labels(target, mask)
+    elif torch._C._are_functorch_transforms_active() or not target.numel():
         return
-    if target.device.type != "cpu" or type(target) not in PLAIN or torch.compiler.is_compiling():
+    elif not target.is_cpu or type(target) not in PLAIN:
+        _assert_labels(target, mask)
+    else:
+        # One pass and two reads are the cheapest way; of NaN, both are NaN.
+        low, high = torch.aminmax(target)
+        if not (low.item() >= 0 and high.item() <= 1):
+            _refuse_labels(target, mask)
+
+
+def _assert_labels(target: Tensor, mask: Tensor | None) -> None:
+    if target.dtype != torch.bool and not target.is_meta:
         inside = target.clamp(0, 1) == target
         torch._assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
-        return
-    low, high = _range(target)
-    if mask is not None and not 0 <= low <= high <= 1:
-        low, high = _range(target.masked_fill(~mask, 0))  # what is left out may be anything
+
+
+def _refuse_labels(target: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:  # what is left out may hold anything
+        target = target.masked_fill(~mask, 0)
+    low, high = (bound.item() for bound in torch.aminmax(target))
     if not 0 <= low <= high <= 1:
         raise LayoutError(
             f"{_LABELS}, got values from {low:g} to {high:g}; {_remedy(target, low, high)}"
@@ -137,12 +152,6 @@ def _remedy(target: Tensor, low: float, high: float) -> str:
     if low >= 0 and not (target.is_floating_point() and (target != target.round()).any()):
         return "for class indices, pass target == k, with k the class to be predicted"
     return "scale them"
-
-
-def _range(values: Tensor) -> tuple[float, float]:
-    # One pass and two reads are the cheapest way; NaN makes both NaN.
-    low, high = torch.aminmax(values)
-    return low.item(), high.item()
 
 
 def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:

@@ -643,10 +643,10 @@ def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:
 def _check(parts: Inputs, layers: Layers) -> None:
     # Networks can be so small that looking twice would show.
     x, first = parts.x, layers.layouts[0].in_features
-    tensors = [*parts.tables, *layers.weights, *layers.biases, *([] if x is None else [x])]
     dtype, device = layers.weights[0].dtype, layers.weights[0].device
-    if any(t.dtype != dtype or t.device != device for t in tensors):
-        _explain(parts, layers)
+    for tensor in (x, *parts.tables, *layers.weights, *layers.biases):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            _explain(parts, layers)
     for layout, weight in zip(layers.layouts, layers.weights, strict=True):
         if type(weight) not in PLAIN:
             refuse_sharded(x, weight)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read when the kernels are imported, which is on first use
@@ -56,3 +57,13 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip("no data sets in ../shared/data beside the checkout")
     return path
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

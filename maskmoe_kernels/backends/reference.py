@@ -23,10 +23,12 @@ def masked_linear(
         x = x[..., layout.table("col_order", x.device, lambda: order)]
     held = x.detach()
     columns = torch.arange(layout.in_features, device=x.device).split(list(layout.col_sizes))
+    # Without a column, x is in the graph all the same: where nothing routes, its gradient is 0.
+    nothing = x[..., :0]
     outputs = []
     for i, blocks in enumerate(_blocks(layout)):
         seen = [(x if routed else held)[..., columns[j]] for j, routed in blocks]
-        features = torch.cat(seen, dim=-1) if seen else held[..., :0]
+        features = torch.cat([nothing, *seen], dim=-1)
         start, stop = layout.weight_offsets[i : i + 2]
         shape = (layout.row_fan_in[i], layout.row_sizes[i])
         outputs.append(features @ weight[start:stop].view(shape))

@@ -166,7 +166,7 @@ class BlockLayout:
         product.
 
         Args:
-            mask: ``(out, in)``, bool or 0/1: may output unit o see input feature f?
+            mask: ``(out, in)``, bool or 0/1, sparse or not: may output unit o see input feature f?
             grad_mask: ``(out, in)``, inside ``mask``: does the gradient flow back? ``None``
                 means wherever ``mask`` is true.
 
@@ -452,13 +452,34 @@ def block_sizes(argument: str, sizes: int | Sequence[int], count: int) -> tuple[
     return tuple(listed)
 
 
-def _on_cpu(value: Tensor) -> Tensor:
-    # as_tensor alone would follow ``with torch.device("meta")``.
-    return value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+def plain_tensor(argument: str, value: Tensor) -> Tensor:
+    """``value`` as a dense tensor on the CPU, sparse tensors and nested sequences included.
+
+    Raises:
+        LayoutError: ``value`` is no tensor of numbers whose values are known.
+    """
+    if not isinstance(value, Tensor):
+        try:  # as_tensor would follow ``with torch.device("meta")``
+            return torch.tensor(value, device="cpu")
+        except (TypeError, ValueError, RuntimeError):
+            raise LayoutError(
+                f"{argument} must be a tensor or an array of numbers, got {value!r:.80}"
+            ) from None
+    kinds = {
+        "a nested tensor": value.is_nested,
+        "a quantized tensor": value.is_quantized,
+        "a meta tensor, which has no values": value.is_meta,
+        "a complex tensor": value.is_complex(),
+    }
+    for kind, given in kinds.items():
+        if given:
+            raise LayoutError(f"{argument} must be a plain tensor of numbers, got {kind}")
+    value = value.detach()
+    return (value if value.layout == torch.strided else value.to_dense()).cpu()
 
 
 def _bool_matrix(argument: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    matrix = _on_cpu(value)
+    matrix = plain_tensor(argument, value)
     if matrix.dtype != torch.bool or tuple(matrix.shape) != shape:
         raise LayoutError(
             f"{argument} must be a bool matrix of row blocks x column blocks, {shape}, got "
@@ -479,7 +500,7 @@ def _refuse_absent_routes(routed: Tensor, present: Tensor, what: str) -> None:
 def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
     if order is None:
         return None
-    order = _on_cpu(order).to(torch.int64)
+    order = plain_tensor(argument, order).to(torch.int64)
     if not torch.equal(order.sort().values, torch.arange(size, device="cpu")):
         raise LayoutError(f"{argument} must be a permutation of 0..{size - 1}")
     if torch.equal(order, torch.arange(size, device="cpu")):
@@ -488,7 +509,7 @@ def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
 
 
 def _mask_array(argument: str, mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    array = _on_cpu(mask)
+    array = plain_tensor(argument, mask)
     if array.dim() != 2 or 0 in array.shape:
         raise LayoutError(
             f"{argument} must be (out, in) with at least one row and one column, got "

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
 from maskmoe_kernels.objectives.gem import check_loss, gem_loss
-from maskmoe_kernels.objectives.mixture import Mixture, mixture
+from maskmoe_kernels.objectives.mixture import Mixture, check_missing, mixture
 from maskmoe_kernels.objectives.selection import Confidence, check_confidence
 from maskmoe_kernels.ops import networks
-from maskmoe_kernels.ops.networks import Inputs
+from maskmoe_kernels.ops.networks import Inputs, Layers
 
 
 class InterpretableMLP(nn.Module):
@@ -95,12 +96,15 @@ class InterpretableMLP(nn.Module):
         activation is kept for ``backward``. What a sample that ``mask`` leaves out holds, NaN
         included, reaches no gradient.
 
-        Hooks on this module (DistributedDataParallel has some) see calls of the module only: there,
-        take the loss of ``net(x)``.
+        Whoever sees or changes the module's call, a hook or a ``forward`` of a subclass, is called:
+        the loss is then that of ``self(x)``. A module around this one is not: with
+        DistributedDataParallel, take the loss of ``parallel(x)``; with FSDP2, call
+        ``fully_shard(net)``, whose hooks are seen, or shard a module around it and register the
+        method of that module that computes the loss.
 
         Args:
             x: As in ``forward``.
-            target: y in {0, 1}, ``(*,)``.
+            target: y in {0, 1}, or its probability, ``(*,)``.
             confidence: See :func:`selection`.
             weighting: See :func:`maskmoe_kernels.gem_loss`, as for the rest.
             normalize: What the weights are divided by.
@@ -109,10 +113,16 @@ class InterpretableMLP(nn.Module):
 
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
+            BackendError: The parameters are sharded, and no module that knows it was called.
+
+        Example:
+            >>> fully_shard(model)  # model.net is this network, model.loss calls its gem_loss
+            >>> register_fsdp_forward_method(model, "loss")
+            >>> model.loss(x, target).backward()
         """
         inputs = inputs_of(x)
         check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
-        layers = self.layers.fused(x)
+        layers = self._fused(x)
         if layers is None or not isinstance(confidence, str) or target.requires_grad:
             if mask is not None:
                 x = inputs.joined().masked_fill(~mask.unsqueeze(-1), 0)
@@ -134,25 +144,48 @@ class InterpretableMLP(nn.Module):
 
     @torch.no_grad()
     def predict(
-        self, x: Tensor | Inputs, confidence: Confidence = "abs", sharpness: float = 1.0
+        self,
+        x: Tensor | Inputs,
+        confidence: Confidence = "abs",
+        sharpness: float = 1.0,
+        missing: str = "propagate",
     ) -> Mixture:
         """Probability ``(*,)`` and attribution ``(*, H)`` (eq. 1); no gradient is recorded.
+
+        With ``missing="skip"``, a group that is missing in a row (NaN) silences the experts that
+        see it, and the others decide; see :func:`mixture`.
 
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        layers = self.layers.fused(x)
+        check_missing(missing)
+        layers = self._fused(x) if missing == "propagate" else None
         if layers is None or not isinstance(confidence, str):
-            return mixture(self(x), self.family, confidence, sharpness)
+            return mixture(self(x), self.family, confidence, sharpness, missing)
         check_confidence(confidence, sharpness)
         strict = self._strict(layers.weights[0].device)
         return Mixture(
             *networks.masked_mlp_mixture(inputs_of(x), layers, strict, confidence, sharpness)
         )
 
+    def _fused(self, x: Tensor | Inputs) -> Layers | None:
+        """The layers for one op that calls neither this module nor ``layers``; None: call them."""
+        layers = self.layers
+        if (
+            interceptor_of_class(type(self), _FORWARD)
+            or interceptor_of_class(type(layers), _LAYERS_FORWARD)
+            or interceptor_of_instance(self)
+            or interceptor_of_instance(layers)
+        ):
+            return None
+        return layers.fused(x)  # which asks for global hooks
+
     def _strict(self, device: torch.device) -> Tensor:
         on_cpu = device.type == "cpu"
         return self.family.strict if on_cpu else self.family.table("inside", device)
+
+
+_FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

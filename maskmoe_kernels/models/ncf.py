@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
-from maskmoe_kernels.nn.embedding import ContentEncoder
+from maskmoe_kernels.nn.embedding import ContentEncoder, table_obstacle
+from maskmoe_kernels.nn.interception import interceptor
+from maskmoe_kernels.objectives.gem import gem_loss
 from maskmoe_kernels.ops.networks import Inputs
 
 
@@ -79,14 +81,16 @@ class _Inputs(nn.Module):
         )
 
 
+_FORWARDS = {cls: cls.forward for cls in (_Inputs, ContentEncoder)}
+
+
 def _watched(module: nn.Module | None) -> bool:
     """Would its own call do more than its weights say?"""
-    if module is None or module._forward_hooks or module._forward_pre_hooks:
+    if module is None:
         return True
-    if type(module) is not nn.Embedding:
-        return type(module) not in (ContentEncoder, _Inputs)
-    special = module.sparse or module.scale_grad_by_freq or module.padding_idx is not None
-    return special or module.max_norm is not None
+    forward = _FORWARDS.get(type(module))  # type: ignore[arg-type]
+    reason = table_obstacle(module) if forward is None else interceptor(module, forward)
+    return reason is not None
 
 
 class InterpretableNCF(nn.Module):
@@ -151,8 +155,18 @@ class InterpretableNCF(nn.Module):
         **options: Any,
     ) -> Tensor:
         """The loss of these samples in one pass; see :meth:`InterpretableMLP.gem_loss`."""
+        mask = options.get("mask")
+        if mask is not None and mask.dtype == torch.bool and mask.shape == numeric.shape[:-1]:
+            # The projection reads the numbers before the loss knows which samples count.
+            numeric = numeric.masked_fill(~mask.unsqueeze(-1), 0)
+        if interceptor(self, _FORWARD) is not None:
+            logits = self(user, item, codes, numeric)
+            return gem_loss(logits, target, self.family, **options)
         inputs = self.inputs.parts(user, item, codes, numeric)
         return self.experts.gem_loss(inputs, target, **options)
+
+
+_FORWARD = InterpretableNCF.forward
 
 
 class NCF(nn.Module):

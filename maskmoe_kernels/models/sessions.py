@@ -151,6 +151,7 @@ class SessionExperts(SessionModel):
         *,
         confidence: Confidence = "abs",
         sharpness: float = 1.0,
+        missing: str = "propagate",
     ) -> Mixture:
         """Probability ``(B, T2)`` and attribution ``(B, T2, H)`` of each step of B (eq. 1).
 
@@ -158,7 +159,7 @@ class SessionExperts(SessionModel):
         nothing. No gradient is recorded.
         """
         logits = self(first, second, first_padding, second_padding)
-        return mixture(logits, self.family, confidence, sharpness)
+        return mixture(logits, self.family, confidence, sharpness, missing)
 
 
 class SessionBlackBox(SessionModel):

@@ -1,7 +1,7 @@
 """Modules built on the masked linear op."""
 
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
-from maskmoe_kernels.nn.embedding import ContentEncoder
+from maskmoe_kernels.nn.embedding import ContentEncoder, table_of
 from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.network import MaskedMLP
@@ -17,4 +17,5 @@ __all__ = [
     "MaskedMLP",
     "MaskedMultiheadAttention",
     "StackedLinear",
+    "table_of",
 ]

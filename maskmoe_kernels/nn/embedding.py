@@ -7,6 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.nn.interception import intercepting, interceptor
+
+_FORWARD = nn.Embedding.forward
+
 
 class ContentEncoder(nn.Module):
     """Categorical embeddings beside ``tanh(Dense(numeric))`` (the paper's content group).
@@ -53,3 +58,38 @@ class ContentEncoder(nn.Module):
     def project(self, numeric: Tensor) -> Tensor:
         """The part of the vector that comes from ``(*, num_numeric)`` numbers, its last one."""
         return torch.tanh(self.numeric(numeric))
+
+
+def table_of(embedding: nn.Embedding) -> Tensor:
+    """The rows of ``embedding``, ``(num_embeddings, embedding_dim)``, for :class:`Inputs`.
+
+    Rows that are read from the weight train as rows of a tensor do, the one at ``padding_idx``
+    included. So an embedding whose call does more than look rows up is refused.
+
+    Raises:
+        LayoutError: The embedding has ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or
+            ``sparse``, is of another class, or its call is seen or changed by a hook, say.
+    """
+    reason = table_obstacle(embedding)
+    if reason is not None:
+        raise LayoutError(
+            f"embedding must only look rows up to be read without its call, but {reason}; call it, "
+            "and put what it returns among the columns of x"
+        )
+    return embedding.weight
+
+
+def table_obstacle(embedding: nn.Module) -> str | None:
+    """What a call of ``embedding`` does besides looking rows up, in words; None: nothing."""
+    if type(embedding) is not nn.Embedding:
+        return f"it is a {type(embedding).__name__}"
+    if embedding.padding_idx is not None:
+        return f"row padding_idx={embedding.padding_idx} has no gradient"
+    if embedding.max_norm is not None:
+        return f"its rows are renormalised to max_norm={embedding.max_norm}"
+    if embedding.scale_grad_by_freq or embedding.sparse:
+        option = "sparse" if embedding.sparse else "scale_grad_by_freq"
+        return f"{option}=True makes a gradient of another kind"
+    if intercepting(embedding.weight):
+        return "its weight is of a class that wants to see torch's functions"
+    return interceptor(embedding, _FORWARD)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.nn.stacked import StackedLinear
 
 
@@ -93,11 +95,15 @@ class MaskedGRUCell(nn.Module):
         return torch.lerp(torch.addcmul(new, reset, state_new).tanh(), state, update)
 
 
+_CELL_FORWARD = MaskedGRUCell.forward
+
+
 class MaskedGRU(nn.Module):
     """``nn.GRU`` of all experts: blind outside their subset, and each trained by its own loss.
 
     The gates' inputs of a whole sequence are one masked product; each step is another one, and
-    element-wise functions. See :class:`MaskedGRUCell` for the equations.
+    element-wise functions. See :class:`MaskedGRUCell` for the equations. A cell whose call somebody
+    sees or changes, with a hook say, is called step by step instead.
 
     A padded step is absent, whatever it holds: the state passes it unchanged, and the output
     there is zero.
@@ -267,18 +273,22 @@ class MaskedGRU(nn.Module):
 def _run(
     cell: MaskedGRUCell, x: Tensor, state: Tensor | None, padded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    gates = cell.input_gates(x)
-    if state is None:
-        state = gates.new_zeros(x.shape[1], cell.hidden_size)
-    state = state.to(gates.dtype)
-    both, new = cell.split(gates)
+    if interceptor(cell, _CELL_FORWARD) is None:
+        gates = cell.input_gates(x)
+        state = gates.new_zeros(x.shape[1], cell.hidden_size) if state is None else state
+        state = state.to(gates.dtype)
+        step: Callable[..., Tensor] = cell.step
+        inputs = [*zip(*(part.unbind(0) for part in cell.split(gates)), strict=True)]
+    else:
+        state = x.new_zeros(x.shape[1], cell.hidden_size) if state is None else state
+        step, inputs = cell, [(x_t,) for x_t in x.unbind(0)]
     outputs = []
-    for t, (both_t, new_t) in enumerate(zip(both.unbind(0), new.unbind(0), strict=True)):
-        after = cell.step(both_t, new_t, state)
-        state = after if padded is None else torch.where(padded[t], state, after)
+    for t, of_step in enumerate(inputs):
+        after = step(*of_step, state)
+        state = after if padded is None else torch.where(padded[t], state.to(after.dtype), after)
         outputs.append(state)
     if not outputs:
-        return gates.new_zeros(0, x.shape[1], cell.hidden_size), state
+        return state.new_zeros(0, x.shape[1], cell.hidden_size), state
     output = torch.stack(outputs)
     return output if padded is None else output.masked_fill(padded, 0), state
 

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from maskmoe_kernels.backends.activations import activation_name
 from maskmoe_kernels.backends.choice import check_backend
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.blocks import BlockLayout, plain_tensor
 from maskmoe_kernels.layout.plan import plan_of
+from maskmoe_kernels.nn.packing import (
+    degrees_obstacle,
+    mask_obstacle,
+    packing_obstacle,
+    packing_state,
+)
 from maskmoe_kernels.ops.functional import masked_linear
 
 
@@ -25,7 +31,8 @@ class MaskedLinear(nn.Module):
     Args:
         in_features: Width of the input.
         out_features: Width of the output.
-        mask: ``(out_features, in_features)`` bool: may output unit o see input feature f?
+        mask: ``(out_features, in_features)`` bool, sparse or not: may output unit o see input
+            feature f?
         bias: Whether to learn an additive bias.
         grad_mask: Where the gradient flows back to the input, inside ``mask``; ``None`` means
             wherever ``mask`` is true (an ordinary masked layer).
@@ -40,7 +47,7 @@ class MaskedLinear(nn.Module):
         layout: The :class:`BlockLayout` of the mask.
 
     Raises:
-        LayoutError: The mask is not ``(out_features, in_features)``.
+        LayoutError: The mask is not ``(out_features, in_features)``, or holds no zeros and ones.
     """
 
     def __init__(
@@ -56,10 +63,11 @@ class MaskedLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if tuple(torch.as_tensor(mask).shape) != (out_features, in_features):
+        mask = plain_tensor("mask", mask)
+        if tuple(mask.shape) != (out_features, in_features):
             raise LayoutError(
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
-                f"{tuple(torch.as_tensor(mask).shape)}"
+                f"{tuple(mask.shape)}"
             )
         layout = BlockLayout.from_mask(mask, grad_mask)
         self._build(layout, bias, activation, backend, device, dtype)
@@ -190,7 +198,7 @@ class MaskedLinear(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What orders the packed weight, so that no checkpoint loads in another order."""
-        return torch.tensor(self.layout.packing_id, device="cpu")
+        return packing_state(self.layout.packing_id)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Checked while loading; nothing to set."""
@@ -209,7 +217,7 @@ class MaskedLinear(nn.Module):
         # A dense (out, in) weight, as nn.Linear saves it, is packed on the way in.
         weight = state_dict.get(prefix + "weight")
         expected = (self.out_features, self.in_features)
-        own = self.layout.packing_id
+        key = prefix + "_extra_state"
         if weight is not None and weight.dim() == 2:
             if tuple(weight.shape) == expected:
                 state_dict[prefix + "weight"] = self.layout.pack(weight)
@@ -219,37 +227,24 @@ class MaskedLinear(nn.Module):
                     f"in_features) = {expected}, got {tuple(weight.shape)} from checkpoint."
                 )
                 state_dict[prefix + "weight"] = self.weight.detach()
-        elif _packing_in(state_dict.get(prefix + "_extra_state"), own) != own:
-            error_msgs.append(
-                f"packing mismatch for {prefix}weight: the checkpoint's packed weight belongs to "
-                "another layout; save dense_weight() of the layer it came from and load that."
-            )
+        else:
+            reason = packing_obstacle(state_dict.get(key), self.layout.packing_id)
+            if reason is not None:
+                error_msgs.append(f"packing mismatch for {prefix}weight, by {key}: {reason}")
         if weight is None or weight.dim() == 2:
             # Only a packed weight has to say how it is packed; one that does not is refused, as
             # torch refuses any missing key, unless strict=False.
-            state_dict[prefix + "_extra_state"] = self.get_extra_state()
-        # Layers that keep a dense weight (zuko's) save their mask beside it.
-        mask = state_dict.pop(prefix + "mask", None)
-        if mask is not None:
-            reason = self._mask_obstacle(mask)
+            state_dict[key] = self.get_extra_state()
+        # Layers that keep a dense weight (zuko's, nflows', pyro's) save their mask beside it.
+        for name, obstacle in (("mask", mask_obstacle), ("degrees", degrees_obstacle)):
+            value = state_dict.pop(prefix + name, None)
+            reason = None if value is None else obstacle(value, self.layout.mask())
             if reason is not None:
-                error_msgs.append(f"mask mismatch for {prefix}mask: {reason}")
+                error_msgs.append(f"{name} mismatch for {prefix}{name}: {reason}")
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         self._make_plan()  # ``assign=True`` may have moved the parameters
-
-    def _mask_obstacle(self, mask: Tensor) -> str | None:
-        own = self.layout.mask()
-        if mask.shape != own.shape:
-            return f"the checkpoint's is {tuple(mask.shape)}, this layer's {tuple(own.shape)}."
-        different = int((mask.to(own.device).bool() != own).sum())
-        if different:
-            return (
-                f"the checkpoint's differs from this layer's in {different} of {own.numel()} "
-                "entries; build the layer from the checkpoint's mask."
-            )
-        return None
 
     def extra_repr(self) -> str:
         """Sizes, blocks and density, for ``print(layer)``."""
@@ -264,8 +259,3 @@ class MaskedLinear(nn.Module):
         if self.activation is not None:
             text += f", activation={self.activation}"
         return text
-
-
-def _packing_in(state: Tensor | None, own: int) -> int:
-    # A checkpoint mapped to "meta" has shapes only, and nothing to put in the wrong order.
-    return own if state is None or state.is_meta else int(state)

@@ -8,14 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.nn.interception import (
+    intercepting,
+    interceptor_of_all,
+    interceptor_of_class,
+    interceptor_of_instance,
+)
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops import networks
 from maskmoe_kernels.ops.autograd import transformed
 from maskmoe_kernels.ops.networks import Inputs, Layers
+from maskmoe_kernels.ops.tensors import PLAIN
+
+_LAYER_FORWARD = MaskedLinear.forward
 
 
 class MaskedMLP(nn.Sequential):
@@ -113,8 +121,9 @@ class MaskedMLP(nn.Sequential):
         for layer, layout in zip(layers, self.layouts, strict=True):
             if type(layer) is not MaskedLinear or layer.layout is not layout:
                 return f"a layer is a {type(layer).__name__} that was not made here"
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                return "a hook wants to see each layer"
+            seen_by = interceptor_of_instance(layer)
+            if seen_by is not None:
+                return seen_by
             if layer.backend not in (None, "native"):
                 return f"backend {layer.backend!r} was asked for"
             if layer is not last and layer.activation != first.activation:
@@ -124,6 +133,9 @@ class MaskedMLP(nn.Sequential):
             own: dict[str, Any] = layer._parameters
             both = "weight" in own and "bias" in own
             weight, bias = (own["weight"], own["bias"]) if both else (layer.weight, layer.bias)
+            plain = type(weight) in PLAIN and type(bias) in PLAIN
+            if not plain and intercepting(weight, bias):
+                return "a parameter is of a class that wants to see torch's functions"
             weights.append(weight)
             if bias is not None:
                 biases.append(bias)
@@ -131,8 +143,9 @@ class MaskedMLP(nn.Sequential):
             return "some layers have a bias and some have none"
         if last.activation not in (None, "none"):
             return "the last layer has an activation"
-        if _has_any_global_hook():
-            return "a hook wants to see each layer"
+        seen_by = interceptor_of_all() or interceptor_of_class(MaskedLinear, _LAYER_FORWARD)
+        if seen_by is not None:
+            return seen_by
         named = first.backend == "native"
         of = weights[0]
         return self._gap or networks.obstacle(of.dtype, of.device, named, self._too_fine)

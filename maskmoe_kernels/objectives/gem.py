@@ -17,9 +17,12 @@ from maskmoe_kernels.objectives.selection import (
     takes_kernels,
 )
 from maskmoe_kernels.ops import objectives as fused
+from maskmoe_kernels.ops.autograd import func_transforms
+from maskmoe_kernels.ops.tensors import PLAIN
 
 _WEIGHTINGS = {"selection": selection, "deselection": deselection}
 _NORMALIZE = (None, "sample", "expert", "batch")
+_LABELS = "target must hold labels in [0, 1], the probability that y is 1"
 
 
 def gem_loss(
@@ -39,7 +42,10 @@ def gem_loss(
 
     Args:
         logits: z, ``(*, H)``.
-        target: y in {0, 1}, ``(*,)``.
+        target: y in {0, 1}, or its probability, ``(*,)``. A sample that counts and is outside
+            [0, 1], or NaN, is refused: on the CPU with a LayoutError; on CUDA, and in a compiled
+            graph, by an assertion (``torch._assert_async``) for which no call waits. Transforms
+            of torch.func do not look.
         family: The subsets of the H experts.
         confidence: See :func:`selection`.
         weighting: ``"selection"`` (alpha, eq. 7) or ``"deselection"`` (alpha without the own
@@ -55,7 +61,8 @@ def gem_loss(
         Scalar, float32 (float64 for float64 logits). With no sample at all it is 0.
 
     Raises:
-        LayoutError: A shape that does not fit, or an unknown weighting or normalization.
+        LayoutError: A shape or a target that does not fit, or an unknown weighting or
+            normalization.
     """
     check_logits(logits, family)
     check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
@@ -99,6 +106,52 @@ def check_loss(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    _check_labels(target, mask)
+
+
+def _check_labels(target: Tensor, mask: Tensor | None) -> None:
+    """Raise LayoutError unless the targets that count lie in [0, 1].
+
+    Off the CPU, and in a compiled graph, this is an assertion for which nobody waits.
+    """
+    if torch.compiler.is_compiling():
+        if not func_transforms():
+            _assert_labels(target, mask)
+    elif torch._C._are_functorch_transforms_active() or not target.numel():
+        return
+    elif not target.is_cpu or type(target) not in PLAIN:
+        _assert_labels(target, mask)
+    else:
+        # One pass and two reads are the cheapest way; of NaN, both are NaN.
+        low, high = torch.aminmax(target)
+        if not (low.item() >= 0 and high.item() <= 1):
+            _refuse_labels(target, mask)
+
+
+def _assert_labels(target: Tensor, mask: Tensor | None) -> None:
+    if target.dtype != torch.bool and not target.is_meta:
+        inside = target.clamp(0, 1) == target
+        torch._assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
+
+
+def _refuse_labels(target: Tensor, mask: Tensor | None) -> None:
+    if mask is not None:  # what is left out may hold anything
+        target = target.masked_fill(~mask, 0)
+    low, high = (bound.item() for bound in torch.aminmax(target))
+    if not 0 <= low <= high <= 1:
+        raise LayoutError(
+            f"{_LABELS}, got values from {low:g} to {high:g}; {_remedy(target, low, high)}"
+        )
+
+
+def _remedy(target: Tensor, low: float, high: float) -> str:
+    if low != low:
+        return "leave samples whose label is NaN out with mask"
+    if low == -1 and high <= 1:
+        return "for labels -1 and 1, pass (target + 1) / 2"
+    if low >= 0 and not (target.is_floating_point() and (target != target.round()).any()):
+        return "for class indices, pass target == k, with k the class to be predicted"
+    return "scale them"
 
 
 def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:

@@ -72,6 +72,20 @@ def deselection(
     return above.masked_fill(reached, torch.nan)
 
 
+def selection_of_known(
+    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+) -> tuple[Tensor, Tensor]:
+    """alpha in the family of the experts whose logit is known (not NaN), and who is; ``(*, H)``.
+
+    It is 0 for experts that are unknown, and NaN where all are. Arguments and errors as for
+    :func:`selection`.
+    """
+    check_logits(logits, family)
+    check_confidence(confidence, sharpness)
+    own, above, unknown, _ = _parts(logits, family, confidence, sharpness, of_known=True)
+    return (own * above).masked_fill(unknown.all(-1, keepdim=True), torch.nan), ~unknown
+
+
 def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], Tensor]:
     """Confidence for rare positives: 0 at p = ``threshold``, 1 at p = 1 (authors' MovieLens code).
 
@@ -184,12 +198,17 @@ def _sharpened(g: Tensor, log_rest: Tensor, power: float) -> tuple[Tensor, Tenso
 
 
 def _parts(
-    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+    logits: Tensor,
+    family: SubsetFamily,
+    confidence: Confidence,
+    sharpness: float,
+    of_known: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """g_i, prod over omega(i) of (1 - g_j), is g_i unknown, is a factor unknown; ``(*, H)`` each.
 
     What is unknown (NaN) is set aside and put in at the end: a product with 0 would let it
-    through to experts outside its subset, and so would the derivative of one.
+    through to experts outside its subset, and so would the derivative of one. With ``of_known``,
+    only an expert with a larger one that is known has one above it to be sharpened for.
     """
     with torch.autocast(logits.device.type, enabled=False):
         z = logits if logits.dtype == torch.float64 else logits.float()
@@ -198,7 +217,10 @@ def _parts(
         unknown = unknown | g.isnan()
         if sharpness != 1:
             sharp, sharp_rest = _sharpened(g, log_rest, sharpness)
-            larger = family.table("has_larger", z.device)
+            if of_known:
+                larger = (~unknown).double() @ family.table("strict", z.device) > 0
+            else:
+                larger = family.table("has_larger", z.device)
             g = torch.where(larger, sharp, g)
             log_rest = torch.where(larger, sharp_rest, log_rest)
         below = family.table("strict", z.device).T

@@ -25,6 +25,7 @@ from maskmoe_kernels.ops.autograd import (
     func_transforms,
 )
 from maskmoe_kernels.ops.checks import check_linear
+from maskmoe_kernels.ops.tensors import PLAIN, refuse_sharded
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
@@ -58,11 +59,14 @@ def masked_linear(
 
     Raises:
         LayoutError: A shape, dtype or device that does not fit, or an unknown activation.
-        BackendError: The named backend cannot run, or forward-mode AD was asked for.
+        BackendError: The named backend cannot run, forward-mode AD was asked for, or the
+            parameters are DTensors.
     """
     name = "none" if activation is None else activation_name(activation)
     if torch._C._is_any_autocast_enabled():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
+    if type(weight) not in PLAIN or type(bias) not in PLAIN:
+        refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
     compiling = torch.compiler.is_compiling()
     route = None if compiling else layout.routes.get((backend, x.dtype, x.device))

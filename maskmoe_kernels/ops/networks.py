@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -33,6 +34,7 @@ from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
 from maskmoe_kernels.ops.checks import check_count, check_parts
 from maskmoe_kernels.ops.functional import autocast
+from maskmoe_kernels.ops.tensors import PLAIN, refuse_sharded
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
@@ -85,11 +87,30 @@ def _gather(
     columns, start = [], 0
     for part in parts:
         if part >= 0:
-            columns.append(tables[part][ids[part]])
+            columns.append(_rows(tables[part], ids[part]))
         elif x is not None:
             columns.append(x[..., start : start - part])
             start -= part
     return columns[0] if len(columns) == 1 else torch.cat(columns, -1)
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows of ``table`` by ``ids`` ``(*,)``: ``(*, width)``; what they get is added in one order.
+
+    Backward of an index adds in any order on the CPU, that of ``index_select`` in any on a GPU.
+    """
+    if ids.is_cuda:
+        return F.embedding(ids, table)
+    return table.index_select(0, ids.reshape(-1)).view(*ids.shape, table.shape[1])
+
+
+def _summed(grad: Tensor, ids: Tensor, count: int) -> Tensor:
+    """The gradient of a table of ``count`` rows from that of :func:`_rows`, in one order."""
+    if ids.is_cuda:
+        summed: Tensor = torch.ops.aten.embedding_dense_backward(grad, ids, count, -1, False)
+        return summed
+    flat = grad.reshape(-1, grad.shape[-1])
+    return grad.new_zeros(count, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)
 
 
 def _through(
@@ -179,7 +200,7 @@ def _input_grads(
     need_x: bool,
     need_tables: bool,
 ) -> list[Tensor]:
-    of_x, of_tables, start = [], [torch.zeros_like(table) for table in tables], 0
+    of_x, summed, start = [], {}, 0
     for part in parts if need_x or need_tables else ():
         width = -part if part < 0 else tables[part].shape[1]
         columns = grad[..., start : start + width]
@@ -187,7 +208,10 @@ def _input_grads(
         if part < 0:
             of_x.append(columns)
         elif need_tables:
-            of_tables[part].index_add_(0, ids[part].reshape(-1), columns.reshape(-1, width))
+            summed[part] = _summed(columns, ids[part], len(tables[part]))
+    of_tables = [
+        summed[t] if t in summed else torch.zeros_like(table) for t, table in enumerate(tables)
+    ]
     return [torch.cat(of_x, -1)] * (need_x and x is not None) + of_tables * need_tables
 
 
@@ -278,15 +302,28 @@ class Inputs:
 
     Attributes:
         x: Columns, ``(*, columns)``, or ``None``.
-        tables: Embeddings, ``(rows, width)`` each.
+        tables: Embeddings, ``(rows, width)`` each. All of their rows train: where some should not
+            (``padding_idx``), call the ``nn.Embedding`` and put what it returns into ``x``.
+            ``maskmoe_kernels.nn.table_of(embedding)`` is the table of one that only looks up.
         ids: A row for every sample, ``(*,)`` int64, one tensor a table.
         order: ``p >= 0``: table p; ``p < 0``: the next ``-p`` columns of ``x``.
+
+    Raises:
+        LayoutError: A table that is no tensor.
     """
 
     x: Tensor | None
     tables: Sequence[Tensor] = ()
     ids: Sequence[Tensor] = ()
     order: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        for t, table in enumerate(self.tables):
+            if not isinstance(table, Tensor):
+                raise LayoutError(
+                    f"tables[{t}] must be a tensor, got {type(table).__name__}; of an "
+                    "nn.Embedding, pass maskmoe_kernels.nn.table_of(embedding)"
+                )
 
     @classmethod
     def of(cls, x: Tensor) -> Inputs:
@@ -618,11 +655,13 @@ def _autocast(parts: Inputs, layers: Layers) -> tuple[Inputs, Layers]:
 def _check(parts: Inputs, layers: Layers) -> None:
     # Networks can be so small that looking twice would show.
     x, first = parts.x, layers.layouts[0].in_features
-    tensors = [*parts.tables, *layers.weights, *layers.biases, *([] if x is None else [x])]
     dtype, device = layers.weights[0].dtype, layers.weights[0].device
-    if any(t.dtype != dtype or t.device != device for t in tensors):
-        _explain(parts, layers)
+    for tensor in (x, *parts.tables, *layers.weights, *layers.biases):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            _explain(parts, layers)
     for layout, weight in zip(layers.layouts, layers.weights, strict=True):
+        if type(weight) not in PLAIN:
+            refuse_sharded(x, weight)
         if weight.numel() != layout.num_weights or weight.dim() != 1:
             layout.check_weight(weight)
     if not parts.tables:

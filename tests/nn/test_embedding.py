@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from maskmoe_kernels.nn import ContentEncoder
+import maskmoe_kernels as mk
+from maskmoe_kernels.models import InterpretableNCF, NCFSizes
+from maskmoe_kernels.nn import ContentEncoder, table_of
 
 
 @pytest.fixture
@@ -75,3 +77,71 @@ def test_tables_start_small_and_the_projection_as_torch_does():
     assert encoder.numeric.weight.abs().max() <= 19**-0.5
     wide = ContentEncoder({"many": (2000, 8)}, 1, 1, std=0.5).embeddings["many"].weight.detach()
     assert wide.std() == pytest.approx(0.5, rel=0.03)
+
+
+# --- Embeddings whose call does more than look rows up -------------------------------------------
+
+SPECIAL = {
+    "padding_idx": {"padding_idx": 1},
+    "first row is padding": {"padding_idx": 0},
+    "max_norm": {"max_norm": 0.5},
+    "scale_grad_by_freq": {"scale_grad_by_freq": True},
+    "sparse": {"sparse": True},
+}
+
+
+def ncf(part, options):
+    """A model with one embedding of that kind, and the same with calls of its embeddings."""
+    torch.manual_seed(0)
+    model = InterpretableNCF(NCFSizes(5, 4, {"sex": (2, 3), "age": (4, 2)}, 3, 4, 6), [8])
+    holder = model.inputs.content.embeddings if part == "age" else model.inputs
+    old = getattr(holder, part)
+    new = nn.Embedding(*old.weight.shape, **options)
+    setattr(holder, part, new)
+    return model, new
+
+
+@pytest.mark.parametrize("part", ["user", "item", "age"])
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_embeddings_of_ncf_train_as_their_calls_do(name, part):
+    model, table = ncf(part, SPECIAL[name])
+    ids = torch.tensor([0, 1, 1, 3, 1])
+    codes = torch.stack([ids % 2, ids], -1)
+    inputs, y = (ids, ids, codes, torch.randn(5, 3)), torch.tensor([0.0, 1, 0, 0, 1])
+    before = table.weight.detach().clone()
+    model.gem_loss(*inputs, y).backward()
+    with torch.no_grad():
+        if name == "max_norm":
+            norms = table.weight.norm(dim=1)
+            assert (norms[[0, 1, 3]] <= 0.5 + 1e-6).all()
+            assert (norms[[0, 1, 3]] < before.norm(dim=1)[[0, 1, 3]]).all()
+    found, table.weight.grad = table.weight.grad, None
+    assert found.is_sparse == (name == "sparse")
+    found = found.to_dense()
+    if table.padding_idx is not None:
+        assert not found[table.padding_idx].any()
+    mk.gem_loss(model.experts.layers.layered(model.inputs(*inputs)), y, model.family).backward()
+    torch.testing.assert_close(found, table.weight.grad.to_dense())
+    assert found[3].any()
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_embeddings_have_no_table(name):
+    embedding = nn.Embedding(5, 3, **SPECIAL[name])
+    with pytest.raises(mk.LayoutError, match=next(iter(SPECIAL[name])) + ".*; call it, and put"):
+        table_of(embedding)
+
+
+def test_an_embedding_that_only_looks_up_is_its_weight():
+    family = mk.SubsetFamily.powerset({"a": 3, "b": 2})
+    net, embedding = mk.InterpretableMLP(family, [4]), nn.Embedding(5, 3)
+    x, ids = torch.randn(6, 2), torch.tensor([0, 4, 4, 1, 2, 0])
+    inputs = mk.Inputs(x, [table_of(embedding)], [ids], (0, -2))
+    torch.testing.assert_close(net(inputs), net(torch.cat([embedding(ids), x], -1)))
+    with pytest.raises(mk.LayoutError, match=r"tables\[0\] must be a tensor.*table_of"):
+        mk.Inputs(x, [embedding], [ids], (0, -2))
+    embedding.register_forward_hook(lambda *args: None)
+    with pytest.raises(mk.LayoutError, match="a hook wants to see"):
+        table_of(embedding)
+    with pytest.raises(mk.LayoutError, match="it is a Linear"):
+        table_of(nn.Linear(3, 5))

@@ -502,15 +502,6 @@ def test_meta_layer_takes_a_dense_checkpoint():
 # --- Distributed -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_process(tmp_path):
-    if not dist.is_available() or not dist.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def trained(module, x, grad_y, steps=2):
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     for _ in range(steps):

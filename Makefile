@@ -86,7 +86,7 @@ bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
 gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
-	@$(PY) -m bench.gpu_static --check bench/results/gpu-static.json $(ARGS)
+	@$(PY) -m bench.gpu_static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
 
 gpu-check: $(BUILT) ## Prove and measure on a GPU, in 9 minutes (ARGS='--part graphs', '--dry-run')
 	@$(PY) -m bench.gpu_check $(ARGS)

@@ -22,11 +22,11 @@ from tests.objectives import test_gem, test_mixture, test_selection
 from tests.objectives.definition import CONFIDENCES
 
 pytest.importorskip("triton")
+ON_CPU = backend.obstacle(torch.device("cpu"))  # None where the interpreter runs
 runs = pytest.mark.skipif(
-    not (backend.INTERPRETED or torch.cuda.is_available()),
-    reason="needs TRITON_INTERPRET=1 or an NVIDIA GPU",
+    ON_CPU is not None and not torch.cuda.is_available(), reason=f"no NVIDIA GPU, and {ON_CPU}"
 )
-interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(ON_CPU is not None, reason=f"no interpreter: {ON_CPU}")
 
 seeds = st.integers(0, 2**31 - 1)
 names = st.sampled_from(CONFIDENCES)

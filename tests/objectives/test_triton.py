@@ -428,6 +428,25 @@ def test_compiles_whole_and_never_seen_before(step):
 
 
 @interpreted
+def test_a_compiled_function_tells_families_apart():
+    """Of as many experts they are; one made anew has its tables yet to build."""
+    torch._dynamo.reset()
+    subsets = [["a", "b"][:n] + ["c"] * c for n in range(3) for c in range(2)]
+    other = SubsetFamily(CUBE.groups, {str(s): s for s in [*subsets, ["b"]]})
+    anew = SubsetFamily(CUBE.groups, CUBE.subsets)
+    compiled = torch.compile(training_step, fullgraph=True, backend="aot_eager")
+    with on_kernels(6):
+        for family in (CUBE, other, anew):
+            logits, target, _ = draw(CUBE, 5, 5)
+            results = []
+            for function in (compiled, training_step):
+                z = logits.clone().requires_grad_()
+                loss = function(z, target, family)
+                results.append((loss, torch.autograd.grad(loss, z)[0]))
+            torch.testing.assert_close(*results)
+
+
+@interpreted
 def test_exports_the_fused_mixture():
     family = SubsetFamily.powerset({"a": 1, "b": 2, "c": 1})
     model, logits = test_mixture.Explain(family), draw(CUBE, 0)[0]

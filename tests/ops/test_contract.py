@@ -307,6 +307,33 @@ def test_every_layout_compiles(name, activation):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_function_tells_layouts_apart(backend):
+    """Of one shape they are, and of as many weights."""
+
+    def of(x, weight, layout):
+        return mk.masked_linear(x, weight, None, layout, backend=backend)
+
+    lower, upper = (torch.tensor(m).bool() for m in ([[1, 0], [1, 1]], [[1, 1], [0, 1]]))
+    layouts = [
+        mk.BlockLayout([2, 2], [3, 3], present, routes)
+        for present, routes in ((lower, None), (upper, None), (lower, torch.eye(2) > 0))
+    ]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(of, fullgraph=True, backend=counter)
+    for layout in (*layouts, pickle.loads(pickle.dumps(layouts[0]))):
+        x, weight, _ = drawn(layout, 5, dtype=torch.float32, grad=True)
+        plain, ours = of(x, weight, layout), compiled(x, weight, layout)
+        cotangent = torch.randn_like(ours)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, (x, weight), cotangent),
+            torch.autograd.grad(plain, (x, weight), cotangent),
+        )
+    assert counter.frame_count >= 3
+
+
 LOAD = """
 import sys, torch
 import maskmoe_kernels

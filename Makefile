@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv; see `make help`.
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 JOBS   ?= 2
 ARGS   ?=
 TORCH  ?= 2.13.0
@@ -16,6 +17,7 @@ PIP   := $(PY) -m pip $(INSTALL)
 
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
+OLDEST := build/oldest
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
@@ -28,12 +30,12 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel clean
+.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
-	@echo "           MASKMOE_BUILD=auto|cpu|cuda|none  CXX=g++"
+	@echo "           PYTHON312=python3.12 (test-oldest)  MASKMOE_BUILD=auto|cpu|cuda|none  CXX=g++"
 
 setup: $(BUILT) ## Create .venv and install the package with everything the tests need
 
@@ -86,7 +88,7 @@ bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
 gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
-	@$(PY) -m bench.gpu_static --check bench/results/gpu-static.json $(ARGS)
+	@$(PY) -m bench.gpu_static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
 
 gpu-check: $(BUILT) ## Prove and measure on a GPU, in 9 minutes (ARGS='--part graphs', '--dry-run')
 	@$(PY) -m bench.gpu_check $(ARGS)
@@ -108,6 +110,11 @@ test-wheel: wheel ## Run the suite against the wheel, installed with torch TORCH
 	@cd $(TRIAL)/suite && OMP_NUM_THREADS=1 \
 	    ../bin/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
+# The extension is the one in place: built against any torch, it has to load in the oldest.
+test-oldest: $(BUILT) $(OLDEST)/.ready ## Run the suite in build/oldest: Python 3.12, torch 2.11, Triton 3.6
+	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest \
+	    -n $(JOBS) --dist worksteal $(ARGS)
+
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -127,7 +134,7 @@ if sys.prefix != sys.base_prefix:
     (site / "borrowed.pth").write_text("\n".join(outer) + "\n")
 endef
 
-# The requirements, extras included, that .venv has in no version.
+# The requirements, extras included, that are there in no version.
 define MISSING
 import importlib.metadata, re, tomllib
 with open("pyproject.toml", "rb") as file:
@@ -177,6 +184,19 @@ $(READY): pyproject.toml | $(VENV)/pyvenv.cfg
 	    echo "Installing maskmoe_kernels and its tools."; \
 	    $(PIP) -e '.[test]' 'setuptools>=77' || exit 1; \
 	fi
+	@touch $@
+
+# The oldest that pyproject.toml allows. Before 3.7, Triton's interpreter wants numpy before 2.4.
+$(OLDEST)/.ready: pyproject.toml
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || { \
+	    echo "The oldest versions run on Python 3.12, and '$(PYTHON312)' is not." >&2; \
+	    echo "Name another: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing torch 2.11 into $(OLDEST), 5 GB where it comes with CUDA."
+	@$(PYTHON312) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip $(INSTALL) 'setuptools>=77' 'numpy<2.4' \
+	    torch==2.11.0 'triton==3.6.0; platform_system == "Linux"'
+	@missing=$$($(OLDEST)/bin/python -c "$$MISSING") || exit 1; test -z "$$missing" || \
+	    printf '%s\n' "$$missing" | $(OLDEST)/bin/python -m pip $(INSTALL) -r /dev/stdin
 	@touch $@
 
 # pip has built the extension already, without a word; what is compiled is not compiled again. Its

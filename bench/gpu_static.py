@@ -2,9 +2,10 @@
 
 ``python -m bench.gpu_static`` runs the launch code on meta tensors, keeps what it would launch,
 compiles that for sm_80, sm_90 and sm_100 and prints registers, shared memory, spills and
-instructions. ``--check FILE`` compares with a committed table (figures only where Triton's version
-is the same), ``--write FILE`` makes one, ``--estimate`` sets bytes, products and occupancy of each
-shape against the data sheet of an H200: an estimate, not a measurement.
+instructions. ``--check FILE...`` compares with the committed table of this version of Triton: its
+figures, and which rules each kernel was known to break; where there is none, no kernel may break
+one. ``--write FILE`` makes a table, ``--estimate`` sets bytes, products and occupancy of each shape
+against the data sheet of an H200: an estimate, not a measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -309,7 +310,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every configuration that may be tried")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--shapes", nargs="+", help="families to keep")
-    parser.add_argument("--check", type=Path, help="compare with this table")
+    parser.add_argument(
+        "--check", type=Path, nargs="+", help="compare with the one that is of this Triton"
+    )
     parser.add_argument("--write", type=Path, help="write the table there")
     parser.add_argument("--estimate", action="store_true", help="what bounds each step instead")
     given = parser.parse_args(words)
@@ -324,12 +327,11 @@ def main(words: list[str] | None = None) -> int:
     shapes = tuple(s for s in SHAPES if not given.shapes or s.family in given.shapes)
     rows = table(shapes, tuple(given.arch or ARCHITECTURES), given.all)
     _print(rows, f"Compiled by Triton {triton.__version__}, not run")
-    wrong = [f"{r['shape']} {r['kernel']} {r['arch']}: {w}" for r in rows for w in r["wrong"]]
-    if given.check:
-        wrong += differences(json.loads(given.check.read_text()), rows)
+    known = committed(given.check or ())
+    wrong = broken(known, rows) + differences(known, rows)
     if given.write:
-        known = {"triton": triton.__version__, "rows": rows}
-        given.write.write_text(json.dumps(known, indent=1) + "\n")
+        made = {"triton": triton.__version__, "rows": rows}
+        given.write.write_text(json.dumps(made, indent=1) + "\n")
     for line in wrong:
         print(line, file=sys.stderr)
     return int(bool(wrong))
@@ -393,21 +395,40 @@ def _resident(found: dict[str, Any], warps: int) -> int:
     return min(65_536 // registers, 233_472 // (found["shared"] + 1024), 64 // warps, 32)
 
 
-def differences(known: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
-    """Where ``rows`` are worse than the table ``known``, if both are of one Triton."""
-    if known["triton"] != triton.__version__:
-        return []
-    names = ("shape", "kernel", "cut", "arch")
-    before = {tuple(row[n] for n in names): row for row in known["rows"]}
+def committed(files: Sequence[Path]) -> dict[str, dict[str, Any]] | None:
+    """The rows of the table that is of this Triton, by what they are of; None if there is none."""
+    for file in files:
+        known = json.loads(file.read_text())
+        if known["triton"] == triton.__version__:
+            return {_key(row): row for row in known["rows"]}
+    return None
+
+
+def _key(row: dict[str, Any]) -> str:
+    return " ".join(row[name] for name in ("shape", "kernel", "cut", "arch"))
+
+
+def broken(known: dict[str, dict[str, Any]] | None, rows: list[dict[str, Any]]) -> list[str]:
+    """The rules that ``rows`` break, but for those that the committed table breaks alike."""
+    return [
+        f"{_key(row)}: {rule}"
+        for row in rows
+        for rule in row["wrong"]
+        if rule not in (known or {}).get(_key(row), {"wrong": []})["wrong"]
+    ]
+
+
+def differences(known: dict[str, dict[str, Any]] | None, rows: list[dict[str, Any]]) -> list[str]:
+    """Where ``rows`` differ from the committed table, if there is one of this Triton."""
     worse = []
-    for row in rows:
-        key = tuple(row[n] for n in names)
-        if key not in before:
-            worse.append(f"{' '.join(key)}: not in the committed table; write it anew")
+    for row in rows if known is not None else ():
+        key = _key(row)
+        if key not in known:
+            worse.append(f"{key}: not in the committed table; write it anew")
             continue
         for name in ("registers", "spilled", "shared", "tensor", "wgmma", "async copies"):
-            if row[name] != before[key][name]:
-                worse.append(f"{' '.join(key)}: {name} {before[key][name]} -> {row[name]}")
+            if row[name] != known[key][name]:
+                worse.append(f"{key}: {name} {known[key][name]} -> {row[name]}")
     return worse
 
 

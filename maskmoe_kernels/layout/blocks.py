@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import register_constant
 
 from maskmoe_kernels.errors import LayoutError
 
@@ -381,6 +382,10 @@ class BlockLayout:
         if self.row_order is not None or self.col_order is not None:
             text += ", interleaved"
         return text + ")"
+
+
+# A trace compares it by ``==``, and may pass it to a function that it calls.
+register_constant(BlockLayout)
 
 
 def keep_table(

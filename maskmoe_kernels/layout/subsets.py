@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_constant
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes, keep_table
@@ -246,6 +247,10 @@ class SubsetFamily:
             )
         shown = {name: list(members) for name, members in self.subsets.items()}
         return f"SubsetFamily(groups={self.groups}, subsets={shown})"
+
+
+# As a layout: a trace compares it by ``==``, and may pass it to a function that it calls.
+register_constant(SubsetFamily)
 
 
 def subset_of(rows: Tensor, cols: Tensor) -> Tensor:

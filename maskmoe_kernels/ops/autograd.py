@@ -73,7 +73,7 @@ class MaskedLinearFunction(torch.autograd.Function):
 
 
 # Function.apply looks for torch.func's wrappers first, which small layers feel; the front end has
-# sent those to another backend already.
+# sent those to another backend already. torch 2.11 traces the name ``apply`` alone.
 APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 

@@ -402,7 +402,8 @@ def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
     _check(parts, layers)
     fixed, tensors, wants_grad = _given(parts, layers)
     if wants_grad:
-        result: Tensor = _APPLY(fixed, parts.x, *tensors)
+        apply: Any = _MaskedMLP.apply if torch.compiler.is_compiling() else _APPLY
+        result: Tensor = apply(fixed, parts.x, *tensors)
         return result
     logits: Tensor = _logits(fixed, parts.x, tensors, keep=False)[0]
     return logits
@@ -460,7 +461,8 @@ def masked_mlp_gem(
         target.float(), mask, strict, confidence, float(sharpness), weighting, normalize or "none",
     )  # fmt: skip
     if wants_grad:
-        result: Tensor = _APPLY_GEM(fixed, loss_of, parts.x, *tensors)
+        apply: Any = _MaskedMLPGem.apply if torch.compiler.is_compiling() else _APPLY_GEM
+        result: Tensor = apply(fixed, loss_of, parts.x, *tensors)
         return result
     network = fixed.network(parts.x, tensors)
     loss: Tensor = _run(_GEM, *network, *loss_of, False, False, False)[0]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends import grouped
+from maskmoe_kernels.backends import triton as package
 from maskmoe_kernels.backends.triton import configs, obstacle
 from maskmoe_kernels.backends.triton.configs import ALL, Config, candidates, slabs
 from maskmoe_kernels.backends.triton.tiles import cut
@@ -19,7 +20,7 @@ from tests.ops.runners import DEVICE
 from tests.ops.test_masked_linear import LAYOUTS
 
 triton = pytest.importorskip("triton")
-from maskmoe_kernels.backends.triton import launch, products, tune  # noqa: E402
+from maskmoe_kernels.backends.triton import launch, products, selection_kernels, tune  # noqa: E402
 
 runnable = pytest.mark.skipif(obstacle(DEVICE) is not None, reason=str(obstacle(DEVICE)))
 CHAIN = mk.SubsetFamily(
@@ -412,6 +413,34 @@ def test_obstacles_say_what_is_missing(monkeypatch):
     assert "sm_75; the kernels need sm_80 or newer" in obstacle(torch.device("cuda"))
     monkeypatch.setattr("maskmoe_kernels.backends.triton._MISSING", "Triton is not installed")
     assert obstacle(DEVICE) == "Triton is not installed"
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0", False),
+        ("3.6.0", "2.10.1", False),
+        ("3.7.0", "2.4.0", True),
+        ("3.10.0", "2.5.0", True),
+    ],
+)
+def test_an_interpreter_that_numpy_stops_is_an_obstacle_in_words(triton, numpy, works):
+    """Named, it would end in a TypeError of numpy's."""
+    found = package._interpreter_obstacle(triton, numpy)
+    assert (found is None) == works
+    for word in () if works else (triton, numpy, "'numpy<2.4'"):
+        assert word in found
+
+
+def test_the_interpreters_obstacle_reaches_every_door(monkeypatch):
+    monkeypatch.setattr(package, "INTERPRETED", True)
+    monkeypatch.setattr(package, "_INTERPRETER", "numpy stops the interpreter")
+    x = torch.ones(1, 2)
+    with pytest.raises(mk.BackendError, match="'triton' cannot run: numpy stops"):
+        mk.backends.choice.choose("triton", x)
+    with pytest.raises(mk.BackendError, match="cannot run: numpy stops"):
+        selection_kernels.rows_of(x)
 
 
 def test_the_interpreter_runs_where_it_is_named_only():

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent.parent
-TABLE = ROOT / "bench/results/gpu-static.json"
+TABLES = sorted((ROOT / "bench/results").glob("gpu-static*.json"))
 
 
 @pytest.mark.slow
@@ -19,7 +19,7 @@ def test_compiled_as_in_the_committed_table(architecture, tmp_path):
     written = tmp_path / "table.json"
     done = subprocess.run(
         [sys.executable, "-m", "bench.gpu_static", "--arch", architecture,
-         "--check", TABLE, "--write", written],
+         "--check", *TABLES, "--write", written],
         cwd=ROOT, env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -48,14 +48,34 @@ def test_a_kernel_that_breaks_a_rule_is_named():
         ({"64-bit products": 0}, "no 64-bit product in its offsets"),
     ):
         assert gpu_static.complaints(kept, good | change, 90) == [said]
-    row = {"shape": "s", "kernel": "k", "cut": "c", "arch": "sm_90", **good}
+
+
+def test_the_table_of_this_triton_is_compared_with(tmp_path):
+    from bench import gpu_static
+
+    row = {"shape": "s", "kernel": "k", "cut": "c", "arch": "sm_90", "registers": 90, "spilled": 0,
+           "shared": 1024, "tensor": 8, "wgmma": 8, "async copies": 4, "wrong": []}  # fmt: skip
     version = gpu_static.triton.__version__
-    assert gpu_static.differences({"triton": version, "rows": [row]}, [row]) == []
-    assert gpu_static.differences({"triton": "0", "rows": []}, [row]) == []
-    assert gpu_static.differences({"triton": version, "rows": []}, [row]) == [
+
+    def compared(row, **tables):
+        files = [tmp_path / name for name in tables]
+        for file, (made_by, rows) in zip(files, tables.values(), strict=True):
+            file.write_text(json.dumps({"triton": made_by, "rows": rows}))
+        known = gpu_static.committed(files)
+        return gpu_static.broken(known, [row]) + gpu_static.differences(known, [row])
+
+    more = row | {"registers": 120}
+    spills = row | {"wrong": ["spills 32 bytes"]}
+    assert compared(row, a=(version, [row])) == []
+    assert compared(row, a=("0", [])) == compared(more, a=("0", [row])) == compared(row) == []
+    assert compared(row, a=(version, [])) == [
         "s k c sm_90: not in the committed table; write it anew"
     ]
-    more = row | {"registers": 120}
-    assert gpu_static.differences({"triton": version, "rows": [row]}, [more]) == [
+    assert compared(more, a=("0", [more]), b=(version, [row])) == [
         "s k c sm_90: registers 90 -> 120"
     ]
+    said = ["s k c sm_90: spills 32 bytes"]
+    assert compared(spills) == compared(spills, a=("0", [spills])) == said
+    assert compared(spills, a=(version, [row])) == said
+    assert compared(spills, a=(version, [row | {"wrong": ["spills 24 bytes"]}])) == said
+    assert compared(spills, a=(version, [spills])) == []

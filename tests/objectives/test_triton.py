@@ -22,11 +22,11 @@ from tests.objectives import test_gem, test_mixture, test_selection
 from tests.objectives.definition import CONFIDENCES
 
 pytest.importorskip("triton")
+ON_CPU = backend.obstacle(torch.device("cpu"))  # None where the interpreter runs
 runs = pytest.mark.skipif(
-    not (backend.INTERPRETED or torch.cuda.is_available()),
-    reason="needs TRITON_INTERPRET=1 or an NVIDIA GPU",
+    ON_CPU is not None and not torch.cuda.is_available(), reason=f"no NVIDIA GPU, and {ON_CPU}"
 )
-interpreted = pytest.mark.skipif(not backend.INTERPRETED, reason="needs TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(ON_CPU is not None, reason=f"no interpreter: {ON_CPU}")
 
 seeds = st.integers(0, 2**31 - 1)
 names = st.sampled_from(CONFIDENCES)
@@ -478,6 +478,25 @@ def test_compiles_whole_and_never_seen_before(step):
             logits, target, _ = draw(CUBE, rows, rows)
             results = []
             for function in (compiled, step):
+                z = logits.clone().requires_grad_()
+                loss = function(z, target, family)
+                results.append((loss, torch.autograd.grad(loss, z)[0]))
+            torch.testing.assert_close(*results)
+
+
+@interpreted
+def test_a_compiled_function_tells_families_apart():
+    """Of as many experts they are; one made anew has its tables yet to build."""
+    torch._dynamo.reset()
+    subsets = [["a", "b"][:n] + ["c"] * c for n in range(3) for c in range(2)]
+    other = SubsetFamily(CUBE.groups, {str(s): s for s in [*subsets, ["b"]]})
+    anew = SubsetFamily(CUBE.groups, CUBE.subsets)
+    compiled = torch.compile(training_step, fullgraph=True, backend="aot_eager")
+    with on_kernels(6):
+        for family in (CUBE, other, anew):
+            logits, target, _ = draw(CUBE, 5, 5)
+            results = []
+            for function in (compiled, training_step):
                 z = logits.clone().requires_grad_()
                 loss = function(z, target, family)
                 results.append((loss, torch.autograd.grad(loss, z)[0]))

@@ -7,9 +7,11 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends import native, triton
-from maskmoe_kernels.backends.choice import BACKENDS
+from maskmoe_kernels.backends.choice import BACKENDS, obstacle
 
 DEVICE = torch.device(os.environ.get("MASKMOE_TEST_DEVICE", "cpu"))
+#: What float32 on the CPU may name. Triton's interpreter is not there where a GPU is.
+ON_CPU = [name for name in BACKENDS if obstacle(name, torch.empty(0, device="cpu")) is None]
 #: The interpreter takes a second where the others take a millisecond, and knows no bfloat16.
 INTERPRETED = ["triton"] if DEVICE.type == "cpu" and triton.obstacle(DEVICE) is None else []
 QUICK = [

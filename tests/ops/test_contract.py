@@ -19,6 +19,7 @@ import maskmoe_kernels as mk
 from maskmoe_kernels.backends.choice import BACKENDS
 from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.testing import assert_close_to_oracle, dense_oracle
+from tests.ops.runners import ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "tanh", "silu"]
@@ -128,7 +129,7 @@ def test_double_backward_works_on_reference():
     assert gradgradcheck(of, drawn(layout, 3, grad=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("which", range(3))
 def test_forward_mode_raises(which, backend):
     layout = LAYOUTS["hidden"]
@@ -139,7 +140,7 @@ def test_forward_mode_raises(which, backend):
             mk.masked_linear(*inputs, layout, backend=backend)
 
 
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, *ON_CPU])
 @pytest.mark.parametrize("which", range(3))
 def test_jvp_raises(which, backend):
     layout = LAYOUTS["hidden"]
@@ -306,6 +307,33 @@ def test_every_layout_compiles(name, activation):
         torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiled_function_tells_layouts_apart(backend):
+    """Of one shape they are, and of as many weights."""
+
+    def of(x, weight, layout):
+        return mk.masked_linear(x, weight, None, layout, backend=backend)
+
+    lower, upper = (torch.tensor(m).bool() for m in ([[1, 0], [1, 1]], [[1, 1], [0, 1]]))
+    layouts = [
+        mk.BlockLayout([2, 2], [3, 3], present, routes)
+        for present, routes in ((lower, None), (upper, None), (lower, torch.eye(2) > 0))
+    ]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(of, fullgraph=True, backend=counter)
+    for layout in (*layouts, pickle.loads(pickle.dumps(layouts[0]))):
+        x, weight, _ = drawn(layout, 5, dtype=torch.float32, grad=True)
+        plain, ours = of(x, weight, layout), compiled(x, weight, layout)
+        cotangent = torch.randn_like(ours)
+        torch.testing.assert_close(ours, plain)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, (x, weight), cotangent),
+            torch.autograd.grad(plain, (x, weight), cotangent),
+        )
+    assert counter.frame_count >= 3
+
+
 LOAD = """
 import sys, torch
 import maskmoe_kernels
@@ -344,7 +372,7 @@ def test_copies_train_alike(copied):
 # --- autocast, FLOPs ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_takes_its_dtype(dtype, backend):
     layout = LAYOUTS["wide"]

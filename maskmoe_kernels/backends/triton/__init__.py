@@ -7,9 +7,11 @@ on the CPU, slowly, for tests.
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 
+import numpy as np
 import torch
 
 from maskmoe_kernels.backends.tracing import constant_in_trace
@@ -21,6 +23,23 @@ _MISSING = (
     None
     if importlib.util.find_spec("triton")
     else "Triton is not installed; `pip install maskmoe_kernels[triton]` (Linux only)"
+)
+
+
+def _interpreter_obstacle(triton: str, numpy: str) -> str | None:
+    # Before 3.7, it takes arrays of one element for integers; numpy does so no longer from 2.4 on.
+    if np.lib.NumpyVersion(triton) < "3.7.0" and np.lib.NumpyVersion(numpy) >= "2.4.0":
+        return (
+            f"the interpreter of Triton {triton} does not work with numpy {numpy}; "
+            "`pip install 'numpy<2.4'`, or 'triton>=3.7'"
+        )
+    return None
+
+
+_INTERPRETER = (
+    _interpreter_obstacle(importlib.metadata.version("triton"), np.__version__)
+    if INTERPRETED and _MISSING is None
+    else None
 )
 
 
@@ -36,7 +55,7 @@ def obstacle(device: torch.device) -> str | None:
             return f"this GPU is sm_{major}{minor}; the kernels need sm_80 or newer"
         return None
     if device.type in ("cpu", "meta") and INTERPRETED:
-        return None
+        return _INTERPRETER
     return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
 
 

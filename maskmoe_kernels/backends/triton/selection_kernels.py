@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskmoe_kernels.backends.triton import INTERPRETED
+from maskmoe_kernels.backends.triton import obstacle
 from maskmoe_kernels.backends.triton.confidence import (
     exp_negative,
     known_parts,
@@ -267,10 +267,11 @@ def rows_of(logits: Tensor) -> Tensor:
     Raises:
         BackendError: The kernels do not run on this device.
     """
-    if logits.device.type != "cuda" and not INTERPRETED:
+    reason = None if logits.is_cuda else obstacle(logits.device)
+    if reason is not None:
         raise BackendError(
-            f"the Triton kernels run on CUDA devices, logits are on {logits.device}; move them, "
-            "or set TRITON_INTERPRET=1 before the first import to try them slowly on the CPU"
+            f"the Triton kernels cannot run: {reason}; move the logits to one, or set "
+            "TRITON_INTERPRET=1 before the first import to try the kernels slowly on the CPU"
         )
     return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
 

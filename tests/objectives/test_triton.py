@@ -322,11 +322,14 @@ def test_depends_on_smaller_experts_only(family, seed, name, sharpness, poison):
 @given(families(max_experts=10), seeds, names, weightings, st.sampled_from(test_gem.NORMALIZE))
 def test_padding_and_separation(family, seed, name, weighting, normalize):
     poison = [torch.nan, torch.inf, -torch.inf, 7.0][seed % 4]
-    with on_kernels(3):
+    with on_kernels(4):
         inner(test_gem.test_padding_cannot_reach_the_loss)(
             family, seed, name, weighting, normalize, poison
         )
         inner(test_gem.test_experts_learn_apart)(family, seed, name, weighting)
+        inner(test_gem.test_an_unknown_logit_reaches_all_gradients_that_need_it)(
+            family, seed, name, weighting, normalize
+        )
 
 
 @interpreted

@@ -52,7 +52,9 @@ def define_all(logits, family, confidence="abs", sharpness=1.0):
     m = math if callable(confidence) else mpmath
     with mpmath.workdps(40):
         both = [
-            define([m.mpf(z) for z in row] if m is mpmath else row, family, confidence, sharpness, m)
+            define(
+                [m.mpf(z) for z in row] if m is mpmath else row, family, confidence, sharpness, m
+            )
             for row in rows
         ]
     return tuple(

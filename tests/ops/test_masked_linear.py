@@ -251,9 +251,7 @@ def test_a_spoilt_cotangent_stays_with_its_unit(layout, runner, fill, dtype, see
     mask, routed = layout.mask().to(DEVICE), layout.grad_mask().to(DEVICE)
     x, weight, bias = drawn(layout, (2,), dtype, seed)
     cotangent = torch.randn(2, layout.out_features, dtype=dtype, device=DEVICE)
-    spoilt = cotangent.index_fill(
-        1, torch.tensor([unit], device=DEVICE), fitting(fill, dtype)
-    )
+    spoilt = cotangent.index_fill(1, torch.tensor([unit], device=DEVICE), fitting(fill, dtype))
     _, *before = step(layout, x, weight, bias, cotangent, None, runner)
     _, *after = step(layout, x, weight, bias, spoilt, None, runner)
     assert same_bits(before[0][:, ~routed[unit]], after[0][:, ~routed[unit]])

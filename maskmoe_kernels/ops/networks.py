@@ -175,8 +175,10 @@ def _input_grads(
     need_x: bool,
     need_tables: bool,
 ) -> list[Tensor]:
-    of_x, of_tables, start = [], [torch.zeros_like(table) for table in tables], 0
-    for part in parts if need_x or need_tables else ():
+    if not need_x and not need_tables:
+        return []
+    of_x, of_tables, start = [grad[..., :0]], [torch.zeros_like(table) for table in tables], 0
+    for part in parts:
         width = -part if part < 0 else tables[part].shape[1]
         columns = grad[..., start : start + width]
         start += width

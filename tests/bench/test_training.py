@@ -92,7 +92,7 @@ def test_what_is_reported_is_the_median() -> None:
     subject = replace(
         training.SUBJECT,
         notes={OURS: ""},
-        prepare=lambda batch, plan, device: lambda name, compiled: Told(),  # type: ignore
+        prepare=lambda batch, plan, device: lambda name, compiled: Told(),  # type: ignore[arg-type, return-value]
     )
     (record,) = training.measure(8, replace(SMOKE, rounds=5, compile=False), "cpu", subject)
     assert [record[name] for name in ("q25", "samples_per_s", "q75")] == [2, 4, 8]

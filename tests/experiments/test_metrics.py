@@ -98,9 +98,7 @@ def test_shapes_must_agree() -> None:
 # --- Skips -------------------------------------------------------------------------------
 
 
-def tally(
-    *sessions: str, pad: Callable[[str, int, str], str] = str.ljust
-) -> dict[str, float]:
+def tally(*sessions: str, pad: Callable[[str, int, str], str] = str.ljust) -> dict[str, float]:
     """Metrics of sessions written as ``x`` for right, ``.`` for wrong; ``-`` is padding, right."""
     longest = max(map(len, sessions))
     padded = [pad(name, longest, "-") for name in sessions]

@@ -182,9 +182,7 @@ def test_between_routes_by_name_then_by_set():
     assert layout.present.int().tolist() == [[1, 0, 0], [1, 0, 0]]
     assert layout.routes_grad.int().tolist() == [[1, 0, 0], [0, 0, 0]]
     # The name decides where both could: "b" of the columns is the set of "a", and the name of "b".
-    rows = mk.SubsetFamily(
-        {"t": 1, "u": 1}, {"a": ["t"], "b": ["t", "u"], "c": ["u"], "d": []}
-    )
+    rows = mk.SubsetFamily({"t": 1, "u": 1}, {"a": ["t"], "b": ["t", "u"], "c": ["u"], "d": []})
     cols = mk.SubsetFamily({"t": 1, "u": 1}, {"b": ["t"], "c": ["t", "u"], "a": ["u"], "e": []})
     layout = mk.BlockLayout.between(rows, cols, row_width=1, col_width=1)
     assert layout.present.int().tolist() == [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]

@@ -14,8 +14,8 @@ from maskmoe_kernels import BlockLayout, LayoutError, MaskedLinear, SubsetFamily
 from maskmoe_kernels.nn import MaskedMultiheadAttention
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from maskmoe_kernels.testing.strategies import families
-from tests.nn import per_expert
 from tests.arrival import assert_arrives
+from tests.nn import per_expert
 from tests.nn.per_expert import POISON, fewer, gradients, same_bits, seeds
 
 ONE = SubsetFamily({"a": 5}, {"all": ["a"]})

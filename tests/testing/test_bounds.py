@@ -227,7 +227,9 @@ def test_one_element_moved_by_the_wrong_expert_alone():
     with torch.no_grad():  # the unit whose weight that is says nothing: its owner does not move it
         head.weight[[3, 7, 11, 15]] = 0
         head.bias[3] = 0
-    message = r"layers\.2\.weight': the loss of expert 'b' moves row block 0, which .*'a'.* element 3 "
+    message = (
+        r"layers\.2\.weight': the loss of expert 'b' moves row block 0, which .*'a'.* element 3 "
+    )
     with pytest.raises(AssertionError, match=message):
         assert_gradient_isolated(model, x, FAMILY)
 
@@ -252,7 +254,11 @@ class _Off(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         at, change = ctx.fault
-        grads = {"grad_x": grad * weight, "grad_weight": (grad * x).sum(0), "grad_bias": grad.sum(0)}
+        grads = {
+            "grad_x": grad * weight,
+            "grad_weight": (grad * x).sum(0),
+            "grad_bias": grad.sum(0),
+        }
         if at in grads:
             grads[at] = change(grads[at])
         return *grads.values(), None, None

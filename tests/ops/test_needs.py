@@ -98,7 +98,7 @@ def test_no_product_is_computed_for_nothing(monkeypatch):
         )
     for needs in EVERY:
         x, weight, bias = drawn(LAYOUTS["hidden"], (2,), torch.float32)
-        y, saved = grouped.forward(x, weight, bias, LAYOUTS["hidden"], "relu", True)
+        y, _ = grouped.forward(x, weight, bias, LAYOUTS["hidden"], "relu", True)
         del products[:]
         grouped.backward(y, x, weight, y, LAYOUTS["hidden"], "relu", needs)
         assert products == ["_multiply"] * needs[0] + ["_grad_weight"] * needs[1]

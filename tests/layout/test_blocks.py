@@ -72,6 +72,7 @@ def test_counts(layout):
     assert layout.density == pytest.approx(mask.float().mean().item())
     assert layout.num_routed_weights == int(routed.sum())
     assert layout.num_blocks == int(layout.present.sum())
+    assert layout.has_blocks == (layout.num_weights >= 16 * layout.num_blocks)
     assert layout.routes_all == torch.equal(mask, routed)
     assert not (routed & ~mask).any()
     assert [len(blocks) for blocks in layout.row_blocks()] == layout.present.sum(1).tolist()

@@ -185,6 +185,27 @@ def test_what_a_confidence_does_not_know_is_unknown():
     assert torch.equal(alpha.isnan(), CUBE.inclusion.T)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_values_of_a_callable_are_clamped_and_keep_their_last_digit(dtype):
+    family = SubsetFamily({"a": 1, "b": 1}, {"a": ["a"], "all": ["a", "b"]})
+    eps = torch.finfo(dtype).eps
+    values = torch.tensor([[-0.5, 1.5], [1.5, 0.5], [1 - eps / 2, 0.5]], dtype=dtype)
+    above = torch.tensor([[1, 1], [1, 0], [1, eps / 2]], dtype=dtype)
+    own = torch.tensor([[0, 1], [1, 0.5], [1 - eps / 2, 0.5]], dtype=dtype)
+    close = {"rtol": 1e-5, "atol": 0}
+    torch.testing.assert_close(deselection(values, family, lambda z: z), above, **close)
+    torch.testing.assert_close(selection(values, family, lambda z: z), own * above, **close)
+
+
+@pytest.mark.parametrize("sharpness", [1e-6, 1e6])
+def test_the_range_of_sharpness(sharpness):
+    logits = torch.tensor([0.5, -2.0, 1.0, 0.25, 3.0, 0.1, 0.2], dtype=torch.float64)
+    alpha, above = define_all(logits, CUBE, sharpness=sharpness)
+    close = {"rtol": 1e-6, "atol": 1e-300}
+    torch.testing.assert_close(selection(logits, CUBE, sharpness=sharpness), alpha, **close)
+    torch.testing.assert_close(deselection(logits, CUBE, sharpness=sharpness), above, **close)
+
+
 def test_certain_expert_silences_all_larger_ones():
     logits = torch.zeros(CUBE.num_experts)
     logits[0] = torch.inf
@@ -326,6 +347,8 @@ def test_a_thousand_experts():
         (torch.zeros(4, 7), {"confidence": None}, "function of the logits, got None"),
         (torch.zeros(4, 7), {"confidence": lambda z: z[0]}, r"\(4, 7\), its result is \(7,\)"),
         (torch.zeros(4, 7), {"sharpness": 0}, "from 1e-6 to 1e6, got 0"),
+        (torch.zeros(4, 7), {"sharpness": 9e-7}, "from 1e-6 to 1e6, got 9e-07"),
+        (torch.zeros(4, 7), {"sharpness": 1.1e6}, "from 1e-6 to 1e6, got 1100000"),
         (torch.zeros(4, 7), {"sharpness": -1.5}, "from 1e-6 to 1e6, got -1.5"),
         (torch.zeros(4, 7), {"sharpness": math.nan}, "from 1e-6 to 1e6, got nan"),
     ],

@@ -117,7 +117,9 @@ def test_selection_and_mixture_equal_pytorch(device, family, seed, name, sharpne
         share = mixture(logits, family, name, sharpness).attribution
     with on_pytorch():
         exact = mixture(logits.double(), family, name, sharpness).attribution
-    torch.testing.assert_close(share.double(), exact, rtol=1e-4, atol=1e-36)
+    torch.testing.assert_close(
+        share.double(), exact, rtol=1e-4, atol=1e-6 if name == "rare" else 1e-36
+    )
 
 
 @runs

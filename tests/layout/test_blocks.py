@@ -251,6 +251,13 @@ def test_bad_masks_are_refused(arguments, message):
         mk.BlockLayout.from_mask(*arguments)
 
 
+@pytest.mark.parametrize("width", [True, "8", 1.5, None])
+def test_widths_that_are_no_integers_are_refused(width):
+    family = mk.SubsetFamily({"a": 1}, {"a": ["a"]})
+    with pytest.raises(mk.LayoutError, match=f"width must be an integer .* got {width!r}"):
+        family.input_layout(width)
+
+
 def test_bad_tensors_are_refused():
     layout = mk.BlockLayout([2, 1], [3, 1], BLOCKS)
     with pytest.raises(mk.LayoutError, match=r"dense must be .*\(3, 4\), got \(4, 3\)"):

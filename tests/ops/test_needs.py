@@ -239,3 +239,19 @@ def test_a_bias_of_minus_zero_tells_of_nothing_unseen(name, runner):
         mk.testing.assert_blind(
             lambda x, w=w: masked_linear(x, w, bias, layout, None, runner), x.abs(), layout.mask()
         )
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (2, 1), (5, 3)])
+@pytest.mark.parametrize("runner", [*QUICK, *INTERPRETED])
+def test_a_zero_has_the_sign_that_the_seen_gives_it(runner, shape):
+    """One weight of 0, in layouts so small that a product may add up from its first term."""
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[0, -1] = True
+    layout = mk.BlockLayout.from_mask(mask)
+    x, weight = torch.ones(2, shape[1], device=DEVICE), torch.zeros(1, device=DEVICE)
+    x[:, -1] = -1
+    for bias in (None, torch.full((shape[0],), -0.0, device=DEVICE)):
+        mk.testing.assert_blind(
+            lambda x, bias=bias: masked_linear(x, weight, bias, layout, None, runner),
+            x, layout.mask(),
+        )  # fmt: skip

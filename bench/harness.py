@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import gc
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from bench.counts import count
 from bench.limits import Settings, case_obstacle, obstacle
 from bench.precision import products
 from bench.problem import Problem
-from bench.ratios import COLD, GRAPH, HOT, RECORDED
+from bench.ratios import COLD, GRAPH, HOT, RECORDED, quartiles
 from bench.replay import MOST_ROWS, Replayed
 from bench.shapes import Case
 from bench.truth import errors, rows_to_check, truth, worst
@@ -121,9 +120,7 @@ class Runner:
 
     def report(self) -> dict[str, Any]:
         """Microseconds a call: median and quartiles, and what they were made from."""
-        low, median, high = (
-            1e6 * value for value in statistics.quantiles(self.samples, n=4, method="inclusive")
-        )
+        low, median, high = (1e6 * value for value in quartiles(self.samples))
         report: dict[str, Any] = {
             "us": median,
             "q25": low,

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from bench import results
 from bench.clock import clock_of
+from bench.ratios import quartiles
 from bench.shapes import FAMILIES
 from maskmoe_kernels import BlockLayout, masked_linear
 from maskmoe_kernels.experiments.report import write_json
@@ -164,7 +164,7 @@ class Door:
         """Medians and quartiles, in microseconds a call."""
         record: dict[str, Any] = dict(self.record)
         for name, samples in (("host", self.host), ("device", self.device)):
-            low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+            low, median, high = quartiles(samples)
             record[name] = {"us": 1e6 * median, "q25": 1e6 * low, "q75": 1e6 * high}
         return record
 

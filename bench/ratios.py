@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +144,12 @@ def line_of(result: Result, phase: str, mode: str = HOT) -> Line | None:
 
 def _fastest(found: Iterable[Time]) -> Time | None:
     return min(found, key=lambda time: time.us, default=None)
+
+
+def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile, between samples where they fall there."""
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return low, median, high
 
 
 def geometric_mean(values: Iterable[float]) -> float | None:

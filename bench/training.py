@@ -9,7 +9,6 @@ process; eager and under ``torch.compile`` (model and loss).
 from __future__ import annotations
 
 import random
-import statistics
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -24,6 +23,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import results
+from bench.ratios import quartiles
 from bench.rivals.paper_network import PaperStyleNCF
 from maskmoe_kernels import gem_loss
 from maskmoe_kernels.experiments.movielens import CONFIDENCE
@@ -244,7 +244,7 @@ def measure(
         for _, trainer in order.sample(trainers, len(trainers)):
             trainer.samples.append(trainer.sample())
     for record, trainer in trainers:
-        low, median, high = statistics.quantiles(trainer.samples, n=4, method="inclusive")
+        low, median, high = quartiles(trainer.samples)
         record |= {"samples_per_s": median, "q25": low, "q75": high}
         record |= {"parameters": sum(p.numel() for p in trainer.model.parameters())}
         record |= {"rounds": len(trainer.samples), "steps_a_sample": trainer.steps}

@@ -200,8 +200,11 @@ def _input_grads(
     need_x: bool,
     need_tables: bool,
 ) -> list[Tensor]:
-    of_x, summed, start = [], {}, 0
-    for part in parts if need_x or need_tables else ():
+    if not need_x and not need_tables:
+        return []
+    of_x, start = [grad[..., :0]], 0
+    summed: dict[int, Tensor] = {}
+    for part in parts:
         width = -part if part < 0 else tables[part].shape[1]
         columns = grad[..., start : start + width]
         start += width

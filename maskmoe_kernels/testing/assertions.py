@@ -19,6 +19,7 @@ _FILLS = (float("nan"), float("inf"), float("-inf"), 1e38, -3.0)
 _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@torch.enable_grad()  # gradients are judged wherever the caller stands
 def assert_blind(
     module: Callable[[Tensor], Tensor], x: Tensor, visible: Tensor, *, seed: int = 0
 ) -> None:
@@ -86,7 +87,7 @@ def _run(
 ) -> _Result:
     x = x.clone().requires_grad_()
     # Every run starts from the caller's random state and gives it back.
-    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.enable_grad():
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):
         y = module(x)
     if y.shape != (*x.shape[:-1], out):
         raise LayoutError(
@@ -169,6 +170,7 @@ def _listing_of(indices: Tensor) -> str:
     return shown if len(indices) <= 6 else f"{shown}, ... ({len(indices)} in all)"
 
 
+@torch.enable_grad()
 def assert_gradient_isolated(
     net: nn.Module,
     x: Tensor | tuple[Tensor, ...],
@@ -202,8 +204,7 @@ def assert_gradient_isolated(
     if unknown := sorted(set(shared) - set(dict(net.named_parameters()))):
         raise LayoutError(f"shared names {unknown}, but net has {sorted(named)}")
     named = {name: p for name, p in named.items() if name not in shared}
-    with torch.enable_grad():
-        logits = net(*x) if isinstance(x, tuple) else net(x)
+    logits = net(*x) if isinstance(x, tuple) else net(x)
     if logits.dim() == 0 or logits.shape[-1] != family.num_experts or not logits.numel():
         raise LayoutError(
             f"net must give logits (*, {family.num_experts}) of at least one row, one per "
@@ -281,6 +282,7 @@ def _check_rows(name: str, rows: _Rows, grad: Tensor, i: int, names: list[str]) 
             )
 
 
+@torch.enable_grad()
 def assert_close_to_oracle(
     op: Callable[..., Tensor],
     x: Tensor,

@@ -150,6 +150,10 @@ def test_samples_of_a_door() -> None:
     report = door.report()
     assert 0 < report["host"]["us"] <= report["device"]["us"] * 1.5
     assert report["host"]["q25"] <= report["host"]["us"] <= report["host"]["q75"]
+    door.host, door.device = [k * 1e-6 for k in (100, 1, 8, 2, 4)], [5e-6, 7e-6, 7e-6]
+    report = door.report()
+    assert report["host"] == pytest.approx({"us": 4, "q25": 2, "q75": 8})
+    assert report["device"] == pytest.approx({"us": 7, "q25": 6, "q75": 7})
 
 
 def test_the_functions_of_a_backend() -> None:

@@ -134,6 +134,16 @@ def test_the_graph_is_made_before_the_clock_starts() -> None:
     assert found["phases"]["backward"]["us"] < 5000
 
 
+def test_what_is_reported_is_the_median() -> None:
+    runner = Runner(scripted("one")(Problem.of(CASE)), "forward", first=7e-6)
+    runner.samples = [100e-6, 1e-6, 8e-6, 2e-6, 4e-6]
+    report = runner.report()
+    found = [report[name] for name in ("q25", "us", "q75", "first_us")]
+    assert found == pytest.approx([2, 4, 8, 7])
+    assert (report["samples"], report["calls"]) == (5, 1)
+    assert "fewer" not in report
+
+
 @pytest.mark.usefixtures("told_time")
 def test_rounds_are_interleaved() -> None:
     log: list[str] = []

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from bench.counts import PHASES
-from bench.ratios import geometric_mean, line_of, lines
+from bench.ratios import Time, geometric_mean, line_of, lines, quartiles
 from bench.shapes import Case
 from bench.summary import print_summary, summarize
 from bench.table import print_result
@@ -41,6 +41,8 @@ def test_a_line() -> None:
     assert line.gflops == pytest.approx(FLOPS / 100e-6 / 1e9)
     assert line.gbs == pytest.approx(BYTES / 100e-6 / 1e9)
     assert line.intensity == FLOPS / BYTES
+    assert line.ours == Time("ours", 100.0, 98.0, 102.0)
+    assert (line.flops, line.bytes, line.mode) == (FLOPS, BYTES, "hot")
 
 
 def test_a_phase_that_was_not_measured() -> None:
@@ -51,6 +53,11 @@ def test_a_phase_that_was_not_measured() -> None:
     assert lines(made) == []
     alone = line_of(result(BIG, {"ours": 1.0}), "step")
     assert (alone.speedup, alone.speedup_any, alone.over_floor) == (None, None, None)
+
+
+def test_quartiles_of_samples_that_lie_askew() -> None:
+    assert quartiles([100.0, 1.0, 8.0, 2.0, 4.0]) == (2, 4, 8)
+    assert quartiles([10.0, 1.0, 4.0, 2.0]) == (1.75, 3, 5.5)
 
 
 def test_geometric_mean() -> None:

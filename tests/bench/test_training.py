@@ -74,6 +74,31 @@ def test_a_run_writes_medians_and_ratios(tmp_path: Path) -> None:
     }
 
 
+def test_what_is_reported_is_the_median() -> None:
+    class Told:
+        steps = 3
+        model = torch.nn.Linear(2, 1)
+
+        def __init__(self) -> None:
+            self.samples: list[float] = []
+            self.rates = iter([100.0, 1.0, 8.0, 2.0, 4.0])
+
+        def warm_up(self, seconds: float) -> None:
+            pass
+
+        def sample(self) -> float:
+            return next(self.rates)
+
+    subject = replace(
+        training.SUBJECT,
+        notes={OURS: ""},
+        prepare=lambda batch, plan, device: lambda name, compiled: Told(),  # type: ignore[arg-type, return-value]
+    )
+    (record,) = training.measure(8, replace(SMOKE, rounds=5, compile=False), "cpu", subject)
+    assert [record[name] for name in ("q25", "samples_per_s", "q75")] == [2, 4, 8]
+    assert (record["rounds"], record["steps_a_sample"], record["parameters"]) == (5, 3, 3)
+
+
 def test_a_model_that_fails_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = training.build
 

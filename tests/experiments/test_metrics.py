@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -97,11 +98,12 @@ def test_shapes_must_agree() -> None:
 # --- Skips -------------------------------------------------------------------------------
 
 
-def tally(*sessions: str) -> dict[str, float]:
-    """Metrics of sessions written as ``x`` for right, ``.`` for wrong; padded, padding right."""
+def tally(*sessions: str, pad: Callable[[str, int, str], str] = str.ljust) -> dict[str, float]:
+    """Metrics of sessions written as ``x`` for right, ``.`` for wrong; ``-`` is padding, right."""
     longest = max(map(len, sessions))
-    right = torch.tensor([[c == "x" for c in name.ljust(longest, "x")] for name in sessions])
-    real = torch.tensor([[k < len(name) for k in range(longest)] for name in sessions])
+    padded = [pad(name, longest, "-") for name in sessions]
+    right = torch.tensor([[c != "." for c in name] for name in padded])
+    real = torch.tensor([[c != "-" for c in name] for name in padded])
     result = SkipTally()
     result.add(right, real)
     return result.metrics()
@@ -109,13 +111,20 @@ def tally(*sessions: str) -> dict[str, float]:
 
 def test_skips_by_hand() -> None:
     # AA of "x.x": (1/1 + 0 + 2/3) / 3 = 5/9; of ".xx.x": (0 + 1/2 + 2/3 + 0 + 3/5) / 5 = 53/150.
-    assert tally("x.x") == pytest.approx({"Acc": 2 / 3, "Acc@1": 1, "MAA": 5 / 9})
-    assert tally(".xx.x") == pytest.approx({"Acc": 3 / 5, "Acc@1": 0, "MAA": 53 / 150})
+    for pad in (str.ljust, str.rjust):  # padding after the tracks, or before them
+        once = tally("x.x", pad=pad)
+        assert once == pytest.approx({"Acc": 2 / 3, "Acc@1": 1, "MAA": 5 / 9}, rel=1e-12, abs=0)
+        once = tally(".xx.x", pad=pad)
+        assert once == pytest.approx({"Acc": 3 / 5, "Acc@1": 0, "MAA": 53 / 150}, rel=1e-12, abs=0)
     # Acc is over tracks, MAA over sessions, whatever their lengths.
     both = {"Acc": 5 / 8, "Acc@1": 1 / 2, "MAA": (5 / 9 + 53 / 150) / 2}
-    assert tally("x.x", ".xx.x") == pytest.approx(both)
-    assert tally("xxxxx", "x") == {"Acc": 1, "Acc@1": 1, "MAA": 1}
-    assert tally("....", "..") == {"Acc": 0, "Acc@1": 0, "MAA": 0}
+    for pad in (str.ljust, str.rjust):
+        assert tally("x.x", ".xx.x", pad=pad) == pytest.approx(both, rel=1e-12, abs=0)
+        assert tally("xxxxx", "x", pad=pad) == {"Acc": 1, "Acc@1": 1, "MAA": 1}
+        assert tally("....", "..", pad=pad) == {"Acc": 0, "Acc@1": 0, "MAA": 0}
+        assert tally("....", ".x", pad=pad)["Acc@1"] == 0
+        assert tally("....", "x.", pad=pad)["Acc@1"] == 0.5
+    assert tally("-x-.-x", "--x.x-") == pytest.approx(tally("x.x"), rel=1e-12, abs=0)  # anywhere
     # An early mistake costs more than a late one.
     assert tally(".xxxx")["MAA"] < tally("xxxx.")["MAA"]
 

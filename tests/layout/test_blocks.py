@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.layout.blocks import PACKING_VERSION
 from maskmoe_kernels.testing import strategies
 
 seeds = st.integers(0, 2**16)
@@ -71,6 +72,7 @@ def test_counts(layout):
     assert layout.density == pytest.approx(mask.float().mean().item())
     assert layout.num_routed_weights == int(routed.sum())
     assert layout.num_blocks == int(layout.present.sum())
+    assert layout.has_blocks == (layout.num_weights >= 16 * layout.num_blocks)
     assert layout.routes_all == torch.equal(mask, routed)
     assert not (routed & ~mask).any()
     assert [len(blocks) for blocks in layout.row_blocks()] == layout.present.sum(1).tolist()
@@ -139,6 +141,24 @@ def test_ids_do_not_change_between_releases():
     assert routed.id != layout.id
 
 
+def test_the_packing_of_interleaved_masks_does_not_change_between_releases():
+    """A checkpoint's packed weights lie in this order. If a number changes, then so did the order:
+    raise PACKING_VERSION, so that old checkpoints are refused, and put the new numbers here."""
+    rows, cols = torch.arange(9)[:, None], torch.arange(10)
+    made = {
+        "made": (rows % 3 >= cols % 4, 4_249_817_330_375_146_952),
+        "disjoint": (rows * 2 % 9 // 3 == cols * 3 % 10 // 4, 7_176_016_143_995_291_547),
+        "false rows": ((rows % 3 > cols % 2) & (rows != 4), 1_397_738_732_606_961_106),
+    }
+    assert PACKING_VERSION == 2
+    found = {}
+    for name, (mask, _) in made.items():
+        layout = mk.BlockLayout.from_mask(mask)
+        assert layout.row_order is not None or layout.col_order is not None
+        found[name] = layout.packing_id
+    assert found == {name: expected for name, (_, expected) in made.items()}
+
+
 @given(strategies.families(max_experts=8), strategies.families(max_experts=8))
 def test_between_joins_by_inclusion_of_names(rows, cols):
     layout = mk.BlockLayout.between(rows, cols, row_width=2, col_width=3)
@@ -162,6 +182,15 @@ def test_between_routes_by_name_then_by_set():
     layout = mk.BlockLayout.between(rows=second, cols=first, row_width=1, col_width=1)
     assert layout.present.int().tolist() == [[1, 0, 0], [1, 0, 0]]
     assert layout.routes_grad.int().tolist() == [[1, 0, 0], [0, 0, 0]]
+    # The name decides where both could: "b" of the columns is the set of "a", and the name of "b".
+    rows = mk.SubsetFamily({"t": 1, "u": 1}, {"a": ["t"], "b": ["t", "u"], "c": ["u"], "d": []})
+    cols = mk.SubsetFamily({"t": 1, "u": 1}, {"b": ["t"], "c": ["t", "u"], "a": ["u"], "e": []})
+    layout = mk.BlockLayout.between(rows, cols, row_width=1, col_width=1)
+    assert layout.present.int().tolist() == [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1]]
+    # "c" and "a" of the columns lie not inside the rows of their name: there, the set decides.
+    assert layout.routes_grad.int().tolist() == [
+        [0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1],
+    ]  # fmt: skip
     with pytest.raises(mk.LayoutError, match="share none"):
         mk.BlockLayout.between(first, mk.SubsetFamily({"x": 1}, {"x": ["x"]}), 1, 1)
 
@@ -220,6 +249,13 @@ def test_bad_layouts_are_refused(arguments, options, message):
 def test_bad_masks_are_refused(arguments, message):
     with pytest.raises(mk.LayoutError, match=message):
         mk.BlockLayout.from_mask(*arguments)
+
+
+@pytest.mark.parametrize("width", [True, "8", 1.5, None])
+def test_widths_that_are_no_integers_are_refused(width):
+    family = mk.SubsetFamily({"a": 1}, {"a": ["a"]})
+    with pytest.raises(mk.LayoutError, match=f"width must be an integer .* got {width!r}"):
+        family.input_layout(width)
 
 
 def test_bad_tensors_are_refused():

@@ -23,6 +23,7 @@ from maskmoe_kernels import (
 )
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from maskmoe_kernels.testing.strategies import families
+from tests.arrival import assert_arrives
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("grouped", "reference")
@@ -63,6 +64,7 @@ def networks(draw, max_experts=8, dtype=torch.float32):
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     assert_blind(net, x, family.visible_features())
+    assert_arrives(net, x[0], family.visible_features())
 
 
 @given(networks(max_experts=12))
@@ -379,6 +381,8 @@ def test_a_thousand_experts_learn():
     torch.testing.assert_close(shares.sum(-1), torch.ones(8))
     hidden = x.masked_fill(~family.visible_features()[0], torch.nan)
     assert torch.equal(net(hidden)[:, 0], net(x)[:, 0])
+    outside = ~family.visible_features()[0]
+    assert torch.equal(net(hidden)[0].isnan(), family.visible_features()[:, outside].any(1))
 
 
 def test_input_layout_may_not_show_an_expert_more_than_its_subset() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -139,6 +140,8 @@ def test_experts_are_blind_to_embeddings_outside_their_subset(seed, embeddings, 
         assert torch.equal(before[:, blind], after[:, blind])
         seeing = [i for i in range(4) if i not in blind]
         assert not torch.equal(before[:, seeing], after[:, seeing])
+        if math.isnan(poison):
+            assert after[:, seeing].isnan().all()
 
 
 def test_other_user_or_item_changes_only_who_sees_it():

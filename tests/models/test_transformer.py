@@ -16,6 +16,7 @@ from maskmoe_kernels.models import (
     skip_sessions,
 )
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
+from tests.arrival import assert_arrives
 from tests.models.sessions import batch, first_layer, halves, side_by_side, spoilt
 from tests.nn import per_expert
 from tests.nn.per_expert import POISON, fewer, gradients, same_bits, seeds
@@ -81,6 +82,9 @@ def test_experts_are_blind_in_both_halves(model, seed):
     data = batch(model, 2, (3, 3), seed, torch.float32)
     run, visible = side_by_side(model, data[2:])
     assert_blind(run, torch.cat(data[:2], -1), visible)
+    unpadded, _ = side_by_side(model, ())
+    sample = torch.cat(data[:2], -1)[0, 0]
+    assert_arrives(lambda t: unpadded(t[:, None])[:, 0], sample, visible)
 
 
 @fewer

@@ -18,6 +18,7 @@ from maskmoe_kernels import BlockLayout, LayoutError, MaskedLinear, SubsetFamily
 from maskmoe_kernels.nn import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from maskmoe_kernels.testing.strategies import families
+from tests.arrival import assert_arrives
 from tests.nn import per_expert
 from tests.nn.per_expert import POISON, fewer, gradients, same_bits, seeds, widths
 
@@ -249,9 +250,16 @@ def test_experts_are_blind_outside_their_subset(module):
     visible = module.family.visible_features().repeat_interleave(sizes, 0)
     lengths = torch.tensor([1, 2])
     assert_blind(lambda t: module(t, hx, lengths=lengths)[0], x, visible)
+    # What the first of two steps saw is in the state of the last.
+    later = x[0, 1].expand(module.input_size, -1)
+    assert_arrives(lambda t: module(torch.stack([t, later], 1))[0][:, 1], x[0, 0], visible)
     # The first state of a strict subset is seen, but not trained.
     states = module.family.inclusion.repeat_interleave(sizes, 0).repeat_interleave(sizes, 1)
     assert_blind(lambda t: module(x, t.expand(module.num_layers, 2, -1))[0][:, -1], hx[0], states)
+    one = x[:1].expand(module.hidden_size, -1, -1)
+    assert_arrives(
+        lambda t: module(one, t.expand(module.num_layers, *t.shape))[0][:, -1], hx[0, 0], states
+    )
 
 
 class Judged(nn.Module):

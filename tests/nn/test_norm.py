@@ -12,6 +12,7 @@ from maskmoe_kernels import LayoutError, SubsetFamily
 from maskmoe_kernels.nn import ExpertNorm
 from maskmoe_kernels.testing import assert_blind
 from maskmoe_kernels.testing.strategies import families
+from tests.arrival import assert_arrives
 from tests.nn.per_expert import gradients, seeds, widths
 
 CUBE = SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})
@@ -50,6 +51,7 @@ def test_experts_do_not_see_each_other(case):
     norm, x = case
     owner = torch.arange(len(norm.widths)).repeat_interleave(torch.tensor(norm.widths))
     assert_blind(norm, x, owner[:, None] == owner)
+    assert_arrives(norm, x[0, 0], owner[:, None] == owner)
 
 
 @pytest.mark.parametrize("width", [4, [4, 1, 3, 2, 5, 6, 2]], ids=["uniform", "ragged"])

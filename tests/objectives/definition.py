@@ -43,10 +43,23 @@ def define(row, family, confidence="abs", sharpness=1.0, m=math):
 
 
 def define_all(logits, family, confidence="abs", sharpness=1.0):
-    """:func:`define` for logits ``(*, H)``: alpha and the product, float64."""
+    """:func:`define` for logits ``(*, H)``: alpha and the product, float64.
+
+    A named confidence has every digit, however small the value; one of one's own has those that
+    its 1 - g has.
+    """
     rows = logits.detach().double().reshape(-1, family.num_experts).tolist()
-    both = [define(row, family, confidence, sharpness) for row in rows]
+    m = math if callable(confidence) else mpmath
+    with mpmath.workdps(40):
+        both = [
+            define(
+                [m.mpf(z) for z in row] if m is mpmath else row, family, confidence, sharpness, m
+            )
+            for row in rows
+        ]
     return tuple(
-        torch.tensor([pair[k] for pair in both], dtype=torch.float64).reshape(logits.shape)
+        torch.tensor([[float(v) for v in pair[k]] for pair in both], dtype=torch.float64).reshape(
+            logits.shape
+        )
         for k in range(2)
     )

@@ -123,7 +123,9 @@ def test_selection_and_mixture_equal_pytorch(device, family, seed, name, sharpne
         share = mixture(logits, family, name, sharpness).attribution
     with on_pytorch():
         exact = mixture(logits.double(), family, name, sharpness).attribution
-    torch.testing.assert_close(share.double(), exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        share.double(), exact, rtol=1e-4, atol=1e-6 if name == "rare" else 1e-36
+    )
 
 
 @runs
@@ -156,7 +158,9 @@ def test_gradients_through_selection(device, family, seed, name, sharpness, dtyp
     for us, truth, them, extra in zip(ours, exact, theirs, (0, 0, shares), strict=True):
         assert us.dtype == dtype
         size = truth.abs().amax(-1, keepdim=True)
-        allowed = (2e-5 + torch.finfo(dtype).eps) * (size + 1e-4) + extra
+        info = torch.finfo(dtype)
+        # 1 - tanh^2 has no digits below 1e-16 even in PyTorch's float64.
+        allowed = (2e-5 + info.eps) * size + extra + info.smallest_normal * info.eps + 1e-15
         allowed = allowed + 2 * (them.double() - truth).abs()
         assert ((us.double() - truth).abs() <= allowed).all()
 
@@ -379,11 +383,14 @@ def test_depends_on_smaller_experts_only(family, seed, name, sharpness, poison):
 @given(families(max_experts=10), seeds, names, weightings, st.sampled_from(test_gem.NORMALIZE))
 def test_padding_and_separation(family, seed, name, weighting, normalize):
     poison = [torch.nan, torch.inf, -torch.inf, 7.0][seed % 4]
-    with on_kernels(3):
+    with on_kernels(4):
         inner(test_gem.test_padding_cannot_reach_the_loss)(
             family, seed, name, weighting, normalize, poison
         )
         inner(test_gem.test_experts_learn_apart)(family, seed, name, weighting)
+        inner(test_gem.test_an_unknown_logit_reaches_all_gradients_that_need_it)(
+            family, seed, name, weighting, normalize
+        )
 
 
 @interpreted

@@ -1,5 +1,7 @@
 """The masked linear map against its definition: values, gradients, blindness, determinism."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import assume, example, given, settings
@@ -73,6 +75,11 @@ def bits(t):
 
 def same_bits(a, b):
     return a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def fitting(fill, dtype):
+    """``fill``, or the largest number that ``dtype`` has."""
+    return min(fill, torch.finfo(dtype).max) if math.isfinite(fill) else fill
 
 
 def test_the_examples_take_both_paths():
@@ -207,30 +214,44 @@ def test_every_gradient_is_blind(layout, runner, activation, fill, seed):
     assert same_bits(before[0][:, blind], after[0][:, blind])
     assert same_bits(before[1], after[1])  # grad_x, of the seeing units' zero cotangents too
     assert not after[1][:, ~(routed & blind[:, None]).any(0)].any()
+    if not math.isfinite(fill):  # a cotangent of 0 is a number, times what the unit reads none
+        reads = mask & (torch.arange(layout.in_features, device=DEVICE) == feature)
+        assert torch.equal(after[2].isnan(), layout.pack(reads))
     of_blind = layout.pack(blind[:, None].expand_as(mask).contiguous())
     assert same_bits(before[2][of_blind], after[2][of_blind])
     assert same_bits(before[3], after[3])
 
 
-@given(strategies.layouts(), runners, st.sampled_from(FILLS), seeds)
-@example(LAYOUTS["random"], "grouped", float("nan"), 0)
-def test_a_seen_value_does_arrive(layout, runner, fill, seed):
+@given(strategies.layouts(), runners, activations, st.sampled_from(FILLS), dtypes, seeds)
+@example(LAYOUTS["random"], "grouped", None, float("nan"), torch.float32, 0)
+@example(LAYOUTS["random"], "grouped", "relu", float("nan"), torch.float64, 0)
+def test_a_seen_value_does_arrive(layout, runner, activation, fill, dtype, seed):
     """Blindness must not hide what is seen: the dense path's bookkeeping against the oracle."""
-    x, weight, bias = drawn(layout, (2,), torch.float64, seed)
-    x[:, seed % layout.in_features] = fill
-    x[1, seed // 7 % layout.in_features] = float("inf")
-    weight[seed % 3 :: 3] *= 0  # 0 * Inf is NaN, as in any dense product
-    ours = masked_linear(x, weight, bias, layout, runner=runner)
-    torch.testing.assert_close(ours, dense_oracle(x, weight, bias, layout), equal_nan=True)
+    x, weight, bias = drawn(layout, (2,), dtype, seed)
+    x[:, seed % layout.in_features] = fitting(fill, dtype)
+    # An infinity is no number to all activations.
+    if activation in FLAT:
+        x[1, seed // 7 % layout.in_features] = float("inf")
+        weight[seed % 3 :: 3] *= 0  # 0 * Inf is NaN, as in any dense product
+    elif math.isinf(fill):
+        return
+    ours = masked_linear(x, weight, bias, layout, activation, runner)
+    expected = dense_oracle(x, weight, bias, layout, activation)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+    elif not math.isfinite(fill):  # sums of the largest number may be infinite in ours alone
+        assert torch.equal(ours.isposinf(), expected.isposinf())
+        assert torch.equal(ours.isneginf(), expected.isneginf())
 
 
-@given(strategies.layouts(), runners, st.sampled_from(FILLS), seeds)
-def test_a_spoilt_cotangent_stays_with_its_unit(layout, runner, fill, seed):
+@given(strategies.layouts(), runners, st.sampled_from(FILLS), dtypes, seeds)
+def test_a_spoilt_cotangent_stays_with_its_unit(layout, runner, fill, dtype, seed):
     unit = seed % layout.out_features
     mask, routed = layout.mask().to(DEVICE), layout.grad_mask().to(DEVICE)
-    x, weight, bias = drawn(layout, (2,), torch.float64, seed)
-    cotangent = torch.randn(2, layout.out_features, dtype=torch.float64, device=DEVICE)
-    spoilt = cotangent.index_fill(1, torch.tensor([unit], device=DEVICE), fill)
+    x, weight, bias = drawn(layout, (2,), dtype, seed)
+    cotangent = torch.randn(2, layout.out_features, dtype=dtype, device=DEVICE)
+    spoilt = cotangent.index_fill(1, torch.tensor([unit], device=DEVICE), fitting(fill, dtype))
     _, *before = step(layout, x, weight, bias, cotangent, None, runner)
     _, *after = step(layout, x, weight, bias, spoilt, None, runner)
     assert same_bits(before[0][:, ~routed[unit]], after[0][:, ~routed[unit]])
@@ -238,6 +259,10 @@ def test_a_spoilt_cotangent_stays_with_its_unit(layout, runner, fill, seed):
     others[unit] = False
     assert same_bits(before[1][layout.pack(others)], after[1][layout.pack(others)])
     assert same_bits(before[2][others[:, 0]], after[2][others[:, 0]])
+    if not math.isfinite(fill):  # and it does spoil all that is the unit's
+        assert torch.equal(~after[0].isfinite(), routed[unit].expand_as(x))
+        assert torch.equal(~after[1].isfinite(), layout.pack(mask & ~others))
+        assert torch.equal(~after[2].isfinite(), ~others[:, 0])
 
 
 @given(strategies.masks(), runners, st.sampled_from(FILLS), seeds)

@@ -1,4 +1,4 @@
-"""``python -m tests.fuzz layers --cases N --seed S [--start K]``: run one fuzzer, and say how it went."""
+"""``python -m tests.fuzz layers --cases N --seed S [--start K]``: run one fuzzer."""
 
 import argparse
 import faulthandler
@@ -17,7 +17,6 @@ SECONDS = 20.0
 
 def main(arguments=None) -> int:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read on import; see tests/conftest.py
-    faulthandler.enable()
     there = [name for name in FUZZERS if importlib.util.find_spec(f"tests.fuzz.{name}")]
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("fuzzer", choices=there)
@@ -64,4 +63,5 @@ def search(run, given) -> str | None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the fuzzers share: seeded cases, drawn families and views, comparisons."""
+"""What the fuzzers share: seeded cases, drawn families, views of tensors."""
 
 from contextlib import contextmanager
 
@@ -85,7 +85,7 @@ WIDTHS = (1, 1, 2, 3, 5, 7, 16)
 
 
 def draw_family(draw, most=8):
-    """Power sets, chains, antichains, groups that come together, anything; the empty subset, too."""
+    """Power sets, chains, antichains, twin groups, anything; with the empty subset or not."""
     kind = draw.pick(("powerset", "chain", "antichain", "any", "any", "together"))
     count = draw.upto(3 if kind == "powerset" else 5, least=1)
     if kind == "powerset":
@@ -125,42 +125,3 @@ def as_view(draw, tensor):
     if kind == "expanded" and tensor.dim() > 1 and tensor.shape[0] > 0:
         return tensor[:1].expand(tensor.shape)
     return tensor
-
-
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def bits_of(tensor):
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.element_size()])
-
-
-def same_bits(a, b):
-    if a is None or b is None:
-        return a is b
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
-
-
-def hold(name, ours, plain, true, floor):
-    """``|ours - true| <= 2 |PyTorch in the same precision - true| + floor``, or the same NaN or Inf.
-
-    Where PyTorch overflows nothing is asked. Where ``floor`` is 0, a structural zero is.
-    """
-    if ours.shape != plain.shape or ours.dtype != plain.dtype:
-        raise AssertionError(
-            f"{name} is {ours.dtype} {tuple(ours.shape)}, not {plain.dtype} {tuple(plain.shape)}"
-        )
-    wide, theirs = ours.detach().double(), plain.detach().double()
-    good = (wide - true).abs() <= 2 * (theirs - true).abs() + floor
-    if good.all():
-        return
-    good |= (true.isfinite() & ~theirs.isfinite()) | torch.isinf(torch.as_tensor(floor))
-    for other in (true, theirs):
-        good |= (wide == other) | (wide.isnan() & other.isnan())
-    for where in (~good).nonzero()[:1]:
-        at = tuple(where.tolist())
-        bound = floor[at] if isinstance(floor, torch.Tensor) and floor.dim() else floor
-        raise AssertionError(
-            f"{name}{list(at)} is {wide[at]:.9g}, the definition says {true[at]:.9g}, PyTorch "
-            f"{theirs[at]:.9g}, the floor is {bound:.3g}; {int((~good).sum())} of {good.numel()} "
-            "are off"
-        )

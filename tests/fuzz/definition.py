@@ -14,6 +14,11 @@ ROUNDINGS = 8
 SMALLEST = 3e-45
 
 
+def sum_rounding(terms, eps):
+    """Of a sum, in units of the sum of its absolute values: errors add up like a random walk."""
+    return ROUNDINGS * eps * (1 + terms**0.5 / 8)
+
+
 class DenseLayer:
     """What is looked up once for a layout: the masks, and where packed weights belong."""
 
@@ -38,9 +43,7 @@ class Definition:
 
     def __init__(self, layers, weights, biases, activation, x, eps):
         self.layers, self.eps = layers, eps
-        self.dense = [
-            layer.dense(weight) for layer, weight in zip(layers, weights, strict=True)
-        ]
+        self.dense = [layer.dense(weight) for layer, weight in zip(layers, weights, strict=True)]
         self.inputs, self.slopes = [], []  # values and bounds, both (value, off)
         h, off = x, torch.zeros_like(x)
         for k, dense in enumerate(self.dense):
@@ -70,15 +73,14 @@ class Definition:
 
     def gradients(self, grad, off):
         """Of x, of each weight, of each bias, as (value, bound), from a cotangent and its bound."""
-        eps = ROUNDINGS * self.eps
+        eps, over_rows = ROUNDINGS * self.eps, sum_rounding(len(grad), self.eps)
         weights, biases = [], []
         for k in reversed(range(len(self.layers))):
             h, h_off = self.inputs[k]
-            size = grad.abs().t() @ h.abs()
-            bound = off.t() @ (h.abs() + h_off) + grad.abs().t() @ h_off + eps * size
+            bound = off.t() @ (h.abs() + h_off) + grad.abs().t() @ (h_off + over_rows * h.abs())
             index = self.layers[k].index
             weights.insert(0, ((grad.t() @ h).view(-1)[index], bound.view(-1)[index]))
-            biases.insert(0, (grad.sum(0), off.sum(0) + eps * grad.abs().sum(0)))
+            biases.insert(0, (grad.sum(0), off.sum(0) + over_rows * grad.abs().sum(0)))
             routed = self.dense[k] * self.layers[k].routed
             off = (off + SMALLEST) @ routed.abs() + eps * (grad.abs() @ routed.abs())
             grad = grad @ routed

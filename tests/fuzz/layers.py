@@ -5,6 +5,7 @@ what is kept for them (plans, compiled panels, chosen routes), as layers of a mo
 everything else are a case's own.
 """
 
+import pickle
 from functools import lru_cache
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends import native
+from maskmoe_kernels.layout.plan import decode, encode
 from maskmoe_kernels.testing.assertions import _Floors
 from maskmoe_kernels.testing.oracle import _ACTIVATIONS, dense_algebra, dense_oracle
 from tests.fuzz.cases import (
@@ -19,11 +21,10 @@ from tests.fuzz.cases import (
     as_view,
     draw_family,
     draw_isa,
-    hold,
     on_threads,
     run_cases,
-    same_bits,
 )
+from tests.fuzz.compare import hold, same_bits
 
 POOL = 400
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,6 +82,9 @@ class Judge:
     def __init__(self, layout):
         self.layout = layout
         self.mask, self.routed = layout.mask(), layout.grad_mask()
+        for other in (decode(encode(layout)), pickle.loads(pickle.dumps(layout))):
+            if other != layout or other.id != layout.id or other.packing_id != layout.packing_id:
+                raise AssertionError(f"a copy of {layout} is another")
         self.index = layout.weight_index(torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
         shapes = (3, layout.in_features), (layout.num_weights,), (layout.out_features,)
@@ -129,7 +133,8 @@ def judge(seed, index):
 
 def _input(draw):
     family = draw_family(draw)
-    return family.input_layout(draw.sizes(family.num_experts, (1, 2, 3, 7)), strict=draw.chance(0.5))
+    widths = draw.sizes(family.num_experts, (1, 2, 3, 7))
+    return family.input_layout(widths, strict=draw.chance(0.5))
 
 
 def _hidden(draw):
@@ -160,7 +165,12 @@ def _mask(draw):
     routed = None
     if draw.chance(0.5):
         routed = mask & draw.flags(draw.pick(((rows, cols), (rows, 1), (1, cols))))
-    return mk.BlockLayout.from_mask(mask, routed)
+    layout = mk.BlockLayout.from_mask(mask, routed)
+    if not torch.equal(layout.mask(), mask) or (
+        routed is not None and not torch.equal(layout.grad_mask(), routed)
+    ):
+        raise AssertionError(f"from_mask gives another mask, {layout}")
+    return layout
 
 
 def _direct(draw):
@@ -176,7 +186,7 @@ def _direct(draw):
 
 
 def numbers(draw, dtype, *shape):
-    """Values of one kind: ordinary ones, tiny or huge ones, whole numbers with zeros of both signs."""
+    """Values of one kind: ordinary, tiny, huge, whole ones with zeros of both signs, zeros."""
     kind = draw.pick(("ordinary",) * 6 + ("wide", "whole", "tiny", "huge", "zero"))
     values = draw.normal(*shape)
     if kind == "wide":
@@ -195,7 +205,8 @@ def leading(draw):
     if draw.chance(0.02):
         return (draw.pick((100, 300, 1000, 2000)),)
     few = (0, 1, 1, 2, 3, 5, 8, 9, 16, 17, 33)
-    return draw.pick(((), (draw.pick(few),), (draw.pick(few),), (draw.pick(few),), (2, 3), (2, 1, 4)))
+    rows = (draw.pick(few),)
+    return draw.pick(((), rows, rows, rows, rows, (2, 3), (2, 1, 4)))
 
 
 class Case:

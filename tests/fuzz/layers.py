@@ -313,6 +313,8 @@ class Case:
         floors = self._floors()
         bounds = floors.gradients(wide[3], self.activation)
         bounds = [floors.output, *(bounds[f"grad_{name}"] for name in NAMES)]
+        for k in (2, 3):  # long sums, whose terms may all be the same, and be rounded alike
+            bounds[k] = bounds[k] * (1 + len(x) / 32)
         # What is nearly too large for the dtype may be infinite on one way and not on another.
         overflow = torch.finfo(self.dtype).max * torch.finfo(self.dtype).eps
         wider = 16 if self.dtype == torch.float64 else 1  # the definition rounds as well

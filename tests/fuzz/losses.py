@@ -35,12 +35,12 @@ class Loss:
         if draw.chance(0.35):
             self.mask = draw.flags(rows, draw.pick((0.7, 0.1, -1.0)))
             self.spoil()
-        self.true_target = target.clone()
         dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.bool)
         soft = not torch.equal(target, target.round())
         self.target = as_view(draw, target.to(draw.pick(dtypes[: 3 if soft else 5])))
-        if soft:  # what the losses are given, which may be rounded
-            self.true_target = self.target.float().double()
+        # What the losses see of it; a view may hold other values than were drawn.
+        seen = torch.float64 if case.dtype == torch.float64 else torch.float32
+        self.true_target = self.target.to(seen).double()
         self.options = {
             "confidence": draw.pick(CONFIDENCES),
             "weighting": draw.pick((*WEIGHTINGS,)),

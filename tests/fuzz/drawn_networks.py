@@ -66,6 +66,7 @@ class Case:
         self._fill()
         self.shape = self._leading()
         self.threads = draw.pick((1, 2, 4)) if sum(self.shape) > 50 else 1
+        self.repeats = 4 if self.threads > 1 else 1  # a race shows now and then
         self.x, self.tables, self.ids, self.order = self._parts()
         self.leaves = self._leaves()
 

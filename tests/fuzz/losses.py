@@ -93,8 +93,9 @@ class Loss:
         cotangent = self.cotangent(wide)
         ours, grads = case.run(self.ours, cotangent)
         plain, plain_grads = case.run(self.two_steps, cotangent)
-        again, grads_again = case.run(self.ours, cotangent)
-        same_twice((ours, *grads.values()), (again, *grads_again.values()))
+        for _ in range(case.repeats):
+            again, grads_again = case.run(self.ours, cotangent)
+            same_twice((ours, *grads.values()), (again, *grads_again.values()))
         with torch.no_grad(), on_threads(case.threads):
             same_twice([self.ours()], [ours])
         x = case.joined

@@ -4,6 +4,7 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 JOBS   ?= 2
 ARGS   ?=
+SEED   ?= 0
 TORCH  ?= 2.13.0
 DEMO   ?= build/demo
 
@@ -15,6 +16,7 @@ BUILT := maskmoe_kernels/_build.json
 INSTALL := --disable-pip-version-check --no-input install -qq
 PIP   := $(PY) -m pip $(INSTALL)
 
+FUZZED := layers:100000 networks:30000 ops:100000 files:10000
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
@@ -35,7 +37,8 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
-	@echo "           PYTHON312=python3.12 (test-oldest)  MASKMOE_BUILD=auto|cpu|cuda|none  CXX=g++"
+	@echo "           SEED=0 (deep)  PYTHON312=python3.12 (test-oldest)  CXX=g++"
+	@echo "           MASKMOE_BUILD=auto|cpu|cuda|none"
 
 setup: $(BUILT) ## Create .venv and install the package with everything the tests need
 
@@ -50,8 +53,10 @@ demo: $(BUILT) ## Train the toy task (b), print its table, draw its figures
 test: $(BUILT) ## Run the whole suite (ARGS='-m "not slow"' leaves out the slow tests)
 	@$(PYTEST)
 
-deep: $(BUILT) ## Run the suite with 2000 examples a property
+deep: $(BUILT) ## Run the suite with 2000 examples a property, then every fuzzer for long (SEED=0)
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)
+	@for of in $(FUZZED); do \
+	    $(PY) -m tests.fuzz $${of%:*} --cases $${of#*:} --seed $(SEED) || exit 1; done
 
 sanitize: $(READY) ## Run the kernels' tests with the address and undefined-behaviour sanitizers
 	@CXX="$(CXX)" CXXFLAGS="$(SANITIZE)" MASKMOE_BUILD=cpu \

@@ -291,7 +291,10 @@ class Trainer:
             sums = saved["running"]["sums"].view_as(self.sums)
         if self.ranks.first:
             self.sums.copy_(sums)
-        self.loader.load_state_dict(saved["cursor"])
+        try:
+            self.loader.load_state_dict(saved["cursor"])
+        except DataError as error:
+            raise DataError(f"{self.checkpoint}: {error}") from error
         self.history, self.best = saved["history"], saved["best"]
         self.done, self.seconds = saved["running"]["done"], saved["running"]["seconds"]
         return True

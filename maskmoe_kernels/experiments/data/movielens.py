@@ -554,7 +554,7 @@ def _read_tsv(path: Path) -> _File:
     if not file.data.startswith(b"\x1f\x8b"):
         return file
     try:
-        with gzip.open(io.BytesIO(file.data)) as packed:
+        with io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(file.data))) as packed:
             return _File(file.name, _bounded(packed, file.name, 0))
     except DataError:
         raise

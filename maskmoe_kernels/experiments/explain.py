@@ -21,7 +21,7 @@ from maskmoe_kernels.experiments.checkpoint import (
 )
 from maskmoe_kernels.experiments.data.movielens import SEXES, MovieLens, read_movielens
 from maskmoe_kernels.experiments.files import claim
-from maskmoe_kernels.experiments.movielens import CONFIDENCE, SEALED
+from maskmoe_kernels.experiments.movielens import CONFIDENCE, MODELS, SEALED
 from maskmoe_kernels.experiments.ranking import Features
 from maskmoe_kernels.experiments.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.structure import check
@@ -370,6 +370,8 @@ def _sharpness(given: float | None, checkpoint: Path) -> tuple[float, str]:
     except DataError as error:
         raise fail(error) from error
     check(models, {"models": {str: {str: object}}}, fail)
+    if strange := models["models"].keys() - set(MODELS):
+        raise fail(f"expected models of {list(MODELS)}, got {sorted(strange)}")
     chosen = models["models"].get("interpretable")
     if chosen is None:
         return 1.0, f"{report.name} does not know the interpretable model"

@@ -255,7 +255,11 @@ def _explanation(path: Path, error: OSError, file: _Unfinished | None = None) ->
             reason += f" after {file.tell():,} of this file)" if file is not None else ")"
     if error.errno == errno.EFBIG:
         remedy = "Raise the limit (ulimit -f), or name a folder on another disk."
-    kept = " The file that was there is as it was." if path.is_file() else ""
+    kept = (
+        " The file that was there is as it was."
+        if file is not None and os.path.isfile(path)
+        else ""
+    )
     told = OSError(f"{path}: cannot be written: {reason}. {remedy}{kept}")
     told.errno = error.errno
     return told

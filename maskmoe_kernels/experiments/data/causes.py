@@ -128,7 +128,7 @@ def _read(path: Path) -> _Decoded:
         seal = (found.metadata or {}).get(_SEAL)
         if seal is not None and seal != _digest(decoded):
             raise ValueError("a content that its checksum is not of")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, IndexError, TypeError, pa.ArrowException) as error:
         raise DataError(
             f"{path}: expected a whole file of causes, got {error}. Delete its log_*.csv and run "
             "`maskmoe skip generate` again."

@@ -115,7 +115,7 @@ class Shards:
             self._verify(name, place)
             with pq.ParquetFile(path) as file:
                 return file.read_row_group(place, columns=wanted, use_threads=False)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
             raise DataError(f"{path}: expected a whole shard, got {error}. {_REMEDY}") from error
 
     def _verify(self, name: str, part: int) -> None:

@@ -25,6 +25,7 @@ from bench.summary import print_summary, summarize
 from bench.table import print_result
 from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
+from maskmoe_kernels.experiments.files import claim
 
 LOST = 3  # the exit status where a fresh process can go on
 
@@ -49,6 +50,8 @@ def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
     kind, arguments = parse(argv or [], program)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    if getattr(arguments, "out", None) is not None:
+        claim(arguments.out)
     return _COMMANDS[kind](arguments, console)
 
 

@@ -12,7 +12,7 @@ from bench.counts import PHASES
 from bench.ratios import Line, lines
 from bench.shapes import DTYPES, FAMILIES
 from maskmoe_kernels.experiments import figures
-from maskmoe_kernels.experiments.report import write_atomically
+from maskmoe_kernels.experiments.files import replacing
 
 SPEEDUP, ROOFLINE = "speedup.png", "roofline.png"
 _OF_BATCH = (figures.SKY, figures.BLUE, figures.BLACK, figures.PURPLE)
@@ -233,6 +233,5 @@ def _figure(width: float, height: float) -> Any:
 
 def _save(figure: Any, path: Path) -> None:
     importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
-    write_atomically(
-        path, lambda temporary: figure.savefig(temporary, dpi=figures.DPI, format="png")
-    )
+    with replacing(path) as file:
+        figure.savefig(file, dpi=figures.DPI, format="png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -74,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(words, argparse.Namespace(words=rest))
     command: Callable[[argparse.Namespace, Console], int | None] = arguments.run
     measures = words[:1] == ["bench"]  # as a process finds it
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with nullcontext() if measures else denormals_flushed():
             return command(arguments, Console()) or 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,18 @@ from rich.table import Table
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.checkpoint import (
+    failing,
+    load_checkpoint,
+    restore_model,
+    restoring,
+)
 from maskmoe_kernels.experiments.data.movielens import SEXES, MovieLens, read_movielens
-from maskmoe_kernels.experiments.movielens import CONFIDENCE
+from maskmoe_kernels.experiments.files import claim
+from maskmoe_kernels.experiments.movielens import CONFIDENCE, MODELS, SEALED
 from maskmoe_kernels.experiments.ranking import Features
-from maskmoe_kernels.experiments.report import write_json
-from maskmoe_kernels.experiments.train import load_checkpoint
+from maskmoe_kernels.experiments.report import check_seal, read_json, write_json
+from maskmoe_kernels.experiments.structure import check
 from maskmoe_kernels.models import InterpretableNCF
 from maskmoe_kernels.objectives import mixture
 
@@ -121,6 +127,8 @@ def explain(
         DataError: The data is damaged, the checkpoint is of another model or other data, the
             user or the movie does not exist, or the report beside it cannot be read.
     """
+    if out is not None:
+        claim(out)
     saved = _checkpoint_of_interpretable(checkpoint)
     data = read_movielens(path)
     row = _row_of(data.user_ids, user, "user", "users.dat")
@@ -317,6 +325,9 @@ def _row_of(ids: Tensor, wanted: int, what: str, file: str) -> int:
 
 def _checkpoint_of_interpretable(path: Path) -> dict[str, Any]:
     saved = load_checkpoint(path)
+    check(saved["config"], {"model": str, "options": str}, failing(path), "config")
+    if saved["best"] is None:
+        raise failing(path)("expected the best epoch, got None")
     name = saved["config"]["model"]
     if name != "interpretable":
         raise DataError(
@@ -329,10 +340,8 @@ def _checkpoint_of_interpretable(path: Path) -> dict[str, Any]:
 def _restored(saved: dict[str, Any], features: Features, path: Path) -> InterpretableNCF:
     """The model of a checkpoint, if it was trained on data of this size."""
     weights, sizes = saved["best"]["model"], features.sizes
-    try:
+    with restoring(path, "weights"):
         trained = (len(weights["inputs.user.weight"]), len(weights["inputs.item.weight"]))
-    except KeyError as error:
-        raise DataError(f"{path}: no weight {error}; train again with this version") from None
     if trained != (sizes.num_users, sizes.num_items):
         raise DataError(
             f"{path}: was trained on {trained[0]} users and {trained[1]} movies, the data has "
@@ -340,11 +349,7 @@ def _restored(saved: dict[str, Any], features: Features, path: Path) -> Interpre
         )
     strict = "embeddings=strict" in saved["config"]["options"]
     model = InterpretableNCF(sizes, embeddings="strict" if strict else "shared")
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        raise DataError(f"{path}: its weights do not fit this version ({text})") from error
+    restore_model(path, model, weights)
     return model.eval()
 
 
@@ -355,12 +360,23 @@ def _sharpness(given: float | None, checkpoint: Path) -> tuple[float, str]:
     report = checkpoint.with_name("report.json")
     if not report.exists():
         return 1.0, f"no {report.name} beside the checkpoint"
+    remedy = "give --sharpness, or restore a copy of it"
+
+    def fail(what: object) -> DataError:
+        return DataError(f"{report}: not a readable report ({what}); {remedy}")
+
     try:
-        models = json.loads(report.read_text(encoding="utf-8"))["models"]
-        if "interpretable" not in models:
-            return 1.0, f"{report.name} does not know the interpretable model"
-        return float(models["interpretable"]["sharpness"]), f"chosen in {report.name}"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise DataError(
-            f"{report}: not a readable report ({type(error).__name__}); give --sharpness"
-        ) from error
+        models = read_json(report, "It cannot be used.")
+    except DataError as error:
+        raise fail(error) from error
+    check(models, {"models": {str: {str: object}}}, fail)
+    if strange := models["models"].keys() - set(MODELS):
+        raise fail(f"expected models of {list(MODELS)}, got {sorted(strange)}")
+    chosen = models["models"].get("interpretable")
+    if chosen is None:
+        return 1.0, f"{report.name} does not know the interpretable model"
+    check(chosen, {"sharpness": float}, fail, "models.interpretable")
+    check_seal({key: chosen[key] for key in SEALED if key in chosen}, report, remedy)
+    if chosen["sharpness"] <= 0:
+        raise fail(f"expected a sharpness above 0, got {chosen['sharpness']}")
+    return float(chosen["sharpness"]), f"chosen in {report.name}"

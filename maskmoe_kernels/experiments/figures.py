@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import BackendError, LayoutError
-from maskmoe_kernels.experiments.report import write_atomically
+from maskmoe_kernels.experiments.files import replacing
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.objectives import Mixture
 
@@ -691,9 +691,10 @@ def canvas(width: float, height: float, constrained: bool = True) -> Any:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    """Write a figure as PNG, atomically."""
+    """Write a figure as PNG; see :func:`replacing` for what is guaranteed."""
     module("backends.backend_agg").FigureCanvasAgg(figure)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI, format="png"))
+    with replacing(path) as file:
+        figure.savefig(file, dpi=DPI, format="png")
 
 
 def light_grid(ax: Any, axis: str) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from maskmoe_kernels.experiments import figures
 from maskmoe_kernels.experiments.baselines import most_popular
 from maskmoe_kernels.experiments.data.movielens import read_movielens
+from maskmoe_kernels.experiments.files import claim
 from maskmoe_kernels.experiments.ranking import Task
-from maskmoe_kernels.experiments.report import machine, write_json
+from maskmoe_kernels.experiments.report import machine, sealed, write_json
 from maskmoe_kernels.experiments.train import Run, TrainConfig, fit
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
@@ -34,6 +35,8 @@ PAPER = {
 SHARPNESS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 #: The authors' confidence for rare positives, in training and in prediction.
 CONFIDENCE = "rare"
+#: What is read again of the report's interpretable model, and the checksum of it.
+SEALED = ("sharpness", "chosen", "checksum")
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def run_movielens(
     Raises:
         DataError: Damaged data, or a checkpoint of another configuration.
         FloatingPointError: Training diverged.
+        OSError: ``out`` is no folder that can be written to.
     """
+    claim(out)
     task = Task(read_movielens(path), options.seed, negatives, options.device)
     report = _opening_report(task, path, negatives, options)
     if console is not None:
@@ -213,6 +218,7 @@ def _evaluate(
         points.append(_frontier_point(model, task, held, test, chosen))
         points.sort(key=lambda p: p["sharpness"])
     point = next(p for p in points if p["sharpness"] == chosen)
+    how = "given" if options.sharpness is not None else f"max loss {options.max_loss}"
     largest = model.family.membership.sum(1).argmax()
     result |= {
         "family": {
@@ -220,8 +226,7 @@ def _evaluate(
             "subsets": {name: list(of) for name, of in model.family.subsets.items()},
         },
         "frontier": points,
-        "sharpness": chosen,
-        "chosen": "given" if options.sharpness is not None else f"max loss {options.max_loss}",
+        **sealed({"sharpness": chosen, "chosen": how}),
         "test": point["test"],
         "decided": point["decided"],
         "mean_attribution": point["mean_attribution"],

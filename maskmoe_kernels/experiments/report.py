@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
-import secrets
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.files import replacing
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a temporary file beside ``path``, then put it in its place.
-
-    A reader sees the old file or the new one, also when the writer is interrupted. Folders
-    that are missing are made.
-
-    Args:
-        path: Where the file belongs; its suffix is kept on the temporary file.
-        write: Called once with the temporary path.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+#: Key of the checksum in a sealed object.
+_SEAL = "checksum"
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Write ``obj`` as indented json, atomically.
+    """Write ``obj`` as indented json; see :func:`replacing` for what is guaranteed.
 
     Raises:
         ValueError: ``obj`` holds a NaN or an infinity, which json cannot say.
         TypeError: ``obj`` holds something json has no form for.
+        OSError: It cannot be written.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda temporary: _write_text(temporary, text))
+    with replacing(path) as file:
+        # Of a name that is not UTF-8, what Python makes of its bytes: json has the same escapes.
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def read_json(path: str | Path, remedy: str, seal: bool = True) -> dict[str, Any]:
+    """The object in a json file; one that :func:`sealed` made is as it was written.
+
+    Args:
+        path: Of the file.
+        remedy: What to do about a damaged one, for the error.
+        seal: See that it is as it was, where it is sealed.
+
+    Raises:
+        DataError: It cannot be read, is no json object, or its checksum is of another content.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: expected a json file, got {error.strerror}. {remedy}") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: expected json, got {error}. {remedy}") from error
+    if not isinstance(content, dict):
+        got = type(content).__name__
+        raise DataError(f"{path}: expected a json object, got {got}. {remedy}")
+    if seal:
+        check_seal(content, path, remedy)
+    return content
+
+
+def sealed(obj: Mapping[str, Any]) -> dict[str, Any]:
+    """``obj`` and a checksum of its content, by which :func:`check_seal` knows it again."""
+    return {**obj, _SEAL: _digest(obj)}
+
+
+def check_seal(obj: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """See that a sealed object is as it was; one without a seal passes.
+
+    Raises:
+        DataError: It is not; the message names ``path``.
+    """
+    if _SEAL in obj and obj[_SEAL] != _digest(obj):
+        raise DataError(
+            f"{path}: expected what its checksum is of, got another content; the file is damaged "
+            f"or was changed. {remedy}"
+        )
+
+
+def _digest(obj: Mapping[str, Any]) -> str:
+    content = {key: value for key, value in obj.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def machine() -> dict[str, Any]:
@@ -54,10 +92,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _cpu_model() -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,22 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.checkpoint import (
+    check_progress,
+    failing,
+    load_checkpoint,
+    restore_model,
+    restoring,
+)
 from maskmoe_kernels.experiments.data.session_features import SessionBatch
 from maskmoe_kernels.experiments.data.sessions import SessionDataset, SessionLoader, Shards
+from maskmoe_kernels.experiments.files import claim
 from maskmoe_kernels.experiments.metrics import SkipTally
 from maskmoe_kernels.experiments.ranks import Ranks
 from maskmoe_kernels.experiments.report import machine, write_json
-from maskmoe_kernels.experiments.train import Run, load_checkpoint
-from maskmoe_kernels.experiments.trainer import Pace, Trainer
+from maskmoe_kernels.experiments.structure import check
+from maskmoe_kernels.experiments.train import Run
+from maskmoe_kernels.experiments.trainer import MONITOR, Pace, Trainer
 from maskmoe_kernels.models import GRU, InterpretableGRU, InterpretableTransformer, Transformer
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel, skip_sessions
 from maskmoe_kernels.objectives import deselection, gem_loss, mixture, selection
@@ -197,6 +207,7 @@ def train(
         DataError: The shards are missing or damaged, or the checkpoint in ``out`` is of other
             settings or data.
         FloatingPointError: Training diverged.
+        OSError: ``out`` is no folder that can be written to.
     """
     pace, means = pace or Pace(), means or Means()
     ranks = ranks or Ranks(torch.device("cpu"))
@@ -205,6 +216,8 @@ def train(
             f"a batch of {settings.batch_size} sessions cannot be shared by {ranks.world} "
             f"processes; give --batch {2 * ranks.world} or more"
         )
+    if ranks.first:
+        claim(out)
     share = {"rank": ranks.rank, "world": ranks.world}
     training = SessionDataset(
         Shards(data, "train"), settings.batch_size, seed=settings.seed, **share
@@ -284,13 +297,26 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[SessionModel
         raise DataError(f"{path}: expected a run of `maskmoe skip train`, got another experiment's")
     if saved["best"] is None:
         raise DataError(f"{path}: no epoch is finished yet; let `maskmoe skip train` go on")
-    try:
-        settings = Settings(**{name: config[name] for name in Settings.__dataclass_fields__})
-        model = build(settings)
-        model.load_state_dict(saved["best"]["model"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise DataError(f"{path}: does not fit this version ({text}); train again") from error
+    check_progress(path, saved, MONITOR)
     best = saved["best"]
+    settings = _settings_of(path, config, best["model"])
+    with restoring(path, "settings"):
+        model = build(settings)
+    restore_model(path, model, best["model"])
     run = Run(saved["history"], best["epoch"], best["metrics"], best["model"])
     return model.to(device).eval(), settings, run
+
+
+def _settings_of(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Settings:
+    """Settings that a checkpoint names, if they may be those of its weights."""
+    kinds = get_type_hints(Settings)
+    check(config, kinds, failing(path), "config")
+    with restoring(path, "settings"):
+        settings = Settings(**{name: config[name] for name in kinds})
+    # Every layer has a square matrix: a model beyond that is not worth its memory.
+    most = math.isqrt(sum(value.numel() for value in weights.values()))
+    for name in ("width", "heads", "layers"):
+        if not 1 <= getattr(settings, name) <= most:
+            got = f"{getattr(settings, name)} for so few weights"
+            raise failing(path)(f"expected config.{name} of 1 to {most}, got {got}")
+    return settings

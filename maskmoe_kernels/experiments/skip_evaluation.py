@@ -18,6 +18,7 @@ from maskmoe_kernels.experiments.baselines import last_skip, mean_skip
 from maskmoe_kernels.experiments.data.causes import CAUSE_GROUPS, CAUSES, Causes
 from maskmoe_kernels.experiments.data.session_features import SKIP_2, SessionBatch
 from maskmoe_kernels.experiments.data.sessions import SessionDataset, Shards
+from maskmoe_kernels.experiments.files import claim
 from maskmoe_kernels.experiments.metrics import SkipTally
 from maskmoe_kernels.experiments.report import machine, write_json
 from maskmoe_kernels.experiments.skip import Settings, load, logits_of, probability
@@ -144,6 +145,7 @@ def evaluate(
     Raises:
         DataError: Shards, a run, or the causes are missing, damaged, or do not belong together.
     """
+    claim(out)
     trained = _named([(load(path, device), path) for path in runs])
     sessions = SessionDataset(Shards(data, split), BATCH)
     known = None if causes is None else Causes(causes)

@@ -16,6 +16,7 @@ from maskmoe_kernels.experiments.data.causes import CAUSES, Causes
 from maskmoe_kernels.experiments.data.mssd_columns import CONTEXT_TYPES
 from maskmoe_kernels.experiments.data.session_features import SessionBatch
 from maskmoe_kernels.experiments.data.sessions import Shards
+from maskmoe_kernels.experiments.files import claim
 from maskmoe_kernels.experiments.report import write_json
 from maskmoe_kernels.experiments.skip import load, logits_of
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -110,6 +111,8 @@ def explain(
         DataError: Shards, run or causes are missing or damaged, the model has no experts, or the
             split does not hold the session.
     """
+    if out is not None:
+        claim(out)
     model, settings, _ = load(run)
     if not isinstance(model, SessionExperts):
         raise DataError(

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.experiments import figures
+from maskmoe_kernels.experiments.files import claim
 from maskmoe_kernels.experiments.report import machine, write_json
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import InterpretableMLP
@@ -326,12 +327,16 @@ def run_toy(
 
     Returns:
         The report.
+
+    Raises:
+        OSError: ``out`` is no folder that can be written to.
     """
     config = config or ToyConfig()
     if epochs is not None:
         config = replace(config, epochs=epochs)
     if confidence is not None:
         config = replace(config, confidence=confidence)
+    claim(out)
     report, net = run(task, seed, config, device, console)
     write_json(Path(out) / "report.json", report)
     missing = figures.obstacle() if draw else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +22,16 @@ from rich.progress import (
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
-
-CHECKPOINT_FORMAT = 1
+from maskmoe_kernels.experiments.checkpoint import (
+    CHECKPOINT_FORMAT,
+    check_progress,
+    failing,
+    load_checkpoint,
+    restore_model,
+    restore_optimizer,
+    save_checkpoint,
+)
+from maskmoe_kernels.experiments.structure import check
 
 Batch = tuple[Tensor, ...]
 Metrics = dict[str, float]
@@ -75,40 +82,6 @@ class Run:
     best_epoch: int
     best: Metrics
     state: dict[str, Tensor]
-
-
-def save_atomically(obj: Any, path: Path) -> None:
-    """``torch.save`` that leaves either the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    try:
-        torch.save(obj, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint written by :func:`fit`.
-
-    Raises:
-        DataError: Missing, damaged, or of another format.
-    """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; train a model first") from None
-    except Exception as error:
-        raise DataError(
-            f"{path}: not a readable checkpoint ({type(error).__name__}); it may be damaged or "
-            "another kind of file"
-        ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != CHECKPOINT_FORMAT:
-        raise DataError(
-            f"{path}: expected a checkpoint of format {CHECKPOINT_FORMAT}; train again with this "
-            "version"
-        )
-    return checkpoint
 
 
 def fit(
@@ -206,7 +179,7 @@ def _save(
         "optimizer": optimizer.state_dict(),
         **state,
     }
-    save_atomically(checkpoint, path)
+    save_checkpoint(checkpoint, path)
 
 
 def _restore(
@@ -220,14 +193,15 @@ def _restore(
                 f"{path}: was trained with {name}={saved['config'].get(name)!r}, this run has "
                 f"{value!r}; use the same, or another --out folder"
             )
-    try:
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    except (RuntimeError, ValueError) as error:
-        raise DataError(
-            f"{path}: its weights do not fit this model; it was trained on other data or by "
-            f"another version ({' '.join(str(error).split())}). Use another --out folder"
-        ) from error
+    check_progress(path, saved, config.monitor)
+    check(saved, {"epoch": int}, failing(path))
+    if saved["epoch"] != len(saved["history"]):
+        got = f"{len(saved['history'])} as in its history, got {saved['epoch']}"
+        raise failing(path)(f"expected epoch to be {got}")
+    if saved["best"] is not None:
+        restore_model(path, model, saved["best"]["model"])  # which the run ends with
+    restore_model(path, model, saved["model"])
+    restore_optimizer(path, optimizer, saved.get("optimizer"))
     return {key: saved[key] for key in ("epoch", "history", "best")}
 
 

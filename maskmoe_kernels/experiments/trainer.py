@@ -15,20 +15,33 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.checkpoint import (
+    CHECKPOINT_FORMAT,
+    PLAIN,
+    check_progress,
+    failing,
+    load_checkpoint,
+    restore_model,
+    restore_optimizer,
+    restoring,
+    save_checkpoint,
+)
 from maskmoe_kernels.experiments.data.session_features import SessionBatch
 from maskmoe_kernels.experiments.data.sessions import SessionLoader
 from maskmoe_kernels.experiments.ranks import Ranks
-from maskmoe_kernels.experiments.train import (
-    CHECKPOINT_FORMAT,
-    Metrics,
-    Run,
-    duration,
-    load_checkpoint,
-    progress_bar,
-    save_atomically,
-)
+from maskmoe_kernels.experiments.structure import Spec, check
+from maskmoe_kernels.experiments.train import Metrics, Run, duration, progress_bar
 
 MONITOR = "Acc"
+# What moves in the state of a scheduler.
+_MOVING = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr"}
+# What a checkpoint holds besides weights, optimizer and history.
+_STATE: Spec = {
+    "scheduler": {str: object},
+    "cursor": {str: PLAIN},
+    "random": {"torch": Tensor, "cuda": [Tensor], "python": list},
+    "running": {"sums": Tensor, "done": int, "seconds": float},
+}
 
 
 @dataclass(frozen=True)
@@ -251,7 +264,7 @@ class Trainer:
             "history": self.history,
             "best": self.best,
         }
-        save_atomically(state, self.checkpoint)
+        save_checkpoint(state, self.checkpoint)
 
     def resume(self) -> bool:
         """Go on from the checkpoint, if there is one.
@@ -262,27 +275,40 @@ class Trainer:
         if not self.checkpoint.exists():
             return False
         saved = load_checkpoint(self.checkpoint)
-        self._check_identity(saved.get("config", {}))
-        try:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scheduler.load_state_dict(saved["scheduler"])
+        self._check_identity(saved["config"])
+        check(saved, _STATE, failing(self.checkpoint))
+        check_progress(self.checkpoint, saved, MONITOR)
+        if saved["best"] is not None:
+            restore_model(self.checkpoint, self.model, saved["best"]["model"])
+        restore_model(self.checkpoint, self.model, saved["model"])
+        restore_optimizer(self.checkpoint, self.optimizer, saved.get("optimizer"))
+        self._restore_scheduler(saved["scheduler"])
+        with restoring(self.checkpoint, "random states and sums"):
             torch.set_rng_state(saved["random"]["torch"])
             for state in saved["random"]["cuda"]:
                 torch.cuda.set_rng_state(state, self.ranks.device)
             random.setstate(_as_tuples(saved["random"]["python"]))
-            running = saved["running"]
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{self.checkpoint}: does not fit this model ({' '.join(str(error).split())}); it "
-                "was written by another version. Use another --out folder or --no-resume"
-            ) from error
-        self.loader.load_state_dict(saved["cursor"])
-        self.history, self.best = saved["history"], saved["best"]
+            sums = saved["running"]["sums"].view_as(self.sums)
         if self.ranks.first:
-            self.sums.copy_(running["sums"])
-        self.done, self.seconds = running["done"], running["seconds"]
+            self.sums.copy_(sums)
+        try:
+            self.loader.load_state_dict(saved["cursor"])
+        except DataError as error:
+            raise DataError(f"{self.checkpoint}: {error}") from error
+        self.history, self.best = saved["history"], saved["best"]
+        self.done, self.seconds = saved["running"]["done"], saved["running"]["seconds"]
         return True
+
+    def _restore_scheduler(self, saved: dict[str, Any]) -> None:
+        own, fail = self.scheduler.state_dict(), failing(self.checkpoint)
+        check(saved, {key: type(own[key]) for key in _MOVING}, fail, "scheduler")
+        known = {key: saved[key] for key in own if key in saved}
+        with restoring(self.checkpoint, "learning rate's schedule"):
+            for key in known.keys() - _MOVING:
+                if known[key] != own[key]:
+                    got = f"{own[key]!r}, got {known[key]!r}"
+                    raise fail(f"expected scheduler.{key} to be {got}")
+            self.scheduler.load_state_dict(known)
 
     def _check_identity(self, saved: dict[str, Any]) -> None:
         for name, value in self.identity.items():

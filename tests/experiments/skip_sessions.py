@@ -38,11 +38,10 @@ def killed_step(self, batch):
     if count("step"):
         die()
 
-def killed_save(obj, path):
-    save(obj, path)
+def killed_save(obj, file):
+    save(obj, file)
     if count("save"):
-        with open(path, "r+b") as file:
-            file.truncate(os.path.getsize(path) // 2)
+        os.truncate(file.name, os.path.getsize(file.name) // 2)
         die()
 
 Trainer._step, torch.save = killed_step, killed_save

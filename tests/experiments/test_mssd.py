@@ -27,6 +27,7 @@ from maskmoe_kernels.experiments.data.mssd_columns import (
     parse_date,
 )
 from maskmoe_kernels.experiments.data.mssd_shards import SPLITS, split_of
+from maskmoe_kernels.experiments.data.sessions import SessionDataset, Shards
 from maskmoe_kernels.experiments.report import write_json
 
 SESSIONS = 120
@@ -493,6 +494,21 @@ def test_damaged_shard_is_made_again(source: Path, tmp_path: Path) -> None:
     prepare([source], tmp_path)
     whole = contents(tmp_path)
     (tmp_path / "train" / "log_1.parquet").write_bytes(b"")
+    prepare([source], tmp_path)
+    assert contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize("name", ["train/log_1.parquet", "tracks/features.npy", "logs/log_0.npy"])
+def test_a_flipped_bit_is_found_and_made_good(source: Path, tmp_path: Path, name: str) -> None:
+    prepare([source], tmp_path)
+    whole = contents(tmp_path)
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / name).write_bytes(data)
+    if not name.startswith("logs"):  # which only prepare reads
+        shards = Shards(tmp_path, "train")
+        with pytest.raises(DataError, match=f"{Path(name).name}.*Run `maskmoe skip prepare` again"):
+            list(SessionDataset(shards, 64))
     prepare([source], tmp_path)
     assert contents(tmp_path) == whole
 

@@ -390,7 +390,7 @@ def test_damaged_folders(folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     for text, message in (
         ("{", "expected json, got"),
-        (json.dumps(manifest | {"format": 0}), "expected format 1, got 0"),
+        (json.dumps(manifest | {"format": 0}), "expected format 2, got 0"),
         (json.dumps(manifest), r"log_0\.parquet: expected \d+ bytes, got no such file. Run"),
     ):
         path.write_text(text)

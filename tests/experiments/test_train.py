@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -170,8 +170,8 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
     Problem().fit(path, replace(CONFIG, epochs=1))
     before = path.read_bytes()
 
-    def full(obj: Any, target: Path) -> None:
-        Path(target).write_bytes(b"half of it")
+    def full(obj: Any, target: IO[bytes]) -> None:
+        target.write(b"half of it")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(train.torch, "save", full)

@@ -139,9 +139,12 @@ def _record(key: str, device: torch.device, choice: _T) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         known = _read(file) | {key: _fields(choice)}
         handle, part = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-        with os.fdopen(handle, "w") as out:
-            json.dump(known, out, indent=0, sort_keys=True)
-        Path(part).replace(file)
+        try:
+            with os.fdopen(handle, "w") as out:
+                json.dump(known, out, indent=0, sort_keys=True)
+            Path(part).replace(file)
+        finally:
+            Path(part).unlink(missing_ok=True)
     except OSError:
         pass  # a read-only home: measure again in the next process
 

@@ -28,8 +28,10 @@ In the last two rules neither group alone says anything about the label. Of what
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +65,10 @@ SCHEMA = pa.schema(
         ("decisive", pa.bool_()),
     ]
 )
+
+
+_SEAL = b"checksum"
+_Decoded = tuple[UInt64s, npt.NDArray[np.int8], npt.NDArray[np.bool_]]
 
 
 class Causes:
@@ -111,11 +117,39 @@ class Causes:
         return causes, torch.from_numpy(self._decisive[place])
 
 
-def _read(path: Path) -> tuple[UInt64s, npt.NDArray[np.int8], npt.NDArray[np.bool_]]:
+def _read(path: Path) -> _Decoded:
     try:
-        table = pq.read_table(path, schema=SCHEMA).combine_chunks()
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: expected a whole file of causes, got {error}.") from error
+        with pq.ParquetFile(path) as file:
+            found = file.schema_arrow
+            if not found.equals(SCHEMA):
+                raise ValueError(f"the columns {found.names}")
+            table = file.read(use_threads=False).combine_chunks()
+            decoded = _decode(table)
+        seal = (found.metadata or {}).get(_SEAL)
+        if seal is not None and seal != _digest(decoded):
+            raise ValueError("a content that its checksum is not of")
+    except (OSError, ValueError, IndexError, TypeError, pa.ArrowException) as error:
+        raise DataError(
+            f"{path}: expected a whole file of causes, got {error}. Delete its log_*.csv and run "
+            "`maskmoe skip generate` again."
+        ) from error
+    return decoded
+
+
+def sealed(table: Any) -> Any:
+    """The same table of causes with a checksum of what is read from it."""
+    return table.replace_schema_metadata({_SEAL: _digest(_decode(table.combine_chunks()))})
+
+
+def _digest(decoded: _Decoded) -> bytes:
+    digest = hashlib.sha256()
+    for part in decoded:
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest().encode()
+
+
+def _decode(table: Any) -> _Decoded:
+    """Digest of each session, and cause and decisive flag of its tracks of B."""
     names = table["cause"].combine_chunks()
     code = np.array([CAUSES.index(name) for name in names.dictionary.to_pylist()], np.int8)
     # The rows of a session stand together, in order.

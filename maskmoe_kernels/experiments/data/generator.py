@@ -6,7 +6,6 @@ the counts in :mod:`.calibration`; the rules that decide half B are those of :mo
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -32,8 +31,8 @@ from maskmoe_kernels.experiments.data.mssd_columns import (
     START_NAMES,
     TRACK_COLUMNS,
 )
-from maskmoe_kernels.experiments.data.mssd_tracks import write_in_place
-from maskmoe_kernels.experiments.report import write_json
+from maskmoe_kernels.experiments.files import claim, replacing
+from maskmoe_kernels.experiments.report import read_json, write_json
 
 #: Sessions of a chunk: one ``log_*.csv`` and one ``causes_*.parquet``.
 CHUNK = 25_000
@@ -50,6 +49,7 @@ _KINDS["tracks"] = 1 - sum(_KINDS.values())
 _OF_TRACKS = {"chance": 0.25, "popularity": 0.25, "music": 0.25, "popularity+music": 0.25}
 # In A; half B of a persistent session repeats itself more often, that of others less.
 _STAY = 0.68
+_REMEDY = "Name an empty folder, or delete this one."
 _OWN = ("user_collection", "catalog")
 _H = "hist_user_behavior_"
 
@@ -99,7 +99,7 @@ def generate(
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
-    out = Path(out)
+    out = claim(out)
     _claim(out, settings)
     catalogue = _catalogue(settings.tracks, settings.seed)
     if not (out / "tf_0.csv").is_file():
@@ -116,15 +116,9 @@ def _claim(out: Path, settings: Settings) -> None:
     """Write down whose folder it is, or check that it is ours."""
     path = out / "generation.json"
     if path.is_file():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            found = "damaged json"
+        found = read_json(path, _REMEDY)
         if found != vars(settings):
-            raise DataError(
-                f"{path}: expected {vars(settings)}, got {found}. Name an empty folder, or delete "
-                "this one."
-            )
+            raise DataError(f"{path}: expected {vars(settings)}, got {found}. {_REMEDY}")
     elif strange := sorted(p.name for k in ("log_*", "tf_*", "causes_*") for p in out.glob(k)):
         raise DataError(
             f"{out}: expected no sessions of unknown origin, got {strange[:5]}. Name an empty "
@@ -155,20 +149,18 @@ def _catalogue(tracks: int, seed: int) -> Catalogue:
 
 def _write_chunk(out: Path, settings: Settings, number: int) -> None:
     log, why = draw_chunk(settings, number)
-    write_in_place(out / f"causes_{number}.parquet", lambda path: pq.write_table(why, path))
+    with replacing(out / f"causes_{number}.parquet") as file:
+        pq.write_table(causes.sealed(why), file)
     # Last: with it the chunk is done.
     _write_csv(out / f"log_{number}.csv", [column.name for column in LOG_COLUMNS], log)
 
 
 def _write_csv(path: Path, header: list[str], table: Any) -> None:
-    def write(temporary: Path) -> None:
-        with pa.OSFile(str(temporary), "wb") as file:
-            file.write((",".join(header) + "\n").encode())
-            # No value needs quotes.
-            plain = csv.WriteOptions(include_header=False, quoting_style="none")
-            csv.write_csv(table.select(header), file, plain)
-
-    write_in_place(path, write)
+    with replacing(path) as file:
+        file.write((",".join(header) + "\n").encode())
+        # No value needs quotes.
+        plain = csv.WriteOptions(include_header=False, quoting_style="none")
+        csv.write_csv(table.select(header), file, plain)
 
 
 def draw_chunk(settings: Settings, number: int) -> tuple[Any, Any]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -49,6 +49,8 @@ _DAMAGE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     EOFError, OSError, RuntimeError, ValueError,
 )  # fmt: skip
+#: Largest file that is read, packed or unpacked; the official ratings.dat has 24.6 MB.
+LIMIT = 256 << 20
 _FOREIGN = "The negatives must belong to this data set and this split."
 _YEAR = re.compile(r"\((\d{4})\)$", re.ASCII)
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f\x7f-\x9f]")
@@ -162,7 +164,7 @@ class _File:
             raise self.error(count, "a newline at the end of the last line", "none", remedy)
         return data
 
-    def latin1_lines(self) -> list[str]:
+    def latin1_lines(self) -> Iterator[str]:
         """Decoded lines; raises on control characters and on text re-encoded as UTF-8."""
         data = self.text()
         if control := _CONTROL.search(data):
@@ -173,7 +175,8 @@ class _File:
             line = data.count(b"\n", 0, accented.start()) + 1
             remedy = "Convert it with `iconv -f utf-8 -t latin1`, or restore the official file."
             raise self.error(line, "latin-1 text", "UTF-8", remedy)
-        return data.decode("latin-1")[:-1].split("\n")
+        # One by one: a list of as many as there may be would be many times the file.
+        return (line[:-1].decode("latin-1") for line in io.BytesIO(data))
 
     def rows(self, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
         """Line numbers from 1 and their ``::``-separated fields, exactly one a column."""
@@ -369,7 +372,8 @@ def _read_container(path: Path) -> dict[str, _File]:
 
 def _read_plain(path: Path) -> _File:
     try:
-        return _File(str(path), path.read_bytes())
+        with path.open("rb") as file:
+            return _File(str(path), _bounded(file, str(path), path.stat().st_size))
     except OSError as error:
         raise DataError(
             f"{path}: expected a readable file, got {error.strerror}. {_RESTORE}"
@@ -384,10 +388,12 @@ def _read_zip(path: Path) -> dict[str, _File]:
             prefix = "ml-1m/" if any(f"ml-1m/{name}" in names for name in _COLUMNS) else ""
             # read() verifies each file's checksum.
             files = {
-                name: _File(f"{path}:{prefix}{name}", archive.read(prefix + name))
+                name: _unpacked(archive, prefix + name, f"{path}:{prefix}{name}")
                 for name in _COLUMNS
                 if prefix + name in names
             }
+    except DataError:
+        raise
     except _DAMAGE as error:
         if not whole.data:
             got = "an empty file"
@@ -401,6 +407,26 @@ def _read_zip(path: Path) -> dict[str, _File]:
         if name not in files:
             raise whole.error(None, f"{prefix}{name} in the zip", f"only {sorted(names)[:8]}")
     return files
+
+
+def _unpacked(archive: zipfile.ZipFile, member: str, name: str) -> _File:
+    with archive.open(member) as file:
+        return _File(name, _bounded(file, name, archive.getinfo(member).file_size))
+
+
+def _bounded(file: IO[bytes], name: str, declared: int) -> bytes:
+    """All bytes of an open file: not more than ``LIMIT``, whatever size it declares to have.
+
+    Raises:
+        DataError: It holds more.
+    """
+    data = b"" if declared > LIMIT else file.read(LIMIT + 1)
+    if declared > LIMIT or len(data) > LIMIT:
+        got = max(declared, len(data))
+        raise DataError(
+            f"{name}: expected at most {LIMIT:,} bytes, unpacked, got {got:,} or more. {_RESTORE}"
+        )
+    return data
 
 
 def _parse_users(file: _File) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -528,7 +554,10 @@ def _read_tsv(path: Path) -> _File:
     if not file.data.startswith(b"\x1f\x8b"):
         return file
     try:
-        return _File(file.name, gzip.decompress(file.data))
+        with io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(file.data))) as packed:
+            return _File(file.name, _bounded(packed, file.name, 0))
+    except DataError:
+        raise
     except _DAMAGE as error:
         got = f"one that is damaged or cut short ({error})"
         raise file.error(None, "a whole gzip file", got, "Fetch it again.") from error
@@ -539,8 +568,8 @@ def _parse_negatives(file: _File, per_user: int) -> tuple[Tensor, Tensor]:
     remedy = "Correct the line or fetch the file again."
     pairs: list[tuple[int, int]] = []
     negatives: list[list[int]] = []
-    for line, text in enumerate(file.text().decode("latin-1")[:-1].split("\n"), start=1):
-        head, *rest = text.split("\t")
+    for line, data in enumerate(io.BytesIO(file.text()), start=1):
+        head, *rest = data[:-1].decode("latin-1").split("\t")
         if not (match := _PAIR.fullmatch(head)):
             raise file.error(line, "'(user,positive)' and a tab first", repr(head[:40]), remedy)
         if len(rest) != per_user:

@@ -1,7 +1,7 @@
 """The Music Streaming Sessions Dataset: from the official csv files to checked parquet shards.
 
 ``prepare`` makes this folder, which :mod:`.sessions` reads; a file whose name starts with
-``.unfinished-`` is what a killed run left, and the next run overwrites it::
+``.unfinished-`` is what a killed run left, and the next run removes it::
 
     manifest.json           written last: format, digests, statistics of the tracks, and per split
                             the shards with the number of sessions of each row group
@@ -31,8 +31,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.data.mssd_columns import UInt64s
 from maskmoe_kernels.experiments.data.mssd_shards import ROW_GROUP, SPLITS, Log, convert
-from maskmoe_kernels.experiments.data.mssd_tracks import FORMAT, prepare_tracks
-from maskmoe_kernels.experiments.report import write_json
+from maskmoe_kernels.experiments.data.mssd_tracks import FOLDER, FORMAT, prepare_tracks
+from maskmoe_kernels.experiments.files import claim
+from maskmoe_kernels.experiments.report import sealed, write_json
 
 #: Sessions whose digests are compared over files at a time: 320 MB.
 _TOGETHER = 20_000_000
@@ -121,7 +122,8 @@ def prepare(
         raise ValueError(f"workers and row_group must be at least 1, got {workers}, {row_group}")
     out = Path(out)
     logs, tracks = find_sources(*sources)
-    out.mkdir(parents=True, exist_ok=True)
+    for folder in (out, *(out / name for name in (FOLDER, "logs", *SPLITS))):
+        claim(folder)
     (out / "manifest.json").unlink(missing_ok=True)
     with _bars(progress) as bar:
         advance = bar("tracks", tracks)
@@ -129,8 +131,6 @@ def prepare(
         work = [Log(path, out, table["digest"], row_group, strict) for path in logs]
         records = _convert_all(work, workers, bar)
         records = _settle(work, records, workers, bar)
-    for left in out.glob("*/.unfinished-*"):
-        left.unlink()  # a killed run's, of a file that is no longer among the sources, say
     _write_manifest(out, table, work, records)
     return _summary(table, records)
 
@@ -271,10 +271,17 @@ def _write_manifest(
             f"whole; problems: {counts}. Use strict to see the first."
         )
     digests = {log.name: record["digest"] for log, record in zip(work, records, strict=True)}
+    parts = {
+        f"{split}/{log.name}.parquet": record["parts"][split]
+        for log, record in zip(work, records, strict=True)
+        for split in SPLITS
+        if record["parts"][split]
+    }
     content = {"tracks": table["digest"], "logs": digests, "splits": splits}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     manifest = {"format": FORMAT, "digest": digest, "statistics": table["statistics"]} | content
-    write_json(out / "manifest.json", manifest)
+    manifest |= {"parts": parts, "files": table["files"]}
+    write_json(out / "manifest.json", sealed(manifest))
 
 
 def _summary(table: dict[str, Any], records: Sequence[dict[str, Any]]) -> Prepared:

@@ -24,6 +24,8 @@ from maskmoe_kernels.experiments.data.mssd_columns import ID_LENGTH, Column, par
 Array = npt.NDArray[Any]
 
 BLOCK_BYTES = 8 << 20
+#: No row is as long as this: what goes on without a newline is no csv, packed or not.
+LINE_BYTES = 64 << 10
 #: Messages kept of each kind of problem.
 EXAMPLES = 5
 _TRUE, _FALSE = ["true", "True"], ["false", "False"]
@@ -124,6 +126,9 @@ class CsvFile:
         for data in self._read(size):
             head, newline, tail = (rest + data).rpartition(b"\n")
             rest = tail
+            if len(rest) > LINE_BYTES:
+                got = f"{len(rest):,} without a newline"
+                raise DataError(where(self.path, line, f"lines of up to {LINE_BYTES:,} bytes", got))
             if newline:
                 lines = head.count(b"\n") + 1
                 yield from self._block(head + b"\n", line)
@@ -213,17 +218,19 @@ class CsvFile:
 
     def _diagnosed(self, data: bytes, line: int) -> Block:
         """The block parsed as text: each field is held against its column."""
-        skipped: list[Any] = []
+        skipped: list[Any] = []  # the first few, which are shown
+        numbers: list[int] = []
 
         def skip(row: Any) -> str:
-            skipped.append(row)
+            numbers.append(row.number - 1)  # numbered from 1 within the block
+            if len(skipped) < EXAMPLES:
+                skipped.append(row)
             return "skip"
 
         # Bytes that are no text would end the parse: they become a mark no column expects.
         data = data.decode("utf-8", "replace").encode()
         table = self._parse(data, dict.fromkeys(self.columns, pa.string()), skip)
-        # Rows are numbered from 1 within the block.
-        lost = np.array([row.number - 1 for row in skipped], np.int64)
+        lost = np.array(numbers, np.int64)
         lines = line + np.delete(np.arange(len(table) + len(lost)), lost)
         self.problems.add(
             "fields",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +25,13 @@ from maskmoe_kernels.experiments.data.mssd_csv import Array, Block, CsvFile, whe
 from maskmoe_kernels.experiments.data.mssd_tracks import (
     FORMAT,
     fingerprint,
-    read_json,
+    is_whole,
+    mark_of,
+    read_record,
     save_array,
-    write_in_place,
 )
-from maskmoe_kernels.experiments.report import write_json
+from maskmoe_kernels.experiments.files import checksum, replacing
+from maskmoe_kernels.experiments.report import sealed, write_json
 
 #: 80, 10 and 10 % of the sessions, by the digest of their id: resharding moves none.
 SPLITS = ("train", "valid", "test")
@@ -105,7 +108,7 @@ class Log:
 
     def done(self) -> dict[str, Any] | None:
         """The record of an earlier run that still holds; None where work is to do."""
-        record = read_json(self.record)
+        record = read_record(self.record)
         if record is None or record["source"] != fingerprint(self.source):
             return None
         if record["tracks"] != self.tracks or record["row_group"] != self.row_group:
@@ -113,11 +116,12 @@ class Log:
         if self.strict and record["problems"]["counts"]:
             return None
         for split in SPLITS:
-            size = record["bytes"][split]
-            path = self.shard(split)
-            if size != (path.stat().st_size if path.is_file() else 0):
+            path, parts = self.shard(split), record["parts"][split]
+            if (path.stat().st_size if path.is_file() else 0) != record["bytes"][split]:
                 return None
-        return record if self.digests.is_file() else None
+            if not all(is_part_whole(path, parts, i) for i in range(len(parts))):
+                return None
+        return record if is_whole(self.digests, record["digests"]) else None
 
 
 def convert(log: Log, advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -141,7 +145,7 @@ def convert(log: Log, advance: Callable[[int], None] = lambda count: None) -> di
         shards.add(sessions.finish())
         file.problems.stop(log.strict)
     digests = np.fromiter(sessions.lines, np.uint64, len(sessions.lines))
-    write_in_place(log.digests, lambda path: save_array(path, digests))
+    save_array(log.digests, digests)
     record = {
         "format": FORMAT,
         "source": mark,
@@ -151,12 +155,35 @@ def convert(log: Log, advance: Callable[[int], None] = lambda count: None) -> di
         "because": dict(log.because),
         "row_groups": shards.row_groups,
         "bytes": shards.bytes,
+        "parts": shards.parts,
+        "digests": mark_of(log.digests),
         "sessions": len(digests),
         "dropped": sessions.dropped,
         "problems": {"counts": file.problems.counts, "examples": file.problems.examples},
     }
-    write_json(log.record, record)
+    write_json(log.record, sealed(record))
     return record
+
+
+def parts_of(path: Path) -> list[list[int]]:
+    """Where each part of a shard ends and the CRC-32 of its bytes: its row groups, then the rest.
+
+    With them what is read is verified, and no more than that.
+    """
+    about = pq.read_metadata(path)
+    columns = [about.row_group(i).column(0) for i in range(about.num_row_groups)]
+    begin = [c.dictionary_page_offset or c.data_page_offset for c in columns]
+    # What follows the last group's pages is the index of the file.
+    index = path.stat().st_size - about.serialized_size - 8
+    ends = [*begin[1:], index, path.stat().st_size]
+    starts = [0, *ends[:-1]]
+    return [[end, checksum(path, start, end)] for start, end in zip(starts, ends, strict=True)]
+
+
+def is_part_whole(path: Path, parts: Sequence[Sequence[int]], i: int) -> bool:
+    """Has the i-th of :func:`parts_of` the checksum that it had?"""
+    end, known = parts[i]
+    return checksum(path, parts[i - 1][0] if i else 0, end) == known
 
 
 def _table(block: Block, known: UInt64s) -> Any:
@@ -348,8 +375,10 @@ class _Shards:
         self.log = log
         self.row_groups: dict[str, list[int]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
+        self.parts: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
         self._pending: dict[str, list[Any]] = {split: [] for split in SPLITS}
         self._writers: dict[str, Any] = {}
+        self._files = ExitStack()
 
     def __enter__(self) -> _Shards:
         return self
@@ -380,14 +409,10 @@ class _Shards:
 
     def _writer(self, split: str) -> Any:
         if split not in self._writers:
-            path = self._unfinished(split)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._writers[split] = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+            file = self._files.enter_context(replacing(self.log.shard(split)))
+            self._writers[split] = pq.ParquetWriter(file, SCHEMA, compression="zstd")
+            self._files.callback(self._writers[split].close)  # before the file
         return self._writers[split]
-
-    def _unfinished(self, split: str) -> Path:
-        shard = self.log.shard(split)
-        return shard.with_name(f".unfinished-{shard.name}")
 
     def __exit__(
         self,
@@ -395,18 +420,16 @@ class _Shards:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        try:
+        if kind is not None:
+            self._files.__exit__(kind, error, at)
+            return
+        with self._files:
             for split in SPLITS:
-                if kind is None and any(len(table) for table in self._pending[split]):
+                if any(len(table) for table in self._pending[split]):
                     self._write(split, 1)
-        finally:
-            for writer in self._writers.values():
-                writer.close()
         for split in SPLITS:
-            if kind is not None:
-                self._unfinished(split).unlink(missing_ok=True)
-            elif split in self._writers:
-                self._unfinished(split).replace(self.log.shard(split))
-                self.bytes[split] = self.log.shard(split).stat().st_size
+            shard = self.log.shard(split)
+            if split in self._writers:
+                self.bytes[split], self.parts[split] = shard.stat().st_size, parts_of(shard)
             else:
-                self.log.shard(split).unlink(missing_ok=True)
+                shard.unlink(missing_ok=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +20,13 @@ from maskmoe_kernels.experiments.data.mssd_columns import (
     hash_ids,
 )
 from maskmoe_kernels.experiments.data.mssd_csv import Array, CsvFile, where
-from maskmoe_kernels.experiments.report import write_json
+from maskmoe_kernels.experiments.files import checksum, replacing
+from maskmoe_kernels.experiments.report import read_json, sealed, write_json
 
 Floats = npt.NDArray[np.float32]
 
 #: Of everything this reader writes; another number is made again.
-FORMAT = 1
+FORMAT = 2
 FOLDER = "tracks"
 #: Normalised features further out than this many deviations are moved here.
 CLIP = 8.0
@@ -84,29 +82,23 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The json of a finished step; None where there is none of this format."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The json of a finished step; None where there is none of this format, or a damaged one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path, "")
+    except DataError:
         return None
-    right = isinstance(content, dict) and content.get("format") == FORMAT
-    return content if right else None
+    return content if content.get("format") == FORMAT else None
 
 
-def write_in_place(path: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a temporary file, then put it in its place.
+def is_whole(path: Path, mark: Mapping[str, int]) -> bool:
+    """Is the file there, with the bytes that ``mark`` (see :func:`mark_of`) is of?"""
+    return path.is_file() and mark_of(path) == mark
 
-    The temporary name is always the same, so what a killed run left behind is overwritten.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".unfinished-{path.name}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+
+def mark_of(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
 
 
 def prepare_tracks(
@@ -130,19 +122,23 @@ def prepare_tracks(
     """
     folder = out / FOLDER
     marks = [fingerprint(source) for source in sources]
-    done = read_json(folder / "tracks.json")
-    whole = all((folder / name).is_file() for name in _FILES)
-    if done and whole and done["sources"] == marks and not (strict and done["problems"]):
+    done = read_record(folder / "tracks.json")
+    if (
+        done
+        and done["sources"] == marks
+        and not (strict and done["problems"])
+        and all(is_whole(folder / name, mark) for name, mark in done["files"].items())
+    ):
         return done
     (folder / "tracks.json").unlink(missing_ok=True)
     files = [CsvFile(source, TRACK_COLUMNS, advance) for source in sources]
     ids, digests, features = _read(files, strict)
     table = pa.table({"track_id": ids} | features)
-    save = partial(pq.write_table, table, use_dictionary=False, row_group_size=1 << 17)
-    write_in_place(folder / "tracks.parquet", save)
+    with replacing(folder / "tracks.parquet") as file:
+        pq.write_table(table, file, use_dictionary=False, row_group_size=1 << 17)
     normal, statistics = normalise(features)
-    write_in_place(folder / "hash.npy", partial(save_array, array=digests))
-    write_in_place(folder / "features.npy", partial(save_array, array=normal))
+    save_array(folder / "hash.npy", digests)
+    save_array(folder / "features.npy", normal)
     content = {
         "format": FORMAT,
         "sources": marks,
@@ -150,8 +146,9 @@ def prepare_tracks(
         "tracks": len(digests),
         "statistics": statistics,
         "problems": _merge(files),
+        "files": {name: mark_of(folder / name) for name in _FILES},
     }
-    write_json(folder / "tracks.json", content)
+    write_json(folder / "tracks.json", sealed(content))
     return content
 
 
@@ -206,6 +203,6 @@ def _merge(files: Sequence[CsvFile]) -> dict[str, Any]:
 
 
 def save_array(path: Path, array: Array) -> None:
-    """Write ``.npy`` under exactly this name."""
-    with path.open("wb") as file:
+    """Write ``.npy``, with the guarantees of :func:`replacing`."""
+    with replacing(path) as file:
         np.save(file, array)

@@ -10,7 +10,6 @@ ahead does not count; after ``load_state_dict`` they start at the batch that com
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.data.mssd_columns import TRACK_FEATURES
-from maskmoe_kernels.experiments.data.mssd_shards import SPLITS
-from maskmoe_kernels.experiments.data.mssd_tracks import FORMAT
+from maskmoe_kernels.experiments.data.mssd_shards import SPLITS, is_part_whole
+from maskmoe_kernels.experiments.data.mssd_tracks import FOLDER, FORMAT, is_whole
 from maskmoe_kernels.experiments.data.schedule import Pool, Schedule
 from maskmoe_kernels.experiments.data.session_features import (
     READ,
@@ -35,8 +34,17 @@ from maskmoe_kernels.experiments.data.session_features import (
     SessionBatch,
     assemble,
 )
+from maskmoe_kernels.experiments.report import check_seal, read_json
+from maskmoe_kernels.experiments.structure import Spec, check
 
 _REMEDY = "Run `maskmoe skip prepare` again."
+_MANIFEST: Spec = {
+    "digest": str,
+    "splits": {str: [{"file": str, "bytes": int, "row_groups": [int]}]},
+    "parts": {str: [[int]]},
+    "files": {str: {"bytes": int, "crc32": int}},
+    "checksum": str,
+}
 
 
 class Shards:
@@ -63,6 +71,9 @@ class Shards:
             if size != shard["bytes"]:
                 got = "no such file" if size is None else f"{size} bytes"
                 raise DataError(f"{path}: expected {shard['bytes']} bytes, got {got}. {_REMEDY}")
+        self._parts: dict[str, list[list[int]]] = manifest["parts"]
+        self._files: dict[str, dict[str, int]] = manifest["files"]
+        self._known: set[str] = set()  # files whose index is verified
         self.sizes: list[int] = [n for shard in self._shards for n in shard["row_groups"]]
         self._places = [
             (shard["file"], i) for shard in self._shards for i in range(len(shard["row_groups"]))
@@ -75,15 +86,42 @@ class Shards:
     @cached_property
     def tracks(self) -> Array:
         """Normalised features of all tracks, ``(tracks, 29)`` float32, mapped into memory."""
-        matrix: Array = np.load(self.folder / "tracks" / "features.npy", mmap_mode="r")
+        path = self._track_file("features.npy")
+        try:
+            matrix: Array = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise DataError(f"{path}: expected a matrix, got {error}. {_REMEDY}") from error
         return matrix
+
+    def _track_file(self, name: str) -> Path:
+        """A file of the tracks, once its checksum is verified."""
+        path = self.folder / FOLDER / name
+        try:
+            whole = is_whole(path, self._files[name])
+        except OSError as error:
+            raise DataError(f"{path}: expected a file, got {error.strerror}. {_REMEDY}") from error
+        if not whole:
+            raise DataError(f"{path}: expected what `prepare` wrote, got another file. {_REMEDY}")
+        return path
 
     def table(self, group: int, columns: tuple[str, ...] | None = READ) -> Any:
         """The rows of one row group, a pyarrow table."""
         name, place = self._places[group]
-        with pq.ParquetFile(self.folder / name) as file:
-            wanted = None if columns is None else list(columns)
-            return file.read_row_group(place, columns=wanted, use_threads=False)
+        path, wanted = self.folder / name, None if columns is None else list(columns)
+        try:
+            if name not in self._known:
+                self._verify(name, -1)
+                self._known.add(name)
+            self._verify(name, place)
+            with pq.ParquetFile(path) as file:
+                return file.read_row_group(place, columns=wanted, use_threads=False)
+        except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
+            raise DataError(f"{path}: expected a whole shard, got {error}. {_REMEDY}") from error
+
+    def _verify(self, name: str, part: int) -> None:
+        """Hold a part of a shard against its checksum: a row group, or the index at the end."""
+        if not is_part_whole(self.folder / name, self._parts[name], part):
+            raise ValueError(f"other bytes than those written, in part {part}")
 
     def find(self, session_id: str) -> tuple[SessionBatch, Any]:
         """One session: a batch of it alone, and its rows with the raw features of its tracks.
@@ -98,7 +136,7 @@ class Shards:
             table = self.table(group, None)
             table = table.filter(pc.equal(table["session_id"], session_id)).combine_chunks()
             batch = assemble(Rows.decode(table), np.arange(1), self.tracks)
-            raw = pq.read_table(self.folder / "tracks" / "tracks.parquet").take(table["track"])
+            raw = pq.read_table(self._track_file("tracks.parquet")).take(table["track"])
             for name in ("track_id", *TRACK_FEATURES):
                 table = table.append_column(name, raw[name])
             return batch, table
@@ -110,17 +148,17 @@ class Shards:
 
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not path.is_file():
         raise DataError(
-            f"{path}: expected the manifest of prepared shards, got {error.strerror}. {_REMEDY}"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: expected json, got {error}. {_REMEDY}") from error
+            f"{path}: expected the manifest of prepared shards, got No such file. {_REMEDY}"
+        )
+    # The format first: another one may be sealed in another way.
+    manifest = read_json(path, _REMEDY, seal=False)
     if manifest.get("format") != FORMAT:
         got = manifest.get("format")
         raise DataError(f"{path}: expected format {FORMAT}, got {got}. {_REMEDY}")
+    check_seal(manifest, path, _REMEDY)
+    check(manifest, _MANIFEST, lambda what: DataError(f"{path}: {what}. {_REMEDY}"))
     return manifest
 
 
@@ -285,4 +323,10 @@ class SessionLoader:
                     f"cursor: expected {name} {own[name]!r}, as of this dataset, got "
                     f"{state[name]!r}. Resume with the shards and settings of the first run."
                 )
-        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        for name in ("epoch", "batch"):
+            if not isinstance(state[name], int) or state[name] < 0:
+                raise DataError(
+                    f"cursor: expected {name} to be a whole number from 0, got {state[name]!r}. "
+                    "Resume with a checkpoint that is as it was written."
+                )
+        self.epoch, self.batch = state["epoch"], state["batch"]

@@ -28,11 +28,11 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
+	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, mutants, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
 	@echo "           MASKMOE_BUILD=auto|cpu|cuda|none  CXX=g++"
 
 setup: $(BUILT) ## Create .venv and install the package with everything the tests need
@@ -50,6 +50,9 @@ test: $(BUILT) ## Run the whole suite (ARGS='-m "not slow"' leaves out the slow 
 
 deep: $(BUILT) ## Run the suite with 2000 examples a property
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)
+
+mutants: $(BUILT) ## Change the code in 180 places, one at a time: do the tests notice? (40 minutes)
+	@$(PY) -m tests.mutants --jobs $(JOBS) $(ARGS)
 
 sanitize: $(READY) ## Run the kernels' tests with the address and undefined-behaviour sanitizers
 	@CXX="$(CXX)" CXXFLAGS="$(SANITIZE)" MASKMOE_BUILD=cpu \

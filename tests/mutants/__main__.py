@@ -19,12 +19,12 @@ import json
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 import tomllib
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.mutants import cpp_operators, python_operators, targets, trial
@@ -33,6 +33,17 @@ from tests.mutants.mutant import Mutant, apply, sample
 STATE = trial.WORK / "state.json"
 EQUIVALENTS = Path(__file__).with_name("equivalents.toml")
 ENOUGH = 0.95
+CPP_SHARE = 1 / 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run of tests: of one mutant, or, with no change, of the code as it is."""
+
+    name: str
+    tests: list[str]
+    change: Mutant | None
+    environment: dict[str, str]
 
 
 class Equivalents:
@@ -69,11 +80,7 @@ def all_mutants() -> tuple[list[Mutant], list[Mutant]]:
         for file in _files(targets.PYTHON)
         for each in python_operators.mutants(file, (trial.ROOT / file).read_text())
     ]
-    code = "from maskmoe_kernels.backends import native; print(*native.isas())"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=trial.ROOT, capture_output=True, text=True, check=True
-    )
-    here = done.stdout.split()
+    here = trial.instruction_sets()
     if not here:
         sys.exit("the extension is not built, so no C++ mutant could be noticed: make build")
     cpp, absent = [], []
@@ -101,117 +108,102 @@ def _files(table: dict[str, list[str]]) -> list[str]:
 def main() -> int:
     """Draw, run, report; 0 where enough mutants are killed."""
     arguments = _arguments()
-    start = time.monotonic()
+    end = time.monotonic() + 60 * arguments.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children are ended on the way out
     trial.WORK.mkdir(parents=True, exist_ok=True)
     state = _state()
-    python, cpp = all_mutants()
-    equivalents = Equivalents(tomllib.loads(EQUIVALENTS.read_text())["equivalent"])
-    python, cpp = (
-        [each for each in mutants if equivalents.reason(each) is None] for mutants in (python, cpp)
-    )
-    for entry in equivalents.stale():
-        print(f"an equivalent that matches nothing: {entry}", file=sys.stderr)
-    if arguments.again:
-        survivors = {r["identity"] for r in state["last"].values() if r["passed"]}
-        chosen = [m for m in [*python, *cpp] if m.identity in survivors]
-        state["results"] = {n: r for n, r in state["results"].items() if not r["passed"]}
-    else:
-        python, cpp = (
-            [each for each in mutants if re.search(arguments.only, each.name)]
-            for mutants in (python, cpp)
-        )
-        share = round(arguments.count * len(cpp) / max(len(cpp) + len(python), 1))
-        if python and cpp:
-            share = round(arguments.count / 3)
-        chosen = sample(python, arguments.count - share, arguments.seed)
-        spare = sample(cpp, share + share // 4, arguments.seed)
-        chosen += spare
-    for each in chosen:
-        if each.file.endswith(".py"):
-            compile(apply((trial.ROOT / each.file).read_text(), [each]), each.file, "exec")
-    numbers = dict(enumerate((m for m in chosen if m.file.startswith("csrc")), 1))
-    library = None
-    if numbers:
-        print(f"building the extension with {len(numbers)} mutants ...", flush=True)
-        library, built = trial.build(numbers)
-        numbers = {n: m for n, m in numbers.items() if n in built}
-        if not arguments.again:
-            numbers = dict(list(numbers.items())[:share])
-    number_of = {m.name: n for n, m in numbers.items()}
-    chosen = [m for m in chosen if m.file.endswith(".py") or m.name in number_of]
-    random.Random(arguments.seed).shuffle(chosen)
+    chosen, number_of, loads = _draw(arguments, state)
     trial.preload()
     trees = [trial.copy_tree(trial.WORK / f"tree-{n}") for n in range(arguments.jobs)]
-    end = start + 60 * arguments.minutes
-    loads = {"MASKMOE_EXTENSION": str(library)} if library else {}
-    jobs = []
-    for tests in sorted({t for m in chosen for t in tests_for(m.file)}):
-        jobs.append((f"unchanged: {tests}", [tests], None, loads))
-    _run(jobs, trees, state, end)
-    if failed := [
-        n for n, r in state["results"].items() if n.startswith("unchanged") and not r["passed"]
-    ]:
+    paths = sorted({test for each in chosen for test in tests_for(each.file)})
+    _run([Job(f"unchanged: {path}", [path], None, loads) for path in paths], trees, state, end)
+    unchanged = {name: r for name, r in state["results"].items() if name.startswith("unchanged")}
+    if failed := [name for name, result in unchanged.items() if not result["passed"]]:
         for name in failed:
             print(f"fails without a mutant, by {state['results'].pop(name)['by']}: {name}")
         _save(state)
         return 2
     jobs = []
     for each in chosen:
-        environment = {}
-        if each.name in number_of:
-            environment = {**loads, "MASKMOE_MUTANT": str(number_of[each.name])}
-        jobs.append((each.name, tests_for(each.file), each, environment))
+        number = number_of.get(each.name)
+        environment = {} if number is None else {**loads, "MASKMOE_MUTANT": str(number)}
+        jobs.append(Job(each.name, tests_for(each.file), each, environment))
     _run(jobs, trees, state, end)
-    state["last"] = {m.name: state["results"][m.name] for m in chosen if m.name in state["results"]}
+    known = {each.name: state["results"].get(each.name) for each in chosen}
+    state["last"] = {name: result for name, result in known.items() if result is not None}
     _save(state)
-    return _report(chosen, state["results"])
+    return _report(chosen, state["last"])
 
 
-def _run(
-    jobs: list[tuple[str, list[str], Mutant | None, dict[str, str]]],
-    trees: list[Path],
-    state: dict,
-    end: float,
-) -> None:
+def _draw(
+    arguments: argparse.Namespace, state: dict
+) -> tuple[list[Mutant], dict[str, int], dict[str, str]]:
+    """The sample, the numbers of C++ mutants in their build, and what makes a child load it."""
+    equivalents = Equivalents(tomllib.loads(EQUIVALENTS.read_text())["equivalent"])
+    python, cpp = (
+        [each for each in mutants if equivalents.reason(each) is None] for mutants in all_mutants()
+    )
+    for entry in equivalents.stale():
+        print(f"an equivalent that matches nothing: {entry}", file=sys.stderr)
+    if arguments.again:
+        survivors = {r["identity"] for r in state["last"].values() if r["passed"]}
+        python, cpp = ([m for m in some if m.identity in survivors] for some in (python, cpp))
+        count, spare, share = len(python), len(cpp), len(cpp)
+    else:
+        wanted = re.compile(arguments.only)
+        python, cpp = ([m for m in some if wanted.search(m.name)] for some in (python, cpp))
+        share = 0 if not cpp else round(arguments.count * CPP_SHARE) if python else arguments.count
+        count, spare = arguments.count - share, share + share // 4  # not all of them compile
+    chosen = sample(python, count, arguments.seed)
+    for each in chosen:
+        compile(apply((trial.ROOT / each.file).read_text(), [each]), each.file, "exec")
+    numbers = dict(enumerate(sample(cpp, spare, arguments.seed), 1))
+    if not numbers:
+        return chosen, {}, {}
+    print(f"building the extension with {len(numbers)} mutants ...", flush=True)
+    library, built = trial.build(numbers)
+    number_of = {numbers[n].name: n for n in sorted(built)[:share]}
+    chosen += [each for each in numbers.values() if each.name in number_of]
+    random.Random(arguments.seed).shuffle(chosen)
+    return chosen, number_of, {"MASKMOE_EXTENSION": str(library)}
+
+
+def _run(jobs: list[Job], trees: list[Path], state: dict, end: float) -> None:
     """Run what has no result yet, one child a tree, until the time is over."""
-    waiting = [job for job in jobs if job[0] not in state["results"]][::-1]
+    waiting = [job for job in jobs if job.name not in state["results"]][::-1]
     free, running = list(trees), {}
     try:
         while waiting or running:
             while waiting and free and time.monotonic() < end:
-                name, tests, change, environment = waiting.pop()
-                python = change if change and change.file.endswith(".py") else None
-                child = trial.Child(free.pop(), tests, python, environment)
-                running[child] = (name, change)
+                job = waiting.pop()
+                python = job.change if job.change and job.change.file.endswith(".py") else None
+                child = trial.Child(free.pop(), job.tests, python, job.environment)
+                running[child] = job
             if not running:
                 break
             time.sleep(0.05)
             for child in list(running):
                 if (outcome := child.outcome()) is None:
                     continue
-                name, change = running.pop(child)
+                job = running.pop(child)
                 free.append(child.tree)
-                state["results"][name] = {
+                state["results"][job.name] = {
                     "passed": outcome.passed,
                     "by": outcome.by,
                     "seconds": round(outcome.seconds, 1),
-                    "identity": change.identity if change else "",
+                    "identity": job.change.identity if job.change else "",
                 }
                 _save(state)
-                _show(name, outcome, change)
+                _show(job, outcome)
     finally:
         for child in running:
             child.kill()
 
 
-def _show(name: str, outcome: trial.Outcome, change: Mutant | None) -> None:
-    if change is None:
-        word = "passes" if outcome.passed else "FAILS"
-    else:
-        word = "SURVIVED" if outcome.passed else "killed"
+def _show(job: Job, outcome: trial.Outcome) -> None:
+    words = ("FAILS", "passes") if job.change is None else ("killed", "SURVIVED")
     by = f"  by {outcome.by}" if outcome.by else ""
-    print(f"{word:<8} {outcome.seconds:6.1f} s  {name}{by}", flush=True)
+    print(f"{words[outcome.passed]:<8} {outcome.seconds:6.1f} s  {job.name}{by}", flush=True)
 
 
 def _report(chosen: Iterable[Mutant], results: dict[str, dict]) -> int:
@@ -232,9 +224,7 @@ def _report(chosen: Iterable[Mutant], results: dict[str, dict]) -> int:
         print(f"{file:<44} {killed:6d} {count:5d}")
     for each in survivors:
         print(f"\n{each.file}:{each.number} ({each.operator})\n- {each.line}\n+ {each.becomes}")
-    killed, count = (
-        (sum(column) for column in zip(*by_file.values(), strict=True)) if by_file else (0, 0)
-    )
+    killed, count = (sum(row[column] for row in by_file.values()) for column in (0, 1))
     score = killed / count if count else 0.0
     print(f"\n{killed} of {count} killed: {score:.1%}; {ENOUGH:.0%} is wanted")
     if missing:

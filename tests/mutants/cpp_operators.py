@@ -33,9 +33,9 @@ _CALLS = {"std::min": "std::max", "std::max": "std::min"}
 _FIXED = {
     "template_argument_list", "template_parameter_list", "static_assert_declaration", "enumerator",
     "parameter_list", "field_declaration", "array_declarator", "preproc_if", "preproc_ifdef",
-    "preproc_def", "preproc_function_def", "preproc_include", "preproc_call", "attribute_declaration",
-    "lambda_capture_specifier", "ERROR", "decltype", "sizeof_expression", "requires_clause",
-    "type_descriptor", "alignas_qualifier", "noexcept",
+    "preproc_def", "preproc_function_def", "preproc_include", "preproc_call",
+    "attribute_declaration", "lambda_capture_specifier", "ERROR", "decltype", "sizeof_expression",
+    "requires_clause", "type_descriptor", "alignas_qualifier", "noexcept",
 }  # fmt: skip
 # Functions whose later arguments are the text of an error.
 _CHECKS = {"STD_TORCH_CHECK", "STD_TORCH_CHECK_NOT_IMPLEMENTED", "check", "require"}
@@ -89,7 +89,7 @@ def _walk(node: Node, function: str) -> Iterator[tuple[Node, str]]:
 
 
 def _constexpr(node: Node) -> bool:
-    """Is it for the compiler: a constexpr variable or function, or the test of an ``if constexpr``?"""
+    """Is it for the compiler: constexpr, or the condition of an ``if constexpr``?"""
     if node.type == "condition_clause" and node.parent is not None:
         return any(child.type == "constexpr" for child in node.parent.children)
     if node.type not in ("declaration", "function_definition"):

@@ -52,6 +52,7 @@ _COUNTERPARTS = {
     "in_features": "out_features",
 }  # fmt: skip
 _COUNTERPARTS |= {new: old for old, new in _COUNTERPARTS.items()}
+_BUILTINS = {"min", "max", "any", "all"}
 # A method without which the receiver is a value of the same kind.
 _TRANSPARENT = {"detach", "contiguous", "clone", "abs", "double", "float", "clamp", "masked_fill"}
 # What these are given is text for a reader, or says where a warning points to.
@@ -259,6 +260,5 @@ def _name(walk: _Walk, node: ast.AST) -> None:
     if isinstance(node, ast.Attribute) and node.attr in _COUNTERPARTS:
         end = walk.span(node)[1]
         walk.add((end - len(node.attr), end), _COUNTERPARTS[node.attr], "name confused")
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        if node.func.id in ("min", "max", "any", "all"):
-            walk.add(node.func, _COUNTERPARTS[node.func.id], "name confused")
+    elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in _BUILTINS:
+        walk.add(node.func, _COUNTERPARTS[node.func.id], "name confused")

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SWITCH = "maskmoe_mutant"
 #: In front of each mutated file; the number is read in a source file of its own.
-DECLARATION = f'extern "C" int {SWITCH}; '
+DECLARATION = f'extern "C" int {SWITCH};\n#line 1\n'
 DEFINITION = f"""#include <cstdlib>
 extern "C" int {SWITCH};
 int {SWITCH} = std::getenv("MASKMOE_MUTANT") ? std::atoi(std::getenv("MASKMOE_MUTANT")) : 0;
@@ -39,6 +39,8 @@ _FIXED = {
 }  # fmt: skip
 # Functions whose later arguments are the text of an error.
 _CHECKS = {"STD_TORCH_CHECK", "STD_TORCH_CHECK_NOT_IMPLEMENTED", "check", "require"}
+# What these do is seen in time only.
+_WITHOUT_RESULT = {"__builtin_prefetch", "prefer_large_pages"}
 
 
 def mutants(file: str, text: str) -> list[Mutant]:
@@ -63,7 +65,7 @@ def switched(text: str, chosen: Iterable[tuple[int, Mutant]]) -> str:
     for number, each in chosen:
         old = text[each.start : each.end]
         if each.operator == "statement removed":
-            new = f"if ({SWITCH} != {number}) {{ {old} }}"
+            new = f"{{ if ({SWITCH} != {number}) {{ {old} }} }}"  # no `else` may bind to this `if`
         else:
             new = f"({SWITCH} == {number} ? ({each.new}) : ({old}))"
         changes.append(Mutant(**{**vars(each), "new": new}))
@@ -75,17 +77,21 @@ def _walk(node: Node, function: str) -> Iterator[tuple[Node, str]]:
         return
     if node.type == "function_definition":
         function = _name_of(node)
-    yield node, function
     children = node.children
-    if node.type == "call_expression":
-        called = node.child_by_field_name("function")
-        if called is not None and called.text.decode() in _CHECKS:
-            condition = node.child_by_field_name("arguments").named_children[:1]
-            children = condition
+    if node.type == "expression_statement" and _called(node.children[0]) in _WITHOUT_RESULT:
+        return
+    yield node, function
+    if _called(node) in _CHECKS:
+        children = node.child_by_field_name("arguments").named_children[:1]
     elif node.type == "case_statement":
         children = [child for child in children if child != node.child_by_field_name("value")]
     for child in children:
         yield from _walk(child, function)
+
+
+def _called(node: Node) -> str:
+    called = node.child_by_field_name("function") if node.type == "call_expression" else None
+    return "" if called is None else called.text.decode()
 
 
 def _constexpr(node: Node) -> bool:

@@ -228,3 +228,31 @@ def test_bad_tensors_are_refused():
         layout.pack(torch.zeros(4, 3))
     with pytest.raises(mk.LayoutError, match=r"\(10,\), got \(3, 4\); use layout\.pack"):
         layout.unpack(torch.zeros(3, 4))
+
+
+def test_layouts_are_built_on_the_cpu_whatever_the_default_device():
+    """``with torch.device("meta")`` makes a model without memory; its layouts have their content."""
+
+    def build():
+        family = mk.SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})
+        mask = torch.tensor([[True, False, True], [False, True, False]], device="cpu")
+        layouts = [
+            family.input_layout(3),
+            family.hidden_layout(2, 3),
+            mk.BlockLayout.between(family, family, 2, 3),
+            mk.BlockLayout.from_mask(mask),
+        ]
+        for layout in layouts:
+            layout.num_routed_weights, layout.weight_index(torch.device("cpu"))
+        return layouts, family
+
+    layouts, family = build()
+    with torch.device("meta"):
+        others, again = build()
+        for one, other in zip(layouts, others, strict=True):
+            assert torch.equal(one.mask(), other.mask())
+            assert torch.equal(one.grad_mask(), other.grad_mask())
+        for name in ("membership", "inclusion", "strict"):
+            assert torch.equal(getattr(family, name), getattr(again, name))
+        assert torch.equal(family.visible_features(), again.visible_features())
+    assert [a.id for a in layouts] == [b.id for b in others]

@@ -24,7 +24,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/layout/plan.py": ["tests/layout/test_plan.py", *_OPS, *_NATIVE],
     "maskmoe_kernels/layout/__init__.py": [],
     "maskmoe_kernels/objectives/*.py": _OBJECTIVES,
-    "maskmoe_kernels/ops/objectives.py": _OBJECTIVES,
+    "maskmoe_kernels/ops/objectives.py": ["tests/objectives/test_triton.py", *_OBJECTIVES],
     "maskmoe_kernels/ops/networks.py": _NETWORKS,
     "maskmoe_kernels/ops/*.py": [*_OPS, "tests/nn/test_linear.py"],
     "maskmoe_kernels/testing/strategies.py": [],  # any other draw is as right

@@ -231,7 +231,7 @@ def test_bad_tensors_are_refused():
 
 
 def test_layouts_are_built_on_the_cpu_whatever_the_default_device():
-    """``with torch.device("meta")`` makes a model without memory; its layouts have their content."""
+    """A model made under ``torch.device("meta")`` has no memory; its layouts have their content."""
 
     def build():
         family = mk.SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})

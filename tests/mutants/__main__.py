@@ -115,8 +115,7 @@ def main() -> int:
     chosen, number_of, loads = _draw(arguments, state)
     trial.preload()
     trees = [trial.copy_tree(trial.WORK / f"tree-{n}") for n in range(arguments.jobs)]
-    paths = sorted({test for each in chosen for test in tests_for(each.file)})
-    _run([Job(f"unchanged: {path}", [path], None, loads) for path in paths], trees, state, end)
+    _run(_unchanged(chosen, loads), trees, state, end)
     unchanged = {name: r for name, r in state["results"].items() if name.startswith("unchanged")}
     if failed := [name for name, result in unchanged.items() if not result["passed"]]:
         for name in failed:
@@ -125,14 +124,32 @@ def main() -> int:
         return 2
     jobs = []
     for each in chosen:
-        number = number_of.get(each.name)
-        environment = {} if number is None else {**loads, "MASKMOE_MUTANT": str(number)}
+        environment = _environment(each)
+        if (number := number_of.get(each.name)) is not None:
+            environment |= {**loads, "MASKMOE_MUTANT": str(number)}
         jobs.append(Job(each.name, tests_for(each.file), each, environment))
     _run(jobs, trees, state, end)
     known = {each.name: state["results"].get(each.name) for each in chosen}
     state["last"] = {name: result for name, result in known.items() if result is not None}
     _save(state)
     return _report(chosen, state["last"])
+
+
+def _environment(mutant: Mutant) -> dict[str, str]:
+    return {"TRITON_INTERPRET": str(int(mutant.file in targets.INTERPRETED))}
+
+
+def _unchanged(chosen: list[Mutant], loads: dict[str, str]) -> list[Job]:
+    """The tests of all, without a mutant: who fails here would kill whatever comes."""
+    wanted = {
+        (path, tuple(_environment(each).items()))
+        for each in chosen
+        for path in tests_for(each.file)
+    }
+    return [
+        Job(f"unchanged: {path}, {dict(environment)}", [path], None, {**dict(environment), **loads})
+        for path, environment in sorted(wanted)
+    ]
 
 
 def _draw(

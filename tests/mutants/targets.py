@@ -45,6 +45,9 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/models/ncf.py": ["tests/models/test_ncf.py"],
 }  # fmt: skip
 
+#: Files that only Triton's kernels use: their tests need its interpreter, others are held up by it.
+INTERPRETED = {"maskmoe_kernels/ops/objectives.py"}
+
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {
     "csrc/cpu/masked_mlp.h": _NETWORKS,

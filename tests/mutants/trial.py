@@ -186,7 +186,6 @@ def preload() -> None:
     os.environ.update(
         OMP_NUM_THREADS="1", HYPOTHESIS_PROFILE="mutants", PYTHONDONTWRITEBYTECODE="1"
     )
-    os.environ.setdefault("TRITON_INTERPRET", "1")
     import hypothesis.strategies
     import numpy.random
     import pytest

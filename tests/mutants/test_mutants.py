@@ -105,8 +105,9 @@ def test_all_cpp_mutants_share_one_build(tmp_path):
     assert results == {0: (21, 9), 1: (21, 24), 2: (10, 6), 3: (6, 9)}
 
 
-def test_a_weak_test_lets_its_mutant_survive(tmp_path):
-    """A run in a forked child: passed, failed by a named test, or crashed in one."""
+def test_a_run_tells_how_it_ended(tmp_path, monkeypatch):
+    """In a forked child: passed, failed by a named test, crashed or hung in one."""
+    monkeypatch.setattr(trial, "LIMIT", 1)
     (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\nmarkers = ["slow"]\n')
     (tmp_path / "judged.py").write_text("")
     tests = tmp_path / "test_it.py"
@@ -117,6 +118,8 @@ def test_a_weak_test_lets_its_mutant_survive(tmp_path):
             def test_weak(): assert 1 < 2
             def test_sharp(): assert "BREAK" not in os.environ
             def test_crash(): "CRASH" in os.environ and os.abort()
+            def test_hang():
+                while "HANG" in os.environ: pass
             """
         )
     )
@@ -130,9 +133,10 @@ def test_a_weak_test_lets_its_mutant_survive(tmp_path):
     assert run().passed
     assert run(BREAK="1").by == "test_it.py::test_sharp"
     assert run(CRASH="1").by == "SIGABRT in test_it.py::test_crash"
+    assert run(HANG="1").by == "1 s of processor time are over in test_it.py::test_hang"
 
 
-def test_a_mutant_is_in_the_copy_while_it_runs_and_never_in_the_checkout(tmp_path, monkeypatch):
+def test_a_weak_test_lets_its_mutant_survive_and_the_checkout_never_sees_it(tmp_path, monkeypatch):
     checkout, tree = tmp_path / "checkout", tmp_path / "tree"
     for folder in (checkout, tree):
         folder.mkdir()

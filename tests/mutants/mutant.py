@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,20 +57,24 @@ def apply(text: str, changes: Iterable[Mutant]) -> str:
 def sample(mutants: Iterable[Mutant], count: int, seed: int) -> list[Mutant]:
     """``count`` of them, no two of which touch the same text.
 
-    Places are drawn, then one of the changes at a place: a place with many is no more likely.
+    Places are drawn, then one of the changes at a place: one with many is no more likely. The draw
+    is by content, so that code which is added or taken out elsewhere leaves the others drawn.
     """
     places: dict[tuple[str, int, int], list[Mutant]] = defaultdict(list)
     for each in mutants:
         places[each.file, each.start, each.end].append(each)
-    draw = random.Random(seed)
-    order = sorted(places)
-    draw.shuffle(order)
+    drawn = [min(there, key=lambda m: _lot(seed, m.identity)) for there in places.values()]
+    drawn.sort(key=lambda m: (_lot(seed, "place", m.identity), m.start))
     taken: dict[str, list[tuple[int, int]]] = defaultdict(list)
     chosen: list[Mutant] = []
-    for file, start, end in order:
+    for each in drawn:
         if len(chosen) == count:
             break
-        if all(end <= a or b <= start for a, b in taken[file]):
-            taken[file].append((start, end))
-            chosen.append(draw.choice(places[file, start, end]))
+        if all(each.end <= start or end <= each.start for start, end in taken[each.file]):
+            taken[each.file].append((each.start, each.end))
+            chosen.append(each)
     return chosen
+
+
+def _lot(seed: int, *parts: str) -> bytes:
+    return hashlib.sha256("\0".join([str(seed), *parts]).encode()).digest()

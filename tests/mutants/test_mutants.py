@@ -18,7 +18,7 @@ def f(x: int = 3, *, dim=1):
         raise ValueError(f"x is {x + 1}")
     y = g(x, dim, keep=True).masked_fill(x == 0, 0).detach()
     y += h[1:]
-    return max(y, -x) if y is None else y
+    return max(y, x) if y is None else y
 '''
 CPP = """\
 constexpr int kSize = 4 * 2;
@@ -53,8 +53,8 @@ def test_python_operators_change_what_is_computed_and_no_text():
     assert "pass" in becomes(mutants, "statement removed")
     assert "y -= h[1:]" in becomes(mutants, "arithmetic")
     assert "y += h[:]" in becomes(mutants, "slice bound dropped")
-    assert "return min(y, -x) if y is None else y" in becomes(mutants, "name confused")
-    assert "return max(-x, y) if y is None else y" in becomes(mutants, "arguments swapped")
+    assert "return min(y, x) if y is None else y" in becomes(mutants, "name confused")
+    assert "return max(x, y) if y is None else y" in becomes(mutants, "arguments swapped")
     line = "y = g(x, dim{}).masked_fill(x == 0, {}).detach()"
     assert line.format("", 0) in becomes(mutants, "argument dropped")
     assert line.format(", keep=True", 1) in becomes(mutants, "constant")
@@ -182,6 +182,8 @@ def test_samples_are_seeded_and_touch_no_text_twice():
     assert drawn == sample(mutants, 8, seed=1) != sample(mutants, 8, seed=2)
     spans = sorted((m.start, m.end) for m in drawn)
     assert all(a[1] <= b[0] for a, b in pairwise(spans))
+    less = [m for m in mutants if m != drawn[0]]
+    assert set(drawn[1:]) <= set(sample(less, 9, seed=1))  # what is listed shifts nobody else
     every = sample(mutants, 10_000, seed=1)
     text = apply(PYTHON, every)
     compile(text, "f.py", "exec")

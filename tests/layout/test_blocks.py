@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.layout.plan import plan_of, transposed
 from maskmoe_kernels.testing import strategies
 
 seeds = st.integers(0, 2**16)
@@ -242,17 +243,26 @@ def test_layouts_are_built_on_the_cpu_whatever_the_default_device():
             mk.BlockLayout.between(family, family, 2, 3),
             mk.BlockLayout.from_mask(mask),
         ]
-        for layout in layouts:
-            layout.num_routed_weights, layout.weight_index(torch.device("cpu"))
-        return layouts, family
+        tables = [
+            table
+            for layout in layouts
+            for table in (
+                layout.weight_index(torch.device("cpu")),
+                plan_of(layout, torch.device("cpu")),
+                transposed(layout)[0].mask(),
+                transposed(layout)[1],
+                layout.mask(),
+                layout.grad_mask(),
+                torch.tensor(layout.num_routed_weights, device="cpu"),
+            )
+        ]
+        tables += [family.membership, family.inclusion, family.strict, family.has_larger]
+        tables += [family.rank(), family.visible_features()]
+        return layouts, tables
 
-    layouts, family = build()
+    layouts, tables = build()
     with torch.device("meta"):
         others, again = build()
-        for one, other in zip(layouts, others, strict=True):
-            assert torch.equal(one.mask(), other.mask())
-            assert torch.equal(one.grad_mask(), other.grad_mask())
-        for name in ("membership", "inclusion", "strict"):
-            assert torch.equal(getattr(family, name), getattr(again, name))
-        assert torch.equal(family.visible_features(), again.visible_features())
+    for one, other in zip(tables, again, strict=True):
+        assert torch.equal(one, other)
     assert [a.id for a in layouts] == [b.id for b in others]

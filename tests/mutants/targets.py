@@ -31,7 +31,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
     "maskmoe_kernels/backends/grouped.py": ["tests/ops/test_masked_linear.py", _OPS[0]],
     "maskmoe_kernels/backends/reference.py": ["tests/ops/test_masked_linear.py", _OPS[0]],
-    "maskmoe_kernels/backends/choice.py": [*_NATIVE, *_OPS],
+    "maskmoe_kernels/backends/choice.py": ["tests/backends/test_choice.py", *_NATIVE, *_OPS],
     "maskmoe_kernels/backends/activations.py": _OPS,
     "maskmoe_kernels/nn/linear.py": ["tests/nn/test_linear.py", "tests/nn/test_zuko.py"],
     "maskmoe_kernels/nn/network.py": ["tests/models/test_mlp.py", "tests/ops/test_networks.py"],

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends import native
@@ -548,6 +549,17 @@ def test_tables_alone_without_columns():
 
 
 # --- Drop-in -------------------------------------------------------------------------------------
+
+
+def test_flops_count_present_blocks():
+    net = mk.InterpretableMLP(CUBE, [8, 3])
+    weights = sum(layer.layout.num_weights for layer in net.layers)
+    tables = [torch.randn(5, 3), torch.randn(9, 19)]
+    ids = [torch.randint(len(table), (4, 6)) for table in tables]
+    for inputs in (torch.randn(4, 6, CUBE.in_features), Inputs(None, tables, ids, (0, 1))):
+        with FlopCounterMode(display=False) as counter:
+            net(inputs)
+        assert counter.get_total_flops() == 2 * 24 * weights
 
 
 def test_which_path_runs_and_why():

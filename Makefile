@@ -32,12 +32,12 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, bench)  JOBS=2  TORCH=2.13.0  DEMO=build/demo"
-	@echo "           SEED=0 (deep)  PYTHON312=python3.12 (test-oldest)  CXX=g++"
+	@echo "Variables: PYTHON=python3.11  ARGS='-k name' (test, deep, mutants, bench)  JOBS=2  TORCH=2.13.0"
+	@echo "           DEMO=build/demo  SEED=0 (deep)  PYTHON312=python3.12 (test-oldest)  CXX=g++"
 	@echo "           MASKMOE_BUILD=auto|cpu|cuda|none"
 
 setup: $(BUILT) ## Create .venv and install the package with everything the tests need
@@ -57,6 +57,9 @@ deep: $(BUILT) ## Run the suite with 2000 examples a property, then every fuzzer
 	@HYPOTHESIS_PROFILE=deep $(PYTEST)
 	@for of in $(FUZZED); do \
 	    $(PY) -m tests.fuzz $${of%:*} --cases $${of#*:} --seed $(SEED) || exit 1; done
+
+mutants: $(BUILT) ## Change the code in 180 places, one at a time: do the tests notice? (40 minutes)
+	@$(PY) -m tests.mutants --jobs $(JOBS) $(ARGS)
 
 sanitize: $(READY) ## Run the kernels' tests with the address and undefined-behaviour sanitizers
 	@CXX="$(CXX)" CXXFLAGS="$(SANITIZE)" MASKMOE_BUILD=cpu \

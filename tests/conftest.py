@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 if not torch.cuda.is_available():  # read when the kernels are imported, which is on first use
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -20,6 +20,14 @@ settings.register_profile(
     settings.get_profile("dev"),
     max_examples=2000,
     suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile(  # a mutant is to die soon, and needs no smallest example
+    "mutants",
+    settings.get_profile("dev"),
+    max_examples=15,
+    derandomize=True,
+    print_blob=False,
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 

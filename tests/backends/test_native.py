@@ -117,6 +117,17 @@ def test_float64_named_is_refused_and_unnamed_is_computed():
     torch.testing.assert_close(y, mk.masked_linear(x, weight, bias, layout, backend="grouped"))
 
 
+def test_as_many_dimensions_as_torch_has():
+    layout = LAYOUTS["input"]
+    x, weight, bias, cotangent = drawn(layout, 1)
+    want = step(layout, x, weight, bias, cotangent)
+    x, cotangent = (t.view(*[1] * 63, -1) for t in (x, cotangent))
+    for one, other in zip(step(layout, x, weight, bias, cotangent), want, strict=True):
+        assert torch.equal(one.view_as(other), other)
+    with pytest.raises(RuntimeError, match="at most 64 dimensions, got 65"):
+        step(layout, x[None], weight, bias, cotangent[None])
+
+
 class Rows(torch.utils.data.Dataset):
     def __len__(self):
         return 8

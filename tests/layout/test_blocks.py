@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.blocks import PACKING_VERSION
+from maskmoe_kernels.layout.plan import plan_of, transposed
 from maskmoe_kernels.testing import strategies
 
 seeds = st.integers(0, 2**16)
@@ -264,3 +265,40 @@ def test_bad_tensors_are_refused():
         layout.pack(torch.zeros(4, 3))
     with pytest.raises(mk.LayoutError, match=r"\(10,\), got \(3, 4\); use layout\.pack"):
         layout.unpack(torch.zeros(3, 4))
+
+
+def test_layouts_are_built_on_the_cpu_whatever_the_default_device():
+    """A model made under ``torch.device("meta")`` has no memory; its layouts have their content."""
+
+    def build():
+        family = mk.SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})
+        mask = torch.tensor([[True, False, True], [False, True, False]], device="cpu")
+        layouts = [
+            family.input_layout(3),
+            family.hidden_layout(2, 3),
+            mk.BlockLayout.between(family, family, 2, 3),
+            mk.BlockLayout.from_mask(mask),
+        ]
+        tables = [
+            table
+            for layout in layouts
+            for table in (
+                layout.weight_index(torch.device("cpu")),
+                plan_of(layout, torch.device("cpu")),
+                transposed(layout)[0].mask(),
+                transposed(layout)[1],
+                layout.mask(),
+                layout.grad_mask(),
+                torch.tensor(layout.num_routed_weights, device="cpu"),
+            )
+        ]
+        tables += [family.membership, family.inclusion, family.strict, family.has_larger]
+        tables += [family.rank(), family.visible_features()]
+        return layouts, tables
+
+    layouts, tables = build()
+    with torch.device("meta"):
+        others, again = build()
+    for one, other in zip(tables, again, strict=True):
+        assert torch.equal(one, other)
+    assert [a.id for a in layouts] == [b.id for b in others]

@@ -118,3 +118,16 @@ def test_wrong_arguments_say_what_was_expected():
         draw_layout(layout, ["only one"])
     with pytest.raises(LayoutError, match="max_blocks must be at least 2, got 1"):
         draw_layout(layout, max_blocks=1)
+
+
+@pytest.mark.parametrize("count", [10, 11, 100, 101])
+def test_numbers_above_columns_are_whole(count):
+    """Names that do not fit a line stand below, by numbers that read downwards."""
+    names = [f"a name of some length {c}" for c in range(count)]
+    layout = BlockLayout([1], [1] * count, torch.ones(1, count, dtype=torch.bool))
+    lines = draw_layout(layout, col_names=names, max_blocks=count).splitlines()
+    (row,) = (k for k, line in enumerate(lines) if line.startswith("0 "))
+    places = [place for place, sign in enumerate(lines[row]) if sign == "█"]
+    above = [line.ljust(len(lines[row])) for line in lines[2:row]]
+    read = ["".join(line[place] for line in above).strip() for place in places]
+    assert read == [str(c) for c in range(count)]

@@ -463,6 +463,32 @@ def test_call_errors_carry_the_values():
 # --- Meta device -----------------------------------------------------------------------------
 
 
+def emptied():
+    return MaskedLinear(10, 12, MADE, device="meta").to_empty(device="cpu")
+
+
+def assigned():
+    layer = MaskedLinear(10, 12, MADE, device="meta")
+    layer.load_state_dict(MaskedLinear(10, 12, MADE).state_dict(), assign=True)
+    return layer
+
+
+def unpickled():
+    return pickle.loads(pickle.dumps(MaskedLinear(10, 12, MADE)))
+
+
+@pytest.mark.parametrize("made", [emptied, assigned, unpickled])
+def test_compiles_before_its_first_call_wherever_it_comes_from(made):
+    """A compiler finds plans and builds none: they are there as soon as the parameters are."""
+    torch._dynamo.reset()
+    layer = made()
+    torch.nn.init.normal_(layer.weight)
+    torch.nn.init.normal_(layer.bias)
+    x = torch.randn(3, 10)
+    y = torch.compile(layer, backend="eager", fullgraph=True)(x)
+    assert torch.equal(y, layer(x))
+
+
 @pytest.mark.parametrize("how", ["argument", "context"])
 def test_meta_then_reset_equals_direct_construction(how):
     if how == "argument":

@@ -401,6 +401,19 @@ def test_autocast_off_changes_nothing():
         assert mk.masked_linear(*inputs, layout).dtype == torch.float32
 
 
+def test_autocast_of_another_device_changes_nothing():
+    layout = LAYOUTS["wide"]
+    inputs = drawn(layout, 5, dtype=torch.float32)
+    expected = mk.masked_linear(*inputs, layout)
+    other = "cpu" if inputs[0].is_cuda else "cuda"
+    before = torch.is_autocast_enabled(other)
+    torch.set_autocast_enabled(other, True)  # torch.autocast leaves off a device that is not here
+    try:
+        assert torch.equal(mk.masked_linear(*inputs, layout), expected)
+    finally:
+        torch.set_autocast_enabled(other, before)
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_flops_count_present_blocks(name):
     layout = LAYOUTS[name]

@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.backends import native
 from maskmoe_kernels.layout.plan import plan_of
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
+from maskmoe_kernels.nn.network import inputs_of
 from maskmoe_kernels.ops import networks as networks_op
 from maskmoe_kernels.ops.networks import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
@@ -569,6 +571,18 @@ def test_tables_alone_without_columns():
 
 
 # --- Drop-in -------------------------------------------------------------------------------------
+
+
+def test_flops_count_present_blocks():
+    net = mk.InterpretableMLP(CUBE, [8, 3])
+    weights = sum(layer.layout.num_weights for layer in net.layers)
+    tables = [torch.randn(5, 3), torch.randn(9, 19)]
+    ids = [torch.randint(len(table), (4, 6)) for table in tables]
+    for inputs in (torch.randn(4, 6, CUBE.in_features), Inputs(None, tables, ids, (0, 1))):
+        layers = net.layers.fused(inputs)
+        with FlopCounterMode(display=False) as counter:  # its hooks would part a module's layers
+            networks_op.masked_mlp(inputs_of(inputs), layers)
+        assert counter.get_total_flops() == 2 * 24 * weights
 
 
 def test_which_path_runs_and_why():

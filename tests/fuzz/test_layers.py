@@ -44,4 +44,4 @@ def writes_into_x(x, *rest):
 def test_a_planted_fault_is_found(fault, monkeypatch):
     monkeypatch.setattr(mk, "masked_linear", fault)
     with pytest.raises(Fault, match=rf"case \d+ of seed {SEED}"):
-        layers.run(CASES, SEED)
+        layers.run(5 * CASES, SEED)  # it ends with the first

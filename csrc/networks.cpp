@@ -309,6 +309,16 @@ struct Chosen {
 
 const char* const kNone = "maskmoe: no kernels for networks of this dtype or layout";
 
+// Do the targets that count lie in [0, 1]? NaN does not.
+bool all_labels(const float* target, const uint8_t* mask, int64_t rows) {
+  bool all = true;
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool inside = target[r] >= 0.0f && target[r] <= 1.0f;
+    all &= inside || (mask != nullptr && mask[r] == 0);
+  }
+  return all;
+}
+
 Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<int64_t> parts,
             Tensors weights, Tensors biases, Tensors plans, std::vector<int64_t> layouts,
             Text activation, Tensor target, std::optional<Tensor> mask, Tensor strict,
@@ -327,9 +337,11 @@ Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, std::vector<in
   target = dense(target);
   if (mask) mask = dense(*mask);
   g.in.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
+  const auto* labels = static_cast<const float*>(target.data_ptr());
+  STD_TORCH_CHECK(all_labels(labels, g.in.mask, g.in.rows),
+                  "maskmoe::masked_mlp_gem: target must hold labels in [0, 1]");
   const Chosen chosen(a.checks, *chain, strict, confidence, sharpness, weighs_own(weighting));
-  const Gem loss{chosen.selection, static_cast<const float*>(target.data_ptr()), false, 1.0f,
-                 nullptr};
+  const Gem loss{chosen.selection, labels, false, 1.0f, nullptr};
   // In float32 whatever the weights are: what scales the loss is yet to come.
   Results results(g, Dtype::kFloat32, x, tables, weights, biases, need_x, need_tables, need_weights);
   Tensor total = float_like(target, {});

@@ -13,7 +13,7 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
-from maskmoe_kernels.objectives.gem import check_loss, gem_loss
+from maskmoe_kernels.objectives.gem import check_labels, check_loss, gem_loss
 from maskmoe_kernels.objectives.mixture import Mixture, check_missing, mixture
 from maskmoe_kernels.objectives.selection import Confidence, check_confidence
 from maskmoe_kernels.ops import networks
@@ -130,17 +130,23 @@ class InterpretableMLP(nn.Module):
             return gem_loss(
                 self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
             )
-        return networks.masked_mlp_gem(
-            inputs,
-            layers,
-            target,
-            self._strict(target.device),
-            confidence,
-            sharpness,
-            weighting,
-            normalize,
-            mask,
-        )
+        if not target.is_cpu:
+            check_labels(target, mask)
+        try:
+            return networks.masked_mlp_gem(
+                inputs,
+                layers,
+                target,
+                self._strict(target.device),
+                confidence,
+                sharpness,
+                weighting,
+                normalize,
+                mask,
+            )
+        except RuntimeError:
+            check_labels(target, mask)  # the op looks, too, and this says what to do
+            raise
 
     @torch.no_grad()
     def predict(

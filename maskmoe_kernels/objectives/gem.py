@@ -66,6 +66,7 @@ def gem_loss(
     """
     check_logits(logits, family)
     check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
+    check_labels(target, mask)
     if not target.requires_grad and takes_kernels(logits, family, confidence, sharpness):
         return fused.gem_loss(
             logits, target, mask, family, str(confidence), sharpness, weighting, normalize
@@ -92,7 +93,10 @@ def check_loss(
     mask: Tensor | None,
     sharpness: float,
 ) -> None:
-    """Raise LayoutError unless the arguments of :func:`gem_loss` fit logits ``(*shape, H)``."""
+    """Raise LayoutError unless the arguments of :func:`gem_loss` fit logits ``(*shape, H)``.
+
+    The values of ``target`` are another matter: see :func:`check_labels`.
+    """
     check_confidence(confidence, sharpness)
     if weighting not in _WEIGHTINGS:
         raise LayoutError(f"weighting must be one of {list(_WEIGHTINGS)}, got {weighting!r}")
@@ -106,10 +110,9 @@ def check_loss(
             )
     if mask is not None and mask.dtype != torch.bool:
         raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
-    _check_labels(target, mask)
 
 
-def _check_labels(target: Tensor, mask: Tensor | None) -> None:
+def check_labels(target: Tensor, mask: Tensor | None) -> None:
     """Raise LayoutError unless the targets that count lie in [0, 1].
 
     Off the CPU, and in a compiled graph, this is an assertion for which nobody waits.

@@ -628,6 +628,8 @@ def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     grads: list[Tensor] = [*ctx.grads] if again else ctx.grads
     if not again:
         ctx.grads = ctx.depends_on = None
+    if not scales and ctx.dtype == torch.float32:
+        return grads
     for k, grad in enumerate(grads):  # one by one: tables may be large
         if scales:
             grad = grad * grad_loss if again or batched else grad.mul_(grad_loss)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from maskmoe_kernels.ops.tensors import PLAIN
+from maskmoe_kernels.ops.checks import PLAIN
 
 # What torch made ``__call__``, which others may have replaced before this is imported.
 _CALL, _CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl

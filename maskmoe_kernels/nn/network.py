@@ -20,8 +20,8 @@ from maskmoe_kernels.nn.interception import (
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops import networks
 from maskmoe_kernels.ops.autograd import transformed
+from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.networks import Inputs, Layers
-from maskmoe_kernels.ops.tensors import PLAIN
 
 _LAYER_FORWARD = MaskedLinear.forward
 

@@ -18,7 +18,7 @@ from maskmoe_kernels.objectives.selection import (
 )
 from maskmoe_kernels.ops import objectives as fused
 from maskmoe_kernels.ops.autograd import func_transforms
-from maskmoe_kernels.ops.tensors import PLAIN
+from maskmoe_kernels.ops.checks import PLAIN
 
 _WEIGHTINGS = {"selection": selection, "deselection": deselection}
 _NORMALIZE = (None, "sample", "expert", "batch")

@@ -24,8 +24,7 @@ from maskmoe_kernels.ops.autograd import (
     forward_mode,
     func_transforms,
 )
-from maskmoe_kernels.ops.checks import check_linear
-from maskmoe_kernels.ops.tensors import PLAIN, refuse_sharded
+from maskmoe_kernels.ops.checks import PLAIN, check_linear, refuse_sharded
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}

@@ -32,9 +32,8 @@ from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
-from maskmoe_kernels.ops.checks import check_count, check_parts
+from maskmoe_kernels.ops.checks import PLAIN, check_count, check_parts, refuse_sharded
 from maskmoe_kernels.ops.functional import autocast
-from maskmoe_kernels.ops.tensors import PLAIN, refuse_sharded
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"

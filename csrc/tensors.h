@@ -83,10 +83,13 @@ inline std::shared_ptr<const Chain> chain_of(const Checks& checks, std::optional
                                              const std::vector<Tensor>& plans,
                                              const std::vector<int64_t>& layouts, Widths widths) {
   const Kernels* k = kernels();
-  if (k == nullptr || !dtype) return nullptr;
   const char* const op = checks.op();
   STD_TORCH_CHECK(!plans.empty() && plans.size() == layouts.size(), "maskmoe::", op, ": ",
                   plans.size(), " plans for ", layouts.size(), " layouts");
+  if (k == nullptr || !dtype) {
+    for (size_t n = 0; n < plans.size(); ++n) check_plan(plans[n], layouts[n]);
+    return nullptr;
+  }
   std::array<Encoded, 16> few;
   std::vector<Encoded> many(plans.size() > few.size() ? plans.size() : 0);
   Encoded* const encoded = many.empty() ? few.data() : many.data();

@@ -83,28 +83,33 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def claim(folder: str | Path) -> Path:
-    """Make a folder that files will be written to, and remove what killed runs left in it.
+    """See that files can be written to a folder, and remove what killed runs left in it.
 
-    Before long work: what would keep its result from being written is found here.
+    Before long work: what would keep its result from being written is found here. A folder that is
+    missing is made again by the first file: work that ends without one leaves none behind.
 
     Raises:
         OSError: It is no folder, or nothing can be written there.
     """
     folder = Path(folder)
     with _explained(folder):
-        make_folder(folder)
+        made = make_folder(folder)
         for left in folder.glob(f"{UNFINISHED}*"):
             _remove_if_stale(left)
         _Unfinished(folder).remove()
+        with suppress(OSError):  # somebody else uses it by now
+            for place in made:
+                place.rmdir()
     return folder
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, such that they outlast a power cut."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder to outlast a power cut, and return which were missing, deepest first."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
         _sync_folder(made.parent)
+    return missing
 
 
 def checksum(path: Path, start: int = 0, end: int | None = None) -> int:

@@ -301,7 +301,10 @@ class Trainer:
 
     def _restore_scheduler(self, saved: dict[str, Any]) -> None:
         own, fail = self.scheduler.state_dict(), failing(self.checkpoint)
-        check(saved, {key: type(own[key]) for key in _MOVING}, fail, "scheduler")
+        check(saved, {key: type(own[key]) for key in _MOVING - {"best"}}, fail, "scheduler")
+        best = saved.get("best")  # infinite until the first validation
+        if not isinstance(best, float) or math.isnan(best):
+            raise fail(f"expected scheduler.best to be a number, got {best!r}")
         known = {key: saved[key] for key in own if key in saved}
         with restoring(self.checkpoint, "learning rate's schedule"):
             for key in known.keys() - _MOVING:

@@ -106,14 +106,12 @@ def test_no_product_is_computed_for_nothing(monkeypatch):
 
 def test_flops_of_a_backward_are_those_of_what_it_needs():
     layout = LAYOUTS["hidden"]
-    shapes = (torch.Size([6, layout.out_features]), torch.Size([6, layout.in_features]))
-    weight = torch.Size([layout.num_weights])
+    shapes = ((6, layout.out_features), (6, layout.in_features), (layout.num_weights,))
+    given = [torch.empty(shape, device="meta") for shape in shapes]
     plan = plan_of(layout, torch.device("cpu"))
     assert layout.num_routed_weights < layout.num_weights
     for x, w, b in EVERY:
-        flops = registration._backward_flops(
-            *shapes, weight, None, plan, layout.id, "relu", x, w, b
-        )
+        flops = registration._backward_flops(*given, None, plan, layout.id, "relu", x, w, b)
         assert flops == 12 * (x * layout.num_routed_weights + w * layout.num_weights)
 
 

@@ -19,7 +19,7 @@ _OBJECTIVES = [
 _NETWORKS = ["tests/models/test_mlp.py", "tests/ops/test_networks.py",
              "tests/ops/test_network_tiles.py", _NEEDS, "tests/ops/test_network_range.py",
              "tests/ops/test_table_gradients.py", "tests/fuzz/test_networks.py"]  # fmt: skip
-_NATIVE = ["tests/backends/test_native.py"]
+_NATIVE = ["tests/backends/test_native.py", "tests/backends/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
 
 #: Python files, by pattern, with their tests; the first pattern that fits counts.
@@ -31,7 +31,7 @@ PYTHON: dict[str, list[str]] = {
     ],
     "maskmoe_kernels/layout/subsets.py": ["tests/layout", _OBJECTIVES[0], *_OPS],
     "maskmoe_kernels/layout/draw.py": ["tests/layout/test_draw.py"],
-    "maskmoe_kernels/layout/plan.py": ["tests/layout/test_plan.py", *_TRUST, *_OPS, *_NATIVE,
+    "maskmoe_kernels/layout/plan.py": ["tests/layout/test_plan.py", *_TRUST, *_OPS, _NATIVE[0],
                                        _LIFETIMES],
     "maskmoe_kernels/layout/__init__.py": [],
     "maskmoe_kernels/objectives/*.py": _OBJECTIVES,
@@ -48,7 +48,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
     "maskmoe_kernels/backends/grouped.py": [*_LINEAR, "tests/backends/test_grouped.py"],
     "maskmoe_kernels/backends/reference.py": _LINEAR,
-    "maskmoe_kernels/backends/choice.py": ["tests/backends/test_choice.py", *_NATIVE, *_OPS],
+    "maskmoe_kernels/backends/choice.py": ["tests/backends/test_choice.py", _NATIVE[0], *_OPS],
     "maskmoe_kernels/backends/activations.py": _OPS,
     "maskmoe_kernels/nn/interception.py": _CALLED,
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],

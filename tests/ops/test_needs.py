@@ -203,12 +203,13 @@ def test_the_ops_of_networks_return_what_is_asked_for(needs):
         assert [g.shape for g in grads] == shapes
 
 
-def test_layer_after_layer_computes_no_gradient_for_nothing(monkeypatch):
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_layer_after_layer_computes_no_gradient_for_nothing(biases, monkeypatch):
     calls = spied(monkeypatch, networks_op.BACKWARD, "masked_linear")
     net, parts = a_network()
     layers = networks_op.Layers(
         [layer.weight.detach() for layer in net.layers],
-        [layer.bias.detach() for layer in net.layers],
+        [layer.bias.detach() for layer in net.layers if biases],
         net.layers.layouts,
         "tanh",
     )
@@ -221,7 +222,8 @@ def test_layer_after_layer_computes_no_gradient_for_nothing(monkeypatch):
         )
         asked = [call[-3:] for call in calls]  # from the last layer to the first
         first = needs[0] or needs[1]
-        assert asked == [(k > 0 or first, needs[2], needs[2]) for k in (2, 1, 0)]
+        of_bias = needs[2] and biases
+        assert asked == [(k > 0 or first, needs[2], of_bias) for k in (2, 1, 0)]
 
 
 # --- The sign of a zero ------------------------------------------------------------------

@@ -222,20 +222,11 @@ inline float checked_sharpness(double sharpness) {
   return static_cast<float>(sharpness);
 }
 
-// The library reads a serialized layout, unless it knows the tensor; what it refuses is an error here.
-inline void check_plan(const Tensor& plan, int64_t id) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 2> stack{from(plan), from(id)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher("maskmoe::plan_obstacle", "", stack.data(), TORCH_ABI_VERSION));
-  const auto obstacle = torch::stable::detail::to<Text>(stack[0]);
-  STD_TORCH_CHECK(obstacle.empty(), obstacle);
-}
-
 // Layouts from plans that this process has not met: the library reads them (`plan_obstacle`), and
 // the content has to be what the id says. The values are a copy, which nobody can change between
 // the look and the use.
 inline std::vector<Layout> verified(const Contents& contents, const std::vector<int64_t>& ids) {
+  using torch::stable::detail::from;
   std::vector<Layout> layouts;
   for (size_t n = 0; n < contents.size(); ++n) {
     const auto count = static_cast<int64_t>(contents[n].size());
@@ -245,7 +236,11 @@ inline std::vector<Layout> verified(const Contents& contents, const std::vector<
         1, &count, &step, aoti_torch_dtype_int64(), aoti_torch_device_type_cpu(), 0, &handle));
     const Tensor copy(handle);
     std::copy(contents[n].begin(), contents[n].end(), static_cast<int64_t*>(copy.data_ptr()));
-    check_plan(copy, ids[n]);
+    std::array<StableIValue, 2> stack{from(copy), from(ids[n])};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("maskmoe::plan_obstacle", "", stack.data(), TORCH_ABI_VERSION));
+    const auto obstacle = torch::stable::detail::to<Text>(stack[0]);
+    STD_TORCH_CHECK(obstacle.empty(), obstacle);
     layouts.push_back(decode({contents[n].data(), count}));
   }
   return layouts;

@@ -78,18 +78,15 @@ struct Widths {
 };
 
 // The compiled layouts if these kernels can run on tensors of this kind, else null: then the PyTorch
-// path does.
+// path does. Plans are verified first: what that path raises reaches nobody, the dispatcher keeps it.
 inline std::shared_ptr<const Chain> chain_of(const Checks& checks, std::optional<Dtype> dtype,
                                              const std::vector<Tensor>& plans,
                                              const std::vector<int64_t>& layouts, Widths widths) {
   const Kernels* k = kernels();
+  if (k == nullptr) return nullptr;
   const char* const op = checks.op();
   STD_TORCH_CHECK(!plans.empty() && plans.size() == layouts.size(), "maskmoe::", op, ": ",
                   plans.size(), " plans for ", layouts.size(), " layouts");
-  if (k == nullptr || !dtype) {
-    for (size_t n = 0; n < plans.size(); ++n) check_plan(plans[n], layouts[n]);
-    return nullptr;
-  }
   std::array<Encoded, 16> few;
   std::vector<Encoded> many(plans.size() > few.size() ? plans.size() : 0);
   Encoded* const encoded = many.empty() ? few.data() : many.data();
@@ -114,7 +111,7 @@ inline std::shared_ptr<const Chain> chain_of(const Checks& checks, std::optional
                          return compile(k->width, std::move(read));
                        });
   }
-  if (found->empty()) return nullptr;
+  if (found->empty() || !dtype) return nullptr;
   widths.check(op, found->front().layout, found->back().layout);
   return found;
 }

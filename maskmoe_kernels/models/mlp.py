@@ -14,7 +14,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
 from maskmoe_kernels.objectives.gem import check_labels, check_loss, gem_loss
-from maskmoe_kernels.objectives.mixture import Mixture, check_missing, mixture
+from maskmoe_kernels.objectives.mixture import Mixture, mixture
 from maskmoe_kernels.objectives.selection import Confidence, check_confidence
 from maskmoe_kernels.ops import networks
 from maskmoe_kernels.ops.networks import Inputs, Layers
@@ -164,7 +164,6 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        check_missing(missing)
         layers = self._fused(x) if missing == "propagate" else None
         if layers is None or not isinstance(confidence, str):
             return mixture(self(x), self.family, confidence, sharpness, missing)

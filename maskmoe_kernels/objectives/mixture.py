@@ -62,7 +62,7 @@ def mixture(
     Raises:
         LayoutError: As :func:`selection`; an unknown ``missing``.
     """
-    check_missing(missing)
+    _check_missing(missing)
     skip = missing == "skip"
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     if not skip and not differentiable and takes_kernels(logits, family, confidence, sharpness):
@@ -82,7 +82,7 @@ def mixture(
     return Mixture(probability, alpha, share)
 
 
-def check_missing(missing: str) -> None:
+def _check_missing(missing: str) -> None:
     """Raise LayoutError for an unknown way with missing groups."""
     if missing not in _MISSING:
         raise LayoutError(f"missing must be one of {list(_MISSING)}, got {missing!r}")

@@ -62,6 +62,7 @@ def test_behaves_like_torch(width):
     torch.testing.assert_close(compiled(x), norm(x))
     torch.testing.assert_close(copy.deepcopy(norm)(x), norm(x))
     assert norm(x[:0]).shape == (0, norm.features)
+    torch.testing.assert_close(norm(x[0]), norm(x)[0])
     assert set(norm.state_dict()) == {"weight", "bias"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         low = norm(x.bfloat16())
@@ -81,5 +82,7 @@ def test_starts_as_torch_does():
 def test_errors_carry_the_values():
     with pytest.raises(LayoutError, match=r"x must be \(\*, 28\), got \(2, 3\)"):
         ExpertNorm(CUBE, 4)(torch.ones(2, 3))
+    with pytest.raises(LayoutError, match=r"x must be \(\*, 28\), got \(\)"):
+        ExpertNorm(CUBE, 4)(torch.ones(()))
     with pytest.raises(LayoutError, match="width must have 7 entries, got 2"):
         ExpertNorm(CUBE, [4, 4])

@@ -106,14 +106,12 @@ def test_no_product_is_computed_for_nothing(monkeypatch):
 
 def test_flops_of_a_backward_are_those_of_what_it_needs():
     layout = LAYOUTS["hidden"]
-    grad_y, x_of = torch.empty(6, layout.out_features), torch.empty(6, layout.in_features)
-    weight = torch.empty(layout.num_weights)
+    shapes = ((6, layout.out_features), (6, layout.in_features), (layout.num_weights,))
+    given = [torch.empty(shape, device="meta") for shape in shapes]
     plan = plan_of(layout, torch.device("cpu"))
     assert layout.num_routed_weights < layout.num_weights
     for x, w, b in EVERY:
-        flops = registration._backward_flops(
-            grad_y, x_of, weight, grad_y, plan, layout.id, "relu", x, w, b
-        )
+        flops = registration._backward_flops(*given, None, plan, layout.id, "relu", x, w, b)
         assert flops == 12 * (x * layout.num_routed_weights + w * layout.num_weights)
 
 
@@ -205,12 +203,13 @@ def test_the_ops_of_networks_return_what_is_asked_for(needs):
         assert [g.shape for g in grads] == shapes
 
 
-def test_layer_after_layer_computes_no_gradient_for_nothing(monkeypatch):
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_layer_after_layer_computes_no_gradient_for_nothing(biases, monkeypatch):
     calls = spied(monkeypatch, networks_op.BACKWARD, "masked_linear")
     net, parts = a_network()
     layers = networks_op.Layers(
         [layer.weight.detach() for layer in net.layers],
-        [layer.bias.detach() for layer in net.layers],
+        [layer.bias.detach() for layer in net.layers if biases],
         net.layers.layouts,
         "tanh",
     )
@@ -223,7 +222,8 @@ def test_layer_after_layer_computes_no_gradient_for_nothing(monkeypatch):
         )
         asked = [call[-3:] for call in calls]  # from the last layer to the first
         first = needs[0] or needs[1]
-        assert asked == [(k > 0 or first, needs[2], needs[2]) for k in (2, 1, 0)]
+        of_bias = needs[2] and biases
+        assert asked == [(k > 0 or first, needs[2], of_bias) for k in (2, 1, 0)]
 
 
 # --- The sign of a zero ------------------------------------------------------------------

@@ -105,6 +105,8 @@ def check_predict(case):
     with torch.no_grad():
         plain = mk.mixture(case.net.layers.layered(case.input), case.family, **options)
     alpha, by = moved(case, defined, lambda z: selection(z, case.family, **options), 1e-6, SMALLEST)
+    if options["sharpness"] != 1:  # g^s is exp(s log g), whose exponent is rounded
+        by = by + 2**-23 * torch.xlogy(alpha, alpha).abs()
     total = alpha.sum(-1, keepdim=True)
     # Shares of a sum that float32 hardly holds are shares of roundings.
     shares, share_off = moved(

@@ -104,7 +104,10 @@ def check_predict(case):
     same_twice(ours, again)
     with torch.no_grad():
         plain = mk.mixture(case.net.layers.layered(case.input), case.family, **options)
-    alpha, by = moved(case, defined, lambda z: selection(z, case.family, **options), 1e-6, SMALLEST)
+    # exp(-2|z|) is rounded to a multiple of the least number, and 1 - g is up to four times as much.
+    alpha, by = moved(
+        case, defined, lambda z: selection(z, case.family, **options), 1e-6, 4 * SMALLEST
+    )
     if options["sharpness"] != 1:  # g^s is exp(s log g), whose exponent is rounded
         by = by + 2**-23 * torch.xlogy(alpha, alpha).abs()
     total = alpha.sum(-1, keepdim=True)

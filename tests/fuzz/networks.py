@@ -104,7 +104,7 @@ def check_predict(case):
     same_twice(ours, again)
     with torch.no_grad():
         plain = mk.mixture(case.net.layers.layered(case.input), case.family, **options)
-    # exp(-2|z|) is rounded to a multiple of the least number, and 1 - g is up to four times as much.
+    # exp(-2|z|) is rounded to a multiple of the least number; 1 - g is up to four times as much.
     alpha, by = moved(
         case, defined, lambda z: selection(z, case.family, **options), 1e-6, 4 * SMALLEST
     )

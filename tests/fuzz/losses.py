@@ -219,7 +219,9 @@ def check_training(case):
     loss.mask = loss.options["mask"] = None
     case.x = x.to(case.dtype)
     loss.target, loss.true_target, loss.factor = target.float(), target, 1.0
-    optimizer = torch.optim.Adam(case.net.parameters(), lr=draw.pick((1e-3, 1e-2, 5e-2)))
+    # Adam's own epsilon is 0 in float16, and what has no gradient would become 0 / 0.
+    lr, eps = draw.pick((1e-3, 1e-2, 5e-2)), 1e-4 if case.dtype == torch.float16 else 1e-8
+    optimizer = torch.optim.Adam(case.net.parameters(), lr=lr, eps=eps)
     for step in range(draw.upto(30, 10)):
         try:
             loss.check()

@@ -268,6 +268,7 @@ def test_kills_leave_whole_reports_and_pictures(tmp_path: Path) -> None:
                 assert path.read_bytes() == pictures[path.name]
             else:
                 assert json.loads(path.read_text())["task"] == "a"
+    out.mkdir(exist_ok=True)  # a kill may come before the first file
     (out / f"{UNFINISHED}picture").write_bytes(b"left by a kill")
     run_toy("a", 0, out, config=config)
     assert {p.name for p in out.iterdir()} == {*pictures, "report.json"}

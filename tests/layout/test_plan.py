@@ -83,6 +83,7 @@ def test_damaged_plans_are_refused(layout):
         (plan[:-1], "it holds"),
         (torch.cat([plan, plan[:1]]), "it holds"),
         (plan[:3], "one-dimensional int64"),
+        (plan[:5], "plan names"),
         (plan.double(), r"int64 tensor, got torch\.float64"),
         (plan[None], "one-dimensional"),
         (torch.cat([plan[:1] + 1, plan[1:]]), "version 2, this library reads version 1"),

@@ -6,9 +6,8 @@ _TRUST = ["tests/ops/test_trust.py", "tests/fuzz/test_ops.py"]
 _NEEDS = "tests/ops/test_needs.py"
 _LIFETIMES = "tests/ops/test_lifetimes.py"
 _KINDS = "tests/layout/test_mask_kinds.py"
-_OPS = ["tests/ops/test_contract.py", "tests/ops/test_masked_linear.py"]
-_LINEAR = ["tests/ops/test_masked_linear.py", "tests/ops/test_contract.py", _NEEDS,
-           "tests/ops/test_no_route.py", "tests/fuzz/test_layers.py"]  # fmt: skip
+_OPS = ["tests/ops/test_masked_linear.py", "tests/ops/test_contract.py"]
+_LINEAR = [_OPS[0], _NEEDS, "tests/ops/test_no_route.py", "tests/fuzz/test_layers.py", _OPS[1]]
 _OBJECTIVES = [
     "tests/objectives/test_selection.py",
     "tests/objectives/test_gem.py",
@@ -42,9 +41,9 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/ops/checks.py": [*_TRUST, "tests/models/test_sharded.py",
                                       "tests/ops/test_networks.py",
                                       "tests/nn/test_interception.py"],
-    "maskmoe_kernels/ops/*.py": [*_OPS, *_TRUST, _NEEDS, "tests/ops/test_no_route.py",
-                                 "tests/nn/test_linear.py", "tests/ops/test_networks.py",
-                                 "tests/objectives/test_triton.py"],
+    "maskmoe_kernels/ops/*.py": [*_TRUST, _NEEDS, "tests/nn/test_linear.py",
+                                 "tests/ops/test_no_route.py", "tests/ops/test_networks.py",
+                                 *_OPS, "tests/objectives/test_triton.py"],
     "maskmoe_kernels/testing/strategies.py": [],  # any other draw is as right
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
     "maskmoe_kernels/backends/grouped.py": [*_LINEAR, "tests/backends/test_grouped.py"],
@@ -87,13 +86,13 @@ CPP: dict[str, list[str]] = {
         "tests/ops/test_networks.py",
         "tests/ops/test_network_range.py",
     ],
-    "csrc/checks.h": [*_TRUST, "tests/ops/test_networks.py", "tests/ops/test_contract.py"],
-    "csrc/networks.cpp": [*_TRUST, *_NETWORKS, "tests/ops/test_contract.py"],
-    "csrc/plan.cpp": [*_TRUST, *_LINEAR[:3], *_NATIVE, *_NETWORKS, _LIFETIMES],
-    "csrc/plan.h": [*_TRUST, *_LINEAR[:3], *_NATIVE, *_NETWORKS, _LIFETIMES],
-    "csrc/registration.cpp": [*_TRUST, *_NATIVE, *_OPS, _NEEDS],
-    "csrc/tensors.h": [*_TRUST, *_NATIVE, *_OPS, *_NETWORKS],
-    "csrc/cpu/*": [_LINEAR[0], *_NATIVE, *_LINEAR[1:], *_NETWORKS],
+    "csrc/checks.h": [*_TRUST, "tests/ops/test_networks.py", _OPS[1]],
+    "csrc/networks.cpp": [*_TRUST, *_NETWORKS],
+    "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
+    "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
+    "csrc/registration.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
+    "csrc/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_NETWORKS, _OPS[1]],
+    "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_NETWORKS],
 }
 #: Which C++ files need an instruction set, by pattern.
 NEEDS: dict[str, str] = {

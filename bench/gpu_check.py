@@ -1,8 +1,8 @@
-"""``python -m bench.gpu_check``: the GPU lab, in under nine minutes and without a network.
+"""``python -m bench.gpu_check prove`` (then ``measure``): the GPU lab, without a network.
 
-Tests on the GPU, then the benchmark; see ``bench/README.md``. Everything is written as it comes
-into ``--out``: ``lab.jsonl`` (a line a command and a test), logs, ``bench/bench.json`` after each
-case. So a run that is cut off loses nothing.
+Two commands of under four minutes; see ``bench/README.md``. Everything is written as it comes into
+``--out``: ``lab.jsonl`` (a line for each process and test), logs, ``bench/bench.json`` after each
+case. So a run that is cut off loses nothing, and a test that ends its process costs itself alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +26,39 @@ from rich.table import Table
 from bench import results
 from bench.command import LOST
 from bench.gpu_log import append, read
-from bench.gpu_parts import PARTS, ROOT, Command, Lab, Part
+from bench.gpu_parts import PARTS, ROOT, Lab, Task
 
 LINES = "lab.jsonl"
-WHOLE = sum(part.share for part in PARTS)
-GRACE = 5.0  # seconds between asking a process to end and ending it
-PASSED, FAILED, CUT_OFF, LEFT_OUT = "passed", "failed", "cut off", "left out"
+PASSED, FAILED, CUT_OFF, REFUSED = "passed", "failed", "cut off", "refused"
+#: Failures that are printed in full; all are in ``lab.jsonl``.
+MOST_SHOWN = 40
 
 
 @dataclass
 class Running:
     """A process that was begun, and what it was."""
 
-    command: Command
+    task: Task
+    tried: int
     process: subprocess.Popen[bytes]
     began: float
     log: Path
 
+    def over(self) -> bool:
+        """Has it used up its own seconds?"""
+        limit = self.task.seconds
+        return limit is not None and time.perf_counter() - self.began > limit
+
     def end(self) -> None:
-        """Ask the process and its own to end; then end them."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self.process.poll() is not None:
-                return
-            os.killpg(self.process.pid, number)
-            try:
-                self.process.wait(GRACE)
-            except subprocess.TimeoutExpired:
-                continue
+        """End the process with its own."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
-def begin(command: Command, part: Part, lab: Lab, number: int) -> Running:
-    """Start ``command`` in the checkout, its output in a file of its own."""
-    log = lab.out / "logs" / f"{part.name}-{number}.log"
+def begin(task: Task, tried: int, lab: Lab) -> Running:
+    """Start ``task`` in the checkout, its output in a file of its own."""
+    log = lab.out / "logs" / f"{task.name.replace(' ', '-').replace('/', '-of-')}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     variables = {
@@ -65,12 +66,12 @@ def begin(command: Command, part: Part, lab: Lab, number: int) -> Running:
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
         "MASKMOE_LINES": str(lab.out / LINES),
-        "MASKMOE_PART": part.name,
-        **command.variables,
+        "MASKMOE_TASK": task.name,
+        **task.variables,
     }
     with log.open("ab") as file:
         process = subprocess.Popen(
-            command.words,
+            [*task.words, *(task.again if tried else ())],
             cwd=ROOT,
             env=variables,
             stdin=subprocess.DEVNULL,
@@ -78,181 +79,135 @@ def begin(command: Command, part: Part, lab: Lab, number: int) -> Running:
             stderr=subprocess.STDOUT,
             process_group=0,  # of its own, but in our session: it ends with us at the latest
         )
-    return Running(command, process, time.perf_counter(), log)
+    return Running(task, tried, process, time.perf_counter(), log)
 
 
-def finish(running: Sequence[Running], deadline: float, part: Part, lab: Lab) -> list[str]:
-    """Wait until all have ended or the time is up; outcomes, each also as a line.
-
-    Of commands that run together, the seconds are those until its turn to be waited for came.
-    """
-    outcomes = []
+def run(tasks: Sequence[Task], lab: Lab, slots: int) -> dict[str, str]:
+    """All tasks, ``slots`` at once, within the lab's seconds: what became of each."""
+    end = time.perf_counter() + lab.seconds
+    waiting = [(task, 0) for task in tasks]
+    running: list[Running] = []
+    outcomes = dict.fromkeys((task.name for task in tasks), CUT_OFF)
     try:
-        for one in running:
-            outcome = CUT_OFF
-            try:
-                left = max(0.0, deadline - time.perf_counter())
-                outcome = FAILED if one.process.wait(left) else PASSED
-            except subprocess.TimeoutExpired:
-                one.end()
-            outcomes.append(outcome)
-            line: dict[str, Any] = {
-                "event": "command",
-                "part": part.name,
-                "command": one.command.line(),
-                "outcome": outcome,
-                "status": one.process.returncode,
-                "seconds": round(time.perf_counter() - one.began, 2),
-                "log": one.log.name,
-            }
-            if outcome == FAILED:
-                line["message"] = _tail(one.log)
-            append(lab.out / LINES, line)
+        while (waiting or running) and time.perf_counter() < end:
+            while waiting and len(running) < slots and _may_begin(waiting[0][0], running):
+                running.append(begin(*waiting.pop(0), lab))
+            for one in [*running]:
+                if one.process.poll() is None and not one.over():
+                    continue
+                running.remove(one)
+                outcome, again = _ended(one, lab)
+                if outcomes[one.task.name] != FAILED:  # of several tries the worst counts
+                    outcomes[one.task.name] = outcome
+                if again:
+                    waiting.insert(0, (one.task, one.tried + 1))
+            time.sleep(0.05)
     finally:
         for one in running:
-            one.end()
+            _ended(one, lab)
     return outcomes
 
 
-def run_part(part: Part, lab: Lab) -> dict[str, Any]:
-    """All commands of a part within its seconds; what became of it, also as a line."""
-    began = time.perf_counter()
-    append(lab.out / LINES, {"event": "begin", "part": part.name, "seconds": round(lab.seconds)})
-    reason = part.obstacle(lab)
-    outcomes: list[str] = []
-    if reason is None:
-        commands = part.commands(lab)
-        if part.together:
-            running = [begin(command, part, lab, k) for k, command in enumerate(commands)]
-            outcomes = finish(running, began + lab.seconds, part, lab)
-        else:
-            for k, command in enumerate(commands):
-                # What one leaves of its share, the next may have.
-                left = lab.seconds - (time.perf_counter() - began)
-                deadline = time.perf_counter() + left * _weight(k, len(commands))
-                outcomes.append(_with_tries(command, part, lab, k, deadline))
-    if FAILED in outcomes:
-        reason = _refusal(part, lab)
+def _may_begin(task: Task, running: Sequence[Running]) -> bool:
+    return not running or not (task.alone or running[0].task.alone)
+
+
+def _ended(one: Running, lab: Lab) -> tuple[str, bool]:
+    """What became of a process, also as a line; whether it is to be begun again."""
+    cut = one.process.poll() is None
+    one.end()
+    status = one.process.returncode
+    outcome = CUT_OFF if cut else FAILED if status else PASSED
+    tail = one.log.read_text(encoding="utf-8", errors="replace")[-1500:]
+    if outcome == FAILED and any(text in tail for text in one.task.refusals):
+        outcome = REFUSED
+    stopped = unfinished(read(lab.out / LINES), one.task.name)
     line: dict[str, Any] = {
-        "event": "end",
-        "part": part.name,
-        "outcome": LEFT_OUT if reason is not None else _worst(outcomes),
-        "seconds": round(time.perf_counter() - began, 2),
+        "event": "process",
+        "task": one.task.name,
+        "command": one.task.line(),
+        "outcome": outcome,
+        "status": status,
+        "seconds": round(time.perf_counter() - one.began, 2),
+        "log": one.log.name,
     }
-    if reason is not None:
-        line["reason"] = reason
+    if outcome in (FAILED, REFUSED):
+        line["message"] = tail
     append(lab.out / LINES, line)
-    return line
+    for test in stopped:
+        end = {"event": "test", "task": one.task.name, "test": test, "outcome": CUT_OFF}
+        if not cut:
+            end |= {"outcome": FAILED, "message": f"ended its process, status {status}:\n{tail}"}
+        append(lab.out / LINES, end)
+    lost = outcome == FAILED and (status == LOST or status < 0 or bool(stopped))
+    return outcome, lost and one.tried + 1 < one.task.tries
 
 
-def _weight(k: int, count: int) -> float:
-    """Share of the time that is left for command ``k``: the first of two gets most of it."""
-    return 1.0 if k == count - 1 else 0.7
-
-
-def _with_tries(command: Command, part: Part, lab: Lab, number: int, deadline: float) -> str:
-    for attempt in range(command.tries):
-        if attempt:
-            command = replace(command, words=[*command.words, "--resume"])
-        running = begin(command, part, lab, number)
-        outcome = finish([running], deadline, part, lab)[0]
-        status = running.process.returncode
-        if outcome != FAILED or not (status == LOST or status < 0):
-            break
-    return outcome
-
-
-def _worst(outcomes: Sequence[str]) -> str:
-    return next((o for o in (FAILED, CUT_OFF) if o in outcomes), PASSED)
-
-
-def _refusal(part: Part, lab: Lab) -> str | None:
-    """What a log of the part says of this machine, if that is why it failed."""
-    logs = "".join(map(_tail, sorted((lab.out / "logs").glob(f"{part.name}-*.log"))))
-    return next((f"here it says: {text}" for text in part.refusals if text in logs), None)
-
-
-def _tail(log: Path) -> str:
-    return log.read_text(encoding="utf-8", errors="replace")[-1500:]
+def unfinished(lines: Sequence[dict[str, Any]], task: str) -> list[str]:
+    """Tests of ``task`` that have begun and not ended."""
+    mine = [x for x in lines if x.get("task") == task]
+    ended = {x["test"] for x in mine if x["event"] == "test"}
+    return [x["test"] for x in mine if x["event"] == "test begins" and x["test"] not in ended]
 
 
 # --- The whole ---------------------------------------------------------------------------
 
 
-def run(parts: Sequence[Part], lab: Lab, console: Console) -> int:
-    """Every part, each with its share of the time that is left; a short table last.
+def summary(outcomes: dict[str, str], lab: Lab, console: Console) -> int:
+    """Failures, then a line for each task; the exit status.
 
     Returns:
         0; 1 where something failed; 2 where nothing failed but something was cut off.
     """
-    lines = lab.out / LINES
-    end = time.perf_counter() + lab.seconds
-    append(lines, {"event": "machine", **results.machine(lab.device)})
-    ended = []
-    for k, part in enumerate(parts):
-        left = max(0.0, end - time.perf_counter())
-        seconds = left * part.share / sum(other.share for other in parts[k:])
-        console.print(f"{part.name}: {part.text}, {seconds:.0f} s", highlight=False)
-        ended.append(run_part(part, Lab(lab.out, lab.rehearsal, seconds)))
-    _print(ended, read(lines), lab, console)
-    must = [line for part, line in zip(parts, ended, strict=True) if not part.optional]
-    outcomes = [line["outcome"] for line in must]
-    return 1 if FAILED in outcomes else 2 if CUT_OFF in outcomes else 0
-
-
-def _print(ended: list[dict[str, Any]], lines: list[dict[str, Any]], lab: Lab, to: Console) -> None:
-    table = Table(title="The GPU lab" + (", rehearsed on the CPU" if lab.rehearsal else ""))
-    for column in ("part", "outcome", "seconds", "tests", "what"):
+    lines = read(lab.out / LINES)
+    tests = [x for x in lines if x["event"] == "test"]
+    bad = [x for x in tests if x["outcome"] == FAILED]
+    for x in bad[:MOST_SHOWN]:
+        last = str(x.get("message", "")).strip().splitlines()[-1:]
+        text = f"FAILED [{x['task']}] {x['test']}: {' '.join(last)[:200]}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+    if len(bad) > MOST_SHOWN:
+        console.print(f"and {len(bad) - MOST_SHOWN} more failures", highlight=False)
+    table = Table()
+    for column in ("task", "outcome", "seconds", "tests"):
         table.add_column(column, justify="right" if column == "seconds" else "left")
-    for line in ended:
-        mine = [x for x in lines if x.get("part") == line["part"]]
-        counts = Counter(x["outcome"] for x in mine if x["event"] == "test")
-        tests = ", ".join(f"{n} {outcome}" for outcome, n in sorted(counts.items()))
-        bad = [x for x in mine if x["event"] != "end" and x.get("outcome") == FAILED]
-        first = next((x.get("test", x.get("command")) for x in bad), "")
-        what = line.get("reason", first)
-        cells = (line["part"], line["outcome"], f"{line['seconds']:.0f}", tests)
-        table.add_row(*cells, str(what)[:70].replace("[", r"\["))
-    to.print(table)
-    to.print(f"{lab.out / LINES}, logs beside it", markup=False, highlight=False, soft_wrap=True)
+    for name, outcome in outcomes.items():
+        counts = Counter(x["outcome"] for x in tests if x["task"] == name)
+        seconds = sum(x["seconds"] for x in lines if x["event"] == "process" and x["task"] == name)
+        told = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+        table.add_row(name, outcome, f"{seconds:.0f}", told)
+    console.print(table)
+    found = [*outcomes.values(), *(x["outcome"] for x in tests)]
+    return 1 if FAILED in found else 2 if CUT_OFF in found else 0
 
 
-def print_plan(parts: Sequence[Part], lab: Lab, console: Console) -> None:
-    """Every part's time and commands."""
-    whole = sum(part.share for part in parts)
-    for part in parts:
-        seconds = lab.seconds * part.share / whole
-        one = Lab(lab.out, False, seconds)
-        console.print(f"{part.name}, {seconds:.0f} s: {part.text}", highlight=False)
-        how = "  (all at once)" if part.together else ""
-        for command in part.commands(one):
-            line = f"    {command.line()}{how}"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{lab.seconds:.0f} s in all; what a part leaves, the next ones may have\n")
+def print_plan(tasks: Sequence[Task], lab: Lab, console: Console) -> None:
+    """Every task as it would be typed."""
+    for task in tasks:
+        line = f"{task.name}: {task.line()}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{len(tasks)} processes, {lab.seconds:.0f} s in all\n", highlight=False)
 
 
 def main(words: Sequence[str], console: Console | None = None) -> int:
     """The command; see the module."""
     console = console or Console()
     arguments = _parser().parse_args(words)
-    by_name = {part.name: part for part in PARTS}
-    if arguments.list:
-        for part in PARTS:
-            console.print(f"{part.name:<12} {part.share:4.0f} s  {part.text}", highlight=False)
-        return 0
-    chosen = [by_name[name] for name in by_name if not arguments.part or name in arguments.part]
-    # A part alone has its own time, not everybody's.
-    share = sum(part.share for part in chosen) / WHOLE
+    part = PARTS[arguments.command]
     out = arguments.out or Path("build/gpu-rehearsal" if arguments.dry_run else "runs/gpu")
-    lab = Lab(out.resolve(), arguments.dry_run, 60 * arguments.minutes * share)
+    lab = Lab(out.resolve(), arguments.dry_run, arguments.seconds or part.seconds)
+    tasks = part.tasks(lab)
     if arguments.dry_run:
-        print_plan(chosen, lab, console)
+        print_plan(part.tasks(Lab(lab.out, False, lab.seconds)), lab, console)
     elif not torch.cuda.is_available():
         console.print("This torch sees no GPU. To rehearse without one: --dry-run", style="red")
         return 1
-    (lab.out / LINES).unlink(missing_ok=True)
+    if arguments.tasks:
+        tasks = [task for task in tasks if task.name.split()[0] in arguments.tasks]
     lab.out.mkdir(parents=True, exist_ok=True)
-    return run(chosen, lab, console)
+    (lab.out / LINES).unlink(missing_ok=True)
+    append(lab.out / LINES, {"event": "machine", **results.machine(lab.device)})
+    return summary(run(tasks, lab, part.slots), lab, console)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -262,19 +217,18 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    names = [part.name for part in PARTS]
-    add("--part", nargs="+", choices=names, metavar="NAME", help=f"only: {', '.join(names)}")
-    add("--list", action="store_true", help="the parts and their times")
+    add("command", choices=PARTS, help="; ".join(f"{k}: {p.text}" for k, p in PARTS.items()))
+    add("--tasks", nargs="+", metavar="NAME", help="only these (the first word of their names)")
     add("--dry-run", action="store_true", help="print the plan and rehearse it on the CPU")
     add("--out", type=Path, metavar="DIR", help="default: runs/gpu")
-    add("--minutes", type=_minutes, default=9.0, metavar="M", help="of all parts (default: 9)")
+    add("--seconds", type=_seconds, metavar="S", help="of the whole command (default: its own)")
     return parser
 
 
-def _minutes(text: str) -> float:
+def _seconds(text: str) -> float:
     value = float(text) if text.replace(".", "", 1).isdigit() else 0.0
-    if not 0 < value < 1e4:
-        raise argparse.ArgumentTypeError(f"expected minutes above 0, got {text!r}")
+    if not 0 < value < 1e5:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
     return value
 
 

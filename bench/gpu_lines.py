@@ -1,16 +1,20 @@
-"""A pytest plugin of the GPU lab (``-p bench.gpu_lines``): a json line for each test as it ends.
+"""A pytest plugin of the GPU lab (``-p bench.gpu_lines``): json lines for each test.
 
-``MASKMOE_LINES`` names the file, ``MASKMOE_PART`` the part of the lab; ``MASKMOE_SHARD=2/8`` takes
-every eighth test from the third on.
+One as it begins, one as it ends, into ``MASKMOE_LINES``; ``MASKMOE_TASK`` names the process.
+``MASKMOE_SHARD=2/8`` takes every eighth test from the third on. What has begun in this task before
+is left out, so a process that a test has ended goes on after it.
 """
 
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
+import torch
 
-from bench.gpu_log import append
+from bench.command import LOST, is_lost
+from bench.gpu_log import append, read
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -19,29 +23,50 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
+def begun(task: str) -> set[str]:
+    """The tests that this task has begun already."""
+    if not os.path.exists(os.environ["MASKMOE_LINES"]):
+        return set()
+    lines = read(os.environ["MASKMOE_LINES"])
+    return {x["test"] for x in lines if x["event"] == "test begins" and x["task"] == task}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the other shards' tests to them."""
+    """Leave the other shards' tests to them, and those that have begun to their fate."""
     number, count = shard_of(os.environ.get("MASKMOE_SHARD", "0/1"))
-    others = [item for k, item in enumerate(items) if k % count != number]
+    known = begun(_task())
+    mine = [item for item in items[number::count] if item.nodeid not in known]
+    others = [item for item in items if item not in set(mine)]
     if others:
         config.hook.pytest_deselected(items=others)
-        items[:] = items[number::count]
+        items[:] = mine
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    """What has no other line after this one ended its process."""
+    _write("test begins", nodeid)
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """One line a test: of its call, or of the phase that kept it from being called."""
     if report.when != "call" and report.outcome == "passed":
         return
-    line = {
-        "event": "test",
-        "part": os.environ.get("MASKMOE_PART", ""),
-        "test": report.nodeid,
-        "outcome": report.outcome,
-        "seconds": round(report.duration, 3),
-    }
+    more = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
     if report.outcome == "failed":
-        line["message"] = str(report.longrepr)[-1500:]
+        more["message"] = str(report.longrepr)[-1500:]
     elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
-        line["message"] = str(report.longrepr[2])
+        more["message"] = str(report.longrepr[2])
+    _write("test", report.nodeid, **more)
+    device = os.environ.get("MASKMOE_TEST_DEVICE", "cpu")
+    if report.outcome == "failed" and torch.cuda.is_initialized() and is_lost(device):
+        os._exit(LOST)  # no kernel runs in this process any more
+
+
+def _task() -> str:
+    return os.environ.get("MASKMOE_TASK", "")
+
+
+def _write(event: str, test: str, **more: object) -> None:
+    line = {"event": event, "task": _task(), "test": test, "at": round(time.time(), 2), **more}
     append(os.environ["MASKMOE_LINES"], line)

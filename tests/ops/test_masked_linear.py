@@ -178,7 +178,7 @@ def test_only_asked_for_gradients_are_given(layout, runner, activation, seed):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is no interpreter here")
-@settings(max_examples=settings().max_examples // 15)
+@settings(max_examples=max(1, settings().max_examples // 15))
 @given(strategies.layouts(), activations, dtypes, st.booleans(), seeds)
 def test_interpreted_kernels_are_blind(layout, activation, dtype, bias, seed):
     """As the next one; it fills in five values for every kind of unit, which takes long here."""

@@ -143,6 +143,7 @@ class _Recorder:
 
     def _keep(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
+        options.pop("maxnreg", None)
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
         signature, constants, aligned = {}, {}, []
         for k, name in enumerate(self.kernel.arg_names):

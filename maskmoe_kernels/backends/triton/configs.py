@@ -33,6 +33,7 @@ class Config:
         parts: Tiles that a program walks one after another, at most.
         warps: Warps of a program.
         stages: Chunks in flight.
+        apart: Of grad_W: does grad_x have a launch of its own?
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Config:
     parts: int
     warps: int
     stages: int
+    apart: bool = False
 
 
 def candidates(
@@ -147,6 +149,22 @@ def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precisi
     if dtype == torch.float32 and precision == "ieee":
         most = 32
     return max(tiles.depth, min(most, _power(max(layout.row_fan_in, default=1))))
+
+
+def registers(sums: int, warps: int, dtype: torch.dtype, turned: bool = False) -> int:
+    """Registers a thread of a kernel that can repair: what its own loop takes, and no more.
+
+    The compiler would take what the repair does, twice as many, and half of the programs would be
+    at work; so the repair parks some of its values in memory, which costs nothing until it runs.
+
+    Args:
+        sums: Float32 sums of a program.
+        warps: Of a program.
+        dtype: Of the factors; wide ones take more.
+        turned: Is it the backward, which also forms the gradient before the activation?
+    """
+    own = 64 + 16 * turned + 48 * (dtype.itemsize > 2)
+    return min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
 
 
 def slabs(rows: int, items: int, sums: int, processors: int) -> int:

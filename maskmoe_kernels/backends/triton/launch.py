@@ -7,7 +7,7 @@ small batches meet long row blocks, float32 partial sums of those rows' outputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -16,7 +16,13 @@ from torch import Tensor
 from maskmoe_kernels.backends import grouped
 from maskmoe_kernels.backends.activations import NEEDS_INPUT, grad_before
 from maskmoe_kernels.backends.triton import INTERPRETED, kernels, tune
-from maskmoe_kernels.backends.triton.configs import Config, gradient_options, item_features, slabs
+from maskmoe_kernels.backends.triton.configs import (
+    Config,
+    gradient_options,
+    item_features,
+    registers,
+    slabs,
+)
 from maskmoe_kernels.backends.triton.device import on, processors
 from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.backends.triton.products import Pair, Product, products_of
@@ -130,6 +136,9 @@ class _Forward:
             PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             PRECISION=precision_of(self.x.dtype), num_warps=config.warps, num_stages=config.stages,
+            maxnreg=registers(config.rows * t.lanes, config.warps, self.x.dtype)
+            if t.shared
+            else None,
         )  # fmt: skip
         if t.num_slots:
             kernels.finish[(triton.cdiv(rows, 16), t.splits.shape[0])](
@@ -156,6 +165,10 @@ class _Backward:
         return gradient_options(of_weight, of_x, self.x.dtype)
 
     def run(self, config: tuple[Config, Config]) -> None:
+        if config[0].apart and self.grad_w and self.grad_x.numel():
+            replace(self, grad_x=self.grad_x.new_empty(0)).run(config)
+            replace(self, grad_w=None).run(config)
+            return
         w, of_x = config
         device, rows = self.x.device, self.x.shape[0]
         precision = precision_of(self.x.dtype)
@@ -178,8 +191,10 @@ class _Backward:
         # Shared tiles, and derivatives with exponentials, take registers: shorter steps; and the
         # derivative of 128 rows, more warps.
         step = max(16, w.rows // (2 if t.shared or self.activation in NEEDS_INPUT else 1))
-        many = features * t.lanes >= 8192 or of_x.rows >= 128
+        many = (num_items > 0 and features * t.lanes >= 8192) or (parts > 0 and of_x.rows >= 128)
         of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
+        warps = 8 if many else of_x.warps
+        largest = max(features * t.lanes * (num_items > 0), of_x.rows * turned.lanes * (parts > 0))
         kernels.backward[(count * (num_items + of_rows),)](
             self.grad_y, self.saved, self.x, self.turned_weight, self.grad_x, *sums,
             items, t.tiles, t.units, t.features, t.bases, t.strides,
@@ -192,7 +207,11 @@ class _Backward:
             XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
             XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
             XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
-            num_warps=8 if many else of_x.warps, num_stages=w.stages,
+            OF_W=num_items > 0, OF_X=parts > 0,
+            num_warps=warps, num_stages=w.stages,
+            maxnreg=registers(largest, warps, self.x.dtype, True)
+            if parts and turned.shared
+            else None,
         )  # fmt: skip
         if count > 1:
             kernels.total[(triton.cdiv(entries, _TOTAL),)](

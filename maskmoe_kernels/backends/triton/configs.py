@@ -34,6 +34,8 @@ class Config:
         warps: Warps of a program.
         stages: Chunks in flight.
         apart: Of grad_W: does grad_x have a launch of its own?
+        formed: Of grad_W: is the gradient before the activation formed once, beforehand?
+        features: Of grad_W: features of an item, as :func:`item_features` says where it is 0.
     """
 
     rows: int
@@ -43,6 +45,8 @@ class Config:
     warps: int
     stages: int
     apart: bool = False
+    formed: bool = False
+    features: int = 0
 
 
 def candidates(
@@ -129,16 +133,23 @@ def _depth(layout: BlockLayout, lanes: int, dtype: torch.dtype) -> int:
 def gradient_options(
     of_weight: list[Config], of_x: list[Config], dtype: torch.dtype
 ) -> list[tuple[Config, Config]]:
-    """At most four ways to take both gradients in one launch: grad_W's cut and grad_x's.
+    """At most seven ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
 
     ``rows`` of the first are those of a step through the batch.
     """
     step = 16 if of_weight[0].stages == 1 else 64 if dtype.itemsize == 2 else 32
+    of_weight = [replace(w, rows=step, parts=1) for w in of_weight]
     pairs = [
         (of_weight[min(k, len(of_weight) - 1)], of_x[min(k, len(of_x) - 1)])
-        for k in range(max(len(of_weight), len(of_x)))
+        for k in range(min(4, max(len(of_weight), len(of_x))))
     ]
-    return list(dict.fromkeys((replace(w, rows=step, parts=1), x) for w, x in pairs))
+    if dtype.itemsize == 2:
+        lanes = list(dict.fromkeys((w.lanes, w.depth) for w in of_weight))
+        for k, (width, depth) in enumerate(lanes[:2]):
+            once = replace(of_weight[0], lanes=width, depth=depth, formed=True, features=128)
+            pairs.append((replace(once, apart=True), of_x[min(k, len(of_x) - 1)]))
+        pairs.append((replace(of_weight[0], formed=True, features=128), of_x[0]))
+    return list(dict.fromkeys(pairs))
 
 
 def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precision: str) -> int:

@@ -9,6 +9,7 @@ import torch
 
 # The interpreter runs one program at a time.
 _PROCESSORS = 1
+_HERE: AbstractContextManager[object] = nullcontext()
 
 
 @cache
@@ -26,4 +27,6 @@ def is_capturing() -> bool:
 
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to ``device`` inside this context."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)

@@ -3,7 +3,7 @@
 ::
 
     forward   y[r, u] = act(b[u] + sum over chunks of x[r, features] W[features, u])
-    backward  grad_z  = grad_y * act'(saved), formed wherever it is read, never stored
+    backward  grad_z  = grad_y * act'(saved), formed wherever it is read, or once by ``form``
               grad_x  = the same product over the turned layout: routed blocks only
               grad_W[f, u] = sum over rows of x[r, f] grad_z[r, u], in slabs of rows
     total     sums the slabs in their order; finish sums the parts of split tiles in theirs
@@ -225,9 +225,10 @@ def _repair(
             features, bases, strides, IN_ACT, M, N, K, W, True, FEATURE_GRAIN, 1, PRECISION,
             "select",
         )  # fmt: skip
+        mask = dirty & ((tl.abs(some) < float("inf")) == 0)
         _put(
-            some, rows, dirty & ((tl.abs(some) < float("inf")) == 0), unit, few, slot, num_rows, bias,
-            y, z, partial, out_features, ACT, BIAS, KEEP, SPLIT, N,
+            some, rows, mask, unit, few, slot, num_rows, bias, y, z, partial,
+            out_features, ACT, BIAS, KEEP, SPLIT, N,
         )  # fmt: skip
 
 
@@ -301,7 +302,7 @@ def _grad_weight(
     unit = tl.load(units + tile * N + lane)
     unit = tl.max_contiguous(tl.multiple_of(unit, UNIT_GRAIN), UNIT_GRAIN)
     acc = tl.zeros((F, N), tl.float32)
-    bias = tl.zeros((N,), tl.float32)
+    bias = tl.zeros((R, N), tl.float32)  # summed over its rows at the end, across threads
     for row in range(first_row, last_row, R):
         rows = row + tl.arange(0, R).to(tl.int64)
         row_mask = rows < last_row
@@ -310,7 +311,7 @@ def _grad_weight(
         acc = _dot(tl.trans(a), b, acc, PRECISION)
         if BIAS:
             if is_first == 1:
-                bias += tl.sum(b.to(tl.float32), 0)
+                bias += b.to(tl.float32)
     weight_sums += slab.to(tl.int64) * num_weights
     if SHARED:
         at_chunk = bases + (entry // K)[:, None] * N + lane[None, :]
@@ -330,7 +331,17 @@ def _grad_weight(
     if BIAS:
         if is_first == 1:
             bias_sums += slab.to(tl.int64) * out_features
-            tl.store(bias_sums + unit, bias.to(bias_sums.dtype.element_ty), mask=unit >= 0)
+            total = tl.sum(bias, 0).to(bias_sums.dtype.element_ty)
+            tl.store(bias_sums + unit, total, mask=unit >= 0)
+
+
+@triton.jit
+def form(grad_y, saved, grad_z, size, ACT: tl.constexpr, SIZE: tl.constexpr):
+    """grad_z, once for all who read it."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    grad = tl.load(grad_y + at, mask=at < size, other=0.0).to(tl.float32)
+    kept = tl.load(saved + at, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(grad_z + at, grad_before(grad, kept, ACT).to(grad_z.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

@@ -1,13 +1,15 @@
 """Launches: which tables, which configuration, how much workspace; then the kernels.
 
 Workspace beside the outputs, from torch's allocator: the routed weights once more (turned, for
-grad_x); float32 partial sums of grad_W and grad_b, at most ``configs.WORKSPACE`` bytes; and where
-small batches meet long row blocks, float32 partial sums of those rows' outputs.
+grad_x); grad_z, where it is formed first; float32 partial sums of grad_W and grad_b, at most
+``configs.WORKSPACE`` bytes; and where small batches meet long row blocks, float32 partial sums of
+those rows' outputs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -24,14 +26,18 @@ from maskmoe_kernels.backends.triton.configs import (
     slabs,
 )
 from maskmoe_kernels.backends.triton.device import on, processors
+from maskmoe_kernels.backends.triton.launcher import Launch
 from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.backends.triton.products import Pair, Product, products_of
 from maskmoe_kernels.layout.blocks import BlockLayout
 
+_C = TypeVar("_C")
 #: torch's float32_matmul_precision to that of a float32 product here.
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 # Entries of grad_W that a program of ``total`` sums.
 _TOTAL = 1024
+# Entries of grad_z that a program of ``form`` forms.
+_FORMED = 4096
 
 
 def forward(
@@ -43,17 +49,33 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
-    if x.dtype not in DTYPES or not products_of(layout).fits:
+    pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
         return grouped.forward(x, weight, bias, layout, activation, keep)
-    y = x.new_empty(*x.shape[:-1], layout.out_features)
-    z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else x.new_empty(0)
-    if y.numel():
-        bias = None if bias is None else bias.contiguous()
-        product = products_of(layout).forward
-        job = _Forward(product, _matrix(x), weight.contiguous(), bias, y, z, activation)
-        with on(x.device):
-            precision = precision_of(x.dtype)
-            job.run(tune.choose("forward", layout, job.x, precision, job.options, job.run))
+    y = x.new_empty((*x.shape[:-1], layout.out_features))
+    keep = keep and activation in NEEDS_INPUT
+    z = torch.empty_like(y) if keep else x.new_empty(0)
+    if not y.numel():
+        return y, z
+    rows = _matrix(x)
+    if bias is not None:
+        bias = bias.contiguous()
+    given = (rows, weight.contiguous(), bias, y, z)
+    precision = precision_of(x.dtype)
+    case = (activation, bias is None, keep, precision, *_place(rows))
+    with on(x.device):
+        job: Any = pair.jobs.get(case)
+        if job is None:
+
+            def made(config: Config) -> _Forward:
+                return _Forward(pair.forward, config, given, activation, precision)
+
+            job = _chosen(
+                "forward", layout, rows, precision,
+                lambda: pair.forward.options(rows, precision), made, given,
+            )  # fmt: skip
+            pair.keep(case, job)
+        job(*given)
     return y, z
 
 
@@ -67,27 +89,39 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x over routed blocks, grad_weight over present blocks, grad_bias; empty if unneeded."""
-    if x.dtype not in DTYPES or not products_of(layout).fits:
-        return grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
     pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
+        return grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
     need_x, need_weight, need_bias = needs
     grad_x = x.new_empty(x.shape if need_x else 0)
     grad_weight = x.new_empty(layout.num_weights if need_weight else 0)
     grad_bias = x.new_empty(layout.out_features if need_bias else 0)
-    rows, given = _matrix(x), _matrix(grad_y).contiguous()
-    kept = given if activation == "none" else _matrix(saved).contiguous()
+    rows, grads = _matrix(x), _matrix(grad_y).contiguous()
+    kept = grads if activation == "none" else _matrix(saved).contiguous()
     if not rows.shape[0]:
         return grad_x, grad_weight.zero_(), grad_bias.zero_()
     if need_bias and not need_weight:  # there is no product to sum it beside
-        grad_bias = grad_before(given, kept, activation).sum(0)
-    if need_x or need_weight:
-        turned = pair.turn(weight) if need_x else weight
-        sums = (grad_weight, grad_bias) if need_weight else None
-        job = _Backward(pair, rows, given, kept, turned, grad_x, sums, activation)
-        with on(x.device):
+        grad_bias = grad_before(grads, kept, activation).sum(0)
+    if not need_x and not need_weight:
+        return grad_x, grad_weight, grad_bias
+    given = (grads, kept, rows, weight, grad_x, grad_weight, grad_bias)
+    precision = precision_of(x.dtype)
+    case = (activation, needs, precision, *_place(rows))
+    with on(x.device):
+        job: Any = pair.jobs.get(case)
+        if job is None:
+
+            def made(config: tuple[Config, Config]) -> _Backward:
+                return _Backward(pair, config, given, activation, needs, precision)
+
+            def options() -> list[tuple[Config, Config]]:
+                of_weight = pair.forward.options(rows, precision, gradient=True)
+                return gradient_options(of_weight, pair.turned.options(grads, precision), x.dtype)
+
             kind = f"backward of {'x' * need_x}{'w' * need_weight}"
-            precision = precision_of(x.dtype)
-            job.run(tune.choose(kind, layout, rows, precision, job.options, job.run))
+            job = _chosen(kind, layout, rows, precision, options, made, given)
+            pair.keep(case, job)
+        job(*given)
     return grad_x, grad_weight, grad_bias
 
 
@@ -100,124 +134,185 @@ def precision_of(dtype: torch.dtype) -> str:
 
 def _matrix(t: Tensor) -> Tensor:
     """``(rows, features)`` with neighbouring features; rows may have any stride."""
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 and t.stride(0) >= 0 else t.contiguous()
+    if t.dim() != 2:
+        t = t.reshape(-1, t.shape[-1])
+    row, feature = t.stride()
+    return t if feature == 1 and row >= 0 else t.contiguous()
 
 
-@dataclass
+def _place(rows: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+    """What a launch reads of the input beside its address."""
+    return rows.shape[0], rows.stride(0), rows.dtype, rows.device
+
+
+def _chosen(
+    kind: str,
+    layout: BlockLayout,
+    rows: Tensor,
+    precision: str,
+    options: Callable[[], Sequence[_C]],
+    made: Callable[[_C], Callable[..., None]],
+    given: tuple[Tensor | None, ...],
+) -> Callable[..., None]:
+    """The job made for the configuration that ``tune`` chooses."""
+    jobs: dict[_C, Callable[..., None]] = {}
+
+    def job(config: _C) -> Callable[..., None]:
+        if config not in jobs:
+            jobs[config] = made(config)
+        return jobs[config]
+
+    chosen = tune.choose(kind, layout, rows, precision, options, lambda config: job(config)(*given))
+    return job(chosen)
+
+
 class _Forward:
-    product: Product
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    y: Tensor
-    z: Tensor
-    activation: str
+    """One kernel over all parts; where parts are of split tiles, another that adds them up."""
 
-    def options(self) -> list[Config]:
-        return self.product.options(self.x, precision_of(self.x.dtype))
-
-    def run(self, config: Config) -> None:
-        rows = self.x.shape[0]
+    def __init__(
+        self,
+        product: Product,
+        config: Config,
+        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+        activation: str,
+        precision: str,
+    ) -> None:
+        x, _, bias, y, z = given
+        rows, out, device = x.shape[0], y.shape[-1], x.device
         row_tiles = triton.cdiv(rows, config.rows)
-        t = self.product.tiles(config, self.x.device, row_tiles)
+        t = product.tiles(config, device, row_tiles)
         parts = t.parts.shape[0]
-        partial = self.x.new_empty(t.num_slots * rows * t.lanes, dtype=torch.float32)
-        out = self.y.shape[-1]
-        epilogue = {
-            "ACT": self.activation,
-            "BIAS": self.bias is not None,
-            "KEEP": self.z.numel() > 0,
-        }
-        kernels.forward[(row_tiles * triton.cdiv(parts, config.parts),)](
-            self.x, self.weight, self.bias, self.y, self.z, partial, t.parts, t.tiles, t.units,
-            t.features, t.bases, t.strides, rows, self.x.stride(0), out, parts,
+        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z.numel() > 0}
+        self._device = device.index
+        self._no_sums = x.new_empty(0, dtype=torch.float32)
+        self._sums = t.num_slots * rows * t.lanes
+        self._multiply = Launch(
+            kernels.forward, (row_tiles * triton.cdiv(parts, config.parts),),
+            t.parts, t.tiles, t.units, t.features, t.bases, t.strides,
+            rows, x.stride(0), out, parts,
             **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
             PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
-            PRECISION=precision_of(self.x.dtype), num_warps=config.warps, num_stages=config.stages,
-            maxnreg=registers(config.rows * t.lanes, config.warps, self.x.dtype)
-            if t.shared
-            else None,
+            PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=registers(config.rows * t.lanes, config.warps, x.dtype) if t.shared else None,
         )  # fmt: skip
-        if t.num_slots:
-            kernels.finish[(triton.cdiv(rows, 16), t.splits.shape[0])](
-                partial, self.bias, self.y, self.z, t.splits, t.units, rows, out,
-                **epilogue, M=16, N=t.lanes, UNIT_GRAIN=t.unit_grain,
-            )  # fmt: skip
+        self._finish = Launch(
+            kernels.finish, (triton.cdiv(rows, 16), t.splits.shape[0]),
+            t.splits, t.units, rows, out,
+            **epilogue, M=16, N=t.lanes, UNIT_GRAIN=t.unit_grain,
+        )  # fmt: skip
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor
+    ) -> None:
+        sums = self._no_sums
+        if self._sums:
+            sums = x.new_empty(self._sums, dtype=torch.float32)
+        self._multiply(self._device, x, weight, bias, y, z, sums)
+        if self._sums:
+            self._finish(self._device, sums, bias, y, z)
 
 
-@dataclass
 class _Backward:
-    pair: Pair
-    x: Tensor
-    grad_y: Tensor
-    saved: Tensor
-    turned_weight: Tensor
-    grad_x: Tensor
-    grad_w: tuple[Tensor, Tensor] | None  # of the weights, and of the bias or empty
-    activation: str
+    """One kernel for all gradients, or one for each; another adds slabs of rows up.
 
-    def options(self) -> list[tuple[Config, Config]]:
-        precision = precision_of(self.x.dtype)
-        of_weight = self.pair.forward.options(self.x, precision, gradient=True)
-        of_x = self.pair.turned.options(self.grad_y, precision)
-        return gradient_options(of_weight, of_x, self.x.dtype)
+    Before them, where the configuration says so, grad_z is formed once: into memory of its own.
+    """
 
-    def run(self, config: tuple[Config, Config]) -> None:
-        if config[0].apart and self.grad_w and self.grad_x.numel():
-            replace(self, grad_x=self.grad_x.new_empty(0)).run(config)
-            replace(self, grad_w=None).run(config)
-            return
+    def __init__(
+        self,
+        pair: Pair,
+        config: tuple[Config, Config],
+        given: tuple[Tensor, ...],
+        activation: str,
+        needs: tuple[bool, bool, bool],
+        precision: str,
+    ) -> None:
         w, of_x = config
-        device, rows = self.x.device, self.x.shape[0]
-        precision = precision_of(self.x.dtype)
-        layout = self.pair.forward.layout
-        t, turned = self.pair.forward.tiles(w, device), self.pair.turned.tiles(of_x, device)
-        features = item_features(layout, t, self.x.dtype, precision)
-        items = self.pair.forward.items(w, features, device)
-        num_items = items.shape[0] if self.grad_w else 0
-        parts = turned.parts.shape[0] if self.grad_x.numel() else 0
-        entries = layout.num_weights + layout.out_features
-        count = slabs(rows, num_items, entries, processors(device)) if num_items else 1
+        need_x, need_weight, need_bias = needs
+        grad_y, _, x, _, grad_x, *_ = given
+        need_x = need_x and grad_x.numel() > 0
+        layout, device, rows = pair.forward.layout, x.device, x.shape[0]
+        self._device = device.index
+        self._index = pair.index(device) if need_x else None
+        self._need_weight = need_weight
+        self._form = None
+        if w.formed and activation != "none":
+            size = grad_y.numel()
+            self._form = Launch(
+                kernels.form, (triton.cdiv(size, _FORMED),), size, ACT=activation, SIZE=_FORMED
+            )
+            activation = "none"
+        t, turned = pair.forward.tiles(w, device), pair.turned.tiles(of_x, device)
+        features = w.features or item_features(layout, t, x.dtype, precision)
+        items = pair.forward.items(w, features, device)
+        sums = layout.num_weights, layout.out_features
+        count = slabs(rows, len(items), sum(sums), processors(device)) if need_weight else 1
         slab_rows = rows if count == 1 else _up(triton.cdiv(rows, count), 128)
         count = triton.cdiv(rows, slab_rows)
-        outputs = self.grad_w or (self.grad_x, self.grad_x)
-        sums = outputs
-        if count > 1:
-            partial = self.x.new_empty(count * entries, dtype=torch.float32)
-            sums = partial.split([count * layout.num_weights, count * layout.out_features])
-        bias = outputs[1].numel() > 0 and self.grad_w is not None
-        # Shared tiles, and derivatives with exponentials, take registers: shorter steps; and the
-        # derivative of 128 rows, more warps.
-        step = max(16, w.rows // (2 if t.shared or self.activation in NEEDS_INPUT else 1))
-        many = (num_items > 0 and features * t.lanes >= 8192) or (parts > 0 and of_x.rows >= 128)
-        of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
-        warps = 8 if many else of_x.warps
-        largest = max(features * t.lanes * (num_items > 0), of_x.rows * turned.lanes * (parts > 0))
-        kernels.backward[(count * (num_items + of_rows),)](
-            self.grad_y, self.saved, self.x, self.turned_weight, self.grad_x, *sums,
-            items, t.tiles, t.units, t.features, t.bases, t.strides,
-            turned.parts, turned.tiles, turned.units, turned.features, turned.bases, turned.strides,
-            rows, slab_rows, self.x.stride(0), layout.in_features, layout.out_features,
-            layout.num_weights, num_items, parts,
-            ACT=self.activation, BIAS=bias, PRECISION=precision,
-            R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
-            FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
-            XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
-            XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
-            XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
-            OF_W=num_items > 0, OF_X=parts > 0,
-            num_warps=warps, num_stages=w.stages,
-            maxnreg=registers(largest, warps, self.x.dtype, True)
-            if parts and turned.shared
-            else None,
-        )  # fmt: skip
-        if count > 1:
-            kernels.total[(triton.cdiv(entries, _TOTAL),)](
-                *sums, *outputs, layout.num_weights, layout.out_features, count,
-                BIAS=bias, SIZE=_TOTAL,
+        self._sums = [count * entries for entries in sums] if count > 1 else []
+        bias = need_bias and need_weight
+        # Derivatives that are formed on the way take registers: shorter steps.
+        hungry = activation != "none" and (t.shared or activation in NEEDS_INPUT)
+        step = max(16, w.rows // (2 if hungry else 1))
+
+        def multiply(of_weight: bool, of_input: bool) -> Launch:
+            num_items = len(items) if of_weight else 0
+            parts = len(turned.parts) if of_input else 0
+            sums_of_w, sums_of_x = features * t.lanes, of_x.rows * turned.lanes
+            # The derivative of 128 rows takes more warps.
+            many = (of_weight and sums_of_w >= 8192) or (of_input and of_x.rows >= 128)
+            warps = 8 if many else of_x.warps
+            largest = max(sums_of_w * of_weight, sums_of_x * of_input)
+            of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
+            return Launch(
+                kernels.backward, (count * (num_items + of_rows),),
+                items, t.tiles, t.units, t.features, t.bases, t.strides,
+                turned.parts, turned.tiles, turned.units, turned.features, turned.bases,
+                turned.strides, rows, slab_rows, x.stride(0), layout.in_features,
+                layout.out_features, layout.num_weights, num_items, parts,
+                ACT=activation, BIAS=bias, PRECISION=precision,
+                R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
+                FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
+                XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
+                XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
+                XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
+                OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
+                maxnreg=(
+                    registers(largest, warps, x.dtype, True)
+                    if of_input and turned.shared
+                    else None
+                ),
             )  # fmt: skip
+
+        apart = w.apart and need_weight and need_x
+        kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
+        self._multiply = [multiply(*kind) for kind in kinds if any(kind)]
+        self._total = Launch(
+            kernels.total, (triton.cdiv(sum(sums), _TOTAL),), *sums, count, BIAS=bias, SIZE=_TOTAL
+        )
+
+    def __call__(
+        self, grad_y: Tensor, saved: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor,
+        grad_weight: Tensor, grad_bias: Tensor,
+    ) -> None:  # fmt: skip
+        turned = weight if self._index is None else weight.index_select(0, self._index)
+        if self._form is not None:
+            formed = torch.empty_like(grad_y)
+            self._form(self._device, grad_y, saved, formed)
+            grad_y = saved = formed
+        outputs = (grad_weight, grad_bias) if self._need_weight else (grad_x, grad_x)
+        sums = outputs
+        if self._sums:
+            of_weight, of_bias = self._sums
+            sums = (
+                x.new_empty(of_weight, dtype=torch.float32),
+                x.new_empty(of_bias, dtype=torch.float32),
+            )
+        for multiply in self._multiply:
+            multiply(self._device, grad_y, saved, x, turned, grad_x, *sums)
+        if self._sums:
+            self._total(self._device, *sums, *outputs)
 
 
 def _up(value: int, multiple: int) -> int:

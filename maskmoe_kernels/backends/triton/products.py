@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -25,6 +25,8 @@ _FEW = 1 << 18
 _MANY = 4096
 # Fewer chunks than this are not worth the sum over the parts of a split tile.
 _SHORT = 4
+# Calls of so many kinds are kept ready.
+_JOBS = 256
 
 
 class Product:
@@ -96,19 +98,25 @@ class Pair:
         forward: The layout's.
         turned: Of its routed blocks, rows and columns exchanged.
         fits: Whether tiles are worth their padding.
+        jobs: What was made ready for a call, by all that it depends on; ``launch`` fills it.
     """
 
     def __init__(self, layout: BlockLayout) -> None:
         self.forward = Product(layout)
         self._turned, self._index = transposed(layout)
         self.turned = Product(self._turned)
+        self.jobs: dict[Hashable, Callable[..., None]] = {}
         self.fits = layout.num_weights < 2**31 and all(map(_fits, (self.forward, self.turned)))
 
-    def turn(self, weight: Tensor) -> Tensor:
-        """The routed weights in the order of the turned layout."""
-        device = weight.device
-        index = self.turned._on(("index", device), lambda: self._index.to(device))
-        return weight.index_select(0, index)
+    def index(self, device: torch.device) -> Tensor:
+        """Where the weights of the turned layout stand among the layer's, on ``device``."""
+        return self.turned._on(("index", device), lambda: self._index.to(device))
+
+    def keep(self, case: Hashable, job: Callable[..., None]) -> None:
+        """Keep ``job`` for further calls of this kind; batches of ever new sizes fill no memory."""
+        if len(self.jobs) >= _JOBS:
+            self.jobs.clear()
+        self.jobs[case] = job
 
 
 _pairs: WeakKeyDictionary[BlockLayout, Pair] = WeakKeyDictionary()
@@ -120,6 +128,12 @@ def products_of(layout: BlockLayout) -> Pair:
     if pair is None:
         pair = _pairs[layout] = Pair(layout)
     return pair
+
+
+def forget_jobs() -> None:
+    """Make every job ready anew."""
+    for pair in _pairs.values():
+        pair.jobs.clear()
 
 
 def _fits(product: Product) -> bool:

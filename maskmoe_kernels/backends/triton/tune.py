@@ -26,6 +26,7 @@ from torch import Tensor
 
 from maskmoe_kernels.backends.triton import INTERPRETED
 from maskmoe_kernels.backends.triton.device import is_capturing
+from maskmoe_kernels.backends.triton.products import forget_jobs
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 _T = TypeVar("_T")
@@ -70,6 +71,7 @@ def choose(
 def forget() -> None:
     """Choose anew from now on; what is on disk stays."""
     _chosen.clear()
+    forget_jobs()
 
 
 def _may_measure() -> bool:

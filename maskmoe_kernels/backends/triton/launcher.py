@@ -1,0 +1,78 @@
+"""A launch that comes again: what Triton finds out about its arguments is found out once.
+
+Triton's own launch looks at every argument of every call: is a pointer aligned, is an integer one
+or divisible by 16. Where a job comes again, only the addresses of some tensors are new; which of
+them are aligned is then all that there is to find out.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import Any
+
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+# Versions whose launcher is known to take what is given to it here.
+_KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+
+
+class Launch:
+    """``kernel`` on ``grid``, with everything but its first arguments, which are tensors.
+
+    It belongs to one device, and to tensors of the same dtypes in every call; ``None`` stays
+    ``None``.
+
+    Args:
+        kernel: What Triton's ``jit`` made of a function.
+        grid: One to three sizes.
+        fixed: The arguments after the first tensors, as far as they are given by position.
+        options: The other arguments, and Triton's own.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *fixed: Any, **options: Any) -> None:
+        self._kernel, self._grid, self._fixed, self._options = kernel, grid, fixed, options
+        self._sizes = (*grid, 1, 1)[:3]
+        # What the launcher wants after the addresses, and what Triton compiled, by alignment.
+        self._rest: tuple[Any, ...] = ()
+        self._compiled: dict[tuple[bool, ...], CompiledKernel] = {}
+
+    def __call__(self, device: int | None, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of ``device``, which is the current one."""
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        aligned: tuple[bool, ...] = ()  # all of them
+        if reduce(or_, addresses) & 15:
+            aligned = tuple([address & 15 == 0 for address in addresses])
+        compiled = self._compiled.get(aligned)
+        if compiled is None or _watched(self._kernel):
+            self._ordinary(aligned, tensors)
+            return
+        compiled.run(
+            *self._sizes, driver.active.get_current_stream(device), compiled.function,
+            compiled.packed_metadata, None, None, None, *addresses, *self._rest,
+        )  # fmt: skip
+
+    def _ordinary(self, aligned: tuple[bool, ...], tensors: tuple[Tensor | None, ...]) -> None:
+        compiled = self._kernel[self._grid](*tensors, *self._fixed, **self._options)
+        if _KNOWN and isinstance(compiled, CompiledKernel) and not _watched(self._kernel):
+            names = self._kernel.arg_names[len(tensors) + len(self._fixed) :]
+            rest = (*self._fixed, *(self._options[name] for name in names))
+            self._rest = tuple(v.data_ptr() if isinstance(v, Tensor) else v for v in rest)
+            self._compiled[aligned] = compiled
+
+
+def _watched(kernel: Any) -> bool:
+    """Does anything look at launches, or change what is compiled for them?"""
+    runtime = knobs.runtime
+    return bool(
+        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or kernel.pre_run_hooks
+        or runtime.debug
+        or runtime.add_stages_inspection_hook
+        or knobs.compilation.instrumentation_mode
+    )

@@ -165,7 +165,7 @@ def test_what_tiles_would_only_pad_goes_to_pytorch():
 def test_at_most_four_different_candidates(layout, rows, dtype, precision):
     product = products.Product(layout)
     options = candidates(product.cut, layout, rows, dtype, precision, 132)
-    assert 1 <= len(options) == len(set(options)) <= 4
+    assert 1 <= len(options) == len(set(options)) <= 7
     for c in options:
         assert c.lanes in (16, 32, 64, 128)
         assert c.rows in (16, 32, 64, 128)
@@ -183,6 +183,9 @@ WAYS = {
     "all parts in a program": Config(16, 16, 16, ALL, 4, 1),
     "wide": Config(16, 64, 32, 1, 4, 3),
     "two parts in a program": Config(32, 32, 16, 2, 4, 3),
+    "gradients apart": Config(16, 32, 16, 1, 4, 3, apart=True),
+    "formed once": Config(32, 32, 16, 1, 4, 3, formed=True, features=32),
+    "formed once and apart": Config(16, 16, 32, 1, 4, 3, apart=True, formed=True, features=64),
 }
 
 
@@ -222,6 +225,56 @@ def _forced(options, way):
     one = options()[0]
     config = WAYS[way]
     return (replace(config, parts=1), config) if isinstance(one, tuple) else config
+
+
+def bits(t):
+    return t.contiguous().view(torch.int32)
+
+
+@runnable
+@pytest.mark.parametrize("way", ["tall", "wide", "gradients apart", "formed once"])
+@pytest.mark.parametrize("few", [False, True], ids=["whole tiles", "split tiles"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
+    """In shared tiles: who sees them has what the definition says; nobody else's bits change."""
+    monkeypatch.setattr(tune, "choose", lambda kind, a, b, c, options, run: _forced(options, way))
+    if few:
+        for module in (launch, products):
+            monkeypatch.setattr(module, "processors", lambda device: 400)
+        monkeypatch.setattr(products, "_SHORT", 1)
+    family = mk.SubsetFamily.powerset({"a": 1, "b": 1, "c": 1})
+    layout = family.hidden_layout([7, 5, 8, 6, 5, 8, 3], [7, 4, 8, 6, 5, 8, 3])
+    products._pairs.pop(layout, None)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, layout.in_features), (layout.num_weights,), (layout.out_features,)]
+    x, weight, bias = (torch.randn(s, generator=generator).to(DEVICE) for s in shapes)
+    weight[::7] = 0
+    row, column = torch.tensor([0, 3, 3, 39]), torch.tensor([2, 11, 30, 40])
+    dirty = x.clone()
+    dirty[row, column] = bad
+    clean, _ = launch.forward(x, weight, bias, layout, "none", False)
+    found, _ = launch.forward(dirty, weight, bias, layout, "none", False)
+    reach = torch.zeros(40, layout.out_features, dtype=torch.bool)
+    for r, c in zip(row.tolist(), column.tolist(), strict=True):
+        reach[r] |= layout.mask()[:, c]
+    reach = reach.to(DEVICE)
+    assert reach.any()
+    assert torch.equal(bits(found)[~reach], bits(clean)[~reach])
+    expected, _ = grouped.forward(dirty, weight, bias, layout, "none", False)
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert not found[reach].isfinite().any()
+    # The same of grad_x, whose lanes are features and whose features are units.
+    grad = torch.randn(40, layout.out_features, generator=generator).to(DEVICE)
+    dirty = grad.clone()
+    dirty[row, column] = bad
+    needs = (True, False, False)
+    of = (x, weight, clean, layout, "none", needs)
+    clean_grad, bad_grad = (launch.backward(g, *of)[0] for g in (grad, dirty))
+    theirs = grouped.backward(dirty, *of)[0]
+    torch.testing.assert_close(bad_grad, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
+    same = theirs.isfinite()
+    assert not same.all()
+    assert torch.equal(bits(bad_grad)[same], bits(clean_grad)[same])
 
 
 @runnable

@@ -1,4 +1,4 @@
-"""How work is cut for a chip: a short model proposes at most four ways, ``tune`` measures them."""
+"""How work is cut for a chip: a short model proposes a few ways, ``tune`` measures them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def candidates(
     processors: int,
     gradient: bool = False,
 ) -> list[Config]:
-    """At most four ways to compute ``layout``'s product over ``rows`` rows, the likeliest first.
+    """At most seven ways to compute ``layout``'s product over ``rows`` rows, the likeliest first.
 
     Tiles are as wide as the model below finds best; as high as leaves every processor two
     programs; and a program walks all tiles of its rows if those rows stay in its L1 cache.
@@ -79,7 +79,8 @@ def candidates(
         tiles = cut(lanes, depth)
         cost = _cost(tiles, layout, rows, dtype, precision, processors, gradient)
         found.append((cost, lanes, depth, tiles))
-    (_, lanes, depth, tiles), second, *_ = sorted(found, key=lambda entry: entry[:2])
+    found.sort(key=lambda entry: entry[:2])
+    _, lanes, depth, tiles = found[0]
     enough = 2 * processors
     high = next((m for m in (128, 64, 32) if rows / m * tiles.num_tiles >= enough), 16)
     # Registers: ragged features are loaded value by value; 3xTF32 splits every factor in two.
@@ -89,11 +90,15 @@ def candidates(
     parts = ALL if near and rows / high >= enough else 1
     first = _config(high, lanes, depth, parts, exact, precision)
     other_high = high // 2 if high >= 64 else high * 2
+    most = 3 if dtype.itemsize == 2 else 2
+    # Where row blocks share tiles, half-empty chunks may cost less than twice as many.
+    deeper = [(n, 2 * k) for _, n, k, t in found[: most - 1] if t.shared and k < 64]
     options = [
         first,
-        _config(high, second[1], second[2], parts, exact, precision),
+        *(_config(high, n, k, parts, exact, precision) for _, n, k, _ in found[1:most]),
         _config(other_high, lanes, depth, parts, exact, precision),
         replace(first, parts=1 if parts == ALL else ALL),
+        *(_config(high, n, k, parts, exact, precision) for n, k in deeper if most == 3),
     ]
     return list(dict.fromkeys(options))
 

@@ -110,12 +110,13 @@ class Launch:
     warps: int
     stages: int
     grid: int
+    registers: int | None = None  # at most, a thread
 
     @property
     def key(self) -> tuple[object, ...]:
         return (
             self.kernel.__name__, self.signature, self.constants, self.aligned, self.warps,
-            self.stages,
+            self.stages, self.registers,
         )  # fmt: skip
 
     def compile(self, architecture: int) -> Any:
@@ -128,7 +129,8 @@ class Launch:
         return triton.compile(
             source,
             target=GPUTarget("cuda", architecture, 32),
-            options={"num_warps": self.warps, "num_stages": self.stages},
+            options={"num_warps": self.warps, "num_stages": self.stages}
+            | ({} if self.registers is None else {"maxnreg": self.registers}),
         )
 
 
@@ -143,7 +145,7 @@ class _Recorder:
 
     def _keep(self, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
         warps, stages = options.pop("num_warps", 4), options.pop("num_stages", 3)
-        options.pop("maxnreg", None)
+        registers = options.pop("maxnreg", None)
         given = dict(zip(self.kernel.arg_names, args, strict=False)) | options
         signature, constants, aligned = {}, {}, []
         for k, name in enumerate(self.kernel.arg_names):
@@ -164,7 +166,7 @@ class _Recorder:
         self.launches.append(
             Launch(
                 self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(aligned),
-                warps, stages, programs,
+                warps, stages, programs, registers,
             )
         )  # fmt: skip
 

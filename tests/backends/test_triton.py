@@ -232,9 +232,10 @@ def bits(t):
 
 
 @runnable
-@pytest.mark.parametrize("way", ["tall", "wide", "gradients apart", "formed once"])
-@pytest.mark.parametrize("few", [False, True], ids=["whole tiles", "split tiles"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize(
+    ("way", "few"), [("tall", False), ("tall", True), ("gradients apart", True), ("wide", False)]
+)
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf], ids=str)
 def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
     """In shared tiles: who sees them has what the definition says; nobody else's bits change."""
     monkeypatch.setattr(tune, "choose", lambda kind, a, b, c, options, run: _forced(options, way))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import command, results
+from bench import command, network_training, results
 from bench.arguments import parse
 from bench.contender import Unavailable
 from bench.roofs import Roofs, measure_roofs
@@ -177,7 +177,10 @@ def test_train_smoke(tmp_path: Path, console: Console) -> None:
     assert (tmp_path / "training.json").exists()
 
 
-def test_train_some_networks(tmp_path: Path, console: Console) -> None:
+def test_train_some_networks(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_training, "measure_roofs", lambda *_, **__: Roofs(100.0, 10.0))
     words = "train --model networks --networks toy spotify8 --dtypes bfloat16 --batch 32"
     words += " --rounds 1 --seconds 0 --no-compile --out"
     assert run([*words.split(), str(tmp_path)], console)[0] == 0

@@ -18,6 +18,7 @@ from bench.arguments import parse
 from bench.contender import Contender, Unavailable
 from bench.harness import measure
 from bench.limits import Settings
+from bench.lost import LOST, is_lost
 from bench.precision import products
 from bench.ratios import OURS
 from bench.roofs import Roofs, measure_roofs
@@ -27,8 +28,6 @@ from bench.table import print_result
 from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.files import claim
-
-LOST = 3  # the exit status where a fresh process can go on
 
 
 def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
@@ -166,17 +165,6 @@ def _measure_all(
         console.print(f"{k + 1} of {len(open_cases)} cases, {spent:.0f} s\n", highlight=False)
         if is_lost(settings.device):
             return True
-    return False
-
-
-def is_lost(device: str) -> bool:
-    """Does the GPU refuse further work of this process?"""
-    if torch.device(device).type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
     return False
 
 

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 
 from bench import results
-from bench.command import LOST
 from bench.gpu_log import append, read
 from bench.gpu_parts import PARTS, ROOT, Lab, Part, Task
 from bench.gpu_told import CUT_OFF, FAILED, PASSED, REFUSED, TAIL, bring, gathered, told
+from bench.lost import LOST
 
 #: Seconds between two refreshed archives.
 REFRESHED = 10.0
@@ -196,8 +196,10 @@ def _ended(one: Running, lab: Lab) -> tuple[str, bool]:
     for test in stopped:
         end = {"event": "test", "task": one.task.name, "test": test, "outcome": CUT_OFF}
         if not cut:
-            why = "took too long" if "Timeout (" in said else f"ended its process, status {status}"
-            end |= {"outcome": FAILED, "message": f"{said[-1500:]}\n{why}"}
+            at = said.rfind("Timeout (")  # the watch says where the test was
+            why = f"ended its process, status {status}" if at < 0 else "took too long"
+            last = said[-1500:] if at < 0 else said[at : at + 1500]
+            end |= {"outcome": FAILED, "message": f"{last}\n{why}"}
         append(lab.lines, end, lab.spare)
     lost = outcome == FAILED and (status == LOST or status < 0 or bool(stopped))
     return outcome, lost and one.tried + 1 < one.task.tries

@@ -16,8 +16,8 @@ import time
 import pytest
 import torch
 
-from bench.command import LOST, is_lost
 from bench.gpu_log import append, read
+from bench.lost import LOST, is_lost
 
 #: The process's own, from before pytest puts a file in its place.
 STDERR = os.dup(2)

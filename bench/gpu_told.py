@@ -16,7 +16,7 @@ PASSED, FAILED, CUT_OFF, REFUSED = "passed", "failed", "cut off", "refused"
 MOST_LINES, WIDTH = 100, 118
 MOST_RED, MOST_CUT = 40, 18
 #: Bytes of a file that is left out of the archive, and of a process's output in the json.
-LARGE, TAIL = 4 << 20, 4000
+LARGE, TAIL = 4 << 20, 12_000
 
 
 def gathered(outcomes: Mapping[str, str], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from bench.clock import HostClock, cache_bytes
-from bench.command import LOST, check_device, is_lost
+from bench.command import check_device
 from bench.gpu_log import append, read
+from bench.lost import LOST, is_lost
 from bench.precision import products
 from bench.shapes import DTYPES, FAMILIES, Case
 from maskmoe_kernels.backends.triton import launch, tune
@@ -200,7 +201,8 @@ def _best(label: str, records: Sequence[dict[str, Any]]) -> str:
 
 def parse_case(text: str) -> Case:
     """``ncf4:64:65536:bfloat16``."""
-    family, *numbers, dtype = text.split(":")
+    family, *numbers = text.split(":")
+    dtype = numbers.pop() if numbers else ""
     if (
         family not in FAMILIES
         or dtype not in DTYPES

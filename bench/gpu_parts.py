@@ -130,22 +130,25 @@ def prove(lab: Lab) -> list[Task]:
             *_sanitizer(lab),
         ]
     not_slow = ("-m", "not slow")
+    objectives = [f"tests/objectives/test_{name}.py" for name in ("gem", "selection", "triton")]
+    modules = [
+        "tests/nn/test_linear.py",
+        "tests/nn/test_checkpoints.py",
+        "tests/models/test_mlp.py",
+    ]
+    contract = [f"tests/ops/test_{name}.py" for name in ("masked_linear", "contract", "needs")]
     return [
         *_pytest(lab, "layers", CUDA_TESTS, "-k", "oracle or blind or waits", shards=3),
         *_pytest(lab, "networks", *NETWORK_TESTS, "-m", "cuda", shards=2),
-        *_pytest(lab, "contract", "tests/ops/test_masked_linear.py", *not_slow, shards=3),
-        *_pytest(lab, "objectives", "tests/objectives", *not_slow, shards=2),
+        # A new kernel or two for each layout that a test draws: it compiles for a minute.
+        *_pytest(lab, "contract", *contract, *not_slow, shards=3, MASKMOE_TEST_SECONDS="150"),
+        *_pytest(lab, "objectives", *objectives, *not_slow, shards=2),
         *_sanitizer(lab),
         *_pytest(lab, "graphs", CUDA_TESTS, "-k", "graph or streams or several", shards=2),
         *_pytest(lab, "offsets", CUDA_TESTS, "-k", "big_offsets"),
-        *_pytest(lab, "nn", "tests/nn", "tests/models/test_mlp.py", *not_slow),
-        *_pytest(lab, "ops", "tests/ops/test_contract.py", "tests/ops/test_needs.py", *not_slow),
+        *_pytest(lab, "modules", *modules, *not_slow),
         *_pytest(lab, "bits", CUDA_TESTS, "-k", "same_bits or seen"),
         *_first_contact(lab),
-        *_pytest(
-            lab, "experiments", "tests/experiments/test_train.py",
-            "tests/experiments/test_movielens.py", *not_slow,
-        ),
     ]  # fmt: skip
 
 
@@ -179,7 +182,7 @@ def nvidia(tool: str) -> str | None:
 
 
 def _first_contact(lab: Lab) -> list[Task]:
-    """Does what ``measure`` needs run at all? No time of these is kept."""
+    """Does what ``measure`` needs run at all, and an experiment? No time of these is kept."""
     out, on = f"{lab.work}/try", ["--device", lab.device]
     case = "--families ncf4 --widths 32 --batch 4096 --dtypes bfloat16 float32".split()
     return [
@@ -189,6 +192,8 @@ def _first_contact(lab: Lab) -> list[Task]:
                 "--out", out, seconds=0.9 * lab.seconds),
         _python("try overhead", "-m", "bench.overhead", *on, "--rounds", "2", "--calls", "2",
                 "--rows", "64", "--out", out, seconds=0.9 * lab.seconds),
+        _python("try toy", "-m", "maskmoe_kernels", "toy", "--epochs", "2", *on,
+                "--out", f"{out}/toy", seconds=0.9 * lab.seconds),
     ]  # fmt: skip
 
 

@@ -98,7 +98,7 @@ bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
 	@$(PY) -m bench.gpu_static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
 
-gpu-check: $(BUILT) ## Prove and measure on a GPU, in 9 minutes (ARGS='--part graphs', '--dry-run')
+gpu-check: $(BUILT) ## The GPU lab (ARGS='prove', 'measure', 'tune', '--dry-run')
 	@$(PY) -m bench.gpu_check $(ARGS)
 
 wheel: $(READY) ## Build the wheel into dist/ and check what it asks of Python and torch

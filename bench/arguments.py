@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import network_training, rivals, training
 from bench.shapes import DTYPES, FAMILIES
 
 
@@ -55,6 +56,13 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
     add("--widths", nargs="+", type=_positive, metavar="D", help="units an expert")
     add("--batch", nargs="+", type=_positive, metavar="B", help="rows")
     add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=sorted({kind.name for kind in rivals.GPU}),
+        metavar="NAME",
+        help="ours and these only: 'best dense' QuACK ..., as the tables call them",
+    )
     add("--rounds", type=_positive, metavar="N", help="least rounds a case")
     add("--budget", type=_seconds, metavar="S", help="seconds of rounds a case")
     add(
@@ -112,12 +120,28 @@ def _train_parser(program: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     models = ("movielens", "skip", "networks")
+    # fmt: off
     add("--model", choices=models, default=models[0], help="default: %(default)s")
     add(
         "--batch", nargs="+", type=_positive, metavar="B",
         help="samples (default: movielens 256 4096, skip 128, networks 4096 65536)",
-    )  # fmt: skip
+    )
     add("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
+    add(
+        "--seconds", type=_seconds, default=training.Plan.seconds, metavar="S",
+        help="of a sample (default: %(default)g)",
+    )
+    add(
+        "--networks", nargs="+", choices=network_training.NAMES, metavar="NAME",
+        default=network_training.NAMES,
+        help=f"of --model networks: {', '.join(network_training.NAMES)}",
+    )
+    add(
+        "--dtypes", nargs="+", choices=network_training.DTYPES, metavar="DTYPE",
+        default=tuple(network_training.DTYPES),
+        help=f"of --model networks, in this order: {', '.join(network_training.DTYPES)}",
+    )
+    # fmt: on
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--smoke", action="store_true", help="tiny: does it run?")
     return _with_common(parser)

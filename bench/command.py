@@ -13,21 +13,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import compare, network_training, pictures, results, training
+from bench import compare, network_training, pictures, results, rivals, training
 from bench.arguments import parse
-from bench.contender import Unavailable
+from bench.contender import Contender, Unavailable
 from bench.harness import measure
 from bench.limits import Settings
+from bench.lost import LOST, is_lost
 from bench.precision import products
+from bench.ratios import OURS
 from bench.roofs import Roofs, measure_roofs
-from bench.shapes import DTYPES, SUITES, Case
+from bench.shapes import DTYPES, SUITES, Case, Suite
 from bench.summary import print_summary, summarize
 from bench.table import print_result
 from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.files import claim
-
-LOST = 3  # the exit status where a fresh process can go on
 
 
 def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
@@ -72,14 +72,16 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
         memory=_memory(arguments),
         compile=arguments.compile,
         device=arguments.device,
+        slow=suite.slow,
     )
+    kinds = _contenders(arguments, suite)
     cases = suite.cases(arguments.families, arguments.widths, arguments.batch, arguments.dtypes)
     path = out / results.NAME
     here = results.machine(arguments.device)
     written = {"suite": name, **asdict(settings)}
     document = results.start(path, here, written, arguments.resume)
     within = math.inf if arguments.within is None else arguments.within
-    lost = _measure_all(cases, settings, document, path, within, console)
+    lost = _measure_all(cases, settings, kinds, document, path, within, console)
     missing = pictures.draw(document, out)
     print_summary(document["summary"], console)
     if name == "smoke":
@@ -96,6 +98,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     return 1 if document["summary"]["failed"] else 0
 
 
+def _contenders(arguments: argparse.Namespace, suite: Suite) -> list[type[Contender]]:
+    """Ours, and who is asked for; else all but those that the suite leaves out."""
+    there = rivals.contenders(arguments.device)
+    if arguments.contenders is None:
+        return [kind for kind in there if kind.name not in suite.without]
+    wanted = {OURS, *arguments.contenders}
+    return [kind for kind in there if kind.name in wanted]
+
+
 def _memory(arguments: argparse.Namespace) -> float:
     """Bytes that a contender may take: all of them are there at once."""
     if arguments.memory is not None:
@@ -108,6 +119,7 @@ def _memory(arguments: argparse.Namespace) -> float:
 def _measure_all(
     cases: Sequence[Case],
     settings: Settings,
+    kinds: Sequence[type[Contender]],
     document: dict[str, Any],
     path: Path,
     within: float,
@@ -137,7 +149,7 @@ def _measure_all(
             document["roofs"][case.dtype] = asdict(roofs)
         roofs = Roofs(**document["roofs"][case.dtype])
         try:
-            result = measure(case, settings, roofs.gflops)
+            result = measure(case, settings, roofs.gflops, kinds)
         except (Unavailable, MemoryError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             if is_lost(settings.device):
@@ -153,17 +165,6 @@ def _measure_all(
         console.print(f"{k + 1} of {len(open_cases)} cases, {spent:.0f} s\n", highlight=False)
         if is_lost(settings.device):
             return True
-    return False
-
-
-def is_lost(device: str) -> bool:
-    """Does the GPU refuse further work of this process?"""
-    if torch.device(device).type != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return True
     return False
 
 
@@ -199,12 +200,14 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
             batches=arguments.batch,
             rounds=arguments.rounds,
             compile=not arguments.no_compile,
+            seconds=arguments.seconds,
         )
     )
     out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
     with denormals_flushed():  # for all, as the experiments train
         if arguments.model == "networks":
-            network_training.run(plan, out, console, arguments.device)
+            chosen = (arguments.networks, arguments.dtypes)
+            network_training.run(plan, out, console, arguments.device, *chosen)
         else:
             training.run(plan, out, arguments.device, console, subject)
     return 0

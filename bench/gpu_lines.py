@@ -1,20 +1,26 @@
-"""A pytest plugin of the GPU lab (``-p bench.gpu_lines``): json lines for each test.
+"""A pytest plugin of the GPU lab (``-p bench.gpu_lines``): json lines for each test, and a watch.
 
-One as it begins, one as it ends, into ``MASKMOE_LINES``; ``MASKMOE_TASK`` names the process.
-``MASKMOE_SHARD=2/8`` takes every eighth test from the third on. What has begun in this task before
-is left out, so a process that a test has ended goes on after it.
+One line as a test begins, one as it ends, into ``MASKMOE_LINES`` (where that takes none, into
+``MASKMOE_SPARE``); ``MASKMOE_TASK`` names the process. ``MASKMOE_SHARD=2/8`` takes every eighth
+test from the third on. What has begun in this task before is left out, so a process that a test has
+ended goes on after it. A phase of a test that takes more than ``MASKMOE_TEST_SECONDS`` ends the
+process, whatever it waits for: the watch is C, and needs no interpreter lock.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import time
 
 import pytest
 import torch
 
-from bench.command import LOST, is_lost
 from bench.gpu_log import append, read
+from bench.lost import LOST, is_lost
+
+#: The process's own, from before pytest puts a file in its place.
+STDERR = os.dup(2)
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -25,9 +31,7 @@ def shard_of(text: str) -> tuple[int, int]:
 
 def begun(task: str) -> set[str]:
     """The tests that this task has begun already."""
-    if not os.path.exists(os.environ["MASKMOE_LINES"]):
-        return set()
-    lines = read(os.environ["MASKMOE_LINES"])
+    lines = read(os.environ["MASKMOE_LINES"], os.environ["MASKMOE_SPARE"])
     return {x["test"] for x in lines if x["event"] == "test begins" and x["task"] == task}
 
 
@@ -48,11 +52,27 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     _write("test begins", nodeid)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Set the watch; so do the next two."""
+    faulthandler.dump_traceback_later(
+        float(os.environ["MASKMOE_TEST_SECONDS"]), exit=True, file=STDERR
+    )
+
+
+pytest_runtest_call = pytest_runtest_teardown = pytest_runtest_setup
+
+
+def pytest_runtest_logfinish() -> None:
+    """Between tests nothing is watched."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """One line a test: of its call, or of the phase that kept it from being called."""
     if report.when != "call" and report.outcome == "passed":
         return
-    more = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
+    more: dict[str, object] = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
     if report.outcome == "failed":
         more["message"] = str(report.longrepr)[-1500:]
     elif report.outcome == "skipped" and isinstance(report.longrepr, tuple):
@@ -69,4 +89,4 @@ def _task() -> str:
 
 def _write(event: str, test: str, **more: object) -> None:
     line = {"event": event, "task": _task(), "test": test, "at": round(time.time(), 2), **more}
-    append(os.environ["MASKMOE_LINES"], line)
+    append(os.environ["MASKMOE_LINES"], line, os.environ["MASKMOE_SPARE"])

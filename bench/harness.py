@@ -38,7 +38,7 @@ SAMPLE = HostClock.least  # seconds of a sample
 LONGEST_AHEAD = 20e-3  # seconds of a call beyond which who ran before does not show
 MOST_CALLS = 1000  # in one sample
 MOST_ROUNDS = 100
-SLOW, FEW = 30, 2  # this many times slower than the best: this many samples
+FEW = 2  # samples of who is ``Settings.slow`` times slower than the best
 LONG_CALL = 1.0  # seconds beyond which the first call is warm-up enough
 HELD = 8e9  # bytes that graphs may hold which wait for their backward
 
@@ -50,6 +50,8 @@ class Runner:
     Attributes:
         mode: ``HOT``, ``COLD`` or ``GRAPH``.
         into: Where its report belongs.
+        times_slower: Than the best, in the warm-up.
+        slow: Beyond this it gets few samples.
     """
 
     contender: Contender
@@ -60,6 +62,7 @@ class Runner:
     first: float = 0.0
     estimate: float = 0.0
     times_slower: float = 0.0
+    slow: float = Settings.slow
     samples: list[float] = field(default_factory=list)
 
     def warm_up(self) -> None:
@@ -129,7 +132,7 @@ class Runner:
             "calls": self.calls,
             "first_us": 1e6 * self.first,
         }
-        if self.times_slower > SLOW:
+        if self.times_slower > self.slow:
             report["fewer"] = f"{self.times_slower:.0f}x slower than the best in the warm-up"
         return report
 
@@ -267,7 +270,7 @@ def _run_rounds(runners: list[Runner], settings: Settings, case: Case) -> None:
         same = [r for r in runners if (r.phase, r.mode) == kind]
         best = min((r.estimate for r in same if not r.contender.floor), default=float("inf"))
         for runner in same:
-            runner.times_slower = runner.estimate / best
+            runner.times_slower, runner.slow = runner.estimate / best, settings.slow
     order = random.Random(str(case))
     with _no_collection():
         end = time.perf_counter() + settings.budget
@@ -275,7 +278,7 @@ def _run_rounds(runners: list[Runner], settings: Settings, case: Case) -> None:
             if done >= settings.rounds and time.perf_counter() > end:
                 break
             for runner in order.sample(runners, len(runners)):
-                if done < FEW or runner.times_slower <= SLOW:
+                if done < FEW or runner.times_slower <= runner.slow:
                     runner.samples.append(runner.sample())
 
 

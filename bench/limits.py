@@ -21,6 +21,7 @@ class Settings:
         memory: Bytes a contender may take, with what all share.
         compile: Whether to measure the compiled variants.
         device: Where.
+        slow: This many times slower than the best: two samples are enough.
     """
 
     rounds: int
@@ -29,6 +30,7 @@ class Settings:
     memory: float = 12e9
     compile: bool = False
     device: str = "cpu"
+    slow: float = 30.0
 
 
 def case_obstacle(problem: Problem, settings: Settings, gflops: float) -> str | None:

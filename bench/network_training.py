@@ -80,10 +80,11 @@ class Data:
     def __init__(
         self, features: int, batch: int, dtype: torch.dtype, device: str, steps: int = 4
     ) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(device).manual_seed(0)  # of the host, it takes seconds
+        drawn: dict[str, Any] = {"generator": generator, "device": device}
         self.batch = batch
-        self.x = torch.randn(steps * batch, features, generator=generator).to(device, dtype)
-        self.target = torch.randint(2, (steps * batch,), generator=generator).float().to(device)
+        self.x = torch.randn(steps * batch, features, **drawn).to(dtype)
+        self.target = torch.randint(2, (steps * batch,), **drawn).float()
 
     def step(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of step ``k``, over and over."""

@@ -70,8 +70,10 @@ class Problem:
     def make_sets(self, cache: int) -> None:
         """So many sets that between two calls on one of them twice ``cache`` bytes of x are read.
 
-        One is enough where x alone is as large, or where ``cache`` is 0.
+        One is enough where x alone does not fit, or where ``cache`` is 0.
         """
+        if self.x.nbytes >= cache:
+            return
         for _ in range(1, -(-2 * cache // max(self.x.nbytes, 1))):
             x = self._normal(self.batch, self.layout.in_features).requires_grad_()
             self.sets.append((x, self._normal(self.batch, self.layout.out_features)))

@@ -147,7 +147,12 @@ def _fastest(found: Iterable[Time]) -> Time | None:
 
 
 def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, between samples where they fall there."""
+    """Lower quartile, median and upper quartile, between samples where they fall there.
+
+    Of one sample, all three are that one.
+    """
+    if len(samples) == 1:
+        return samples[0], samples[0], samples[0]
     low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
     return low, median, high
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import command, results
+from bench import command, network_training, results
+from bench.arguments import parse
 from bench.contender import Unavailable
 from bench.roofs import Roofs, measure_roofs
-from bench.shapes import Case
+from bench.shapes import SUITES, Case
 from maskmoe_kernels.errors import BackendError, DataError
 from tests.bench.made import document, result
 
@@ -55,6 +56,36 @@ def test_a_run(tmp_path: Path, console: Console) -> None:
     assert written["summary"]["compared"] == 6
     assert "toy3 d=8 B=16 float32" in told
     assert "2 of 2 cases" in told
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        (["ours"], {"ours"}),
+        (["best dense", "floor copy"], {"ours", "best dense", "floor copy"}),
+    ],
+)
+def test_named_contenders_beside_ours(
+    wanted: list[str], expected: set[str], tmp_path: Path, console: Console
+) -> None:
+    words = [*TINY, str(tmp_path), "--rounds", "1", "--contenders", *wanted]
+    assert run(words, console)[0] == 0
+    for case in results.load(tmp_path / results.NAME)["results"]:
+        assert case["contenders"].keys() == expected
+        step = case["contenders"]["ours"]["phases"]["step"]
+        assert step["samples"] == 1
+        assert step["us"] == step["q25"] == step["q75"]
+
+
+def test_a_suite_leaves_contenders_out(tmp_path: Path, console: Console) -> None:
+    """Unless they are named."""
+    parsed = parse([*TINY, str(tmp_path), "--device", "cuda"], "bench")[1]
+    names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
+    assert {"ours", "QuACK", "floor gemm"} <= names
+    assert not names & {"ours, triton", "ours, grouped"}
+    parsed.contenders = ["ours, grouped"]
+    names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
+    assert names == {"ours", "ours, grouped"}
 
 
 def test_a_killed_run_loses_nothing_and_resumes(
@@ -146,6 +177,20 @@ def test_train_smoke(tmp_path: Path, console: Console) -> None:
     assert (tmp_path / "training.json").exists()
 
 
+def test_train_some_networks(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network_training, "measure_roofs", lambda *_, **__: Roofs(100.0, 10.0))
+    words = "train --model networks --networks toy spotify8 --dtypes bfloat16 --batch 32"
+    words += " --rounds 1 --seconds 0 --no-compile --out"
+    assert run([*words.split(), str(tmp_path)], console)[0] == 0
+    found = json.loads((tmp_path / "networks.json").read_text("utf-8"))["results"]
+    assert {(r["network"], r["dtype"], r["rounds"]) for r in found} == {
+        ("toy", "bfloat16", 1), ("spotify8", "bfloat16", 1),
+    }  # fmt: skip
+    assert all(r["steps_a_sample"] == 1 for r in found)
+
+
 @pytest.mark.parametrize("words", [[], ["train"]], ids=["run", "train"])
 def test_a_device_that_is_none(words: list[str], tmp_path: Path, console: Console) -> None:
     with pytest.raises(BackendError, match="--device cuda:99 cannot be used here"):
@@ -157,6 +202,7 @@ def test_a_device_that_is_none(words: list[str], tmp_path: Path, console: Consol
     [
         ("--suite huge", "invalid choice: 'huge'"),
         ("--families toy4", "invalid choice: 'toy4'"),
+        ("--contenders me", "invalid choice: 'me'"),
         ("--rounds 0", "expected a whole number from 1, got '0'"),
         ("--budget nan", "expected a number from 0, got 'nan'"),
         ("compare a.json", "required: SECOND"),

@@ -13,7 +13,7 @@ from rich.console import Console
 from bench import command, results
 from bench.arguments import parse
 from bench.clock import cache_bytes
-from bench.command import LOST
+from bench.lost import LOST
 from bench.overhead import ACTIVATION, Door, _check, doors, functions_of
 from bench.roofs import Roofs
 from bench.shapes import FAMILIES, Case

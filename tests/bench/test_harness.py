@@ -198,6 +198,9 @@ def test_slow_contenders_get_few_samples() -> None:
         assert found["slow"]["phases"][phase]["samples"] == FEW
         assert "x slower than the best" in found["slow"]["phases"][phase]["fewer"]
         assert "fewer" not in found["fast"]["phases"][phase]
+    patient = Settings(rounds=3, budget=0.0, longest=10.0, slow=1e9)
+    found = measure(CASE, patient, FAST, [fast, slow])["contenders"]
+    assert {found["slow"]["phases"][phase]["samples"] for phase in PHASES} == {3}
 
 
 def test_the_collector_works_again_afterwards() -> None:

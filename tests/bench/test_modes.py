@@ -124,8 +124,10 @@ def test_sets_pass_the_cache() -> None:
     assert sum(x.nbytes for x, _ in problem.sets[1:]) < 20_000
     assert len({x.data_ptr() for x, _ in problem.sets}) == len(problem.sets)
     large = Problem.of(CASE)
-    large.make_sets(large.x.nbytes // 2)
-    assert len(large.sets) == 1  # it does not fit by itself
+    large.make_sets(large.x.nbytes)
+    assert len(large.sets) == 1  # it does not fit beside anything
+    large.make_sets(large.x.nbytes + 1)
+    assert len(large.sets) == 3
 
 
 @pytest.mark.parametrize("phase", PHASES)
@@ -292,7 +294,11 @@ def test_suites_of_a_gpu() -> None:
     assert {case.dtype for case in whole} == {"float32", "tf32", "bfloat16", "float16"}
     quick = SUITES["gpu-quick"].cases()
     assert set(quick) <= whole
-    # The two that the project set itself a mark on come first.
-    assert [case.family for case in quick[:2]] == ["powerset6", "pairs22"]
+    # By priority: large batches in bfloat16, then few rows, then the other dtypes.
+    first, few = quick[:12], quick[12:14]
+    assert {(case.batch, case.dtype) for case in first} == {(65536, "bfloat16")}
+    assert {case.width for case in first} == {16, 32, 64, 128}
+    assert {(case.batch, case.dtype) for case in few} == {(256, "bfloat16")}
+    assert {case.dtype for case in quick[14:18]} == {"float32", "tf32"}
     for name in ("smoke", "quick", "full"):
         assert {case.dtype for case in SUITES[name].cases()} <= {"float32", "bfloat16"}

@@ -58,6 +58,7 @@ def test_a_phase_that_was_not_measured() -> None:
 def test_quartiles_of_samples_that_lie_askew() -> None:
     assert quartiles([100.0, 1.0, 8.0, 2.0, 4.0]) == (2, 4, 8)
     assert quartiles([10.0, 1.0, 4.0, 2.0]) == (1.75, 3, 5.5)
+    assert quartiles([7.0]) == (7, 7, 7)
 
 
 def test_geometric_mean() -> None:

@@ -40,34 +40,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
-    pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
-        return grouped.forward(x, weight, bias, layout, activation, keep)
-    y = x.new_empty((*x.shape[:-1], layout.out_features))
-    keep = keep and activation in NEEDS_INPUT
-    z = torch.empty_like(y) if keep else x.new_empty(0)
-    if not y.numel():
-        return y, z
-    rows = _matrix(x)
-    if bias is not None:
-        bias = bias.contiguous()
-    given = (rows, weight.contiguous(), bias, y, z)
-    precision = precision_of(x.dtype)
-    case = (activation, bias is None, keep, precision, *_place(rows))
-    with on(x.device):
-        job: Any = pair.jobs.get(case)
-        if job is None:
-
-            def made(config: Config) -> _Forward:
-                return _Forward(pair.forward, config, given, activation, precision)
-
-            job = _chosen(
-                "forward", layout, rows, precision,
-                lambda: pair.forward.options(rows, precision), made, given,
-            )  # fmt: skip
-            pair.keep(case, job)
-        job(*given)
-    return y, z
+    y, z = output(x, weight, bias, layout, activation, keep)
+    return y, x.new_empty(0) if z is None else z
 
 
 def backward(
@@ -80,20 +54,78 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x over routed blocks, grad_weight over present blocks, grad_bias; empty if unneeded."""
+    found = gradients(grad_y, x, weight, saved, layout, activation, needs)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in found)
+    return grad_x, grad_weight, grad_bias
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`forward`, with ``None`` for what is not kept."""
     pair = products_of(layout)
     if x.dtype not in DTYPES or not pair.fits:
-        return grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        return grouped.forward(x, weight, bias, layout, activation, keep)
+    y = x.new_empty((*x.shape[:-1], layout.out_features))
+    z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
+    if not y.numel():
+        return y, z
+    rows = _matrix(x)
+    if bias is not None:
+        bias = bias.contiguous()
+    given = (rows, weight.contiguous(), bias, y, z)
+    precision = precision_of(x.dtype)
+    case = (activation, bias is None, z is None, precision, *_place(rows))
+    with on(x.device):
+        job: Any = pair.jobs.get(case)
+        if job is None:
+
+            def options() -> list[Config]:
+                return pair.forward.options(rows, precision)
+
+            def made(config: Config) -> _Forward:
+                return _Forward(pair.forward, config, given, activation, precision)
+
+            job = _chosen("forward", layout, rows, precision, options, made, given)
+            pair.keep(case, job)
+        job(*given)
+    return y, z
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    layout: BlockLayout,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`backward`, with ``None`` for what is not needed."""
     need_x, need_weight, need_bias = needs
-    grad_x = x.new_empty(x.shape if need_x else 0)
-    grad_weight = x.new_empty(layout.num_weights if need_weight else 0)
-    grad_bias = x.new_empty(layout.out_features if need_bias else 0)
+    pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
+        found = grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        return (
+            found[0] if need_x else None,
+            found[1] if need_weight else None,
+            found[2] if need_bias else None,
+        )
     rows, grads = _matrix(x), _matrix(grad_y).contiguous()
     kept = grads if activation == "none" else _matrix(saved).contiguous()
-    if not rows.shape[0]:
-        return grad_x, grad_weight.zero_(), grad_bias.zero_()
-    if need_bias and not need_weight:  # there is no product to sum it beside
+    empty = not rows.shape[0]
+    new = x.new_zeros if empty else x.new_empty
+    grad_x = new(x.shape) if need_x else None
+    grad_weight = new(layout.num_weights) if need_weight else None
+    grad_bias = new(layout.out_features) if need_bias else None
+    if need_bias and not need_weight and not empty:  # there is no product to sum it beside
         grad_bias = grad_before(grads, kept, activation).sum(0)
-    if not need_x and not need_weight:
+    if empty or not (need_x or need_weight):
         return grad_x, grad_weight, grad_bias
     given = (grads, kept, rows, weight, grad_x, grad_weight, grad_bias)
     precision = precision_of(x.dtype)
@@ -102,12 +134,12 @@ def backward(
         job: Any = pair.jobs.get(case)
         if job is None:
 
-            def made(config: tuple[Config, Config]) -> _Backward:
-                return _Backward(pair, config, given, activation, needs, precision)
-
             def options() -> list[tuple[Config, Config]]:
                 of_weight = pair.forward.options(rows, precision, gradient=True)
                 return gradient_options(of_weight, pair.turned.options(grads, precision), x.dtype)
+
+            def made(config: tuple[Config, Config]) -> _Backward:
+                return _Backward(pair, config, rows, activation, needs, precision)
 
             kind = f"backward of {'x' * need_x}{'w' * need_weight}"
             job = _chosen(kind, layout, rows, precision, options, made, given)
@@ -164,7 +196,7 @@ class _Forward:
         self,
         product: Product,
         config: Config,
-        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
         activation: str,
         precision: str,
     ) -> None:
@@ -173,7 +205,7 @@ class _Forward:
         row_tiles = triton.cdiv(rows, config.rows)
         t = product.tiles(config, device, row_tiles)
         parts = t.parts.shape[0]
-        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z.numel() > 0}
+        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z is not None}
         self._device = device.index
         self._no_sums = x.new_empty(0, dtype=torch.float32)
         self._sums = t.num_slots * rows * t.lanes
@@ -193,8 +225,10 @@ class _Forward:
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None
     ) -> None:
+        if z is None:
+            z = y  # which is not written as such
         sums = self._no_sums
         if self._sums:
             sums = x.new_empty(self._sums, dtype=torch.float32)
@@ -210,20 +244,20 @@ class _Backward:
         self,
         pair: Pair,
         config: tuple[Config, Config],
-        given: tuple[Tensor, ...],
+        x: Tensor,
         activation: str,
         needs: tuple[bool, bool, bool],
         precision: str,
     ) -> None:
         w, of_x = config
         need_x, need_weight, need_bias = needs
-        x, layout = given[2], pair.forward.layout
+        layout = pair.forward.layout
         device, rows = x.device, x.shape[0]
         t, turned = pair.forward.tiles(w, device), pair.turned.tiles(of_x, device)
         features = item_features(layout, t, x.dtype, precision)
         items = pair.forward.items(w, features, device)
         num_items = items.shape[0] if need_weight else 0
-        parts = turned.parts.shape[0] if given[4].numel() else 0
+        parts = turned.parts.shape[0] if need_x else 0
         sums = layout.num_weights, layout.out_features
         count = slabs(rows, num_items, sum(sums), processors(device)) if num_items else 1
         slab_rows = rows if count == 1 else _up(triton.cdiv(rows, count), 128)
@@ -236,7 +270,7 @@ class _Backward:
         of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
         self._device = device.index
         self._index = pair.index(device) if need_x else None
-        self._need_weight = need_weight
+        self._nothing = x.new_empty(0)
         self._sums = [count * entries for entries in sums] if count > 1 else []
         self._multiply = Launch(
             kernels.backward, (count * (num_items + of_rows),),
@@ -257,21 +291,29 @@ class _Backward:
         )
 
     def __call__(
-        self, grad_y: Tensor, saved: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor,
-        grad_weight: Tensor, grad_bias: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        grad_y: Tensor,
+        saved: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_x: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> None:
         turned = weight if self._index is None else weight.index_select(0, self._index)
-        outputs = (grad_weight, grad_bias) if self._need_weight else (grad_x, grad_x)
-        sums = outputs
+        if grad_x is None:
+            grad_x = self._nothing
+        if grad_weight is None:
+            grad_weight = self._nothing
+        if grad_bias is None:
+            grad_bias = self._nothing
+        of_weight, of_bias = grad_weight, grad_bias
         if self._sums:
-            of_weight, of_bias = self._sums
-            sums = (
-                x.new_empty(of_weight, dtype=torch.float32),
-                x.new_empty(of_bias, dtype=torch.float32),
-            )
-        self._multiply(self._device, grad_y, saved, x, turned, grad_x, *sums)
+            of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
+            of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
+        self._multiply(self._device, grad_y, saved, x, turned, grad_x, of_weight, of_bias)
         if self._sums:
-            self._total(self._device, *sums, *outputs)
+            self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 
 
 def _up(value: int, multiple: int) -> int:

@@ -18,6 +18,13 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.autograd import BACKWARD, once
 from maskmoe_kernels.ops.checks import PLAIN
 
+# Looked up once: small layers feel it.
+_keys = torch._C._dispatch_keys
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_profiled = torch._C._autograd._profiler_enabled
+_traced = torch._C._get_tracing_state
+
 
 def unwatched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Would the op's kernel get just these tensors, and nobody notice that it was called?"""
@@ -25,12 +32,13 @@ def unwatched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         type(x) in PLAIN
         and type(weight) in PLAIN
         and type(bias) in PLAIN
-        and torch._C._dispatch_keys(x).raw_repr() in _dense(x.device)
-        and not (weight.is_neg() or (bias is not None and bias.is_neg()))
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch.autograd._profiler_enabled()
-        and torch._C._get_tracing_state() is None
+        and _keys(x).raw_repr() in _dense(x.device)
+        and not weight.is_neg()
+        and (bias is None or not bias.is_neg())
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _profiled()
+        and _traced() is None
     )
 
 
@@ -76,7 +84,8 @@ class DirectFunction(torch.autograd.Function):
         saved = grad_y if saved is None else saved  # which nobody reads
         graph = torch.is_grad_enabled()
         with torch.no_grad() if graph else nullcontext():
-            if unwatched(grad_y, x) and unwatched(saved, weight):
+            # A hook may have given other tensors back than were saved.
+            if unwatched(grad_y, weight) and type(x) in PLAIN and type(saved) in PLAIN:
                 grads = kernels.gradients(grad_y, x, weight, saved, layout, activation, needs)
             else:
                 found = BACKWARD[op](grad_y, x, weight, saved, plan, layout.id, activation, *needs)

@@ -86,9 +86,12 @@ def masked_linear(
     )
     if kernels is not None and unwatched(x, weight, bias):
         registered = layout._registered or layout
-        if graph:
-            return DIRECT(x, weight, bias, (kernels, registered, name, op, plan))
-        return kernels.output(x, weight, bias, registered, name, False)[0]
+        direct: Tensor = (
+            DIRECT(x, weight, bias, (kernels, registered, name, op, plan))
+            if graph
+            else kernels.output(x, weight, bias, registered, name, False)[0]
+        )
+        return direct
     if graph:
         apply: Any = MaskedLinearFunction.apply if compiling else APPLY
         y: Tensor = apply(x, weight, bias, (plan, layout.id, layout.out_features, name, op))

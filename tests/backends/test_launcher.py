@@ -72,6 +72,7 @@ def launched(monkeypatch):
     made = {name: Kernel(getattr(kernels, name), found) for name in names}
     monkeypatch.setattr(launch, "kernels", SimpleNamespace(**made))
     monkeypatch.setenv("MASKMOE_TUNE", "0")
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, it warns
     for module in (launch, products):
         monkeypatch.setattr(module, "processors", lambda device: 132)
     tune.forget()

@@ -18,7 +18,7 @@ from maskmoe_kernels.backends import grouped
 from maskmoe_kernels.backends.activations import NEEDS_INPUT, grad_before
 from maskmoe_kernels.backends.triton import INTERPRETED, kernels, tune
 from maskmoe_kernels.backends.triton.configs import Config, gradient_options, item_features, slabs
-from maskmoe_kernels.backends.triton.device import on, processors
+from maskmoe_kernels.backends.triton.device import is_current, on, processors
 from maskmoe_kernels.backends.triton.launcher import Launch
 from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.backends.triton.products import Pair, Product, products_of
@@ -75,23 +75,27 @@ def output(
     z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
     if not y.numel():
         return y, z
-    rows = _matrix(x)
+    x, rows, stride = _matrix(x, layout.in_features)
     if bias is not None:
         bias = bias.contiguous()
-    given = (rows, weight.contiguous(), bias, y, z)
+    given = (x, weight.contiguous(), bias, y, z)
     precision = precision_of(x.dtype)
-    case = (activation, bias is None, z is None, precision, *_place(rows))
+    case = (activation, bias is None, z is None, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return y, z
     with on(x.device):
-        job: Any = pair.jobs.get(case)
         if job is None:
+            matrix = x.reshape(rows, -1)
 
             def options() -> list[Config]:
-                return pair.forward.options(rows, precision)
+                return pair.forward.options(matrix, precision)
 
             def made(config: Config) -> _Forward:
-                return _Forward(pair.forward, config, given, activation, precision)
+                return _Forward(pair.forward, config, given, rows, stride, activation, precision)
 
-            job = _chosen("forward", layout, rows, precision, options, made, given)
+            job = _chosen("forward", layout, matrix, precision, options, made, given)
             pair.keep(case, job)
         job(*given)
     return y, z
@@ -116,33 +120,40 @@ def gradients(
             found[1] if need_weight else None,
             found[2] if need_bias else None,
         )
-    rows, grads = _matrix(x), _matrix(grad_y).contiguous()
-    kept = grads if activation == "none" else _matrix(saved).contiguous()
-    empty = not rows.shape[0]
+    empty = not x.numel()
     new = x.new_zeros if empty else x.new_empty
     grad_x = new(x.shape) if need_x else None
     grad_weight = new(layout.num_weights) if need_weight else None
     grad_bias = new(layout.out_features) if need_bias else None
-    if need_bias and not need_weight and not empty:  # there is no product to sum it beside
-        grad_bias = grad_before(grads, kept, activation).sum(0)
-    if empty or not (need_x or need_weight):
+    if empty:
         return grad_x, grad_weight, grad_bias
-    given = (grads, kept, rows, weight, grad_x, grad_weight, grad_bias)
+    grads = grad_y.contiguous()
+    kept = grads if activation == "none" else saved.contiguous()
+    if need_bias and not need_weight:  # there is no product to sum it beside
+        grad_bias = grad_before(grads, kept, activation).reshape(-1, layout.out_features).sum(0)
+    if not need_x and not need_weight:
+        return grad_x, grad_weight, grad_bias
+    matrix, rows, stride = _matrix(x, layout.in_features)
+    given = (grads, kept, matrix, weight, grad_x, grad_weight, grad_bias)
     precision = precision_of(x.dtype)
-    case = (activation, needs, precision, *_place(rows))
+    case = (activation, needs, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return grad_x, grad_weight, grad_bias
     with on(x.device):
-        job: Any = pair.jobs.get(case)
         if job is None:
+            matrix = matrix.reshape(rows, -1)
 
             def options() -> list[tuple[Config, Config]]:
-                of_weight = pair.forward.options(rows, precision, gradient=True)
-                return gradient_options(of_weight, pair.turned.options(grads, precision), x.dtype)
+                of_weight = pair.forward.options(matrix, precision, gradient=True)
+                return gradient_options(of_weight, pair.turned.options(matrix, precision), x.dtype)
 
             def made(config: tuple[Config, Config]) -> _Backward:
-                return _Backward(pair, config, rows, activation, needs, precision)
+                return _Backward(pair, config, matrix, stride, activation, needs, precision)
 
             kind = f"backward of {'x' * need_x}{'w' * need_weight}"
-            job = _chosen(kind, layout, rows, precision, options, made, given)
+            job = _chosen(kind, layout, matrix, precision, options, made, given)
             pair.keep(case, job)
         job(*given)
     return grad_x, grad_weight, grad_bias
@@ -155,17 +166,14 @@ def precision_of(dtype: torch.dtype) -> str:
     return "exact" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """``(rows, features)`` with neighbouring features; rows may have any stride."""
-    if t.dim() != 2:
-        t = t.reshape(-1, t.shape[-1])
-    row, feature = t.stride()
-    return t if feature == 1 and row >= 0 else t.contiguous()
-
-
-def _place(rows: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
-    """What a launch reads of the input beside its address."""
-    return rows.shape[0], rows.stride(0), rows.dtype, rows.device
+def _matrix(x: Tensor, features: int) -> tuple[Tensor, int, int]:
+    """Rows of neighbouring features: where they lie, how many, and from one to the next."""
+    if x.is_contiguous():
+        return x, x.numel() // features, features
+    x = x.reshape(-1, features)
+    if x.stride(1) != 1 or x.stride(0) < 0:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)
 
 
 def _chosen(
@@ -197,11 +205,13 @@ class _Forward:
         product: Product,
         config: Config,
         given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+        rows: int,
+        stride: int,
         activation: str,
         precision: str,
     ) -> None:
         x, _, bias, y, z = given
-        rows, out, device = x.shape[0], y.shape[-1], x.device
+        out, device = y.shape[-1], x.device
         row_tiles = triton.cdiv(rows, config.rows)
         t = product.tiles(config, device, row_tiles)
         parts = t.parts.shape[0]
@@ -212,7 +222,7 @@ class _Forward:
         self._multiply = Launch(
             kernels.forward, (row_tiles * triton.cdiv(parts, config.parts),),
             t.parts, t.tiles, t.units, t.features, t.bases, t.strides,
-            rows, x.stride(0), out, parts,
+            rows, stride, out, parts,
             **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
             PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
@@ -245,6 +255,7 @@ class _Backward:
         pair: Pair,
         config: tuple[Config, Config],
         x: Tensor,
+        stride: int,
         activation: str,
         needs: tuple[bool, bool, bool],
         precision: str,
@@ -276,7 +287,7 @@ class _Backward:
             kernels.backward, (count * (num_items + of_rows),),
             items, t.tiles, t.units, t.features, t.bases, t.strides,
             turned.parts, turned.tiles, turned.units, turned.features, turned.bases, turned.strides,
-            rows, slab_rows, x.stride(0), layout.in_features, layout.out_features,
+            rows, slab_rows, stride, layout.in_features, layout.out_features,
             layout.num_weights, num_items, parts,
             ACT=activation, BIAS=bias, PRECISION=precision,
             R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,

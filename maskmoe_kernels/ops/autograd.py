@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -57,19 +58,12 @@ class MaskedLinearFunction(torch.autograd.Function):
             grad_x, grad_weight, grad_bias = BACKWARD[op](
                 grad_y, x, weight, saved, plan, layout, activation, need_x, need_weight, need_bias
             )
-        grads: tuple[Tensor | None, ...] = (
+        grads = (
             grad_x if need_x else None,
             grad_weight if need_weight else None,
             grad_bias if need_bias else None,
-            None,
         )
-        if graph:
-            # create_graph=True: what was computed here depends on all of these, and must say so.
-            return tuple(
-                None if g is None else differentiable_once(g, _ONCE, grad_y, x, weight, bias)
-                for g in grads
-            )
-        return grads
+        return (*(once(grads, grad_y, x, weight, bias) if graph else grads), None)
 
 
 # Function.apply looks for torch.func's wrappers first, which small layers feel; the front end has
@@ -78,6 +72,11 @@ APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 
 _ONCE = "this backend cannot differentiate masked_linear twice; pass backend='reference', which can"
+
+
+def once(grads: Iterable[Tensor | None], *depends_on: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``grads`` under create_graph=True: they depend on all of these, and have to say so."""
+    return tuple(None if g is None else differentiable_once(g, _ONCE, *depends_on) for g in grads)
 
 
 def differentiable_once(grad: Tensor, refusal: str, *depends_on: Tensor | None) -> Tensor:

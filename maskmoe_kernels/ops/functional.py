@@ -25,6 +25,8 @@ from maskmoe_kernels.ops.autograd import (
     func_transforms,
 )
 from maskmoe_kernels.ops.checks import PLAIN, check_linear, refuse_sharded
+from maskmoe_kernels.ops.direct import DIRECT, unwatched
+from maskmoe_kernels.ops.registration import triton_kernels
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
@@ -69,7 +71,7 @@ def masked_linear(
     check_linear(x, weight, bias, layout)
     compiling = torch.compiler.is_compiling()
     route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
-    op, plan = route or _route(backend, x, layout, keep=not compiling)
+    op, plan, kernels = route or _route(backend, x, layout, keep=not compiling)
     if forward_mode():
         _refuse_forward_ad(x, weight, bias)
     if func_transforms():
@@ -79,9 +81,18 @@ def masked_linear(
         op = None
     if op is None:
         return reference.masked_linear(x, weight, bias, layout, name)
-    if torch.is_grad_enabled() and (
+    graph = torch.is_grad_enabled() and (
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    )
+    if kernels is not None and unwatched(x, weight, bias):
+        registered = layout._registered or layout
+        direct: Tensor = (
+            DIRECT(x, weight, bias, (kernels, registered, name, op, plan))
+            if graph
+            else kernels.output(x, weight, bias, registered, name, False)[0]
+        )
+        return direct
+    if graph:
         apply: Any = MaskedLinearFunction.apply if compiling else APPLY
         y: Tensor = apply(x, weight, bias, (plan, layout.id, layout.out_features, name, op))
         return y
@@ -93,14 +104,18 @@ def masked_linear(
 
 def _route(
     backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
-) -> tuple[str | None, Tensor]:
-    # The choice is the same for every call on a layout with these three; small layers feel what it
-    # costs.
+) -> tuple[str | None, Tensor, Any]:
+    """The op, the plan, and kernels that may also be called as such.
+
+    The choice is the same for every call on a layout with these three; small layers feel what it
+    costs.
+    """
     name = choose(backend, x, layout)
     op = OP_OF.get(name)
     if name == "triton" and not x.is_cuda:  # the interpreter
         op = "triton_linear"
-    route = op, plan_of(layout, x.device)
+    direct = keep and name == "triton"
+    route = op, plan_of(layout, x.device), triton_kernels() if direct else None
     if keep:
         if backend is None:
             warn_of_fallback(name, x, layout)

@@ -104,12 +104,15 @@ class _Implementation:
 
 
 def _triton(x: Tensor) -> Any:
-    return grouped if triton.obstacle(x.device) else _launch()
+    return grouped if triton.obstacle(x.device) else triton_kernels()
 
 
 @cache
-def _launch() -> Any:
-    # Importing Triton costs as much as importing torch does: on the first call, not before.
+def triton_kernels() -> Any:
+    """The Triton backend, which can run.
+
+    Importing Triton costs as much as importing torch does: on the first call, not before.
+    """
     return importlib.import_module("maskmoe_kernels.backends.triton.launch")
 
 

@@ -9,7 +9,6 @@ import torch
 
 # The interpreter runs one program at a time.
 _PROCESSORS = 1
-_HERE: AbstractContextManager[object] = nullcontext()
 
 
 @cache
@@ -25,8 +24,11 @@ def is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+def is_current(device: int) -> bool:
+    """Do launches go to the device with this index, -1 for the CPU, as it is?"""
+    return device < 0 or device == torch.cuda.current_device()
+
+
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Launches go to ``device`` inside this context."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(device)
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

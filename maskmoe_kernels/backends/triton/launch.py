@@ -25,7 +25,7 @@ from maskmoe_kernels.backends.triton.configs import (
     registers,
     slabs,
 )
-from maskmoe_kernels.backends.triton.device import on, processors
+from maskmoe_kernels.backends.triton.device import is_current, on, processors
 from maskmoe_kernels.backends.triton.launcher import Launch
 from maskmoe_kernels.backends.triton.limits import DTYPES
 from maskmoe_kernels.backends.triton.products import Pair, Product, products_of
@@ -49,34 +49,8 @@ def forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
-    pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
-        return grouped.forward(x, weight, bias, layout, activation, keep)
-    y = x.new_empty((*x.shape[:-1], layout.out_features))
-    keep = keep and activation in NEEDS_INPUT
-    z = torch.empty_like(y) if keep else x.new_empty(0)
-    if not y.numel():
-        return y, z
-    rows = _matrix(x)
-    if bias is not None:
-        bias = bias.contiguous()
-    given = (rows, weight.contiguous(), bias, y, z)
-    precision = precision_of(x.dtype)
-    case = (activation, bias is None, keep, precision, *_place(rows))
-    with on(x.device):
-        job: Any = pair.jobs.get(case)
-        if job is None:
-
-            def made(config: Config) -> _Forward:
-                return _Forward(pair.forward, config, given, activation, precision)
-
-            job = _chosen(
-                "forward", layout, rows, precision,
-                lambda: pair.forward.options(rows, precision), made, given,
-            )  # fmt: skip
-            pair.keep(case, job)
-        job(*given)
-    return y, z
+    y, z = output(x, weight, bias, layout, activation, keep)
+    return y, x.new_empty(0) if z is None else z
 
 
 def backward(
@@ -89,37 +63,106 @@ def backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_x over routed blocks, grad_weight over present blocks, grad_bias; empty if unneeded."""
+    found = gradients(grad_y, x, weight, saved, layout, activation, needs)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in found)
+    return grad_x, grad_weight, grad_bias
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`forward`, with ``None`` for what is not kept."""
     pair = products_of(layout)
     if x.dtype not in DTYPES or not pair.fits:
-        return grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        return grouped.forward(x, weight, bias, layout, activation, keep)
+    y = x.new_empty((*x.shape[:-1], layout.out_features))
+    z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
+    if not y.numel():
+        return y, z
+    x, rows, stride = _matrix(x, layout.in_features)
+    if bias is not None:
+        bias = bias.contiguous()
+    given = (x, weight.contiguous(), bias, y, z)
+    precision = precision_of(x.dtype)
+    case = (activation, bias is None, z is None, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return y, z
+    with on(x.device):
+        if job is None:
+            matrix = x.reshape(rows, -1)
+
+            def options() -> list[Config]:
+                return pair.forward.options(matrix, precision)
+
+            def made(config: Config) -> _Forward:
+                return _Forward(pair.forward, config, given, rows, stride, activation, precision)
+
+            job = _chosen("forward", layout, matrix, precision, options, made, given)
+            pair.keep(case, job)
+        job(*given)
+    return y, z
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    layout: BlockLayout,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`backward`, with ``None`` for what is not needed."""
     need_x, need_weight, need_bias = needs
-    grad_x = x.new_empty(x.shape if need_x else 0)
-    grad_weight = x.new_empty(layout.num_weights if need_weight else 0)
-    grad_bias = x.new_empty(layout.out_features if need_bias else 0)
-    rows, grads = _matrix(x), _matrix(grad_y).contiguous()
-    kept = grads if activation == "none" else _matrix(saved).contiguous()
-    if not rows.shape[0]:
-        return grad_x, grad_weight.zero_(), grad_bias.zero_()
+    pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
+        found = grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        return (
+            found[0] if need_x else None,
+            found[1] if need_weight else None,
+            found[2] if need_bias else None,
+        )
+    empty = not x.numel()
+    new = x.new_zeros if empty else x.new_empty
+    grad_x = new(x.shape) if need_x else None
+    grad_weight = new(layout.num_weights) if need_weight else None
+    grad_bias = new(layout.out_features) if need_bias else None
+    if empty:
+        return grad_x, grad_weight, grad_bias
+    grads = grad_y.contiguous()
+    kept = grads if activation == "none" else saved.contiguous()
     if need_bias and not need_weight:  # there is no product to sum it beside
-        grad_bias = grad_before(grads, kept, activation).sum(0)
+        grad_bias = grad_before(grads, kept, activation).reshape(-1, layout.out_features).sum(0)
     if not need_x and not need_weight:
         return grad_x, grad_weight, grad_bias
-    given = (grads, kept, rows, weight, grad_x, grad_weight, grad_bias)
+    matrix, rows, stride = _matrix(x, layout.in_features)
+    given = (grads, kept, matrix, weight, grad_x, grad_weight, grad_bias)
     precision = precision_of(x.dtype)
-    case = (activation, needs, precision, *_place(rows))
+    case = (activation, needs, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return grad_x, grad_weight, grad_bias
     with on(x.device):
-        job: Any = pair.jobs.get(case)
         if job is None:
-
-            def made(config: tuple[Config, Config]) -> _Backward:
-                return _Backward(pair, config, given, activation, needs, precision)
+            matrix = matrix.reshape(rows, -1)
 
             def options() -> list[tuple[Config, Config]]:
-                of_weight = pair.forward.options(rows, precision, gradient=True)
-                return gradient_options(of_weight, pair.turned.options(grads, precision), x.dtype)
+                of_weight = pair.forward.options(matrix, precision, gradient=True)
+                return gradient_options(of_weight, pair.turned.options(matrix, precision), x.dtype)
+
+            def made(config: tuple[Config, Config]) -> _Backward:
+                return _Backward(pair, config, matrix, stride, activation, needs, precision)
 
             kind = f"backward of {'x' * need_x}{'w' * need_weight}"
-            job = _chosen(kind, layout, rows, precision, options, made, given)
+            job = _chosen(kind, layout, matrix, precision, options, made, given)
             pair.keep(case, job)
         job(*given)
     return grad_x, grad_weight, grad_bias
@@ -132,17 +175,14 @@ def precision_of(dtype: torch.dtype) -> str:
     return "exact" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
 
 
-def _matrix(t: Tensor) -> Tensor:
-    """``(rows, features)`` with neighbouring features; rows may have any stride."""
-    if t.dim() != 2:
-        t = t.reshape(-1, t.shape[-1])
-    row, feature = t.stride()
-    return t if feature == 1 and row >= 0 else t.contiguous()
-
-
-def _place(rows: Tensor) -> tuple[int, int, torch.dtype, torch.device]:
-    """What a launch reads of the input beside its address."""
-    return rows.shape[0], rows.stride(0), rows.dtype, rows.device
+def _matrix(x: Tensor, features: int) -> tuple[Tensor, int, int]:
+    """Rows of neighbouring features: where they lie, how many, and from one to the next."""
+    if x.is_contiguous():
+        return x, x.numel() // features, features
+    x = x.reshape(-1, features)
+    if x.stride(1) != 1 or x.stride(0) < 0:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)
 
 
 def _chosen(
@@ -173,23 +213,25 @@ class _Forward:
         self,
         product: Product,
         config: Config,
-        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor],
+        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+        rows: int,
+        stride: int,
         activation: str,
         precision: str,
     ) -> None:
         x, _, bias, y, z = given
-        rows, out, device = x.shape[0], y.shape[-1], x.device
+        out, device = y.shape[-1], x.device
         row_tiles = triton.cdiv(rows, config.rows)
         t = product.tiles(config, device, row_tiles)
         parts = t.parts.shape[0]
-        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z.numel() > 0}
+        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z is not None}
         self._device = device.index
         self._no_sums = x.new_empty(0, dtype=torch.float32)
         self._sums = t.num_slots * rows * t.lanes
         self._multiply = Launch(
             kernels.forward, (row_tiles * triton.cdiv(parts, config.parts),),
             t.parts, t.tiles, t.units, t.features, t.bases, t.strides,
-            rows, x.stride(0), out, parts,
+            rows, stride, out, parts,
             **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
             PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
@@ -203,8 +245,10 @@ class _Forward:
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None
     ) -> None:
+        if z is None:
+            z = y  # which is not written as such
         sums = self._no_sums
         if self._sums:
             sums = x.new_empty(self._sums, dtype=torch.float32)
@@ -223,22 +267,21 @@ class _Backward:
         self,
         pair: Pair,
         config: tuple[Config, Config],
-        given: tuple[Tensor, ...],
+        x: Tensor,
+        stride: int,
         activation: str,
         needs: tuple[bool, bool, bool],
         precision: str,
     ) -> None:
         w, of_x = config
         need_x, need_weight, need_bias = needs
-        grad_y, _, x, _, grad_x, *_ = given
-        need_x = need_x and grad_x.numel() > 0
         layout, device, rows = pair.forward.layout, x.device, x.shape[0]
         self._device = device.index
         self._index = pair.index(device) if need_x else None
-        self._need_weight = need_weight
+        self._nothing = x.new_empty(0)
         self._form = None
         if w.formed and activation != "none":
-            size = grad_y.numel()
+            size = rows * layout.out_features
             self._form = Launch(
                 kernels.form, (triton.cdiv(size, _FORMED),), size, ACT=activation, SIZE=_FORMED
             )
@@ -269,7 +312,7 @@ class _Backward:
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
                 turned.parts, turned.tiles, turned.units, turned.features, turned.bases,
-                turned.strides, rows, slab_rows, x.stride(0), layout.in_features,
+                turned.strides, rows, slab_rows, stride, layout.in_features,
                 layout.out_features, layout.num_weights, num_items, parts,
                 ACT=activation, BIAS=bias, PRECISION=precision,
                 R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
@@ -293,26 +336,34 @@ class _Backward:
         )
 
     def __call__(
-        self, grad_y: Tensor, saved: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor,
-        grad_weight: Tensor, grad_bias: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        grad_y: Tensor,
+        saved: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_x: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> None:
         turned = weight if self._index is None else weight.index_select(0, self._index)
+        if grad_x is None:
+            grad_x = self._nothing
+        if grad_weight is None:
+            grad_weight = self._nothing
+        if grad_bias is None:
+            grad_bias = self._nothing
         if self._form is not None:
             formed = torch.empty_like(grad_y)
             self._form(self._device, grad_y, saved, formed)
             grad_y = saved = formed
-        outputs = (grad_weight, grad_bias) if self._need_weight else (grad_x, grad_x)
-        sums = outputs
+        of_weight, of_bias = grad_weight, grad_bias
         if self._sums:
-            of_weight, of_bias = self._sums
-            sums = (
-                x.new_empty(of_weight, dtype=torch.float32),
-                x.new_empty(of_bias, dtype=torch.float32),
-            )
+            of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
+            of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
         for multiply in self._multiply:
-            multiply(self._device, grad_y, saved, x, turned, grad_x, *sums)
+            multiply(self._device, grad_y, saved, x, turned, grad_x, of_weight, of_bias)
         if self._sums:
-            self._total(self._device, *sums, *outputs)
+            self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 
 
 def _up(value: int, multiple: int) -> int:

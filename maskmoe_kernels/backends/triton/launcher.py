@@ -39,7 +39,7 @@ class Launch:
         self._sizes = (*grid, 1, 1)[:3]
         # What the launcher wants after the addresses, and what Triton compiled, by alignment.
         self._rest: tuple[Any, ...] = ()
-        self._compiled: dict[tuple[bool, ...], CompiledKernel] = {}
+        self._compiled: dict[tuple[bool, ...], tuple[Any, int, Any]] = {}
 
     def __call__(self, device: int | None, *tensors: Tensor | None) -> None:
         """Launch on the current stream of ``device``, which is the current one."""
@@ -47,13 +47,14 @@ class Launch:
         aligned: tuple[bool, ...] = ()  # all of them
         if reduce(or_, addresses) & 15:
             aligned = tuple([address & 15 == 0 for address in addresses])
-        compiled = self._compiled.get(aligned)
-        if compiled is None or _watched(self._kernel):
+        found = self._compiled.get(aligned)
+        if found is None or _watched(self._kernel):
             self._ordinary(aligned, tensors)
             return
-        compiled.run(
-            *self._sizes, driver.active.get_current_stream(device), compiled.function,
-            compiled.packed_metadata, None, None, None, *addresses, *self._rest,
+        run, function, metadata = found
+        run(
+            *self._sizes, driver.active.get_current_stream(device), function, metadata,
+            None, None, None, *addresses, *self._rest,
         )  # fmt: skip
 
     def _ordinary(self, aligned: tuple[bool, ...], tensors: tuple[Tensor | None, ...]) -> None:
@@ -62,7 +63,8 @@ class Launch:
             names = self._kernel.arg_names[len(tensors) + len(self._fixed) :]
             rest = (*self._fixed, *(self._options[name] for name in names))
             self._rest = tuple(v.data_ptr() if isinstance(v, Tensor) else v for v in rest)
-            self._compiled[aligned] = compiled
+            kept = compiled.run, compiled.function, compiled.packed_metadata
+            self._compiled[aligned] = kept
 
 
 def _watched(kernel: Any) -> bool:

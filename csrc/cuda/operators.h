@@ -459,7 +459,7 @@ class Operator {
       return;
     }
     const Samples samples{call.objective.mask, rows_, buffers_.template take<float>(1)};
-    machine_.template launch<Count>(1, kThreads * sizeof(int64_t), samples);
+    machine_.template launch<Count>(1, Count::kShared, samples);
     call.drain_by = samples.share;
   }
 
@@ -484,7 +484,7 @@ class Operator {
   void sweep(const Call& call, const Totals* totals) {
     with_kernel<Backward, T>([&](auto kernel) { walk<typename decltype(kernel)::type>(call); });
     if (totals == nullptr) return;
-    machine_.template launch<Finish>(1, 4 * (2 * totals->experts + 1), *totals);
+    machine_.template launch<Finish>(1, Finish::shared(totals->experts), *totals);
   }
 
   // The sums over blocks; T: as the results hold numbers.
@@ -505,7 +505,7 @@ class Operator {
       grad_biases_.push_back(buffers_.empty({in_.biases[l].numel()}, results_));
       g.biases[l] = grad_biases_.back().mutable_data_ptr();
     }
-    machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
+    machine_.template launch<Reduce<T>>(spread(kWarps * call.partial_size), Reduce<T>::kShared, g);
   }
 
   // Gradients of the tables from those of the rows that samples read; T: as those hold numbers.

@@ -310,6 +310,26 @@ def test_weights_that_are_all_zero(normalize):
     assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_sums_of_many_blocks(normalize):
+    """Every warp adds up those of 19 blocks, the last one of fewer; there are 127 sums."""
+    configure(blocks=150, processors=1000)
+    groups = dict.fromkeys("abcdefg", 1)
+    net = draw(mk.SubsetFamily.powerset(groups, max_size=3), [], 2400, "none")
+    assert net.family.num_experts == 63
+    target, mask = targets(2400)
+    check_gem(net, target, mask=mask, normalize=normalize)
+
+
+@pytest.mark.parametrize("start", [0, 1, 16])
+def test_samples_are_counted_wherever_the_mask_begins(start):
+    """In words where it is aligned; 20001 samples are more than a block reads at once."""
+    rows = 20001
+    net = NETWORKS["no hidden"](rows, "none")
+    target, mask = targets(rows + start)
+    check_gem(net, target[start:], mask=mask[start:])
+
+
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_saturated_logits(confidence):
     """Products over strict subsets keep their digits where 1 - g is no longer 1 minus g."""

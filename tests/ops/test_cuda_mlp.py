@@ -1,6 +1,7 @@
 """The kernels of the fused networks for the GPU, run by their twin on the host."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -90,6 +91,24 @@ def test_drawn_networks(family, data):
 def test_the_order_of_threads_does_not_matter(name, dtype):
     """Between barriers no thread waits for another: last to first gives the same bits."""
     check_order(NETWORKS[name](150, "gelu", dtype), 150)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["toy", "eight"])
+def test_it_does_not_matter_what_stays_in_shared_memory(name, dtype):
+    """No partial gradient, those of biases, some blocks' or all: the same bits."""
+    net = NETWORKS[name](150, "relu", dtype)
+    target, _ = targets(150)
+    configure(processors=1000, shared=512)
+    with pytest.raises(RuntimeError, match="bytes of shared memory") as refusal:
+        net.gem(target)
+    least = int(re.search(r"needs (\d+) bytes", str(refusal.value))[1])
+    found = []
+    for more in [*range(0, 40_000, 4000), cuda_twin.SHARED - least]:
+        configure(processors=1000, shared=least + more)
+        found.append(net.gem(target)[1])
+    for grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], grads, strict=True))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)

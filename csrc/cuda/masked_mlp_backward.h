@@ -75,10 +75,16 @@ MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer,
       const Strip strip = c.tables.strips[c.tables.schedule[n]];
       const int end = strip.block + strip.blocks;
       PerLane<Acc> kept[kAhead];
+      int chunk[kAhead];  // of inputs
+      auto fetch = [&](int m, int b) {
+        if (b >= end) return;
+        chunk[m] = c.tables.blocks[b].chunk;
+        if (!partial.fresh) load_kept(kept[m], sums_of(b));
+      };
       MASKMOE_UNROLL
       for (int m = 0; m < kAhead; ++m) {
         clear(kept[m]);
-        if (!partial.fresh && strip.block + m < end) load_kept(kept[m], sums_of(strip.block + m));
+        fetch(m, strip.block + m);
       }
       if (!partial.fresh && n + 1 < bounds[warp + 1]) {
         const Strip next = c.tables.strips[c.tables.schedule[n + 1]];
@@ -96,7 +102,7 @@ MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer,
         for (int m = 0; m < kAhead; ++m) {
           const int b = group + m;
           if (b >= end) break;
-          const T* from = inputs + c.tables.blocks[b].chunk * kSide;
+          const T* from = inputs + chunk[m] * kSide;
           PerLane<Acc> acc;
           clear(acc);
           auto step = [&](int s) {
@@ -113,7 +119,7 @@ MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer,
             for (int s = 0; s < kSteps; ++s) step(s);
           }
           store_sum(sums_of(b), kept[m], acc);
-          if (!partial.fresh && b + kAhead < end) load_kept(kept[m], sums_of(b + kAhead));
+          fetch(m, b + kAhead);
         }
       }
     }

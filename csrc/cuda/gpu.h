@@ -37,6 +37,7 @@ class Gpu {
 
   int64_t device() const { return device_; }
   int64_t processors() const { return attribute(cudaDevAttrMultiProcessorCount); }
+  int64_t shared() const { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
   int64_t shared_limit() const { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
   // A plan's values. Waits for the device: for the first call of a network only.

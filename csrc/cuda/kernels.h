@@ -20,6 +20,16 @@ __global__ void __launch_bounds__(kThreads, Kernel::kResident)
   Kernel::run(arguments, {blockIdx.x, gridDim.x, reinterpret_cast<unsigned char*>(shared)});
 }
 
+constexpr int64_t kUnasked = 48 << 10;  // bytes of shared memory that every kernel may have
+
+// Lets a kernel have all the shared memory of the device.
+template <class Kernel>
+void allow(int64_t limit) {
+  check(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(limit)),
+        "a kernel is not given the shared memory that the device has");
+}
+
 template <class Kernel>
 int64_t Gpu::resident(int64_t shared) const {
   static std::mutex mutex;
@@ -27,9 +37,7 @@ int64_t Gpu::resident(int64_t shared) const {
   std::lock_guard<std::mutex> lock(mutex);
   int64_t& count = known[{device_, shared}];
   if (count == 0) {
-    check(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shared_limit())),
-          "a kernel is not given the shared memory that the device has");
+    allow<Kernel>(shared_limit());
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry<Kernel>, kThreads, shared),
           "a kernel cannot run here");
@@ -41,6 +49,7 @@ int64_t Gpu::resident(int64_t shared) const {
 template <class Kernel>
 void Gpu::launch(int64_t blocks, int64_t shared,
                  const typename Kernel::Arguments& arguments) const {
+  if (shared > kUnasked) allow<Kernel>(shared_limit());
   entry<Kernel><<<static_cast<unsigned>(blocks), kThreads, shared, stream_>>>(arguments);
   check(cudaGetLastError(), "a kernel cannot be launched");
 }

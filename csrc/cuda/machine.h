@@ -94,6 +94,17 @@ MASKMOE_DEVICE Quad4 read_only(const Quad4* p) {
   return {{q.x, q.y, q.z, q.w}};
 }
 
+// What a warp reads soon, into L2: so many bytes, both multiples of 16.
+MASKMOE_DEVICE void fetch_ahead(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x % 32 == 0) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(bytes)
+                 : "memory");
+  }
+#endif
+}
+
 MASKMOE_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 MASKMOE_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 
@@ -141,6 +152,8 @@ template <class V>
 V read_only(const V* p) {
   return *p;
 }
+
+inline void fetch_ahead(const void*, int) {}
 
 inline float float_of(uint32_t bits) {
   float value;

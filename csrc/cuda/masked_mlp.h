@@ -101,27 +101,54 @@ MASKMOE_DEVICE void load_inputs(const Call& c, const Tile<T>& tile, int64_t firs
   });
 }
 
-// acc += rows of `from` times the product's blocks.
+// acc += rows of `from` times the product's blocks; of 16-bit ones, kAhead are on their way.
 template <class T, int kFragments>
 MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* from, int stride,
                                PerLane<Acc>* acc) {
   using Core = fused::Core<T>;
-  const T* block = static_cast<const T*>(c.image) + int64_t{kBlock} * product.block;
-  int left = product.blocks;
-  PerLane<typename Core::B> right, next;
-  if (left > 0) Core::load_image(right, block);
-  next = right;
-  for (int r = product.runs; r < product.runs_end; ++r) {
-    const Run run = c.tables.runs[r];
-    for (int chunk = run.first; chunk < run.first + run.count; ++chunk) {
-      if (--left > 0) Core::load_image(next, block += kBlock);
-      MASKMOE_UNROLL
-      for (int f = 0; f < kFragments; ++f) {
-        PerLane<typename Core::A> a;
-        Core::load(a, from + f * 16 * stride + chunk * kSide, stride);
-        Core::multiply(acc[f], a, right);
+  constexpr int kAhead = 4;
+  const T* blocks = static_cast<const T*>(c.image) + int64_t{kBlock} * product.block;
+  auto multiply = [&](int chunk, const PerLane<typename Core::B>& right) {
+    MASKMOE_UNROLL
+    for (int f = 0; f < kFragments; ++f) {
+      PerLane<typename Core::A> a;
+      Core::load(a, from + f * 16 * stride + chunk * kSide, stride);
+      Core::multiply(acc[f], a, right);
+    }
+  };
+  if constexpr (sizeof(T) == 4) {  // there are registers for one that is on its way
+    int left = product.blocks;
+    PerLane<typename Core::B> right, next;
+    if (left > 0) Core::load_image(right, blocks);
+    next = right;
+    for (int r = product.runs; r < product.runs_end; ++r) {
+      const Run run = c.tables.runs[r];
+      for (int chunk = run.first; chunk < run.first + run.count; ++chunk) {
+        if (--left > 0) Core::load_image(next, blocks += kBlock);
+        multiply(chunk, right);
+        right = next;
       }
-      right = next;
+    }
+    return;
+  }
+  PerLane<typename Core::B> right[kAhead];
+  MASKMOE_UNROLL
+  for (int m = 0; m < kAhead; ++m) {
+    if (m < product.blocks) Core::load_image(right[m], blocks + m * kBlock);
+  }
+  int r = product.runs, left = 0, chunk = 0;  // of run r - 1: chunks to come, and the first of them
+  for (int first = 0; first < product.blocks; first += kAhead) {
+    MASKMOE_UNROLL
+    for (int m = 0; m < kAhead; ++m) {
+      const int n = first + m;
+      if (n >= product.blocks) break;
+      if (left == 0) {
+        const Run run = c.tables.runs[r++];
+        chunk = run.first, left = run.count;
+      }
+      multiply(chunk, right[m]);
+      if (n + kAhead < product.blocks) Core::load_image(right[m], blocks + (n + kAhead) * kBlock);
+      ++chunk, --left;
     }
   }
 }

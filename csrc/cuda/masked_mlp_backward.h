@@ -3,15 +3,36 @@
 // Recomputing costs one product more and no memory traffic: x is read once, and what is written
 // are gradients. Each layer's gradient before the activation takes the place of its values as soon
 // as the layer's weight gradient has read them. Weight gradients are sums over rows: each block
-// keeps its own float32 image of them in L2 and adds its tiles there in order; no atomics.
+// keeps its own float32 image of them, in shared memory what has room there and the rest in L2, and
+// adds its tiles there in order; no atomics.
 #pragma once
 
 #include "cuda/objective.h"
 
 namespace maskmoe::fused {
 
-// A sum that a block keeps over its tiles.
-MASKMOE_DEVICE void keep(float* at, float value, bool fresh) { *at = fresh ? value : *at + value; }
+// A block's partial gradients: the last ones in shared memory, the others in L2.
+struct Partial {
+  float *near, *far;  // far: null where nobody asks for them
+  int64_t from;       // the first one that is near
+  bool fresh;         // nothing has been added yet
+
+  MASKMOE_DEVICE bool wanted() const { return far != nullptr; }
+  MASKMOE_DEVICE float* at(int64_t n) const { return n < from ? far + n : near + (n - from); }
+
+  // Value n, whose sum is one thread's from the first tile to the last.
+  MASKMOE_DEVICE void add(int64_t n, float value) const {
+    float* to = at(n);
+    *to = fresh ? value : *to + value;
+  }
+
+  // Hands the near ones to whoever adds up the blocks.
+  MASKMOE_DEVICE void store(int64_t count) const {
+    each_thread([&](int thread) {
+      for (int64_t n = from + thread; n < count; n += kThreads) far[n] = near[n - from];
+    });
+  }
+};
 
 MASKMOE_DEVICE void load_kept(PerLane<Acc>& kept, const Quad4* from) {
   each_lane([&](int lane) {
@@ -20,57 +41,86 @@ MASKMOE_DEVICE void load_kept(PerLane<Acc>& kept, const Quad4* from) {
   });
 }
 
-// Gradient of the blocks that end in a chunk of units: inputs' columns times units' columns.
+MASKMOE_DEVICE void store_sum(Quad4* to, const PerLane<Acc>& kept, const PerLane<Acc>& acc) {
+  each_lane([&](int lane) {
+    MASKMOE_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      Quad4 sum;
+      MASKMOE_UNROLL
+      for (int k = 0; k < 4; ++k) {
+        sum.value[k] = kept[lane].x[half * 4 + k] + acc[lane].x[half * 4 + k];
+      }
+      to[half * 32 + lane] = sum;
+    }
+  });
+}
+
+// Gradient of the blocks that end in a chunk of units: inputs' columns times units' columns. The
+// sums of earlier tiles are on their way kAhead blocks before they are needed, and those of the next
+// strip come from memory into L2 meanwhile.
 template <class T, int kR>
-MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer, float* partial,
-                                bool fresh) {
+MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer,
+                                const Partial& partial) {
   using Core = fused::Core<T>;
   constexpr int kSteps = kR / 16;
   constexpr bool kHold = sizeof(T) == 2;  // there are registers for all rows of the units
+  constexpr int kAhead = kHold ? 4 : 2;
   const T* inputs = tile.inputs(c, layer);
   const T* units = tile.inputs(c, layer + 1);
   const int in_stride = c.room.stride[layer], out_stride = c.room.stride[layer + 1];
   const int32_t* bounds = c.tables.bounds + c.tables.pass(Order::kGradient, layer, true);
+  auto sums_of = [&](int b) { return reinterpret_cast<Quad4*>(partial.at(int64_t{kBlock} * b)); };
   each_warp([&](int warp) {
     for (int n = bounds[warp]; n < bounds[warp + 1]; ++n) {
       const Strip strip = c.tables.strips[c.tables.schedule[n]];
+      const int end = strip.block + strip.blocks;
+      PerLane<Acc> kept[kAhead];
+      int chunk[kAhead];  // of inputs
+      auto fetch = [&](int m, int b) {
+        if (b >= end) return;
+        chunk[m] = c.tables.blocks[b].chunk;
+        if (!partial.fresh) load_kept(kept[m], sums_of(b));
+      };
+      MASKMOE_UNROLL
+      for (int m = 0; m < kAhead; ++m) {
+        clear(kept[m]);
+        fetch(m, strip.block + m);
+      }
+      if (!partial.fresh && n + 1 < bounds[warp + 1]) {
+        const Strip next = c.tables.strips[c.tables.schedule[n + 1]];
+        const int64_t first = int64_t{kBlock} * next.block;
+        if (first < partial.from) fetch_ahead(partial.far + first, 4 * kBlock * next.blocks);
+      }
       const T* at = units + strip.tile * kSide;
       PerLane<typename Core::B> right[kHold ? kSteps : 1];
       MASKMOE_UNROLL
       for (int s = 0; kHold && s < kSteps; ++s) {
         Core::load_right(right[s], at + s * 16 * out_stride, out_stride);
       }
-      for (int b = strip.block; b < strip.block + strip.blocks; ++b) {
-        const T* from = inputs + c.tables.blocks[b].chunk * kSide;
-        Quad4* to = reinterpret_cast<Quad4*>(partial + int64_t{kBlock} * b);
-        PerLane<Acc> acc, kept;  // of this tile; of those before, on its way meanwhile
-        clear(acc);
-        clear(kept);
-        if (!fresh) load_kept(kept, to);
-        auto step = [&](int s) {
-          PerLane<typename Core::A> a;
-          if (!kHold) Core::load_right(right[0], at + s * 16 * out_stride, out_stride);
-          Core::load_turned(a, from + s * 16 * in_stride, in_stride);
-          Core::multiply(acc, a, right[kHold ? s : 0]);
-        };
-        if constexpr (kHold) {
-          MASKMOE_UNROLL
-          for (int s = 0; s < kSteps; ++s) step(s);
-        } else {
-          MASKMOE_ROLL
-          for (int s = 0; s < kSteps; ++s) step(s);
-        }
-        each_lane([&](int lane) {
-          MASKMOE_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            Quad4 sum;
+      for (int group = strip.block; group < end; group += kAhead) {
+        MASKMOE_UNROLL
+        for (int m = 0; m < kAhead; ++m) {
+          const int b = group + m;
+          if (b >= end) break;
+          const T* from = inputs + chunk[m] * kSide;
+          PerLane<Acc> acc;
+          clear(acc);
+          auto step = [&](int s) {
+            PerLane<typename Core::A> a;
+            if (!kHold) Core::load_right(right[0], at + s * 16 * out_stride, out_stride);
+            Core::load_turned(a, from + s * 16 * in_stride, in_stride);
+            Core::multiply(acc, a, right[kHold ? s : 0]);
+          };
+          if constexpr (kHold) {
             MASKMOE_UNROLL
-            for (int k = 0; k < 4; ++k) {
-              sum.value[k] = kept[lane].x[half * 4 + k] + acc[lane].x[half * 4 + k];
-            }
-            to[half * 32 + lane] = sum;
+            for (int s = 0; s < kSteps; ++s) step(s);
+          } else {
+            MASKMOE_ROLL
+            for (int s = 0; s < kSteps; ++s) step(s);
           }
-        });
+          store_sum(sums_of(b), kept[m], acc);
+          fetch(m, b + kAhead);
+        }
       }
     }
   });
@@ -78,15 +128,16 @@ MASKMOE_DEVICE void grad_blocks(const Call& c, const Tile<T>& tile, int layer, f
 
 // Sums over the rows of a layer's gradient.
 template <class T, int kR>
-MASKMOE_DEVICE void grad_biases(const Call& c, const Tile<T>& tile, int layer, float* partial,
-                                bool fresh) {
+MASKMOE_DEVICE void grad_biases(const Call& c, const Tile<T>& tile, int layer,
+                                const Partial& partial) {
   const T* units = tile.inputs(c, layer + 1);
   const int stride = c.room.stride[layer + 1], columns = kSide * c.tables.chunks[layer + 1];
+  const int64_t first = partial_biases(c.tables) + c.tables.bias_at[layer];
   each_thread([&](int thread) {
     for (int n = thread; n < columns; n += kThreads) {
       float sum = 0.0f;
       for (int row = 0; row < kR; ++row) sum += to_float(units[row * stride + n]);
-      keep(partial + c.tables.bias_at[layer] + n, sum, fresh);
+      partial.add(first + n, sum);
     }
   });
 }
@@ -94,7 +145,7 @@ MASKMOE_DEVICE void grad_biases(const Call& c, const Tile<T>& tile, int layer, f
 // Gradient of the last layer's weights and biases, from the gradient of the logits.
 template <class T, int kR>
 MASKMOE_DEVICE void grad_last(const Call& c, const Tile<T>& tile, const float* grad,
-                              float* partial, bool fresh) {
+                              const Partial& partial) {
   const Tables& t = c.tables;
   const int layer = t.layers - 1, stride = c.room.stride[layer];
   each_thread([&](int thread) {
@@ -105,12 +156,12 @@ MASKMOE_DEVICE void grad_last(const Call& c, const Tile<T>& tile, const float* g
       for (int row = 0; row < kR; ++row) {
         sum = fmaf(to_float(from[row * stride]), grad[entry.expert * kR + row], sum);
       }
-      keep(partial + partial_entries(t) + n, sum, fresh);
+      partial.add(partial_entries(t) + n, sum);
     }
     for (int expert = thread; expert < t.experts; expert += kThreads) {
       float sum = 0.0f;
       for (int row = 0; row < kR; ++row) sum += grad[expert * kR + row];
-      keep(partial + partial_biases(t) + t.bias_at[layer] + expert, sum, fresh);
+      partial.add(partial_biases(t) + t.bias_at[layer] + expert, sum);
     }
   });
 }
@@ -230,14 +281,14 @@ MASKMOE_DEVICE void layer_backward(const Call& c, const Tile<T>& tile, int layer
 // From the gradient of a tile's logits to all others.
 template <class T, int kR>
 MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* grad, int64_t first,
-                             float* partial, bool fresh) {
+                             const Partial& partial) {
   const int last = c.tables.layers - 1;
   const Drain<T> drain{c, first};
   auto descend = [&](int layer) {
     return Descend<T>{c, tile.inputs(c, layer), tile.slopes(c, layer), c.room.stride[layer]};
   };
-  if (partial != nullptr) {
-    grad_last<T, kR>(c, tile, grad, partial, fresh);
+  if (partial.wanted()) {
+    grad_last<T, kR>(c, tile, grad, partial);
     barrier();
   }
   if (last > 0) {
@@ -247,9 +298,9 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
   }
   barrier();
   for (int layer = last - 1; layer >= 0; --layer) {
-    if (partial != nullptr) {
-      grad_blocks<T, kR>(c, tile, layer, partial, fresh);
-      grad_biases<T, kR>(c, tile, layer, partial + partial_biases(c.tables), fresh);
+    if (partial.wanted()) {
+      grad_blocks<T, kR>(c, tile, layer, partial);
+      grad_biases<T, kR>(c, tile, layer, partial);
       barrier();
     }
     if (layer > 0) {
@@ -265,7 +316,7 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
 template <class T, int kR>
 struct Backward {
   using Arguments = Call;
-  static constexpr int kResident = 2;
+  static constexpr int kResident = kMostResident;
 
   static MASKMOE_DEVICE void run(const Call& c, const Place& place) {
     if (c.objective.again != nullptr && *c.objective.again == 0) return;
@@ -273,14 +324,15 @@ struct Backward {
     const Tile<T> tile(c, place);
     const bool follows = c.objective.target != nullptr;
     const Cells cells(tile.floats, t.experts, kR);
-    float* partial = c.partial == nullptr ? nullptr : c.partial + place.block * c.partial_size;
+    Partial partial{reinterpret_cast<float*>(place.shared + c.room.near), nullptr, c.room.near_from,
+                    true};
+    if (c.partial != nullptr) partial.far = c.partial + place.block * c.partial_size;
     if (c.objective.sums != nullptr) {
       each_thread([&](int thread) {
         for (int n = thread; n < 2 * t.experts + 1; n += kThreads) cells.sums[n] = 0.0f;
       });
     }
-    bool fresh = true;
-    for (int64_t n = place.block; n * kR < c.rows; n += place.blocks, fresh = false) {
+    for (int64_t n = place.block; n * kR < c.rows; n += place.blocks) {
       const int64_t first = n * kR;
       load_rows<kR>(c, cells, first);
       barrier();
@@ -293,10 +345,12 @@ struct Backward {
         given(c, cells, first);
       }
       barrier();
-      if (partial != nullptr || c.sinks_wanted) {
-        backward<T, kR>(c, tile, cells.logit, first, partial, fresh);
+      if (partial.wanted() || c.sinks_wanted) {
+        backward<T, kR>(c, tile, cells.logit, first, partial);
       }
+      partial.fresh = false;
     }
+    if (partial.wanted()) partial.store(partial_biases(t) + t.num_biases);
     if (c.objective.sums != nullptr) {  // each of them is one thread's from beginning to end
       each_thread([&](int thread) {
         const int count = 2 * t.experts + 1;

@@ -138,15 +138,25 @@ struct Room {
   int32_t at[kMostLayers], stride[kMostLayers];  // of each layer's input
   int32_t slope_at[kMostLayers];                 // derivative of what made it; -1: not kept
   int64_t floats;                                // in bytes: where the floats begin
+  int64_t near;                                  // and where partial gradients do, if there are any
+  int64_t near_from;                             // the first of them that lies there
   int64_t bytes;
 };
 
 // keep_slopes: the activation's derivative does not follow from its value.
 Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_slopes);
 
+constexpr int kMostResident = 2;  // blocks of a backward that a processor is to hold
+
 // The tile heights that kernels are made for, in rows.
 constexpr int high_tile(int item_size) { return item_size == 4 ? 32 : 64; }
 constexpr int low_tile(int item_size) { return high_tile(item_size) / 2; }
+
+// Lets the last of a backward's `count` partial gradients stay in shared memory, as many as cost no
+// block its place. A processor has `shared` bytes, and a block may have `shared_limit`. `count` is a
+// multiple of 4.
+void hold_near(Room& room, const Tables& tables, int64_t count, int64_t shared,
+               int64_t shared_limit);
 
 // Why a network cannot run with so much shared memory a block, in words for the user; "": it can.
 std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slopes,

@@ -319,7 +319,16 @@ class Operator {
     STD_TORCH_CHECK(why.empty(), "maskmoe: ", why);
     height_ = rows_for(network_tables(), size, use_, slopes, limit, rows_, machine_.processors());
     room_ = room_for(network_tables(), height_, size, use_, slopes);
+    if (holds_all(use_)) {
+      hold_near(room_, network_tables(), partial_size(), machine_.shared(), limit);
+    }
     bytes_ = room_.bytes;
+  }
+
+  // Of a block's partial gradients: whole words of 16 bytes.
+  int64_t partial_size() const {
+    const Tables& t = network_tables();
+    return (partial_biases(t) + t.num_biases + 3) / 4 * 4;
   }
 
   template <class F>
@@ -459,7 +468,7 @@ class Operator {
       return;
     }
     const Samples samples{call.objective.mask, rows_, buffers_.template take<float>(1)};
-    machine_.template launch<Count>(1, kThreads * sizeof(int64_t), samples);
+    machine_.template launch<Count>(1, Count::kShared, samples);
     call.drain_by = samples.share;
   }
 
@@ -467,8 +476,7 @@ class Operator {
   template <class T>
   void hold_sums(Call& call, bool weights, Totals* totals) {
     const Tables& t = network_tables();
-    call.partial_size = partial_biases(t) + t.num_biases;
-    call.partial_size = (call.partial_size + 3) / 4 * 4;
+    call.partial_size = partial_size();
     with_kernel<Backward, T>([&](auto kernel) {
       sums_ = blocks<typename decltype(kernel)::type>();
     });
@@ -484,7 +492,7 @@ class Operator {
   void sweep(const Call& call, const Totals* totals) {
     with_kernel<Backward, T>([&](auto kernel) { walk<typename decltype(kernel)::type>(call); });
     if (totals == nullptr) return;
-    machine_.template launch<Finish>(1, 4 * (2 * totals->experts + 1), *totals);
+    machine_.template launch<Finish>(1, Finish::shared(totals->experts), *totals);
   }
 
   // The sums over blocks; T: as the results hold numbers.
@@ -505,7 +513,7 @@ class Operator {
       grad_biases_.push_back(buffers_.empty({in_.biases[l].numel()}, results_));
       g.biases[l] = grad_biases_.back().mutable_data_ptr();
     }
-    machine_.template launch<Reduce<T>>(spread(call.partial_size), 0, g);
+    machine_.template launch<Reduce<T>>(spread(kWarps * partial_size()), Reduce<T>::kShared, g);
   }
 
   // Gradients of the tables from those of the rows that samples read; T: as those hold numbers.

@@ -40,6 +40,26 @@ Room room_for(const Tables& tables, int rows, int item_size, Use use, bool keep_
   return room;
 }
 
+void hold_near(Room& room, const Tables& tables, int64_t count, int64_t shared,
+               int64_t shared_limit) {
+  constexpr int64_t kReserved = 1024;   // of each block, by the system
+  constexpr int64_t kSmall = 16 << 10;  // leaves L1 what it needs for weights
+  const int64_t blocks = std::clamp<int64_t>(shared / (room.bytes + kReserved), 1, kMostResident);
+  const int64_t spare = std::min(shared / blocks - kReserved, shared_limit) - room.bytes;
+  const int64_t weights = int64_t{kBlock} * tables.forward_blocks, others = count - weights;
+  const int64_t left = spare - 4 * others;  // for gradients of blocks
+  room.near = room.bytes;
+  room.near_from = count;
+  if (left < 0) return;
+  room.near_from = weights;
+  if (4 * weights <= left && 4 * count <= kSmall) {
+    room.near_from = 0;
+  } else if (blocks == 1) {  // no weights stay in L1 anyway
+    room.near_from -= std::min<int64_t>(tables.forward_blocks, left / (4 * kBlock)) * kBlock;
+  }
+  room.bytes += 4 * (count - room.near_from);
+}
+
 std::string obstacle(const Tables& tables, int item_size, Use use, bool keep_slopes,
                      int64_t shared_limit) {
   const int least = low_tile(item_size);

@@ -78,6 +78,7 @@ class Twin {
 
   int64_t device() const { return 0; }
   int64_t processors() const { return settings.processors; }
+  int64_t shared() const { return settings.shared_limit + 1024; }
   int64_t shared_limit() const { return settings.shared_limit; }
   template <class Kernel>
   int64_t resident(int64_t) const {

@@ -1,6 +1,7 @@
 """The kernels of the fused networks for the GPU, run by their twin on the host."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -90,6 +91,24 @@ def test_drawn_networks(family, data):
 def test_the_order_of_threads_does_not_matter(name, dtype):
     """Between barriers no thread waits for another: last to first gives the same bits."""
     check_order(NETWORKS[name](150, "gelu", dtype), 150)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["toy", "eight"])
+def test_it_does_not_matter_what_stays_in_shared_memory(name, dtype):
+    """No partial gradient, those of biases, some blocks' or all: the same bits."""
+    net = NETWORKS[name](150, "relu", dtype)
+    target, _ = targets(150)
+    configure(processors=1000, shared=512)
+    with pytest.raises(RuntimeError, match="bytes of shared memory") as refusal:
+        net.gem(target)
+    least = int(re.search(r"needs (\d+) bytes", str(refusal.value))[1])
+    found = []
+    for more in [*range(0, 40_000, 4000), cuda_twin.SHARED - least]:
+        configure(processors=1000, shared=least + more)
+        found.append(net.gem(target)[1])
+    for grads in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], grads, strict=True))
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
@@ -308,6 +327,26 @@ def test_weights_that_are_all_zero(normalize):
     loss, grads = net.gem(torch.ones(20), normalize=normalize)
     assert loss == 0
     assert all((grad == 0).all() for grad in grads)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZE)
+def test_sums_of_many_blocks(normalize):
+    """Every warp adds up those of 19 blocks, the last one of fewer; there are 127 sums."""
+    configure(blocks=150, processors=1000)
+    groups = dict.fromkeys("abcdefg", 1)
+    net = draw(mk.SubsetFamily.powerset(groups, max_size=3), [], 2400, "none")
+    assert net.family.num_experts == 63
+    target, mask = targets(2400)
+    check_gem(net, target, mask=mask, normalize=normalize)
+
+
+@pytest.mark.parametrize("start", [0, 1, 16])
+def test_samples_are_counted_wherever_the_mask_begins(start):
+    """In words where it is aligned; 20001 samples are more than a block reads at once."""
+    rows = 20001
+    net = NETWORKS["no hidden"](rows, "none")
+    target, mask = targets(rows + start)
+    check_gem(net, target[start:], mask=mask[start:])
 
 
 @pytest.mark.parametrize("confidence", CONFIDENCES)

@@ -464,6 +464,9 @@ def test_opcheck(shape):
     for kept, normalize in ((None, "none"), (mask, "expert"), (mask, "sample"), (None, "batch")):
         arguments = (logits, target, kept, *forward, "deselection", normalize)
         torch.library.opcheck(ops.gem_loss, arguments)
+    for low in (logits.half(), logits.bfloat16()):  # whose loss and gradient wait in float32
+        torch.library.opcheck(ops.gem_loss, (low, *arguments[1:]))
+        assert {t.dtype for t in ops.gem_loss(low, *arguments[1:])} == {torch.float32}
 
 
 def training_step(logits, target, family):

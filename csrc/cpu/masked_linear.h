@@ -560,9 +560,9 @@ struct MaskedLinear {
     int64_t left = s.rows;
     if (N == 2 && s.add) {  // large sums, which are needed when the rows are through
 #pragma GCC unroll 16
-      for (int k = 0; k < K; ++k) {
-        __builtin_prefetch(s.to + k * s.to_stride, 1);
-        __builtin_prefetch(s.to + k * s.to_stride + L, 1);
+      for (int input = 0; input < K; ++input) {
+        __builtin_prefetch(s.to + input * s.to_stride, 1);
+        __builtin_prefetch(s.to + input * s.to_stride + L, 1);
       }
     }
     for (; left >= kUnrolled; left -= kUnrolled, x += kUnrolled * L, g += kUnrolled * L) {

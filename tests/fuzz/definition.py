@@ -39,7 +39,10 @@ class Definition:
     Attributes:
         logits: ``(rows, out)``, float64.
         off: What rounding may change in them, same shape.
+        least: What float32 may lose of a gradient as too small, where it waits to be divided.
     """
+
+    least = SMALLEST
 
     def __init__(self, layers, weights, biases, activation, x, eps):
         self.layers, self.eps = layers, eps
@@ -78,11 +81,12 @@ class Definition:
         for k in reversed(range(len(self.layers))):
             h, h_off = self.inputs[k]
             bound = off.t() @ (h.abs() + h_off) + grad.abs().t() @ (h_off + over_rows * h.abs())
+            bound = bound + len(grad) * self.least
             index = self.layers[k].index
             weights.insert(0, ((grad.t() @ h).view(-1)[index], bound.view(-1)[index]))
             biases.insert(0, (grad.sum(0), off.sum(0) + over_rows * grad.abs().sum(0)))
             routed = self.dense[k] * self.layers[k].routed
-            off = (off + SMALLEST) @ routed.abs() + eps * (grad.abs() @ routed.abs())
+            off = (off + self.least) @ routed.abs() + eps * (grad.abs() @ routed.abs())
             grad = grad @ routed
             if k > 0:
                 slope, change = self.slopes[k - 1]

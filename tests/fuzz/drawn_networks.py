@@ -53,9 +53,12 @@ class Case:
 
     def __init__(self, seed, number):
         self.draw = draw = Draw(seed, number)
-        torch.default_generator.manual_seed(draw.upto(2**31))  # of fresh layers
+        fresh = draw.upto(2**31)
         draw_isa(draw)
         self.of = pooled(seed, draw.upto(POOL - 1))
+        torch.default_generator.manual_seed(
+            fresh
+        )  # of layers; after the pool, which may make its own
         self.family = self.of.family
         self.dtype, self.backend = draw.pick(DTYPES), draw.pick(BACKENDS)
         if self.dtype == torch.float64 and self.backend == "native":

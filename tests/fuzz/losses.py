@@ -10,6 +10,8 @@ from tests.fuzz.definition import SMALLEST
 
 CONFIDENCES = ("abs", "abs", "square", "smooth", "rare")
 NORMALIZE = (None, "sample", "expert", "expert", "batch")
+# Gradients wait to be divided by sums that are as large: kMayWait of csrc/cpu/networks.cpp.
+MAY_WAIT = 2.0**-63
 WEIGHTINGS = {"selection": selection, "deselection": deselection}
 
 
@@ -24,7 +26,13 @@ def check_loss(case):
 
 
 class Loss:
-    """Targets, mask and options of a case, and its checks."""
+    """Targets, mask and options of a case, and its checks.
+
+    Attributes:
+        slope_off: What sigmoid(2z) - y may be off by, beyond digits of its own.
+    """
+
+    slope_off = 0.0
 
     def __init__(self, case):
         self.case, draw = case, case.draw
@@ -111,6 +119,7 @@ class Loss:
         """Loss and gradient to the logits in float64, each with what rounding may do to it."""
         z, eps = defined.logits, 64 * defined.eps
         true, grad, lost = self._by_definition(z)
+        defined.least = float(lost[2])
         off, grad_off = eps * true.abs() + lost[0], eps * grad.abs() + lost[1]
         for signs in sign_patterns(self.case, z):
             loss, other, _ = self._by_definition(z + signs * defined.off)
@@ -119,7 +128,7 @@ class Loss:
         return true, off, grad, grad_off
 
     def _by_definition(self, z):
-        """Eq. 4 and 7: loss, gradient, and how much of both float32 may lose as too small."""
+        """Eq. 4 and 7: loss, gradient; what float32 loses of these and of products as too small."""
         y = self.true_target.reshape(-1, 1)
         counts = torch.ones(len(z), 1).double()
         if self.mask is not None:
@@ -129,12 +138,15 @@ class Loss:
         weight = counts * WEIGHTINGS[self.options["weighting"]](z, self.case.family, **options)
         lost = (SMALLEST * z.shape[-1] * counts).expand_as(weight)
         normalize = self.options["normalize"]
+        least = torch.full((1, 1), SMALLEST).double()
         if normalize is not None:
             over = {"sample": (1,), "expert": (0,), "batch": (0, 1)}[normalize]
             total = weight.sum(over, keepdim=True)
             weight = weight / total.masked_fill(total == 0, 1)
             lost = (lost + weight * lost.sum(over, keepdim=True)) / total  # without any: infinite
             lost = lost.nan_to_num(torch.inf, torch.inf)
+            if normalize != "sample":  # a product is rounded before it is divided by such a sum
+                least = SMALLEST / total.clamp(min=MAY_WAIT, max=1)
         if normalize in (None, "sample"):
             count = counts.sum().clamp(min=1)
             weight, lost = weight / count, lost / count
@@ -142,8 +154,8 @@ class Loss:
         bce = twice.clamp(min=0) - twice * y + torch.log1p(torch.exp(-twice.abs()))
         # sigmoid(2z) - y, which does not cancel where it is small.
         slope = 2 * ((1 - y) * torch.sigmoid(twice) - y * torch.sigmoid(-twice))
-        least = SMALLEST * (1 + bce).sum(), SMALLEST
-        losses = (lost * (bce + SMALLEST)).sum() + least[0], lost * slope.abs() + least[1]
+        of_loss = (lost * (bce + SMALLEST) + least + SMALLEST * bce).sum()
+        losses = of_loss, lost * slope.abs() + weight * self.slope_off + least, least.max()
         return (weight * bce).sum(), weight * slope, losses
 
     def check_blindness(self):

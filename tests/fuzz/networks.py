@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.objectives.selection import selection
+from maskmoe_kernels.objectives.selection import rare_positive, selection
 from tests.fuzz.cases import as_view, on_threads, run_cases
 from tests.fuzz.compare import (
     compare_gradients,
@@ -104,6 +104,8 @@ def check_predict(case):
     same_twice(ours, again)
     with torch.no_grad():
         plain = mk.mixture(case.net.layers.layered(case.input), case.family, **options)
+    if options["confidence"] == "rare":
+        defined.off = defined.off + reading_of_p(defined.logits)
     # exp(-2|z|) is rounded to a multiple of the least number; 1 - g is up to four times as much.
     alpha, by = moved(
         case, defined, lambda z: selection(z, case.family, **options), 1e-6, 4 * SMALLEST
@@ -130,7 +132,17 @@ def check_predict(case):
         hold(name, a, b, t.view(a.shape), limited(floor, t, torch.finfo(a.dtype)).view(a.shape))
 
 
-# --- The loss ------------------------------------------------------------------------------------
+def reading_of_p(z):
+    """What float32's reading of p = sigmoid(2z) is worth in logits, for the confidence "rare".
+
+    That is a function of p - 0.3, with the slope 4 g / (p - 0.3): whatever p is off by, however
+    small its logit, is magnified. p is off by a rounding, eps / 2, of each of exp(-2|z|), 1 + it,
+    their quotient and a product; as dp = 2 p (1 - p) dz, these 2 eps p are a move of the logit by
+    eps / (1 - p). Where g > 0.5 it is 1 - p that is read, with as many roundings: eps / p.
+    """
+    p, rest = torch.sigmoid(2 * z), torch.sigmoid(-2 * z)
+    read = torch.where(rare_positive()(z) < 0.5, rest, p)
+    return 2**-23 / read
 
 
 def moved(case, defined, function, relative, least):
@@ -265,6 +277,8 @@ def check_transform(case):
         x = x.masked_fill(~loss.mask.view(-1, 1), 0)
     defined = case.define(x)
     scale = torch.finfo(case.dtype).eps / defined.eps
+    # A transform has torch take 1 - sigmoid(-2z) for sigmoid(2z), and that cancels.
+    loss.slope_off = torch.finfo(torch.promote_types(case.dtype, torch.float32)).eps
     _, _, grad, off = loss.definition(defined)
     wanted = case.gradients(defined, grad, off)
     wanted = {name: (value, 64 * scale * bound) for name, (value, bound) in wanted.items()}

@@ -92,6 +92,19 @@ def test_damaged_plans_are_refused(layout):
             decode(damaged)
 
 
+def test_what_stands_for_nothing_is_refused():
+    """Of two plans of one layout a program could hold either, and which is a question of bytes."""
+    layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2).bool(), row_order=torch.arange(5).flip(0))
+    plan = encode(layout)
+    sizes = 5 + 2 + 2  # header, row sizes, column sizes; then a word of each mask
+    for at, value in ((3, 2), (3, -1), (4, 2), (sizes, 1 << 4), (sizes + 1, 1 << 62)):
+        odd = plan.clone()
+        odd[at] += value
+        with pytest.raises(mk.LayoutError, match=r"stand for nothing|should hold"):
+            decode(odd)
+    assert decode(plan) == layout
+
+
 def test_a_forgotten_layout_is_decoded_and_a_wrong_plan_refused():
     def build(size):
         return mk.BlockLayout([size, 2], [3, 5], torch.tensor([[1, 0], [1, 1]]).bool())

@@ -252,6 +252,32 @@ def test_backends_train_alike(embeddings):
         assert not torch.equal(ours, before[name])
 
 
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("watched", [False, True], ids=["one op", "watched"])
+def test_numbers_that_a_mask_leaves_out_reach_nothing(watched, dtype, poison):
+    """Neither the loss nor a gradient, that of the projection which reads them first included."""
+    model = small("strict").to(dtype)
+    if watched:
+        model.inputs.content.register_forward_hook(lambda *of: None)
+    *ids, numeric = batch((3, 4))
+    target = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)).round()
+    mask = torch.tensor([[1, 0, 1, 1], [0, 0, 0, 1], [1, 1, 0, 1]]).bool()
+
+    def step(numbers):
+        leaf = numbers.to(dtype).requires_grad_()
+        loss = model.gem_loss(*ids, leaf, target, mask=mask)
+        return loss, *torch.autograd.grad(loss, [leaf, *model.parameters()])
+
+    loss, grad, *grads = step(numeric)
+    assert grad[mask].any(-1).all()
+    assert not grad[~mask].any()
+    spoilt = step(numeric.masked_fill(~mask[..., None], poison))
+    for a, b in zip((loss, grad, *grads), spoilt, strict=True):
+        assert torch.equal(a, b)
+    assert step(numeric.masked_fill(mask[..., None], torch.nan))[0].isnan()
+
+
 # --- A torch module --------------------------------------------------------------------------
 
 

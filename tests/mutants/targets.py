@@ -68,7 +68,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/models/mlp.py": ["tests/models/test_mlp.py", _OBJECTIVES[4],
                                       "tests/ops/test_networks.py", *_CALLED,
                                       "tests/models/test_sharded.py"],
-    "maskmoe_kernels/models/ncf.py": ["tests/models/test_ncf.py",
+    "maskmoe_kernels/models/ncf.py": ["tests/models/test_ncf.py", _CALLED[0],
                                       "tests/ops/test_table_gradients.py"],
 }  # fmt: skip
 

@@ -431,6 +431,30 @@ def test_every_module_of_ncf_is_seen(kind, part, entry):
     assert len(log) == 1
 
 
+@pytest.mark.parametrize("entry", ["forward", "gem_loss"])
+@pytest.mark.parametrize("kind", ["forward hook", "forward"])
+def test_all_modules_of_ncf_are_seen_at_once(kind, entry):
+    torch.manual_seed(0)
+    model, logs = InterpretableNCF(SIZES, [8]), {part: [] for part in PARTS}
+    expected = ncf_step(model, entry)
+    for part, log in logs.items():
+        ON_A_MODULE[kind](model.get_submodule(part), log)
+    same(ncf_step(model, entry), expected)
+    assert {part: len(log) for part, log in logs.items()} == dict.fromkeys(PARTS, 1)
+
+
+def test_tables_of_ncf_that_nobody_watches_are_not_read_apart():
+    """The op reads their rows itself; once a module among them is watched, all are gathered."""
+    model = InterpretableNCF(SIZES, [8])
+    ids = torch.zeros(ROWS, dtype=torch.int64)
+    batch = ids, ids, torch.stack([ids, ids], -1), torch.randn(ROWS, 4)
+    assert [table.shape[0] for table in model.inputs.parts(*batch).tables] == [2, 7, 9, 7]
+    hook = model.inputs.item.register_forward_hook(lambda *of: None)
+    assert model.inputs.parts(*batch).shape == (ROWS, model.family.in_features)
+    hook.remove()
+    assert len(model.inputs.parts(*batch).tables) == 4
+
+
 def test_parametrized_tables_of_ncf_are_asked():
     torch.manual_seed(0)
     model, log = InterpretableNCF(SIZES, [8]), []

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskmoe_kernels import LayoutError, masked_linear
+from maskmoe_kernels import BlockLayout, LayoutError, masked_linear
 from maskmoe_kernels.nn import StackedLinear
 from maskmoe_kernels.testing.strategies import layouts
 from tests.nn.per_expert import gradients, seeds
@@ -37,3 +37,17 @@ def test_maps_are_those_of_the_layout(layout, bias, seed):
     for first, last in RUNS:
         ours, expected = stacked.run(x, first, last), torch.cat(maps[first:last], -1)
         torch.testing.assert_close(gradients(ours, leaves, seed), gradients(expected, leaves, seed))
+
+
+def test_a_run_computes_its_own_maps_alone():
+    """NaN in what one map reads reaches no gradient of another, which has other inputs."""
+    layout = BlockLayout([3, 2], [2, 5], torch.tensor([[1, 0], [1, 1]]).bool())
+    stacked = StackedLinear.repeat(layout, 3, runs=RUNS)
+    x = torch.full((4, layout.in_features), torch.nan)
+    for first, last in RUNS:
+        y = stacked.run(x, first, last)
+        grads = torch.autograd.grad(y, [stacked.weight, stacked.bias], torch.ones_like(y))
+        weight, bias = (grad.view(3, -1) for grad in grads)
+        own = (torch.arange(3) >= first) & (torch.arange(3) < last)
+        assert torch.equal(weight.isnan(), own[:, None].expand_as(weight))
+        assert torch.equal(bias, 4.0 * own[:, None].expand_as(bias))

@@ -13,7 +13,7 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
-from maskmoe_kernels import BackendError, SubsetFamily, gem_loss, mixture, selection
+from maskmoe_kernels import BackendError, LayoutError, SubsetFamily, gem_loss, mixture, selection
 from maskmoe_kernels.backends import triton as backend
 from maskmoe_kernels.objectives import deselection, rare_positive
 from maskmoe_kernels.ops import objectives as fused
@@ -464,6 +464,30 @@ def test_opcheck(shape):
     for kept, normalize in ((None, "none"), (mask, "expert"), (mask, "sample"), (None, "batch")):
         arguments = (logits, target, kept, *forward, "deselection", normalize)
         torch.library.opcheck(ops.gem_loss, arguments)
+    for low in (logits.half(), logits.bfloat16()):  # whose loss and gradient wait in float32
+        torch.library.opcheck(ops.gem_loss, (low, *arguments[1:]))
+        assert {t.dtype for t in ops.gem_loss(low, *arguments[1:])} == {torch.float32}
+
+
+@interpreted
+def test_tables_are_what_a_kernel_reads():
+    """A program that was loaded brings its own, and the kernels read them by address."""
+    ops, logits, options = torch.ops.maskmoe, torch.randn(2, 7), ("smooth", 2.0)
+    forward = tables_of(CUBE, "smaller", "above", "larger")
+    alpha, product = ops.selection(logits, *forward, *options, True)
+    back = tables_of(CUBE, "bigger", "below", "larger")
+    for op, before, tables, after in (
+        (ops.selection, (logits,), forward, (*options, True)),
+        (ops.selection_backward, (alpha, None, logits, alpha, product), back, options),
+        (ops.mixture, (logits,), forward, options),
+        (ops.gem_loss, (logits, torch.ones(2), None), forward, (*options, "selection", "none")),
+    ):
+        op(*before, *tables, *after)
+        for k, table in enumerate(tables):
+            apart = torch.stack([table, table], -1)[..., 0]
+            for odd in (table.long(), table.float(), table[..., :-1].clone(), table[None], apart):
+                with pytest.raises(LayoutError, match="must be"):
+                    op(*before, *tables[:k], odd, *tables[k + 1 :], *after)
 
 
 def training_step(logits, target, family):

@@ -394,6 +394,15 @@ def test_autocast_takes_its_dtype(dtype, backend):
         assert torch.equal(ours, theirs.float())
 
 
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_autocast_of_a_layer_without_bias(backend):
+    layout = LAYOUTS["wide"]
+    x, weight, _ = drawn(layout, 5, dtype=torch.float32)
+    expected = mk.masked_linear(x.bfloat16(), weight.bfloat16(), None, layout, "relu", backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(mk.masked_linear(x, weight, None, layout, "relu", backend), expected)
+
+
 def test_autocast_off_changes_nothing():
     layout = LAYOUTS["wide"]
     inputs = drawn(layout, 5, dtype=torch.float32)

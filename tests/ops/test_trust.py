@@ -187,6 +187,21 @@ def test_each_tensor_of_a_layer_is_checked(activation):
         OPS.masked_linear(x, weight, bias, *fixed, layout.out_features, "softplus", True)
 
 
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_bias_fits_the_units_and_not_the_features(name):
+    layout = made(3, 7, 2)
+    x, weight, _ = drawn(layout)
+    op, plan = getattr(OPS, name), plan_of(layout, CPU)
+    assert layout.in_features != layout.out_features
+    for features in (1, layout.in_features, layout.out_features + 1):
+        with pytest.raises(REFUSED, match="bias"):
+            op(x, weight, torch.ones(features), plan, layout.id, layout.out_features, "none", False)
+    with pytest.raises(
+        mk.LayoutError, match=r"bias must be \(out_features,\) = \(12,\), got \(9,\)"
+    ):
+        mk.masked_linear(x, weight, torch.ones(layout.in_features), layout)
+
+
 @pytest.fixture
 def network():
     """A network with a table: the arguments of its ops up to the activation."""
@@ -213,6 +228,42 @@ def test_parts_name_what_is_there(network, name, parts):
     arguments, _ = network
     with pytest.raises((*REFUSED, IndexError)):
         getattr(OPS, name)(*arguments[:3], parts, *arguments[4:], 7, "relu", False)
+
+
+@pytest.mark.parametrize("name", ["masked_mlp", "layered_mlp"])
+def test_a_network_reads_columns_or_tables_or_both(network, name):
+    (x, tables, ids, _, *rest), net = network
+    op, given = getattr(OPS, name), torch.cat([tables[0][ids[0]], x], -1)
+    truth = net.layers.layered(given)
+    both = x, tables, ids, [0, -7]
+    halves = [tables[0], torch.randn(6, 7)], [ids[0], torch.arange(4)]
+    halves[0][1][:4] = x
+    for inputs in (both, (given, [], [], [-10]), (None, *halves, [0, 1])):
+        torch.testing.assert_close(op(*inputs, *rest, 7, "relu", False)[0], truth)
+    for inputs in (
+        (None, [], [], []),
+        (None, [], [], [-10]),
+        (None, tables, [], [0, -7]),
+        (x, tables, [], [0, -7]),
+        (x, [], ids, [0, -7]),
+        (x.sum(), tables, ids, [0, -7]),
+        (x.sum(), [], [], [-10]),
+    ):
+        with pytest.raises(REFUSED):
+            op(*inputs, *rest, 7, "relu", False)
+
+
+@pytest.mark.parametrize("name", [*LINEAR, "masked_mlp", "layered_mlp"])
+def test_the_number_of_units_is_the_layouts(network, name):
+    """A traced program has it in its shapes: were it wrong, memory behind the result was read."""
+    layout, (arguments, _) = made(3, 7, 2), network
+    linear = *drawn(layout), plan_of(layout, CPU), layout.id
+    right, given = (layout.out_features, linear) if name in LINEAR else (7, arguments)
+    op = getattr(OPS, name)
+    assert op(*given, right, "relu", False)[0].shape[-1] == right
+    for wrong in (right - 1, right + 1, 0, -right, 2**40):
+        with pytest.raises(REFUSED):
+            op(*given, wrong, "relu", False)
 
 
 @pytest.mark.parametrize("name", ["masked_mlp", "layered_mlp"])

@@ -48,7 +48,8 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 ARCHITECTURES = (80, 90, 100)
 #: Shared memory of a block at most, in bytes (CUDA's table of compute capabilities).
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-#: Bytes a thread that a kernel may keep in memory: a value or two, parked across the loop.
+#: Bytes a thread that a kernel may keep in memory: a value or two, parked across the loop. Where
+#: registers are limited, half as many accesses in each step of it.
 PARKED = 16
 #: Multiprocessors that the launch code is told of: an H200's.
 PROCESSORS = 132
@@ -56,6 +57,8 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _INTEGERS = {torch.int32: "i32", torch.int64: "i64"}
 _TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync")
+_INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
+_BRANCH = re.compile(r"\bBRA\b.*?(0x[0-9a-f]+)")
 _WIDE = re.compile(r"mul\.lo\.s64|mul\.wide\.s32|mad\.lo\.s64|mad\.wide\.s32")
 
 
@@ -221,6 +224,9 @@ def facts(compiled: Any) -> dict[str, Any]:
             [_CUOBJDUMP, "--dump-resource-usage", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
+        code = subprocess.run(
+            [_CUOBJDUMP, "--dump-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
@@ -228,6 +234,7 @@ def facts(compiled: Any) -> dict[str, Any]:
     return {
         "registers": registers,
         "spilled": stack + local,
+        **_of_loop(code),
         "shared": compiled.metadata.shared,
         "tensor": len(_TENSOR_CORES.findall(ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
@@ -236,12 +243,39 @@ def facts(compiled: Any) -> dict[str, Any]:
     }
 
 
+def _of_loop(code: str) -> dict[str, int]:
+    """What the loop with loads in flight does in each step, by the disassembly; else of all code.
+
+    ``parked`` are accesses to spilled values, ``stalls`` are waits for all products of a step, and
+    ``barriers`` are those of the block.
+    """
+    lines = [(int(at, 16), text) for at, text in _INSTRUCTION.findall(code)]
+    bodies = []
+    for at, text in lines:
+        back = _BRANCH.search(text)
+        if back is not None and int(back[1], 16) < at:
+            body = [other for k, other in lines if int(back[1], 16) <= k <= at]
+            if any("LDGSTS" in other for other in body):
+                bodies.append(body)
+    body = min(bodies, key=len, default=[text for _, text in lines])
+
+    def times(pattern: str) -> int:
+        return sum(bool(re.search(pattern, text)) for text in body)
+
+    return {
+        "parked": times(r"\b(LDL|STL)\b"),
+        "stalls": times(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0"),
+        "barriers": times(r"\bBAR\.SYNC"),
+    }
+
+
 def complaints(launch_: Launch, found: dict[str, Any], architecture: int) -> list[str]:
     """What a hot kernel may not do."""
     constants = dict(launch_.constants)
     wrong = []
-    if found["spilled"] > PARKED:
-        wrong.append(f"spills {found['spilled']} bytes")
+    # What repairs rows is off the way, and parks what it likes.
+    if found["spilled"] > PARKED and (launch_.registers is None or found["parked"] > PARKED // 2):
+        wrong.append(f"spills {found['spilled']} bytes, {found['parked']} accesses a step")
     if found["shared"] > SHARED[architecture]:
         wrong.append(f"{found['shared']} bytes of shared memory, of {SHARED[architecture]}")
     if launch_.kernel.__name__ not in ("forward", "backward"):
@@ -429,7 +463,17 @@ def differences(known: dict[str, dict[str, Any]] | None, rows: list[dict[str, An
         if key not in known:
             worse.append(f"{key}: not in the committed table; write it anew")
             continue
-        for name in ("registers", "spilled", "shared", "tensor", "wgmma", "async copies"):
+        for name in (
+            "registers",
+            "spilled",
+            "parked",
+            "stalls",
+            "barriers",
+            "shared",
+            "tensor",
+            "wgmma",
+            "async copies",
+        ):
             if row[name] != known[key][name]:
                 worse.append(f"{key}: {name} {known[key][name]} -> {row[name]}")
     return worse

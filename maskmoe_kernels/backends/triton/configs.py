@@ -167,18 +167,24 @@ def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precisi
     return max(tiles.depth, min(most, _power(max(layout.row_fan_in, default=1))))
 
 
-def registers(sums: int, warps: int, dtype: torch.dtype, turned: bool = False) -> int:
+def registers(
+    tiles: Tiles, sums: int, warps: int, dtype: torch.dtype, turned: bool = False
+) -> int | None:
     """Registers a thread of a kernel that can repair: what its own loop takes, and no more.
 
     The compiler would take what the repair does, twice as many, and half of the programs would be
     at work; so the repair parks some of its values in memory, which costs nothing until it runs.
 
     Args:
+        tiles: That it walks. Only shared ones are repaired; and ragged features, which are loaded
+            value by value, take more registers than a rule knows. Then there is no limit.
         sums: Float32 sums of a program.
         warps: Of a program.
         dtype: Of the factors; wide ones take more.
         turned: Is it the backward, which also forms the gradient before the activation?
     """
+    if not tiles.shared or tiles.feature_grain < 8:
+        return None
     own = 64 + 16 * turned + 48 * (dtype.itemsize > 2)
     return min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
 

@@ -79,7 +79,7 @@ def _multiply(
     lane = first_lane + tl.arange(0, W)
     depth = tl.arange(0, K)
     acc = tl.zeros((M, W), tl.float32)
-    cleaned = tl.zeros((M,), tl.int32)
+    cleaned = tl.zeros((M, K), tl.int32)  # summed up at the end: not in the loop, across threads
     base = tl.multiple_of(tl.load(tiles + tile * 4), WEIGHT_GRAIN)
     width = tl.multiple_of(tl.load(tiles + tile * 4 + 1), WEIGHT_GRAIN)
     first = tl.load(tiles + tile * 4 + 2)
@@ -96,7 +96,7 @@ def _multiply(
         a = _load(x, saved, rows, row_mask, feature, x_stride, ACT)
         if HOW == "clean":
             finite = tl.abs(a.to(tl.float32)) < float("inf")
-            cleaned = tl.maximum(cleaned, tl.max(1 - finite.to(tl.int32), 1))
+            cleaned = tl.maximum(cleaned, 1 - finite.to(tl.int32))
             a = tl.where(finite, a, 0.0).to(a.dtype)
         if SHARED:
             sees = lane_base >= 0
@@ -113,7 +113,7 @@ def _multiply(
             acc = _dot(a, b, acc, PRECISION)
         feature = _features(features, c + 1, last, GRAIN, K)
         lane_base = _bases(bases, lane, c + 1, last, WEIGHT_GRAIN, N, W, SHARED)
-    return acc, cleaned
+    return acc, tl.max(cleaned, 1)
 
 
 @triton.jit
@@ -180,8 +180,8 @@ def _part(
         out_features, ACT, BIAS, KEEP, SPLIT, N,
     )  # fmt: skip
     if SHARED:
-        finite = tl.min(tl.min((tl.abs(acc) < float("inf")).to(tl.int32), 1), 0)
-        if finite == 0:
+        finite = (tl.abs(acc) < float("inf")).to(tl.int32)
+        if tl.min(tl.reshape(finite, (M * N,), can_reorder=True), 0) == 0:
             _repair(
                 tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight,
                 tiles, units, features, bases, strides, bias, y, z, partial, out_features, IN_ACT,

@@ -236,7 +236,7 @@ class _Forward:
             PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
-            maxnreg=registers(config.rows * t.lanes, config.warps, x.dtype) if t.shared else None,
+            maxnreg=registers(t, config.rows * t.lanes, config.warps, x.dtype),
         )  # fmt: skip
         self._finish = Launch(
             kernels.finish, (triton.cdiv(rows, 16), t.splits.shape[0]),
@@ -322,9 +322,7 @@ class _Backward:
                 XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
                 OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
                 maxnreg=(
-                    registers(largest, warps, x.dtype, True)
-                    if of_input and turned.shared
-                    else None
+                    registers(turned, largest, warps, x.dtype, True) if of_input else None
                 ),
             )  # fmt: skip
 

@@ -47,7 +47,7 @@ def speedups(found: Sequence[Line], path: Path) -> None:
     dtypes, batches = _dtypes(found), sorted({line.case.batch for line in found})
     places = _places({(line.case.family, line.case.width) for line in found})
     wide = max(places.values(), default=0) + 2
-    figure = _figure(max(4.2, 0.26 * wide) * max(len(dtypes), 1) + 0.8, 9)
+    figure = _figure(max(6.5, max(4.2, 0.26 * wide) * len(dtypes) + 0.8), 9)
     axes = figure.subplots(
         len(PHASES), max(len(dtypes), 1), sharex=True, sharey=True, squeeze=False
     )

@@ -70,14 +70,13 @@ def _registered(backend: str, layout: BlockLayout) -> Layer:
     """The library's own op, without the front end's checks."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        op, plan = route
         result: Tensor = FORWARD[op](
             x, weight, bias, plan, layout.id, layout.out_features, ACTIVATION, False
         )[0]
         return result
 
     key = next(key for key in layout.routes if key[0] == backend)
-    route = layout.routes[key]
+    op, plan, _ = layout.routes[key]
     return layer
 
 

@@ -181,7 +181,7 @@ def _part(
     )  # fmt: skip
     if SHARED:
         finite = (tl.abs(acc) < float("inf")).to(tl.int32)
-        if tl.min(tl.reshape(finite, (M * N,), can_reorder=True), 0) == 0:
+        if tl.min(finite, None) == 0:
             _repair(
                 tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight,
                 tiles, units, features, bases, strides, bias, y, z, partial, out_features, IN_ACT,

@@ -305,7 +305,7 @@ def tune(lab: Lab) -> list[Task]:
 
 
 def _counters(words: Sequence[str]) -> list[Task]:
-    """One section of Nsight Compute for three kernels; the clock stays as it is lent."""
+    """One section of Nsight Compute for three kernels; the clock stays as it is."""
     tool = nvidia("ncu")
     if tool is None:
         return []

@@ -29,7 +29,7 @@ settings.register_profile(  # a mutant is to die soon, and needs no smallest exa
     print_blob=False,
     phases=[Phase.explicit, Phase.generate],
 )
-settings.register_profile(  # on a lent GPU: few examples, and a failure is told at once
+settings.register_profile(  # on a GPU for minutes: few examples, and a failure is told at once
     "lab", settings.get_profile("mutants"), max_examples=12
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))

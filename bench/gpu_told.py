@@ -12,7 +12,7 @@ from typing import Any
 from maskmoe_kernels.experiments.report import write_json
 
 PASSED, FAILED, CUT_OFF, REFUSED = "passed", "failed", "cut off", "refused"
-#: Of the screen: a lent machine may return its last 12,000 characters.
+#: Of the screen: a machine elsewhere may return its last 12,000 characters only.
 MOST_LINES, WIDTH = 100, 118
 MOST_RED, MOST_CUT = 40, 18
 #: Bytes of a file that is left out of the archive, and of a process's output in the json.

@@ -169,7 +169,7 @@ SUITES = {
         rounds=4,
         budget=3.0,
     ),
-    # A GPU: by priority, for a run that is cut off. The first twenty cases take two minutes.
+    # A GPU: by priority, for a run that is cut off. Ten cases took two minutes on an H200.
     "gpu-quick": Suite(
         [
             Grid(["powerset6"], [16, 64], [65536], ["bfloat16"]),

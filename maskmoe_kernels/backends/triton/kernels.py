@@ -271,8 +271,7 @@ def finish(
     row_mask = rows < num_rows
     lane = tl.arange(0, N)
     tile = tl.load(splits + split * 3)
-    unit = tl.load(units + tile * N + lane)
-    unit = tl.max_contiguous(tl.multiple_of(unit, UNIT_GRAIN), UNIT_GRAIN)
+    unit = _units(units, tile, lane, UNIT_GRAIN, N)
     acc = tl.zeros((M, N), tl.float32)
     first = tl.load(splits + split * 3 + 1)
     at = (first.to(tl.int64) * num_rows + rows)[:, None] * N + lane[None, :]
@@ -299,8 +298,7 @@ def _grad_weight(
     entry = at + tl.arange(0, F)
     feature = tl.load(features + entry, mask=entry < end, other=-1)
     feature = tl.max_contiguous(tl.multiple_of(feature, FEATURE_GRAIN), FEATURE_GRAIN)
-    unit = tl.load(units + tile * N + lane)
-    unit = tl.max_contiguous(tl.multiple_of(unit, UNIT_GRAIN), UNIT_GRAIN)
+    unit = _units(units, tile, lane, UNIT_GRAIN, N)
     acc = tl.zeros((F, N), tl.float32)
     bias = tl.zeros((R, N), tl.float32)  # summed over its rows at the end, across threads
     for row in range(first_row, last_row, R):
@@ -368,7 +366,7 @@ def backward(
     local = tl.program_id(0) % per_slab
     first_row = slab * slab_rows
     last_row = tl.minimum(first_row + slab_rows, num_rows)
-    of_w = OF_W
+    of_w = OF_W  # constants: what is not asked for is not compiled
     if OF_W and OF_X:
         of_w = local < num_items
     if of_w:

@@ -70,13 +70,13 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	    CXXFLAGS="$(SANITIZE)" \
 	    MASKMOE_EXTENSION=$(CURDIR)/build/sanitize/maskmoe_kernels/_C.abi3.so; \
 	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["obstacle"])' && \
-	$(PYTEST) $(wildcard tests/backends/test_native.py) tests/ops
+	$(PYTEST) $(wildcard tests/ops/test_native.py) tests/ops
 
 emulate: $(READY) ## Run the kernels' tests on AMX tiles computed in plain C++
 	@CXX="$(CXX)" CXXFLAGS="-DMASKMOE_EMULATE_AMX $(CXXFLAGS)" MASKMOE_BUILD=cpu \
 	    $(PY) setup.py -q build_ext --build-lib build/emulate
 	@export MASKMOE_EXTENSION=$(CURDIR)/build/emulate/maskmoe_kernels/_C.abi3.so; \
-	$(PY) -c 'from maskmoe_kernels.backends import native; native.set_isa("amx-emulated")' && \
+	$(PY) -c 'from maskmoe_kernels.ops import native; native.set_isa("amx-emulated")' && \
 	$(PYTEST) tests/ops
 
 lint: $(READY) ## Check style, types and the import contract
@@ -96,10 +96,10 @@ bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
 gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
-	@$(PY) -m bench.gpu_static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
+	@$(PY) -m bench.gpu.static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
 
 gpu-check: $(BUILT) ## The GPU lab (ARGS='prove', 'measure', 'tune', '--dry-run')
-	@$(PY) -m bench.gpu_check $(ARGS)
+	@$(PY) -m bench.gpu.check $(ARGS)
 
 wheel: $(READY) ## Build the wheel into dist/ and check what it asks of Python and torch
 	@rm -rf dist build/lib* build/bdist*

@@ -7,8 +7,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import network_training, rivals, training
-from bench.shapes import DTYPES, FAMILIES
+from bench import rivals
+from bench.networks import mlp_training as network_training
+from bench.networks import training
+from bench.shapes import DTYPES
+from maskmoe_kernels.layout.families import FAMILIES
 
 
 def parse(argv: Sequence[str], program: str) -> tuple[str, argparse.Namespace]:

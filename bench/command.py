@@ -13,21 +13,24 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import compare, network_training, pictures, results, rivals, training
+from bench import results, rivals
 from bench.arguments import parse
-from bench.contender import Contender, Unavailable
-from bench.harness import measure
-from bench.limits import Settings
+from bench.layers import compare, pictures
+from bench.layers.contender import Contender, Unavailable
+from bench.layers.harness import measure
+from bench.layers.limits import Settings
+from bench.layers.ratios import OURS
+from bench.layers.summary import print_summary, summarize
+from bench.layers.table import print_result
 from bench.lost import LOST, is_lost
+from bench.networks import mlp_training as network_training
+from bench.networks import training
 from bench.precision import products
-from bench.ratios import OURS
 from bench.roofs import Roofs, measure_roofs
 from bench.shapes import DTYPES, SUITES, Case, Suite
-from bench.summary import print_summary, summarize
-from bench.table import print_result
 from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
-from maskmoe_kernels.experiments.files import claim
+from maskmoe_kernels.experiments.shared.files import claim
 
 
 def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
@@ -190,7 +193,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> int:
     check_device(arguments.device)
     subject, smoke = training.SUBJECT, training.SMOKE
     if arguments.model == "skip":
-        from bench import skip_training  # which needs pyarrow
+        from bench.networks import skip_training  # which needs pyarrow
 
         subject, smoke = skip_training.SUBJECT, skip_training.SMOKE
     plan = (

@@ -11,11 +11,11 @@ import torch
 
 import maskmoe_kernels as mk
 from bench.clock import cache_bytes
-from bench.ratios import case_of
+from bench.layers.ratios import case_of
 from bench.shapes import Case
-from maskmoe_kernels.backends.choice import choose
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments import report
+from maskmoe_kernels.experiments.shared import report
+from maskmoe_kernels.ops.dispatch import choose
 
 FORMAT = 2
 NAME = "bench.json"

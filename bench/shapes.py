@@ -3,58 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from maskmoe_kernels import SubsetFamily
-from maskmoe_kernels.models.sessions import skip_sessions
+from maskmoe_kernels.layout.families import FAMILIES
 
-
-def _singles_and_pairs(count: int) -> SubsetFamily:
-    groups = {f"g{n}": 1 for n in range(count)}
-    chosen = [c for size in (1, 2) for c in itertools.combinations(groups, size)]
-    return SubsetFamily(groups, {"+".join(c): c for c in chosen})
-
-
-def _chain(length: int) -> SubsetFamily:
-    groups = {f"g{n}": 1 for n in range(length)}
-    names = list(groups)
-    return SubsetFamily(groups, {f"first {k}": names[:k] for k in range(1, length + 1)})
-
-
-def _powerset(count: int) -> SubsetFamily:
-    return SubsetFamily.powerset({f"g{n}": 1 for n in range(count)})
-
-
-def _toy3() -> SubsetFamily:
-    return SubsetFamily.powerset({"x1": 1, "x2": 1})
-
-
-def _ncf4() -> SubsetFamily:
-    return SubsetFamily(
-        {"content": 32, "user": 64, "item": 64},
-        {
-            "content": ["content"],
-            "user": ["content", "user"],
-            "item": ["content", "item"],
-            "all": ["content", "user", "item"],
-        },
-    )
-
-
-#: Name to family; layers are measured as ``family.hidden_layout(d, d)``.
-FAMILIES: dict[str, Callable[[], SubsetFamily]] = {
-    "toy3": _toy3,
-    "ncf4": _ncf4,
-    "spotify8": lambda: skip_sessions()[0],
-    "chain16": lambda: _chain(16),
-    "powerset4": lambda: _powerset(4),
-    "powerset6": lambda: _powerset(6),
-    "powerset8": lambda: _powerset(8),
-    "pairs22": lambda: _singles_and_pairs(22),
-}
 #: 3 to 16 experts.
 SMALL = ("toy3", "ncf4", "spotify8", "chain16", "powerset4")
 #: "tf32" is float32 whose products may round their factors to ten bits.

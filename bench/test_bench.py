@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from bench.contender import Contender
-from bench.problem import Problem
+from bench.layers.contender import Contender
+from bench.layers.problem import Problem
 from bench.rivals import BestDense, BucketedBmm, MaskedDense, Ours, PaperStyle
 from bench.shapes import Case
 

@@ -4,7 +4,6 @@ The names below are the public contract; see README.md for a tour.
 """
 
 from maskmoe_kernels import testing
-from maskmoe_kernels.backends.choice import info
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
 from maskmoe_kernels.layout import BlockLayout, SubsetFamily
 from maskmoe_kernels.models import InterpretableGRU, InterpretableMLP, InterpretableTransformer
@@ -16,8 +15,9 @@ from maskmoe_kernels.nn import (
     MaskedMLP,
     MaskedMultiheadAttention,
 )
-from maskmoe_kernels.objectives import gem_loss, mixture, selection
 from maskmoe_kernels.ops import Inputs, masked_linear
+from maskmoe_kernels.ops.dispatch import info
+from maskmoe_kernels.ops.selection import gem_loss, mixture, selection
 
 __version__ = "0.1.0"
 

@@ -16,9 +16,10 @@ import bench.command
 import maskmoe_kernels as mk
 from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments import figures, toy
-from maskmoe_kernels.experiments.movielens import MODELS, Options
-from tests.experiments.tiny import write_movielens
+from maskmoe_kernels.experiments.movielens.train import MODELS, Options
+from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.toy import train as toy
+from tests.experiments.movielens.tiny import write_movielens
 
 COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["skip"], ["bench"])
 SKIP = [["skip", name] for name in ("prepare", "generate", "train", "evaluate", "explain")]
@@ -238,7 +239,7 @@ def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, cap
 def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
     got: list[Any] = []
     monkeypatch.setattr(
-        "maskmoe_kernels.experiments.movielens.run_movielens", lambda *args: got.extend(args)
+        "maskmoe_kernels.experiments.movielens.train.run_movielens", lambda *args: got.extend(args)
     )
     words = (
         "movielens --data d --negatives n --models content black-box content --epochs 7 "
@@ -281,7 +282,7 @@ def test_training_that_diverges(tmp_path: Path, monkeypatch: Any, capsys: Any) -
     def diverged(*args: Any) -> None:
         raise FloatingPointError("content: the loss is no longer finite\nin epoch 3")
 
-    monkeypatch.setattr("maskmoe_kernels.experiments.movielens.run_movielens", diverged)
+    monkeypatch.setattr("maskmoe_kernels.experiments.movielens.train.run_movielens", diverged)
     words = ["movielens", "--data", "d", "--out", str(tmp_path)]
     assert error_of(capsys, words) == "error: content: the loss is no longer finite in epoch 3\n"
 
@@ -371,7 +372,7 @@ def test_bench_is_one_line_on_an_error(tmp_path: Path, capsys: Any) -> None:
 
 
 def test_bench_lives_in_a_checkout(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli" / "__init__.py"))
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli.py"))
     for words in (["bench"], ["bench", "--help"], ["bench", "compare", "a", "b"]):
         assert "lives in a checkout of maskmoe_kernels" in error_of(capsys, words)
 

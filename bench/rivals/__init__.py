@@ -1,8 +1,8 @@
-"""One file a rival: a :class:`~bench.contender.Contender` that its author would call fast."""
+"""One file a rival: a :class:`~bench.layers.contender.Contender` its author would call fast."""
 
 import torch
 
-from bench.contender import Contender
+from bench.layers.contender import Contender
 from bench.rivals.best_dense import BestDense, BestDenseCompiled
 from bench.rivals.bsr import Bsr
 from bench.rivals.bucketed_bmm import BucketedBmm

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contender import Compiled, DenseLayer
-from bench.problem import Problem
+from bench.layers.contender import Compiled, DenseLayer
+from bench.layers.problem import Problem
 
 
 class _Function(torch.autograd.Function):

@@ -9,8 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bench.contender import Layer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import Layer, Unavailable
+from bench.layers.problem import Problem
 
 
 class Bsr(Layer):

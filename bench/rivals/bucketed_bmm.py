@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contender import Layer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import Layer, Unavailable
+from bench.layers.problem import Problem
 
 
 @dataclass(frozen=True)

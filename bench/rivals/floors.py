@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.contender import Contender
-from bench.counts import PHASES, count
-from bench.problem import Problem
+from bench.layers.contender import Contender
+from bench.layers.counts import PHASES, count
+from bench.layers.problem import Problem
 
 
 class FloorGemm(Contender):

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contender import Layer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import Layer, Unavailable
+from bench.layers.problem import Problem
 from bench.rivals.bucketed_bmm import gathered_bytes
 
 

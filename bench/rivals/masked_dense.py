@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contender import Compiled, DenseLayer
-from bench.problem import Problem
+from bench.layers.contender import Compiled, DenseLayer
+from bench.layers.problem import Problem
 
 
 class MaskedDense(DenseLayer):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.contender import DenseLayer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import DenseLayer, Unavailable
+from bench.layers.problem import Problem
 
 
 class Nflows(DenseLayer):

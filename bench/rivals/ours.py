@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bench.contender import Layer
-from bench.problem import Problem
+from bench.layers.contender import Layer
+from bench.layers.problem import Problem
 from maskmoe_kernels import masked_linear
 
 

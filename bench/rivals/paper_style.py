@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contender import Compiled, CompiledGraphs, Layer
-from bench.problem import Problem
+from bench.layers.contender import Compiled, CompiledGraphs, Layer
+from bench.layers.problem import Problem
 
 
 class PaperStyle(Layer):

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.contender import Unavailable
-from bench.problem import Problem
+from bench.layers.contender import Unavailable
+from bench.layers.problem import Problem
 from bench.rivals.grouped_mm import GroupedMM
 
 

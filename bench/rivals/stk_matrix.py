@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.contender import DenseLayer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import DenseLayer, Unavailable
+from bench.layers.problem import Problem
 
 BLOCK = 128
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bench.contender import DenseLayer, Unavailable
-from bench.problem import Problem
+from bench.layers.contender import DenseLayer, Unavailable
+from bench.layers.problem import Problem
 
 
 class Zuko(DenseLayer):

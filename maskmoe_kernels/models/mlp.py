@@ -12,12 +12,12 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
-from maskmoe_kernels.nn.network import MaskedMLP, inputs_of
-from maskmoe_kernels.objectives.gem import check_labels, check_loss, gem_loss
-from maskmoe_kernels.objectives.mixture import Mixture, mixture
-from maskmoe_kernels.objectives.selection import Confidence, check_confidence
-from maskmoe_kernels.ops import networks
-from maskmoe_kernels.ops.networks import Inputs, Layers
+from maskmoe_kernels.nn.mlp import MaskedMLP, inputs_of
+from maskmoe_kernels.ops.masked_mlp import api as networks
+from maskmoe_kernels.ops.masked_mlp.api import Inputs, Layers
+from maskmoe_kernels.ops.selection.gem import check_labels, check_loss, gem_loss
+from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
+from maskmoe_kernels.ops.selection.selection import Confidence, check_confidence
 
 
 class InterpretableMLP(nn.Module):

@@ -10,33 +10,8 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.objectives.mixture import Mixture, mixture
-from maskmoe_kernels.objectives.selection import Confidence
-
-
-def skip_sessions() -> tuple[SubsetFamily, dict[str, int]]:
-    """The eight subsets of skip prediction, and the groups of the second half (section 4.3).
-
-    Returns:
-        Family over the groups of A, whose columns lie in the order of ``family.groups``; and
-        group name to width of B, in the order of its columns.
-    """
-    family = SubsetFamily(
-        {"position": 2, "context": 13, "interaction": 29, "popularity": 3, "music": 26},
-        {
-            "context": ["position", "context"],
-            "interaction": ["position", "interaction"],
-            "popularity": ["position", "popularity"],
-            "music": ["position", "music"],
-            "context+interaction": ["position", "context", "interaction"],
-            "popularity+music": ["position", "popularity", "music"],
-            "context+interaction+popularity": [
-                "position", "context", "interaction", "popularity",
-            ],
-            "all": ["position", "context", "interaction", "popularity", "music"],
-        },
-    )  # fmt: skip
-    return family, {name: family.groups[name] for name in ("position", "popularity", "music")}
+from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
+from maskmoe_kernels.ops.selection.selection import Confidence
 
 
 def second_layout(

@@ -20,7 +20,7 @@ from maskmoe_kernels.models.sessions import (
 )
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.linear import MaskedLinear
-from maskmoe_kernels.nn.network import MaskedMLP
+from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 
 # Units of the hidden feed-forward layer per unit of the model, as in Vaswani et al. (2017).

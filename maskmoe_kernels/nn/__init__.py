@@ -4,7 +4,7 @@ from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_of
 from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
-from maskmoe_kernels.nn.network import MaskedMLP
+from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 from maskmoe_kernels.nn.stacked import StackedLinear
 

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels.backends.activations import activation_name
-from maskmoe_kernels.backends.choice import check_backend
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout, plain_tensor
-from maskmoe_kernels.layout.plan import plan_of
+from maskmoe_kernels.layout.serialized import plan_of
 from maskmoe_kernels.nn.packing import (
     degrees_obstacle,
     mask_obstacle,
     packing_obstacle,
     packing_state,
 )
-from maskmoe_kernels.ops.functional import masked_linear
+from maskmoe_kernels.ops.activations import activation_name
+from maskmoe_kernels.ops.dispatch import check_backend
+from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 
 class MaskedLinear(nn.Module):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.plan import plan_of
+from maskmoe_kernels.layout.serialized import plan_of
 from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.nn.linear import MaskedLinear
-from maskmoe_kernels.ops.functional import masked_linear
+from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 
 class StackedLinear(MaskedLinear):

@@ -1,6 +1,6 @@
 """The masked linear map as a registered op, its routed gradient, and the functional front end."""
 
-from maskmoe_kernels.ops.functional import masked_linear
-from maskmoe_kernels.ops.networks import Inputs
+from maskmoe_kernels.ops.masked_linear.api import masked_linear
+from maskmoe_kernels.ops.masked_mlp.api import Inputs
 
 __all__ = ["Inputs", "masked_linear"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.counts import PHASES
+from bench.layers.counts import PHASES
 from bench.shapes import Case
 
 FLOPS, BYTES = 4_000_000, 1_000_000

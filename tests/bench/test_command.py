@@ -10,9 +10,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import command, network_training, results
+from bench import command, results
 from bench.arguments import parse
-from bench.contender import Unavailable
+from bench.layers.contender import Unavailable
+from bench.networks import mlp_training as network_training
 from bench.roofs import Roofs, measure_roofs
 from bench.shapes import SUITES, Case
 from maskmoe_kernels.errors import BackendError, DataError

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.ops import native
 
 
 class Fault(AssertionError):

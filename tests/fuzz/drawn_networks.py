@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops.networks import Inputs
+from maskmoe_kernels.ops.masked_mlp.api import Inputs
 from tests.fuzz.cases import WIDTHS, Draw, as_view, draw_family, draw_isa, on_threads
 from tests.fuzz.definition import Definition, DenseLayer, sum_rounding
 

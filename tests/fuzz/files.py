@@ -31,17 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments import explain, skip, train
-from maskmoe_kernels.experiments.data import generator, movielens
-from maskmoe_kernels.experiments.data.causes import Causes
-from maskmoe_kernels.experiments.data.mssd import prepare
-from maskmoe_kernels.experiments.data.mssd_columns import LOG_COLUMNS, TRACK_COLUMNS
-from maskmoe_kernels.experiments.data.mssd_csv import CsvFile
-from maskmoe_kernels.experiments.data.sessions import SessionDataset, SessionLoader, Shards
-from maskmoe_kernels.experiments.ranks import Ranks
-from maskmoe_kernels.experiments.report import sealed, write_json
-from maskmoe_kernels.experiments.trainer import Pace, Trainer
-from tests.experiments.tiny import write_movielens
+from maskmoe_kernels.experiments.movielens import data as movielens
+from maskmoe_kernels.experiments.movielens import explain
+from maskmoe_kernels.experiments.shared import train
+from maskmoe_kernels.experiments.shared.ranks import Ranks
+from maskmoe_kernels.experiments.shared.report import sealed, write_json
+from maskmoe_kernels.experiments.skip import train as skip
+from maskmoe_kernels.experiments.skip.data import generator
+from maskmoe_kernels.experiments.skip.data.causes import Causes
+from maskmoe_kernels.experiments.skip.data.mssd import prepare
+from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS, TRACK_COLUMNS
+from maskmoe_kernels.experiments.skip.data.mssd_csv import CsvFile
+from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader, Shards
+from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
+from tests.experiments.movielens.tiny import write_movielens
 
 #: Seconds that reading may take, and bytes that the process may grow by over all cases.
 SECONDS, MEMORY = 20, 512 << 20

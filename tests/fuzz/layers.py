@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
-from maskmoe_kernels.layout.plan import decode, encode
+from maskmoe_kernels.layout.serialized import decode, encode
+from maskmoe_kernels.ops import native
 from maskmoe_kernels.testing.assertions import _Floors
 from maskmoe_kernels.testing.oracle import _ACTIVATIONS, dense_algebra, dense_oracle
 from tests.fuzz.cases import (

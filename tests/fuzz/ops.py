@@ -19,8 +19,8 @@ from functools import cache
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import triton
-from maskmoe_kernels.layout.plan import encode, plan_of
+from maskmoe_kernels.layout.serialized import encode, plan_of
+from maskmoe_kernels.ops import triton_support as triton
 
 CPU = torch.device("cpu")
 OPS = torch.ops.maskmoe

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="reads prepared sessions")
 pytest.importorskip("resource", reason="bounds memory as POSIX does")
 
-from maskmoe_kernels.experiments import files as durable
+from maskmoe_kernels.experiments.shared import files as durable
 from tests.fuzz import files
 
 
@@ -19,7 +19,7 @@ def test_damaged_files_load_as_they_were_or_are_refused() -> None:
 
 def test_checksums_that_nobody_verifies_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fuzzer sees what it is for: damage to numbers that loads silently."""
-    monkeypatch.setattr("maskmoe_kernels.experiments.checkpoint._verify", lambda file: None)
+    monkeypatch.setattr("maskmoe_kernels.experiments.shared.checkpoint._verify", lambda file: None)
     with pytest.raises(AssertionError, match=r"seed 0, case \d+.*another content"):
         files.run(400, seed=0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskmoe_kernels.ops import networks as op
+from maskmoe_kernels.ops.masked_mlp import api as op
 from tests.fuzz import networks
 from tests.fuzz.cases import Fault
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.blocks import PACKING_VERSION
-from maskmoe_kernels.layout.plan import plan_of, transposed
+from maskmoe_kernels.layout.serialized import plan_of, transposed
 from maskmoe_kernels.testing import strategies
 
 seeds = st.integers(0, 2**16)

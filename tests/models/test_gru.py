@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe_kernels import LayoutError, SubsetFamily, mixture
-from maskmoe_kernels.models import GRU, InterpretableGRU, skip_sessions
+from maskmoe_kernels.layout.families import skip_sessions
+from maskmoe_kernels.models import GRU, InterpretableGRU
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from tests.arrival import assert_arrives
 from tests.models.sessions import batch, halves, side_by_side, spoilt

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe_kernels import BlockLayout, LayoutError, SubsetFamily, gem_loss, mixture
+from maskmoe_kernels.layout.families import skip_sessions
 from maskmoe_kernels.models import (
     InterpretableTransformer,
     Transformer,
     second_layout,
-    skip_sessions,
 )
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from tests.arrival import assert_arrives

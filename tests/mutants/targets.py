@@ -3,77 +3,144 @@
 from __future__ import annotations
 
 _TRUST = ["tests/ops/test_trust.py", "tests/fuzz/test_ops.py"]
-_NEEDS = "tests/ops/test_needs.py"
+_NEEDS = "tests/ops/masked_linear/test_needs.py"
 _LIFETIMES = "tests/ops/test_lifetimes.py"
 _KINDS = "tests/layout/test_mask_kinds.py"
-_OPS = ["tests/ops/test_masked_linear.py", "tests/ops/test_contract.py"]
-_LINEAR = [_OPS[0], _NEEDS, "tests/ops/test_no_route.py", "tests/fuzz/test_layers.py", _OPS[1]]
-_OBJECTIVES = [
-    "tests/objectives/test_selection.py",
-    "tests/objectives/test_gem.py",
-    "tests/objectives/test_mixture.py",
-    "tests/objectives/test_labels.py",
-    "tests/objectives/test_missing.py",
+_OPS = ["tests/ops/masked_linear/test_masked_linear.py", "tests/ops/masked_linear/test_contract.py"]
+_LINEAR = [
+    _OPS[0],
+    _NEEDS,
+    "tests/ops/masked_linear/test_no_route.py",
+    "tests/fuzz/test_layers.py",
+    _OPS[1],
 ]
-_NETWORKS = ["tests/models/test_mlp.py", "tests/ops/test_networks.py",
-             "tests/ops/test_network_tiles.py", _NEEDS, "tests/ops/test_network_range.py",
-             "tests/ops/test_table_gradients.py", "tests/fuzz/test_networks.py"]  # fmt: skip
-_NATIVE = ["tests/backends/test_native.py", "tests/backends/test_memory.py"]
+_OBJECTIVES = [
+    "tests/ops/selection/test_selection.py",
+    "tests/ops/selection/test_gem.py",
+    "tests/ops/selection/test_mixture.py",
+    "tests/ops/selection/test_labels.py",
+    "tests/ops/selection/test_missing.py",
+]
+_NETWORKS = [
+    "tests/models/test_mlp.py",
+    "tests/ops/masked_mlp/test_masked_mlp.py",
+    "tests/ops/masked_mlp/test_mlp_tiles.py",
+    _NEEDS,
+    "tests/ops/masked_mlp/test_range.py",
+    "tests/ops/masked_mlp/test_table_gradients.py",
+    "tests/fuzz/test_networks.py",
+]
+_NATIVE = ["tests/ops/test_native.py", "tests/ops/masked_linear/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
 
 #: Python files, by pattern, with their tests; the first pattern that fits counts.
 PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/layout/blocks.py": [
-        "tests/layout/test_blocks.py", "tests/layout/test_plan.py", _KINDS,
-        "tests/nn/test_linear.py", "tests/ops/test_masked_linear.py", *_TRUST,
-        "tests/nn/test_checkpoints.py", _LIFETIMES,
+        "tests/layout/test_blocks.py",
+        "tests/layout/test_serialized.py",
+        _KINDS,
+        "tests/nn/test_linear.py",
+        "tests/ops/masked_linear/test_masked_linear.py",
+        *_TRUST,
+        "tests/nn/test_checkpoints.py",
+        _LIFETIMES,
     ],
     "maskmoe_kernels/layout/subsets.py": ["tests/layout", _OBJECTIVES[0], *_OPS],
     "maskmoe_kernels/layout/draw.py": ["tests/layout/test_draw.py"],
-    "maskmoe_kernels/layout/plan.py": ["tests/layout/test_plan.py", *_TRUST, *_OPS, _NATIVE[0],
-                                       _LIFETIMES],
+    "maskmoe_kernels/layout/serialized.py": [
+        "tests/layout/test_serialized.py",
+        *_TRUST,
+        *_OPS,
+        _NATIVE[0],
+        _LIFETIMES,
+    ],
     "maskmoe_kernels/layout/__init__.py": [],
-    "maskmoe_kernels/objectives/*.py": _OBJECTIVES,
-    "maskmoe_kernels/ops/objectives.py": ["tests/objectives/test_triton.py", *_OBJECTIVES,
-                                          *_TRUST],
-    "maskmoe_kernels/ops/networks.py": [*_NETWORKS, *_TRUST, "tests/nn/test_interception.py",
-                                        "tests/models/test_sharded.py"],
-    "maskmoe_kernels/ops/checks.py": [*_TRUST, "tests/models/test_sharded.py",
-                                      "tests/ops/test_networks.py",
-                                      "tests/nn/test_interception.py"],
-    "maskmoe_kernels/ops/*.py": [*_TRUST, _NEEDS, "tests/nn/test_linear.py",
-                                 "tests/ops/test_no_route.py", "tests/ops/test_networks.py",
-                                 *_OPS, "tests/objectives/test_triton.py"],
+    "maskmoe_kernels/ops/selection/*.py": _OBJECTIVES,
+    "maskmoe_kernels/ops/selection/schema.py": [
+        "tests/ops/selection/test_triton.py",
+        *_OBJECTIVES,
+        *_TRUST,
+    ],
+    "maskmoe_kernels/ops/masked_mlp/api.py": [
+        *_NETWORKS,
+        *_TRUST,
+        "tests/nn/test_interception.py",
+        "tests/models/test_sharded.py",
+    ],
+    "maskmoe_kernels/ops/checks.py": [
+        *_TRUST,
+        "tests/models/test_sharded.py",
+        "tests/ops/masked_mlp/test_masked_mlp.py",
+        "tests/nn/test_interception.py",
+    ],
+    "maskmoe_kernels/ops/*.py": [
+        *_TRUST,
+        _NEEDS,
+        "tests/nn/test_linear.py",
+        "tests/ops/masked_linear/test_no_route.py",
+        "tests/ops/masked_mlp/test_masked_mlp.py",
+        *_OPS,
+        "tests/ops/selection/test_triton.py",
+    ],
     "maskmoe_kernels/testing/strategies.py": [],  # any other draw is as right
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
-    "maskmoe_kernels/backends/grouped.py": [*_LINEAR, "tests/backends/test_grouped.py"],
-    "maskmoe_kernels/backends/reference.py": _LINEAR,
-    "maskmoe_kernels/backends/choice.py": ["tests/backends/test_choice.py", _NATIVE[0], *_OPS],
-    "maskmoe_kernels/backends/activations.py": _OPS,
+    "maskmoe_kernels/ops/masked_linear/torch_impl.py": [
+        *_LINEAR,
+        "tests/ops/masked_linear/test_torch_impl.py",
+    ],
+    "maskmoe_kernels/ops/masked_linear/reference.py": _LINEAR,
+    "maskmoe_kernels/ops/dispatch.py": ["tests/ops/test_dispatch.py", _NATIVE[0], *_OPS],
+    "maskmoe_kernels/ops/activations.py": _OPS,
     "maskmoe_kernels/nn/interception.py": _CALLED,
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],
-    "maskmoe_kernels/nn/linear.py": ["tests/nn/test_linear.py", "tests/nn/test_zuko.py",
-                                     *reversed(_CALLED), _KINDS],
-    "maskmoe_kernels/nn/network.py": ["tests/models/test_mlp.py", "tests/ops/test_networks.py",
-                                      *_CALLED],
-    "maskmoe_kernels/nn/attention.py": ["tests/nn/test_attention.py",
-                                        "tests/models/test_transformer.py", *_CALLED],
+    "maskmoe_kernels/nn/linear.py": [
+        "tests/nn/test_linear.py",
+        "tests/nn/test_zuko.py",
+        *reversed(_CALLED),
+        _KINDS,
+    ],
+    "maskmoe_kernels/nn/mlp.py": [
+        "tests/models/test_mlp.py",
+        "tests/ops/masked_mlp/test_masked_mlp.py",
+        *_CALLED,
+    ],
+    "maskmoe_kernels/nn/attention.py": [
+        "tests/nn/test_attention.py",
+        "tests/models/test_transformer.py",
+        *_CALLED,
+    ],
     "maskmoe_kernels/nn/gru.py": ["tests/nn/test_gru.py", "tests/models/test_gru.py", *_CALLED],
-    "maskmoe_kernels/nn/norm.py": ["tests/nn/test_norm.py", "tests/models/test_transformer.py",
-                                   *_CALLED],
-    "maskmoe_kernels/nn/embedding.py": ["tests/nn/test_embedding.py", "tests/models/test_ncf.py",
-                                        "tests/ops/test_table_gradients.py"],
-    "maskmoe_kernels/nn/stacked.py": ["tests/nn/test_stacked.py", "tests/nn/test_attention.py",
-                                      *_CALLED],
-    "maskmoe_kernels/models/mlp.py": ["tests/models/test_mlp.py", _OBJECTIVES[4],
-                                      "tests/ops/test_networks.py", *_CALLED,
-                                      "tests/models/test_sharded.py"],
-    "maskmoe_kernels/models/ncf.py": ["tests/models/test_ncf.py", _CALLED[0],
-                                      "tests/ops/test_table_gradients.py"],
-}  # fmt: skip
+    "maskmoe_kernels/nn/norm.py": [
+        "tests/nn/test_norm.py",
+        "tests/models/test_transformer.py",
+        *_CALLED,
+    ],
+    "maskmoe_kernels/nn/embedding.py": [
+        "tests/nn/test_embedding.py",
+        "tests/models/test_ncf.py",
+        "tests/ops/masked_mlp/test_table_gradients.py",
+    ],
+    "maskmoe_kernels/nn/stacked.py": [
+        "tests/nn/test_stacked.py",
+        "tests/nn/test_attention.py",
+        *_CALLED,
+    ],
+    "maskmoe_kernels/models/mlp.py": [
+        "tests/models/test_mlp.py",
+        _OBJECTIVES[4],
+        "tests/ops/masked_mlp/test_masked_mlp.py",
+        *_CALLED,
+        "tests/models/test_sharded.py",
+    ],
+    "maskmoe_kernels/models/ncf.py": [
+        "tests/models/test_ncf.py",
+        _CALLED[0],
+        "tests/ops/masked_mlp/test_table_gradients.py",
+    ],
+}
 
 #: Files that only Triton's kernels use: their tests need its interpreter, others are held up by it.
-INTERPRETED = {"maskmoe_kernels/ops/objectives.py"}
+INTERPRETED = {"maskmoe_kernels/ops/selection/schema.py"}
 
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {
@@ -83,10 +150,10 @@ CPP: dict[str, list[str]] = {
     "csrc/cpu/sharing.h": [_LINEAR[0], *_NATIVE, *_NETWORKS],
     "csrc/cpu/confidence.h": [
         "tests/models/test_mlp.py",
-        "tests/ops/test_networks.py",
-        "tests/ops/test_network_range.py",
+        "tests/ops/masked_mlp/test_masked_mlp.py",
+        "tests/ops/masked_mlp/test_range.py",
     ],
-    "csrc/checks.h": [*_TRUST, "tests/ops/test_networks.py", _OPS[1]],
+    "csrc/checks.h": [*_TRUST, "tests/ops/masked_mlp/test_masked_mlp.py", _OPS[1]],
     "csrc/networks.cpp": [*_TRUST, *_NETWORKS],
     "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
     "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],

@@ -67,7 +67,7 @@ def copy_tree(to: Path) -> Path:
 @cache
 def instruction_sets() -> list[str]:
     """Those that the extension has kernels for and this processor runs."""
-    code = "from maskmoe_kernels.backends import native; print(*native.isas())"
+    code = "from maskmoe_kernels.ops import native; print(*native.isas())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.ops import native
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.plan import plan_of
+from maskmoe_kernels.layout.serialized import plan_of
 from maskmoe_kernels.testing.oracle import dense_algebra
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,8 +6,9 @@ import os
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native, triton
-from maskmoe_kernels.backends.choice import BACKENDS, obstacle
+from maskmoe_kernels.ops import native
+from maskmoe_kernels.ops import triton_support as triton
+from maskmoe_kernels.ops.dispatch import BACKENDS, obstacle
 
 DEVICE = torch.device(os.environ.get("MASKMOE_TEST_DEVICE", "cpu"))
 #: What float32 on the CPU may name. Triton's interpreter is not there where a GPU is.

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends.choice import BACKENDS
+from maskmoe_kernels.ops.dispatch import BACKENDS
 from maskmoe_kernels.testing import assert_blind, assert_close_to_oracle, strategies
 
 GROUPS = {"a": 7, "b": 1, "c": 33, "d": 16}

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
-from maskmoe_kernels.ops import networks
+from maskmoe_kernels.ops import native
+from maskmoe_kernels.ops.masked_mlp import api as networks
 from maskmoe_kernels.testing import strategies
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import (

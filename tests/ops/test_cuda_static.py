@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import maskmoe_kernels
-from maskmoe_kernels.backends import native
+from maskmoe_kernels.ops import native
 
 LIBRARY = Path(maskmoe_kernels.__file__).parent / "_C.abi3.so"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops import networks
+from maskmoe_kernels.ops.masked_mlp import api as networks
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import (
     ACTIVATIONS,

@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
-from maskmoe_kernels.layout import plan as plans
-from maskmoe_kernels.layout.plan import encode, plan_of
+from maskmoe_kernels.layout import serialized as plans
+from maskmoe_kernels.layout.serialized import encode, plan_of
+from maskmoe_kernels.ops import native
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -75,7 +75,8 @@ print(resident() - before)
 def test_steps_of_training_leave_nothing():
     """3.5 MiB a thousand before: each name of an activation among an op's arguments leaked."""
     code = """
-from maskmoe_kernels.models import InterpretableTransformer, skip_sessions
+from maskmoe_kernels.layout.families import skip_sessions
+from maskmoe_kernels.models import InterpretableTransformer
 family, second = skip_sessions()
 model = InterpretableTransformer(family, second, width=2, layers=1)
 optimizer = torch.optim.Adam(model.parameters(), 1e-3)
@@ -219,8 +220,8 @@ def test_a_compiled_graph_outlives_its_layer():
 
 
 def test_triton_keeps_no_layout():
-    products = pytest.importorskip("maskmoe_kernels.backends.triton.products")
-    tune = pytest.importorskip("maskmoe_kernels.backends.triton.tune")
+    products = pytest.importorskip("maskmoe_kernels.ops.masked_linear.triton.products")
+    tune = pytest.importorskip("maskmoe_kernels.ops.masked_linear.triton.tune")
     layout = fresh(106)
     pair = weakref.ref(products.products_of(layout))
     x = torch.ones(2, layout.in_features)

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.backends import native
-from maskmoe_kernels.backends.choice import choose
-from maskmoe_kernels.layout.plan import encode, layout_of, plan_of
+from maskmoe_kernels.layout.serialized import encode, layout_of, plan_of
+from maskmoe_kernels.ops import native
+from maskmoe_kernels.ops.dispatch import choose
 from maskmoe_kernels.testing import dense_oracle
 
 CPU = torch.device("cpu")

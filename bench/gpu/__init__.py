@@ -1,0 +1,1 @@
+"""What runs on a GPU machine, and what is known without one."""

@@ -1,0 +1,129 @@
+"""Two runs side by side: what became slower, what became faster."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.layers.counts import PHASES
+from bench.layers.ratios import RECORDED, Line, case_of, line_of
+from bench.results import differences
+
+
+@dataclass(frozen=True)
+class Change:
+    """Ours in one phase of a case, in two runs; each ratio is new / old, above 1 is slower.
+
+    Attributes:
+        old: Line of the first run.
+        new: Line of the second.
+        raw: Ratio of the times.
+        to_floor: Ratio of the times relative to the floor of the same run.
+        to_best: Ratio of the times relative to the best exact rival of the same run.
+    """
+
+    old: Line
+    new: Line
+    raw: float
+    to_floor: float | None
+    to_best: float | None
+
+    def verdict(self, threshold: float, same_machine: bool) -> str:
+        """``"slower"``, ``"faster"`` or ``""``.
+
+        A busy machine slows everybody down. So every ratio has to say so: the raw one, which
+        counts on one machine only, and those to the floor and to the best rival; and the
+        quartiles must lie apart.
+        """
+        relative = [r for r in (self.to_floor, self.to_best) if r is not None]
+        ratios = [self.raw, *relative] if same_machine or not relative else relative
+        # Quartiles of the two runs, on the scale that the smallest change leaves.
+        old, new = self.old.ours, self.new.ours
+        scale = min(ratios, key=lambda ratio: abs(ratio - 1)) / self.raw
+        if min(ratios) > threshold and new.q25 * scale > old.q75:
+            return "slower"
+        if max(ratios) < 1 / threshold and new.q75 * scale < old.q25:
+            return "faster"
+        return ""
+
+
+def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
+    """Every case and phase that both runs measured."""
+    old = {case_of(result): result for result in a["results"]}
+    found = []
+    for result in b["results"]:
+        before = old.get(case_of(result))
+        if before is None:
+            continue
+        for mode, phase in itertools.product(RECORDED, PHASES):
+            first, second = line_of(before, phase, mode), line_of(result, phase, mode)
+            if first is not None and second is not None:
+                found.append(_change(first, second))
+    return found
+
+
+def _change(old: Line, new: Line) -> Change:
+    def ratio(a: float | None, b: float | None) -> float | None:
+        return None if a is None or b is None else b / a
+
+    # speedup is rival / ours, so it falls when we get slower.
+    to_best = ratio(new.speedup, old.speedup)
+    raw = new.ours.us / old.ours.us
+    return Change(old, new, raw, ratio(old.over_floor, new.over_floor), to_best)
+
+
+def missing(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Cases of only the first run, and of only the second."""
+    cases = [[str(case_of(result)) for result in document["results"]] for document in (a, b)]
+    return [c for c in cases[0] if c not in cases[1]], [c for c in cases[1] if c not in cases[0]]
+
+
+def print_comparison(
+    a: dict[str, Any], b: dict[str, Any], threshold: float, console: Console
+) -> bool:
+    """Tables of what changed; true where something became slower.
+
+    Args:
+        a: The earlier run.
+        b: The later one.
+        threshold: A change below this ratio is none.
+        console: Where to print.
+    """
+    different = differences(a["machine"], b["machine"])
+    if different:
+        text = "the machines differ, so only ratios within each run count: " + "; ".join(different)
+        console.print(text, style="yellow", markup=False, highlight=False)
+    found = changes(a, b)
+    verdicts = [(change.verdict(threshold, not different), change) for change in found]
+    for word in ("slower", "faster"):
+        some = [change for verdict, change in verdicts if verdict == word]
+        some.sort(key=lambda change: change.raw, reverse=word == "slower")
+        if some:
+            console.print(_table(word, some))
+        else:
+            console.print(f"Nothing is {word} by more than {threshold:g}x.", highlight=False)
+    for word, cases in zip(("first", "second"), missing(a, b), strict=True):
+        if cases:
+            console.print(f"only in the {word}: {', '.join(cases)}", highlight=False)
+    console.print(f"{len(found)} phases of cases compared.", highlight=False)
+    return any(verdict == "slower" for verdict, _ in verdicts)
+
+
+def _table(word: str, found: list[Change]) -> Table:
+    table = Table(title=f"Ours is {word}", caption="Ratios are second / first: above 1 is slower.")
+    for column in ("case", "phase", "first, us", "second, us", "time", "to floor", "to best rival"):
+        table.add_column(column, justify="left" if column in ("case", "phase") else "right")
+    for change in found:
+        ratios = (change.raw, change.to_floor, change.to_best)
+        table.add_row(
+            str(change.old.case),
+            change.old.label,
+            f"{change.old.ours.us:,.1f}",
+            f"{change.new.ours.us:,.1f}",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        )
+    return table

@@ -1,1 +1,0 @@
-"""Ways to compute the registered ops; ``choice`` decides between them and says why."""

@@ -1,0 +1,1 @@
+"""The MovieLens experiment (section 4.2)."""

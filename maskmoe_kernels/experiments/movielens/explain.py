@@ -1,0 +1,382 @@
+"""A user's recommendations, and in words which expert decided on each and what it looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.movielens.data import SEXES, MovieLens, read_movielens
+from maskmoe_kernels.experiments.movielens.ranking import Features
+from maskmoe_kernels.experiments.movielens.train import CONFIDENCE, MODELS, SEALED
+from maskmoe_kernels.experiments.shared.checkpoint import (
+    failing,
+    load_checkpoint,
+    restore_model,
+    restoring,
+)
+from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
+from maskmoe_kernels.experiments.shared.structure import check
+from maskmoe_kernels.models import InterpretableNCF
+from maskmoe_kernels.ops.selection import mixture
+
+# Names of the codes in users.dat, in the order of AGES and of the official README.
+AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
+OCCUPATION_NAMES = (
+    "other or not specified", "academic/educator", "artist", "clerical/admin",
+    "college/grad student", "customer service", "doctor/health care", "executive/managerial",
+    "farmer", "homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales/marketing",
+    "scientist", "self-employed", "technician/engineer", "tradesman/craftsman", "unemployed",
+    "writer",
+)  # fmt: skip
+_SEX_NAMES = {"F": ("woman", "women"), "M": ("man", "men")}
+# In the order of GENRES.
+_GENRE_NAMES = (
+    "action movies", "adventure movies", "animated movies", "children's movies", "comedies",
+    "crime movies", "documentaries", "dramas", "fantasy movies", "films noirs", "horror movies",
+    "musicals", "mysteries", "romances", "science fiction movies", "thrillers", "war movies",
+    "westerns",
+)  # fmt: skip
+# Below this probability an expert speaks against a movie: the "rare" confidence is 0 there.
+_NEUTRAL = 0.3
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """One movie for one user.
+
+    Attributes:
+        rank: From 1, among the rated movies the user has not seen; ``None`` for a movie that is
+            not among them.
+        status: ``"unseen"``, ``"seen"`` by this user, or ``"never rated"`` by anybody: its
+            embedding is then untrained.
+        movie: Official movie id.
+        title: With its year, as in ``movies.dat``.
+        probability: Of the mixture, that the user watches it.
+        expert: The expert with the largest share of the decision.
+        share: That share.
+        reason: What the expert looked at, in words.
+        attribution: Share of each expert; they sum to 1.
+    """
+
+    rank: int | None
+    status: str
+    movie: int
+    title: str
+    probability: float
+    expert: str
+    share: float
+    reason: str
+    attribution: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A user, the movies, and who decided.
+
+    Attributes:
+        user: Official user id.
+        header: Who the user is and what share each expert holds, one paragraph.
+        sharpness: Power of the smaller experts' confidence.
+        chosen: Where the sharpness comes from.
+        shares: Mean share of each expert over ``movies``.
+        movies: Best first.
+    """
+
+    user: int
+    header: str
+    sharpness: float
+    chosen: str
+    shares: dict[str, float]
+    movies: list[Recommendation]
+
+
+def explain(
+    path: Path,
+    checkpoint: Path,
+    user: int,
+    item: int | None = None,
+    *,
+    top: int = 10,
+    sharpness: float | None = None,
+    out: Path | None = None,
+    console: Console | None = None,
+) -> Explanation:
+    """Explain a user's top recommendations, or one movie, by the interpretable model.
+
+    Args:
+        path: MovieLens-1M, as for :func:`read_movielens`.
+        checkpoint: Of the interpretable model; its best epoch is used.
+        user: Official user id.
+        item: Official id of the one movie to explain, seen or not; ``None`` for the top.
+        top: How many movies, at least 1.
+        sharpness: See :func:`mixture`; ``None`` takes the one chosen in the ``report.json`` beside
+            the checkpoint, or 1 where there is none.
+        out: Folder for ``explain-user-U.json`` or ``explain-user-U-item-I.json``.
+        console: Where the header and the table go.
+
+    Raises:
+        DataError: The data is damaged, the checkpoint is of another model or other data, the
+            user or the movie does not exist, or the report beside it cannot be read.
+    """
+    if out is not None:
+        claim(out)
+    saved = _checkpoint_of_interpretable(checkpoint)
+    data = read_movielens(path)
+    row = _row_of(data.user_ids, user, "user", "users.dat")
+    named = None if item is None else _row_of(data.movie_ids, item, "movie", "movies.dat")
+    features = Features(data)
+    model = _restored(saved, features, checkpoint)
+    sharpness, chosen = _sharpness(sharpness, checkpoint)
+    movies = _recommend(model, features, row, named, top, sharpness)
+    shares = {
+        name: sum(m.attribution[name] for m in movies) / max(len(movies), 1)
+        for name in model.family.names
+    }
+    header = _header(data, row, shares, named is not None)
+    explanation = Explanation(user, header, sharpness, chosen, shares, movies)
+    if out is not None:
+        name = f"explain-user-{user}" + ("" if item is None else f"-item-{item}")
+        write_json(out / f"{name}.json", dataclasses.asdict(explanation))
+    if console is not None:
+        print_explanation(explanation, console)
+    return explanation
+
+
+def print_explanation(explanation: Explanation, console: Console) -> None:
+    """The header and the table."""
+    console.print(explanation.header, highlight=False, markup=False)
+    console.print(
+        f"Sharpness {explanation.sharpness:g} ({explanation.chosen}).", highlight=False, style="dim"
+    )
+    if not explanation.movies:
+        console.print("No rated movie is left that this user has not seen.")
+        return
+    table = Table(title=f"User {explanation.user}: what to watch, and why")
+    for column in ("rank", "title", "probability", "decided by", "share", "reason"):
+        numeric = column in ("rank", "probability", "share")
+        table.add_column(column, justify="right" if numeric else "left")
+    for m in explanation.movies:
+        rank = m.status if m.rank is None else str(m.rank)
+        # Titles hold brackets, which rich would take for markup.
+        cells = [rank, m.title, f"{m.probability:.3f}", m.expert, f"{m.share:.0%}", m.reason]
+        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
+    console.print(table)
+
+
+def reason_in_words(data: MovieLens, user: int, movie: int, expert: str, favours: bool) -> str:
+    """What ``expert`` looked at for a user row and a movie row.
+
+    Args:
+        expert: ``"content"``, ``"user"``, ``"item"`` or ``"all"``.
+        favours: Whether it speaks for the movie.
+
+    Raises:
+        KeyError: Another expert.
+    """
+    kind = _kind(data, movie)
+    if expert == "content":
+        if favours:
+            return f"like other {kind}, among {_people(data, user)}"
+        return f"{kind} are seldom watched among {_people(data, user)}"
+    if expert == "user":
+        similar, rated = _similar_rated(data, user, movie)
+        fact = f" ({similar} of {rated} rated movies)" if similar else ""
+        return (
+            f"this user's taste for {kind}{fact}"
+            if favours
+            else f"not to this user's taste: {kind}"
+        )
+    if expert == "item":
+        viewers = f"viewers like this one ({_people(data, user)}, {_occupation(data, user)})"
+        return f"liked by {viewers}" if favours else f"seldom watched by {viewers}"
+    return {
+        ("all", True): "personal to this user",
+        ("all", False): "personal: this movie does not suit this user",
+    }[expert, favours]
+
+
+def _telling_genres(data: MovieLens, movie: int, most: int = 2) -> list[int]:
+    """The rarest genres of a movie, at most ``most``, in the order of ``GENRES``."""
+    count = data.genres.sum(0)
+    own = data.genres[movie].nonzero().flatten().tolist()
+    return sorted(sorted(own, key=lambda g: float(count[g]))[:most])
+
+
+def _kind(data: MovieLens, movie: int) -> str:
+    """Such as "comedies and dramas of the 90s"."""
+    names = [_GENRE_NAMES[g] for g in _telling_genres(data, movie)] or ["movies"]
+    if len(names) == 2 and all(name.endswith(" movies") for name in names):
+        names[0] = names[0].removesuffix(" movies")
+    return f"{' and '.join(names)} of {decade(int(data.year[movie]))}"
+
+
+def decade(year: int) -> str:
+    """``"the 90s"``; with the century where that would be unclear."""
+    tens = year // 10 * 10
+    return f"the {tens % 100:02d}s" if 1930 <= year < 2000 else f"the {tens}s"
+
+
+def _similar_rated(data: MovieLens, user: int, movie: int) -> tuple[int, int]:
+    """How many other movies of a kind the user rated, and how many movies at all.
+
+    The kind is the one the reason names: the same decade and any of the telling genres.
+    """
+    rated = _seen(data, user)
+    others = rated[rated != movie]
+    common = data.genres[others][:, _telling_genres(data, movie)].any(1)
+    same = data.year[others] // 10 == data.year[movie] // 10
+    return int((common & same).sum()), len(rated)
+
+
+def _people(data: MovieLens, user: int) -> str:
+    plural = _SEX_NAMES[SEXES[int(data.sex[user])]][1]
+    age = int(data.age[user])
+    return f"{plural} {AGE_NAMES[0]}" if age == 0 else f"{plural} of {AGE_NAMES[age]}"
+
+
+def _occupation(data: MovieLens, user: int) -> str:
+    code = int(data.occupation[user])
+    return "other occupations" if code == 0 else OCCUPATION_NAMES[code]
+
+
+def _header(data: MovieLens, user: int, shares: dict[str, float], one: bool) -> str:
+    rated = _seen(data, user)
+    singular = _SEX_NAMES[SEXES[int(data.sex[user])]][0]
+    age, code = AGE_NAMES[int(data.age[user])], int(data.occupation[user])
+    work = "no stated occupation" if code == 0 else f"occupation {OCCUPATION_NAMES[code]}"
+    some = "; ".join(data.titles[k] for k in rated[:3].tolist())
+    held = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+    over = "on this movie" if one else "on the movies below, on average"
+    return (
+        f"User {int(data.user_ids[user])} is a {singular}, aged {age}, {work}, with {len(rated)} "
+        f"rated movies, among them {some}. Share of the decision {over}: {held}."
+    )
+
+
+def _recommend(
+    model: InterpretableNCF,
+    features: Features,
+    user: int,
+    named: int | None,
+    top: int,
+    sharpness: float,
+) -> list[Recommendation]:
+    """The ``top`` unseen movies, or the ``named`` one with its rank among them."""
+    data = features.data
+    unseen = data.rated_items[~torch.isin(data.rated_items, _seen(data, user))]
+    status = "unseen"
+    listed = unseen
+    if named is not None and not bool((unseen == named).any()):
+        status = "seen" if bool((data.rated_items == named).any()) else "never rated"
+        listed = torch.tensor([named])
+    with torch.inference_mode():
+        logits = features.logits(model, torch.full_like(listed, user), listed).double()
+        mixed = mixture(logits, model.family, CONFIDENCE, sharpness)
+    order = mixed.probability.argsort(descending=True, stable=True).tolist()
+    # Its own verdict, not the mixture's: it is the deciding expert that is explained.
+    favours = torch.sigmoid(2 * logits) >= _NEUTRAL
+    result: list[Recommendation] = []
+    for rank, k in enumerate(order, start=1):
+        movie = int(listed[k])
+        if len(result) == top or (named is not None and movie != named):
+            continue
+        expert = int(mixed.attribution[k].argmax())
+        name = model.family.names[expert]
+        shares = dict(zip(model.family.names, mixed.attribution[k].tolist(), strict=True))
+        result.append(
+            Recommendation(
+                rank=rank if status == "unseen" else None,
+                status=status,
+                movie=int(data.movie_ids[movie]),
+                title=data.titles[movie],
+                probability=float(mixed.probability[k]),
+                expert=name,
+                share=shares[name],
+                reason=reason_in_words(data, user, movie, name, bool(favours[k, expert])),
+                attribution=shares,
+            )
+        )
+    return result
+
+
+def _seen(data: MovieLens, user: int) -> Tensor:
+    """Rows of the movies the user rated, in file order."""
+    return data.items[data.users == user]
+
+
+def _row_of(ids: Tensor, wanted: int, what: str, file: str) -> int:
+    found = (ids == wanted).nonzero().flatten()
+    if not len(found):
+        raise DataError(
+            f"no {what} {wanted} in {file}: its {len(ids)} ids lie from {int(ids.min())} to "
+            f"{int(ids.max())}"
+        )
+    return int(found[0])
+
+
+def _checkpoint_of_interpretable(path: Path) -> dict[str, Any]:
+    saved = load_checkpoint(path)
+    check(saved["config"], {"model": str, "options": str}, failing(path), "config")
+    if saved["best"] is None:
+        raise failing(path)("expected the best epoch, got None")
+    name = saved["config"]["model"]
+    if name != "interpretable":
+        raise DataError(
+            f"{path}: holds the {name!r} model, which has no experts to explain; give the "
+            "checkpoint of the interpretable one (interpretable.pt)"
+        )
+    return saved
+
+
+def _restored(saved: dict[str, Any], features: Features, path: Path) -> InterpretableNCF:
+    """The model of a checkpoint, if it was trained on data of this size."""
+    weights, sizes = saved["best"]["model"], features.sizes
+    with restoring(path, "weights"):
+        trained = (len(weights["inputs.user.weight"]), len(weights["inputs.item.weight"]))
+    if trained != (sizes.num_users, sizes.num_items):
+        raise DataError(
+            f"{path}: was trained on {trained[0]} users and {trained[1]} movies, the data has "
+            f"{sizes.num_users} and {sizes.num_items}; give the data it was trained on"
+        )
+    strict = "embeddings=strict" in saved["config"]["options"]
+    model = InterpretableNCF(sizes, embeddings="strict" if strict else "shared")
+    restore_model(path, model, weights)
+    return model.eval()
+
+
+def _sharpness(given: float | None, checkpoint: Path) -> tuple[float, str]:
+    """The power to use, and where it comes from."""
+    if given is not None:
+        return given, "as given"
+    report = checkpoint.with_name("report.json")
+    if not report.exists():
+        return 1.0, f"no {report.name} beside the checkpoint"
+    remedy = "give --sharpness, or restore a copy of it"
+
+    def fail(what: object) -> DataError:
+        return DataError(f"{report}: not a readable report ({what}); {remedy}")
+
+    try:
+        models = read_json(report, "It cannot be used.")
+    except DataError as error:
+        raise fail(error) from error
+    check(models, {"models": {str: {str: object}}}, fail)
+    if strange := models["models"].keys() - set(MODELS):
+        raise fail(f"expected models of {list(MODELS)}, got {sorted(strange)}")
+    chosen = models["models"].get("interpretable")
+    if chosen is None:
+        return 1.0, f"{report.name} does not know the interpretable model"
+    check(chosen, {"sharpness": float}, fail, "models.interpretable")
+    check_seal({key: chosen[key] for key in SEALED if key in chosen}, report, remedy)
+    if chosen["sharpness"] <= 0:
+        raise fail(f"expected a sharpness above 0, got {chosen['sharpness']}")
+    return float(chosen["sharpness"]), f"chosen in {report.name}"

@@ -1,0 +1,1 @@
+"""What the experiments share: training loop, checkpoints, metrics, reports, figures."""

@@ -1,0 +1,230 @@
+"""Checkpoints: written whole, and verified before anything is made of them.
+
+A checkpoint is torch's zip archive. torch writes a CRC-32 of each record and does not look at it:
+:func:`load_checkpoint` does. It takes nothing that :func:`save_checkpoint` does not write, so that
+a stranger's file can ask neither for code nor for more memory than its own size.
+"""
+
+from __future__ import annotations
+
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.files import replacing
+from maskmoe_kernels.experiments.shared.structure import Spec, check
+
+CHECKPOINT_FORMAT = 1
+
+#: A value that is no tensor and holds none.
+PLAIN: Spec = (None, bool, int, float, str)
+_TENSORS = {str: Tensor}
+#: What every checkpoint holds; who loads one adds what it needs besides.
+_COMMON: Spec = {
+    "config": {str: PLAIN},
+    "model": _TENSORS,
+    "best": (None, {"epoch": int, "metrics": {str: float}, "model": _TENSORS}),
+}
+#: What a pickle of tensors and plain values names.
+_GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
+    f"torch {kind}Storage"
+    for kind in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long", "Short")
+}
+# What restoring raises where keys, types or shapes are not those of the model.
+_MISFIT = (
+    AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+def save_checkpoint(obj: dict[str, Any], path: Path) -> None:
+    """``torch.save``, with the guarantees of :func:`replacing`."""
+    with replacing(path) as file:
+        torch.save(obj, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint written by :func:`save_checkpoint`, all of it as it was written.
+
+    Raises:
+        DataError: Missing, damaged, of another format, or without the keys of one.
+    """
+    fail = failing(path)
+    if not path.exists():
+        raise DataError(f"{path}: no such checkpoint; train a model first")
+    try:
+        if not path.is_file():
+            raise ValueError("not a file")
+        with path.open("rb") as file:
+            _verify(file)
+            file.seek(0)
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise DataError(
+            f"{path}: not a readable checkpoint ({type(error).__name__}: {_line(error)}); it may "
+            "be damaged or another kind of file. Restore a copy of it, or train again"
+        ) from error
+    found = checkpoint.get("format") if isinstance(checkpoint, dict) else None
+    if not isinstance(found, int) or found != CHECKPOINT_FORMAT:
+        raise DataError(
+            f"{path}: expected a checkpoint of format {CHECKPOINT_FORMAT}; train again with this "
+            "version"
+        )
+    check(checkpoint, _COMMON, fail)
+    result: dict[str, Any] = checkpoint
+    return result
+
+
+def failing(path: Path) -> Callable[[str], DataError]:
+    """Errors about the content of a checkpoint: made from what is wrong with it."""
+    return lambda what: DataError(
+        f"{path}: {what}; the checkpoint is damaged or of another version. Restore a copy of it, "
+        "or train again into another --out folder"
+    )
+
+
+def check_progress(path: Path, saved: dict[str, Any], monitor: str) -> None:
+    """See that a checkpoint's history and its best epoch belong together.
+
+    Args:
+        path: Of the checkpoint, for the error.
+        saved: Its content, from :func:`load_checkpoint`.
+        monitor: The metric by which the best epoch was chosen.
+
+    Raises:
+        DataError: They do not.
+    """
+    fail, best = failing(path), saved["best"]
+    check(saved, {"history": [{"epoch": int, str: float}]}, fail)
+    epochs = [record["epoch"] for record in saved["history"]]
+    if epochs != list(range(1, len(epochs) + 1)):
+        raise fail(f"expected the epochs 1, 2, ... in history, got {epochs[:9]}")
+    if best is None:
+        if epochs:
+            raise fail(f"expected the best of {len(epochs)} epochs, got none")
+        return
+    if best["epoch"] not in epochs:
+        raise fail(f"expected best.epoch to be one of {len(epochs)} epochs, got {best['epoch']}")
+    check(best["metrics"], {monitor: float}, fail, "best.metrics")
+
+
+def restore_model(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load ``weights``, which stand in the checkpoint at ``path``.
+
+    Raises:
+        DataError: They are not this model's, in name, type or shape, or are not finite.
+    """
+    own, fail = model.state_dict(), failing(path)
+    for name, value in weights.items():
+        if name in own and value.dtype != own[name].dtype:
+            raise fail(f"expected the weight {name} to be {own[name].dtype}, got {value.dtype}")
+        # A view may claim more elements than it has bytes.
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise fail(f"expected the weight {name} to be stored whole, got a view of a part")
+        if bad := int((~value.isfinite()).sum()):
+            got = f"{bad} of {value.numel()} that are not"
+            raise fail(f"expected finite numbers in the weight {name}, got {got}")
+    with restoring(path, "weights"):
+        model.load_state_dict(weights)
+
+
+def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Any) -> None:
+    """Load the state of an optimizer of the same parameters; its learning rate comes with it.
+
+    Raises:
+        DataError: It is of other parameters, or of another optimizer.
+    """
+    fail = failing(path)
+    check(saved, {"state": {int: _TENSORS}, "param_groups": [{str: object}]}, fail, "optimizer")
+    fresh, groups = optimizer.state_dict()["param_groups"], saved["param_groups"]
+    if len(groups) != len(fresh):
+        raise fail(f"expected {len(fresh)} optimizer.param_groups, got {len(groups)}")
+    for i, (group, own) in enumerate(zip(groups, fresh, strict=True)):
+        check(group, {"lr": float, "params": [int]}, fail, f"optimizer.param_groups[{i}]")
+        for key in own.keys() - {"lr"}:
+            # What a later torch added is missing, and torch fills it in.
+            if key in group and group[key] != own[key]:
+                name = f"optimizer.param_groups[{i}].{key}"
+                raise fail(f"expected {name} to be {own[key]!r}, got {group[key]!r}")
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, state in saved["state"].items():
+        _check_moments(state, number, parameters, fail)
+    with restoring(path, "optimizer state"):
+        optimizer.load_state_dict(saved)
+
+
+def _check_moments(
+    state: dict[str, Tensor],
+    number: int,
+    parameters: list[Tensor],
+    fail: Callable[[str], DataError],
+) -> None:
+    """See that Adam's averages are those of the parameter of this number."""
+    name = f"optimizer.state.{number}"
+    if not 0 <= number < len(parameters):
+        raise fail(f"expected {name} to be of one of {len(parameters)} parameters")
+    shape = tuple(parameters[number].shape)
+    for key, own in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
+        check(state, {key: Tensor}, fail, name)
+        value = state[key]
+        if tuple(value.shape) != own or not value.is_floating_point():
+            got = f"{value.dtype} {tuple(value.shape)}"
+            raise fail(f"expected {name}.{key} to be floating point and {own}, got {got}")
+        # A square may have overflown: its weight stands still from then on, and is sound.
+        if bool(value.isnan().any()):
+            raise fail(f"expected numbers in {name}.{key}, got NaN")
+
+
+@contextmanager
+def restoring(path: Path, what: str) -> Iterator[None]:
+    """What goes wrong in this block means that a part of the checkpoint does not fit.
+
+    Raises:
+        DataError: Something went wrong; the message names ``path`` and ``what``.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except _MISFIT as error:
+        raise DataError(
+            f"{path}: its {what} do not fit this model; it was trained on other data or by "
+            f"another version ({type(error).__name__}: {_line(error)}). Use another --out folder"
+        ) from error
+
+
+def _verify(file: IO[bytes]) -> None:
+    """Read a whole archive as torch writes it, and hold each record against its checksum.
+
+    Raises:
+        BadZipFile: It is another one, or damaged.
+    """
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        plain = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+        once = len({record.filename for record in records}) == len(records)
+        if not plain or not once or sum(record.file_size for record in records) > size:
+            raise zipfile.BadZipFile("its records are not those of a checkpoint")
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"bad checksum of the record {damaged}")
+        for name in archive.namelist():
+            if name.endswith(".pkl"):
+                _check_pickle(archive.read(name))
+
+
+def _check_pickle(data: bytes) -> None:
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL" and argument not in _GLOBALS:
+            raise zipfile.BadZipFile(f"it asks for {argument}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,1 @@
+"""The skip prediction experiment (section 4.3)."""

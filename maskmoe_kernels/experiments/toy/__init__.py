@@ -1,0 +1,1 @@
+"""The toy experiment (section 4.1)."""

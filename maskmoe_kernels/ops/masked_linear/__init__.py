@@ -1,0 +1,1 @@
+"""The masked linear map: definition, registered op, routed gradient, implementations."""

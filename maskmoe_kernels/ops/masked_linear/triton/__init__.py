@@ -1,0 +1,1 @@
+"""The masked linear map in Triton."""

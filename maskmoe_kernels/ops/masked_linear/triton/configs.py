@@ -1,0 +1,214 @@
+"""How work is cut for a chip: a short model proposes a few ways, ``tune`` measures them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles
+
+#: The partial sums of the weight gradient take at most this many bytes.
+WORKSPACE = 256 << 20
+# Rows of a tile that a processor's L1 cache keeps while its program walks over all tiles.
+_L1 = 96 << 10
+# Every part in one program.
+ALL = 1 << 20
+# What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
+_MEMORY, _CACHE = 4e6, 6e6  # bytes
+_PRODUCTS = {"16 bit": 350e6, "tf32": 175e6, "tf32x3": 60e6, "ieee": 15e6}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One way to cut a product.
+
+    Attributes:
+        rows: Rows of a tile.
+        lanes: Units of a tile.
+        depth: Features of a chunk.
+        parts: Tiles that a program walks one after another, at most.
+        warps: Warps of a program.
+        stages: Chunks in flight.
+        apart: Of grad_W: does grad_x have a launch of its own?
+        formed: Of grad_W: is the gradient before the activation formed once, beforehand?
+        features: Of grad_W: features of an item, as :func:`item_features` says where it is 0.
+    """
+
+    rows: int
+    lanes: int
+    depth: int
+    parts: int
+    warps: int
+    stages: int
+    apart: bool = False
+    formed: bool = False
+    features: int = 0
+
+
+def candidates(
+    cut: Callable[[int, int], Tiles],
+    layout: BlockLayout,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    processors: int,
+    gradient: bool = False,
+) -> list[Config]:
+    """At most seven ways to compute ``layout``'s product over ``rows`` rows, the likeliest first.
+
+    Tiles are as wide as the model below finds best; as high as leaves every processor two
+    programs; and a program walks all tiles of its rows if those rows stay in its L1 cache.
+
+    Args:
+        cut: Gives the layout's tiles of so many lanes and so deep chunks.
+        layout: Its columns are what is multiplied.
+        rows: Rows of the batch.
+        dtype: Of all matrices.
+        precision: How products are taken: ``tl.dot``'s input precision.
+        processors: Multiprocessors of the GPU.
+        gradient: It is the product of x and grad_y, which gives grad_W.
+    """
+    exact = dtype == torch.float32 and precision == "ieee"
+    found = []
+    for lanes in (16, 32, 64) if exact else (16, 32, 64, 128):
+        depth = 16 if exact else _depth(layout, lanes, dtype)
+        tiles = cut(lanes, depth)
+        cost = _cost(tiles, layout, rows, dtype, precision, processors, gradient)
+        found.append((cost, lanes, depth, tiles))
+    found.sort(key=lambda entry: entry[:2])
+    _, lanes, depth, tiles = found[0]
+    enough = 2 * processors
+    high = next((m for m in (128, 64, 32) if rows / m * tiles.num_tiles >= enough), 16)
+    # Registers: ragged features are loaded value by value; 3xTF32 splits every factor in two.
+    hungry = precision == "tf32x3" or tiles.feature_grain < 8
+    high = min(high, 32 if exact else 64 if hungry else 128, max(16, _power(rows)))
+    near = high * layout.in_features * dtype.itemsize <= _L1
+    parts = ALL if near and rows / high >= enough else 1
+    first = _config(high, lanes, depth, parts, exact, precision)
+    other_high = high // 2 if high >= 64 else high * 2
+    most = 3 if dtype.itemsize == 2 else 2
+    # Where row blocks share tiles, half-empty chunks may cost less than twice as many.
+    deeper = [(n, 2 * k) for _, n, k, t in found[: most - 1] if t.shared and k < 64]
+    options = [
+        first,
+        *(_config(high, n, k, parts, exact, precision) for _, n, k, _ in found[1:most]),
+        _config(other_high, lanes, depth, parts, exact, precision),
+        replace(first, parts=1 if parts == ALL else ALL),
+        *(_config(high, n, k, parts, exact, precision) for n, k in deeper if most == 3),
+    ]
+    return list(dict.fromkeys(options))
+
+
+def _cost(
+    tiles: Tiles,
+    layout: BlockLayout,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+    processors: int,
+    gradient: bool,
+) -> float:
+    """Microseconds a row, roughly: the slower of products and bytes, on the processors at work."""
+    entries = tiles.chunk_walks * tiles.depth
+    loaded = float(entries)
+    if gradient:  # beside its features, an item reads grad_y and what was saved
+        features = item_features(layout, tiles, dtype, precision)
+        loaded += (entries / features + tiles.num_tiles / 2) * 2 * tiles.lanes
+    # A tensor core's operands come slower than it multiplies where a tile is narrow.
+    lanes = tiles.lanes if precision == "ieee" and dtype == torch.float32 else max(64, tiles.lanes)
+    products = entries * lanes / _PRODUCTS[precision if dtype == torch.float32 else "16 bit"]
+    cached = loaded * dtype.itemsize / _CACHE
+    moved = (layout.in_features + layout.out_features) * dtype.itemsize / _MEMORY
+    busy = min(1.0, rows / 64 * tiles.num_tiles / processors)
+    return (max(products, cached, moved) + 0.1 * (products + cached)) / busy
+
+
+def _depth(layout: BlockLayout, lanes: int, dtype: torch.dtype) -> int:
+    """Features of a chunk: a block's where row blocks share tiles, else what hides the latency."""
+    most = 64 if lanes >= 64 and dtype.itemsize == 2 else 32
+    if 2 * _mean(layout.row_sizes) <= lanes:
+        return min(most, max(16, _power(_mean(layout.col_sizes))))
+    return most
+
+
+def gradient_options(
+    of_weight: list[Config], of_x: list[Config], dtype: torch.dtype
+) -> list[tuple[Config, Config]]:
+    """At most seven ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
+
+    ``rows`` of the first are those of a step through the batch.
+    """
+    step = 16 if of_weight[0].stages == 1 else 64 if dtype.itemsize == 2 else 32
+    of_weight = [replace(w, rows=step, parts=1) for w in of_weight]
+    pairs = [
+        (of_weight[min(k, len(of_weight) - 1)], of_x[min(k, len(of_x) - 1)])
+        for k in range(min(4, max(len(of_weight), len(of_x))))
+    ]
+    if dtype.itemsize == 2:
+        lanes = list(dict.fromkeys((w.lanes, w.depth) for w in of_weight))
+        for k, (width, depth) in enumerate(lanes[:2]):
+            once = replace(of_weight[0], lanes=width, depth=depth, formed=True, features=128)
+            pairs.append((replace(once, apart=True), of_x[min(k, len(of_x) - 1)]))
+        pairs.append((replace(of_weight[0], formed=True, features=128), of_x[0]))
+    return list(dict.fromkeys(pairs))
+
+
+def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precision: str) -> int:
+    """Features of an item of grad_W: whole chunks."""
+    # Lanes with weights apart take registers for their addresses.
+    wide = tiles.lanes > (32 if tiles.shared else 64)
+    most = 64 if wide or dtype.itemsize > 2 else 128
+    if dtype == torch.float32 and precision == "ieee":
+        most = 32
+    return max(tiles.depth, min(most, _power(max(layout.row_fan_in, default=1))))
+
+
+def registers(
+    tiles: Tiles, sums: int, warps: int, dtype: torch.dtype, turned: bool = False
+) -> int | None:
+    """Registers a thread of a kernel that can repair: what its own loop takes, and no more.
+
+    The compiler would take what the repair does, twice as many, and half of the programs would be
+    at work; so the repair parks some of its values in memory, which costs nothing until it runs.
+
+    Args:
+        tiles: That it walks. Only shared ones are repaired; and ragged features, which are loaded
+            value by value, take more registers than a rule knows. Then there is no limit.
+        sums: Float32 sums of a program.
+        warps: Of a program.
+        dtype: Of the factors; wide ones take more.
+        turned: Is it the backward, which also forms the gradient before the activation?
+    """
+    if not tiles.shared or tiles.feature_grain < 8:
+        return None
+    own = 64 + 16 * turned + 48 * (dtype.itemsize > 2)
+    return min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
+
+
+def slabs(rows: int, items: int, sums: int, processors: int) -> int:
+    """Into how many slabs of rows the weight gradient's work is cut.
+
+    Enough for two programs a processor, not so many that a slab has under 256 rows or the
+    ``sums`` partial sums of each slab, in float32, pass ``WORKSPACE``.
+    """
+    wanted = math.ceil(2 * processors / max(items, 1))
+    return max(1, min(wanted, rows // 256, WORKSPACE // (4 * max(sums, 1))))
+
+
+def _config(rows: int, lanes: int, depth: int, parts: int, exact: bool, precision: str) -> Config:
+    if exact:  # the plain units multiply out of registers: small tiles, nothing in flight
+        return Config(rows, lanes, depth, parts, 4, 1)
+    many = rows * lanes >= (4096 if precision == "tf32x3" else 8192)
+    return Config(rows, lanes, depth, parts, 8 if many else 4, 3)
+
+
+def _mean(sizes: Sequence[int]) -> float:
+    return sum(sizes) / len(sizes)
+
+
+def _power(value: float) -> int:
+    return 1 << max(0, math.ceil(math.log2(max(value, 1))))

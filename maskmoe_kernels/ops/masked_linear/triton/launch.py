@@ -1,0 +1,369 @@
+"""Launches: which tables, which configuration, how much workspace; then the kernels.
+
+Workspace beside the outputs, from torch's allocator: the routed weights once more (turned, for
+grad_x); grad_z, where it is formed first; float32 partial sums of grad_W and grad_b, at most
+``configs.WORKSPACE`` bytes; and where small batches meet long row blocks, float32 partial sums of
+those rows' outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.activations import NEEDS_INPUT, grad_before
+from maskmoe_kernels.ops.masked_linear import torch_impl as grouped
+from maskmoe_kernels.ops.masked_linear.triton import kernels, tune
+from maskmoe_kernels.ops.masked_linear.triton.configs import (
+    Config,
+    gradient_options,
+    item_features,
+    registers,
+    slabs,
+)
+from maskmoe_kernels.ops.masked_linear.triton.products import Pair, Product, products_of
+from maskmoe_kernels.ops.triton_support import INTERPRETED
+from maskmoe_kernels.ops.triton_support.device import is_current, on, processors
+from maskmoe_kernels.ops.triton_support.launcher import Launch
+from maskmoe_kernels.ops.triton_support.limits import DTYPES
+
+_C = TypeVar("_C")
+#: torch's float32_matmul_precision to that of a float32 product here.
+PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Entries of grad_W that a program of ``total`` sums.
+_TOTAL = 1024
+# Entries of grad_z that a program of ``form`` forms.
+_FORMED = 4096
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """Output and, if ``keep`` and the derivative needs it, the pre-activation (else empty)."""
+    y, z = output(x, weight, bias, layout, activation, keep)
+    return y, x.new_empty(0) if z is None else z
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    layout: BlockLayout,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_x over routed blocks, grad_weight over present blocks, grad_bias; empty if unneeded."""
+    found = gradients(grad_y, x, weight, saved, layout, activation, needs)
+    grad_x, grad_weight, grad_bias = (x.new_empty(0) if g is None else g for g in found)
+    return grad_x, grad_weight, grad_bias
+
+
+def output(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`forward`, with ``None`` for what is not kept."""
+    pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
+        return grouped.forward(x, weight, bias, layout, activation, keep)
+    y = x.new_empty((*x.shape[:-1], layout.out_features))
+    z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
+    if not y.numel():
+        return y, z
+    x, rows, stride = _matrix(x, layout.in_features)
+    if bias is not None:
+        bias = bias.contiguous()
+    given = (x, weight.contiguous(), bias, y, z)
+    precision = precision_of(x.dtype)
+    case = (activation, bias is None, z is None, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return y, z
+    with on(x.device):
+        if job is None:
+            matrix = x.reshape(rows, -1)
+
+            def options() -> list[Config]:
+                return pair.forward.options(matrix, precision)
+
+            def made(config: Config) -> _Forward:
+                return _Forward(pair.forward, config, given, rows, stride, activation, precision)
+
+            job = _chosen("forward", layout, matrix, precision, options, made, given)
+            pair.keep(case, job)
+        job(*given)
+    return y, z
+
+
+def gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    layout: BlockLayout,
+    activation: str,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`backward`, with ``None`` for what is not needed."""
+    need_x, need_weight, need_bias = needs
+    pair = products_of(layout)
+    if x.dtype not in DTYPES or not pair.fits:
+        found = grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        return (
+            found[0] if need_x else None,
+            found[1] if need_weight else None,
+            found[2] if need_bias else None,
+        )
+    empty = not x.numel()
+    new = x.new_zeros if empty else x.new_empty
+    grad_x = new(x.shape) if need_x else None
+    grad_weight = new(layout.num_weights) if need_weight else None
+    grad_bias = new(layout.out_features) if need_bias else None
+    if empty:
+        return grad_x, grad_weight, grad_bias
+    grads = grad_y.contiguous()
+    kept = grads if activation == "none" else saved.contiguous()
+    if need_bias and not need_weight:  # there is no product to sum it beside
+        grad_bias = grad_before(grads, kept, activation).reshape(-1, layout.out_features).sum(0)
+    if not need_x and not need_weight:
+        return grad_x, grad_weight, grad_bias
+    matrix, rows, stride = _matrix(x, layout.in_features)
+    given = (grads, kept, matrix, weight, grad_x, grad_weight, grad_bias)
+    precision = precision_of(x.dtype)
+    case = (activation, needs, precision, rows, stride, x.dtype, x.device)
+    job: Any = pair.jobs.get(case)
+    if job is not None and is_current(x.get_device()):
+        job(*given)
+        return grad_x, grad_weight, grad_bias
+    with on(x.device):
+        if job is None:
+            matrix = matrix.reshape(rows, -1)
+
+            def options() -> list[tuple[Config, Config]]:
+                of_weight = pair.forward.options(matrix, precision, gradient=True)
+                return gradient_options(of_weight, pair.turned.options(matrix, precision), x.dtype)
+
+            def made(config: tuple[Config, Config]) -> _Backward:
+                return _Backward(pair, config, matrix, stride, activation, needs, precision)
+
+            kind = f"backward of {'x' * need_x}{'w' * need_weight}"
+            job = _chosen(kind, layout, matrix, precision, options, made, given)
+            pair.keep(case, job)
+        job(*given)
+    return grad_x, grad_weight, grad_bias
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """How products of ``dtype`` are taken: ``tl.dot``'s input precision."""
+    if dtype == torch.float32:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    return "exact" if INTERPRETED and dtype == torch.bfloat16 else "ieee"
+
+
+def _matrix(x: Tensor, features: int) -> tuple[Tensor, int, int]:
+    """Rows of neighbouring features: where they lie, how many, and from one to the next."""
+    if x.is_contiguous():
+        return x, x.numel() // features, features
+    x = x.reshape(-1, features)
+    if x.stride(1) != 1 or x.stride(0) < 0:
+        x = x.contiguous()
+    return x, x.shape[0], x.stride(0)
+
+
+def _chosen(
+    kind: str,
+    layout: BlockLayout,
+    rows: Tensor,
+    precision: str,
+    options: Callable[[], Sequence[_C]],
+    made: Callable[[_C], Callable[..., None]],
+    given: tuple[Tensor | None, ...],
+) -> Callable[..., None]:
+    """The job made for the configuration that ``tune`` chooses."""
+    jobs: dict[_C, Callable[..., None]] = {}
+
+    def job(config: _C) -> Callable[..., None]:
+        if config not in jobs:
+            jobs[config] = made(config)
+        return jobs[config]
+
+    chosen = tune.choose(kind, layout, rows, precision, options, lambda config: job(config)(*given))
+    return job(chosen)
+
+
+class _Forward:
+    """One kernel over all parts; where parts are of split tiles, another that adds them up."""
+
+    def __init__(
+        self,
+        product: Product,
+        config: Config,
+        given: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+        rows: int,
+        stride: int,
+        activation: str,
+        precision: str,
+    ) -> None:
+        x, _, bias, y, z = given
+        out, device = y.shape[-1], x.device
+        row_tiles = triton.cdiv(rows, config.rows)
+        t = product.tiles(config, device, row_tiles)
+        parts = t.parts.shape[0]
+        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z is not None}
+        self._device = device.index
+        self._no_sums = x.new_empty(0, dtype=torch.float32)
+        self._sums = t.num_slots * rows * t.lanes
+        self._multiply = Launch(
+            kernels.forward, (row_tiles * triton.cdiv(parts, config.parts),),
+            t.parts, t.tiles, t.units, t.features, t.bases, t.strides,
+            rows, stride, out, parts,
+            **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
+            PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
+            UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
+            PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
+            maxnreg=registers(t, config.rows * t.lanes, config.warps, x.dtype),
+        )  # fmt: skip
+        self._finish = Launch(
+            kernels.finish, (triton.cdiv(rows, 16), t.splits.shape[0]),
+            t.splits, t.units, rows, out,
+            **epilogue, M=16, N=t.lanes, UNIT_GRAIN=t.unit_grain,
+        )  # fmt: skip
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, z: Tensor | None
+    ) -> None:
+        if z is None:
+            z = y  # which is not written as such
+        sums = self._no_sums
+        if self._sums:
+            sums = x.new_empty(self._sums, dtype=torch.float32)
+        self._multiply(self._device, x, weight, bias, y, z, sums)
+        if self._sums:
+            self._finish(self._device, sums, bias, y, z)
+
+
+class _Backward:
+    """One kernel for all gradients, or one for each; another adds slabs of rows up.
+
+    Before them, where the configuration says so, grad_z is formed once: into memory of its own.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        config: tuple[Config, Config],
+        x: Tensor,
+        stride: int,
+        activation: str,
+        needs: tuple[bool, bool, bool],
+        precision: str,
+    ) -> None:
+        w, of_x = config
+        need_x, need_weight, need_bias = needs
+        layout, device, rows = pair.forward.layout, x.device, x.shape[0]
+        self._device = device.index
+        self._index = pair.index(device) if need_x else None
+        self._nothing = x.new_empty(0)
+        self._form = None
+        if w.formed and activation != "none":
+            size = rows * layout.out_features
+            self._form = Launch(
+                kernels.form, (triton.cdiv(size, _FORMED),), size, ACT=activation, SIZE=_FORMED
+            )
+            activation = "none"
+        t, turned = pair.forward.tiles(w, device), pair.turned.tiles(of_x, device)
+        features = w.features or item_features(layout, t, x.dtype, precision)
+        items = pair.forward.items(w, features, device)
+        sums = layout.num_weights, layout.out_features
+        count = slabs(rows, len(items), sum(sums), processors(device)) if need_weight else 1
+        slab_rows = rows if count == 1 else _up(triton.cdiv(rows, count), 128)
+        count = triton.cdiv(rows, slab_rows)
+        self._sums = [count * entries for entries in sums] if count > 1 else []
+        bias = need_bias and need_weight
+        # Derivatives that are formed on the way take registers: shorter steps.
+        hungry = activation != "none" and (t.shared or activation in NEEDS_INPUT)
+        step = max(16, w.rows // (2 if hungry else 1))
+
+        def multiply(of_weight: bool, of_input: bool) -> Launch:
+            num_items = len(items) if of_weight else 0
+            parts = len(turned.parts) if of_input else 0
+            sums_of_w, sums_of_x = features * t.lanes, of_x.rows * turned.lanes
+            # The derivative of 128 rows takes more warps.
+            many = (of_weight and sums_of_w >= 8192) or (of_input and of_x.rows >= 128)
+            warps = 8 if many else of_x.warps
+            largest = max(sums_of_w * of_weight, sums_of_x * of_input)
+            of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
+            return Launch(
+                kernels.backward, (count * (num_items + of_rows),),
+                items, t.tiles, t.units, t.features, t.bases, t.strides,
+                turned.parts, turned.tiles, turned.units, turned.features, turned.bases,
+                turned.strides, rows, slab_rows, stride, layout.in_features,
+                layout.out_features, layout.num_weights, num_items, parts,
+                ACT=activation, BIAS=bias, PRECISION=precision,
+                R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
+                FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
+                XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
+                XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
+                XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
+                OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
+                maxnreg=(
+                    registers(turned, largest, warps, x.dtype, True) if of_input else None
+                ),
+            )  # fmt: skip
+
+        apart = w.apart and need_weight and need_x
+        kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
+        self._multiply = [multiply(*kind) for kind in kinds if any(kind)]
+        self._total = Launch(
+            kernels.total, (triton.cdiv(sum(sums), _TOTAL),), *sums, count, BIAS=bias, SIZE=_TOTAL
+        )
+
+    def __call__(
+        self,
+        grad_y: Tensor,
+        saved: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        grad_x: Tensor | None,
+        grad_weight: Tensor | None,
+        grad_bias: Tensor | None,
+    ) -> None:
+        turned = weight if self._index is None else weight.index_select(0, self._index)
+        if grad_x is None:
+            grad_x = self._nothing
+        if grad_weight is None:
+            grad_weight = self._nothing
+        if grad_bias is None:
+            grad_bias = self._nothing
+        if self._form is not None:
+            formed = torch.empty_like(grad_y)
+            self._form(self._device, grad_y, saved, formed)
+            grad_y = saved = formed
+        of_weight, of_bias = grad_weight, grad_bias
+        if self._sums:
+            of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
+            of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
+        for multiply in self._multiply:
+            multiply(self._device, grad_y, saved, x, turned, grad_x, of_weight, of_bias)
+        if self._sums:
+            self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,1 @@
+"""Whole masked networks as registered ops."""

@@ -1,0 +1,1 @@
+"""Selection, mixture and the GEM loss in Triton."""

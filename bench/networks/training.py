@@ -156,7 +156,7 @@ class Trainer:
         self.samples: list[float] = []
 
     def train(self, steps: int) -> None:
-        """Steps as ``maskmoe_kernels.experiments.shared.train`` takes them."""
+        """Steps as ``maskmoe_kernels.experiments.shared.trainer`` takes them."""
         for _ in range(steps):
             batch = self.data.step(self.done)
             self.optimizer.zero_grad()

@@ -13,13 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from maskmoe_kernels.experiments.movielens.baselines import most_popular
 from maskmoe_kernels.experiments.movielens.data import read_movielens
 from maskmoe_kernels.experiments.movielens.ranking import Task
 from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.baselines import most_popular
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, sealed, write_json
-from maskmoe_kernels.experiments.shared.train import Run, TrainConfig, fit
+from maskmoe_kernels.experiments.shared.source import TensorSource
+from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 from maskmoe_kernels.ops.selection import mixture
@@ -31,6 +33,8 @@ PAPER = {
     "black-box": (0.715, 0.438),
     "interpretable": (0.678, 0.406),
 }
+#: Validation metric whose best epoch is kept.
+MONITOR = "NDCG@10"
 #: Powers tried for the smaller experts' confidence.
 SHARPNESS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 #: The authors' confidence for rare positives, in training and in prediction.
@@ -175,25 +179,31 @@ def train(
         logits = task.list_logits(model, task.validation_lists)
         return task.ranking(scores(model, logits), task.validation_lists)
 
-    config = TrainConfig(
-        model=name,
-        epochs=options.epochs,
-        patience=options.patience,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        options=f"embeddings={options.embeddings}" if name == "interpretable" else "",
-    )
-    run = fit(
+    pace = Pace(epochs=options.epochs, patience=options.patience)
+    identity = {
+        "model": name,
+        "epochs": pace.epochs,
+        "patience": pace.patience,
+        "batch_size": options.batch_size,
+        "learning_rate": pace.learning_rate,
+        "seed": options.seed,
+        "monitor": MONITOR,
+        "options": f"embeddings={options.embeddings}" if name == "interpretable" else "",
+    }
+    trainer = Trainer(
         model,
-        lambda epoch: task.epoch(options.seed, epoch),
-        loss_of,
+        TensorSource(lambda epoch: task.epoch(options.seed, epoch), options.batch_size),
+        lambda batch: loss_of(*batch),
         validate,
-        config,
+        pace,
+        identity,
         out / f"{name}.pt",
-        resume=options.resume,
+        monitor=MONITOR,
+        ranks=Ranks(task.device),
         console=console,
     )
-    return model, run
+    trainer.begin(options.resume)
+    return model, trainer.run()
 
 
 def _evaluate(

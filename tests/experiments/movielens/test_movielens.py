@@ -22,7 +22,7 @@ from maskmoe_kernels.experiments.movielens.train import (
     train,
 )
 from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.train import load_checkpoint
+from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 from maskmoe_kernels.ops.selection import mixture
 from tests.experiments.movielens.tiny import write_movielens

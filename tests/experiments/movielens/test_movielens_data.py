@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.movielens.baselines import most_popular
 from maskmoe_kernels.experiments.movielens.data import (
     GENRES,
     MovieLens,
@@ -23,7 +24,6 @@ from maskmoe_kernels.experiments.movielens.data import (
     read_movielens,
     sample_training_pairs,
 )
-from maskmoe_kernels.experiments.shared.baselines import most_popular
 from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-1m"

@@ -26,7 +26,7 @@ from bench import results
 from bench.layers.ratios import quartiles
 from bench.rivals.paper_network import PaperStyleNCF
 from maskmoe_kernels import gem_loss
-from maskmoe_kernels.experiments.movielens.train import CONFIDENCE
+from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 

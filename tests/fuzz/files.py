@@ -31,8 +31,13 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import data as movielens
 from maskmoe_kernels.experiments.movielens import explain
+from maskmoe_kernels.experiments.movielens.data.negatives import (
+    draw_negatives,
+    read_fixed_negatives,
+)
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.data.split import leave_one_out
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.shared.source import TensorSource
 from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
@@ -141,13 +146,13 @@ def _read_causes(folder: Path) -> Any:
 
 
 def _read_movielens(path: Path) -> Any:
-    return list(vars(movielens.read_movielens(path)).values())
+    return list(vars(read_movielens(path)).values())
 
 
 def _read_negatives(folder: Path) -> Any:
-    data = movielens.read_movielens(_made() / "ml-1m")
-    split = movielens.leave_one_out(data, 0)
-    return [movielens.read_fixed_negatives(next(folder.iterdir()), data, split)]
+    data = read_movielens(_made() / "ml-1m")
+    split = leave_one_out(data, 0)
+    return [read_fixed_negatives(next(folder.iterdir()), data, split)]
 
 
 def _read_csv(folder: Path) -> Any:
@@ -198,9 +203,9 @@ def _made() -> Path:
 
 
 def _write_negatives(root: Path) -> None:
-    data = movielens.read_movielens(root / "ml-1m")
-    split = movielens.leave_one_out(data, 0)
-    ids = data.movie_ids[movielens.draw_negatives(data, split, 0)]
+    data = read_movielens(root / "ml-1m")
+    split = leave_one_out(data, 0)
+    ids = data.movie_ids[draw_negatives(data, split, 0)]
     test = data.movie_ids[split.test].tolist()
     lines = [
         "\t".join([f"({user},{item})", *map(str, row)])

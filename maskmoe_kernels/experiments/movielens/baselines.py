@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.experiments.movielens.data import Split
+from maskmoe_kernels.experiments.movielens.data.split import Split
 
 
 def most_popular(split: Split, num_items: int) -> Tensor:

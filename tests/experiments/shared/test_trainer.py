@@ -375,7 +375,9 @@ def test_killed_in_mid_training_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pyarrow", reason="reads MovieLens")
-    monkeypatch.setattr("maskmoe_kernels.experiments.shared.figures.obstacle", lambda: "not now")
+    monkeypatch.setattr(
+        "maskmoe_kernels.experiments.shared.plot_style.unsupported_reason", lambda: "not now"
+    )
     data = write_movielens(tmp_path / "ml-1m")
     out, checkpoint = tmp_path / "cut", tmp_path / "cut" / "content.pt"
 

@@ -1,4 +1,4 @@
-"""The training loop: every epoch can be the last, and a resumed run ends with the same bits."""
+"""The training loop: data-parallel, keeps the best epoch, and is resumed with the same bits."""
 
 from __future__ import annotations
 

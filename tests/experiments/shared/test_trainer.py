@@ -1,4 +1,4 @@
-"""The training loop: every epoch can be the last, and nothing half-done is kept."""
+"""The training loop: resuming, checkpoints, the best epoch, and numbers that are not finite."""
 
 from __future__ import annotations
 

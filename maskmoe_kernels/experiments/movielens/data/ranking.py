@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels.experiments.movielens.data import (
-    MovieLens,
-    Split,
+from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    leave_one_out,
     read_fixed_negatives,
     sample_training_pairs,
 )
+from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
+from maskmoe_kernels.experiments.movielens.data.tables import MovieLens
 from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
 from maskmoe_kernels.models import NCFSizes
 
@@ -34,9 +33,9 @@ class Features:
         self.codes = torch.stack([data.sex, data.age, data.occupation], 1).to(self.device)
         year = data.year.double()
         rated = year[data.rated_items]
-        spread = rated.std(correction=min(1, len(rated) - 1))
-        # Movies of one year alone have no spread to divide by.
-        standard = ((year - rated.mean()) / (spread if spread > 0 else 1)).float()
+        deviation = rated.std(correction=min(1, len(rated) - 1))
+        # The deviation is 0 if all movies are of one year.
+        standard = ((year - rated.mean()) / (deviation if deviation > 0 else 1)).float()
         self.numeric = torch.cat([standard[:, None], data.genres], 1).to(self.device)
 
     @property

@@ -1,4 +1,4 @@
-"""``maskmoe skip``: prepare, generate, train, evaluate, explain."""
+"""The commands ``maskmoe skip prepare | generate | train | evaluate | explain``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from maskmoe_kernels.experiments.shared.arguments import (
     seed,
     usable,
 )
+from maskmoe_kernels.experiments.skip.generator.settings import CHUNK, GeneratorSettings
+from maskmoe_kernels.experiments.skip.settings import MODELS, NORMALIZATIONS, PRECISIONS, Settings
 
-# What needs pyarrow or figures is imported by the commands that run it.
+# Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional.
 
-_MODELS = (
-    "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
-)  # fmt: skip
+#: Kind of model -> default number of layers.
 _LAYERS = {"transformer": 3, "gru": 1}
 _SETTINGS = (
     "model", "width", "heads", "batch_size", "seed", "precision", "confidence", "sharpness",
@@ -63,7 +63,7 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.data.mssd import prepare
+    from maskmoe_kernels.experiments.skip.data.prepare import prepare
 
     made = prepare(
         arguments.sources,
@@ -83,17 +83,15 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
 
 def _generate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.data import generator
+    from maskmoe_kernels.experiments.skip.generator.generate import generate
 
     try:
-        settings = generator.Settings(
+        settings = GeneratorSettings(
             arguments.sessions, arguments.seed, arguments.tracks, arguments.chunk
         )
     except ValueError as error:
         raise DataError(str(error)) from error
-    generator.generate(
-        arguments.out, settings, workers=arguments.workers, progress=console.is_terminal
-    )
+    generate(arguments.out, settings, workers=arguments.workers, progress=console.is_terminal)
     text = f"{settings.sessions:,} sessions and their causes: {arguments.out}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -109,7 +107,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
         torch.set_num_threads(arguments.threads)
     layers = arguments.layers or _LAYERS[arguments.model.rpartition("-")[2]]
     given = {name: getattr(arguments, name) for name in _SETTINGS}
-    settings = skip.Settings(**given, layers=layers)
+    settings = Settings(**given, layers=layers)
     pace = trainer.Pace(
         epochs=arguments.epochs,
         steps=arguments.steps,
@@ -134,7 +132,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.evaluation import evaluate
+    from maskmoe_kernels.experiments.skip.evaluate import evaluate
 
     evaluate(
         arguments.data,
@@ -218,8 +216,8 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         help="how many tracks there are, from 2000 (default: 50000)",
     )  # fmt: skip
     parser.add_argument(
-        "--chunk", type=positive, default=25_000, metavar="N",
-        help="sessions of a file (default: 25000)",
+        "--chunk", type=positive, default=CHUNK, metavar="N",
+        help="sessions of a file (default: %(default)s)",
     )  # fmt: skip
     _add_workers(parser, 1, "processes that write files side by side (default: 1)")
     _add_out(parser)
@@ -242,8 +240,8 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _add_data(parser)
     parser.add_argument(
-        "--model", choices=_MODELS, default=_MODELS[0], metavar="MODEL",
-        help=f"one of {', '.join(_MODELS)} (default: %(default)s)",
+        "--model", choices=MODELS, default=MODELS[0], metavar="MODEL",
+        help=f"one of {', '.join(MODELS)} (default: %(default)s)",
     )  # fmt: skip
     _add_size(parser)
     _add_loss(parser)
@@ -281,7 +279,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         "paper trains by deselection (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--normalize", choices=("none", "sample", "batch"), default="batch",
+        "--normalize", choices=NORMALIZATIONS, default="batch",
         help="what the weights are divided by: nothing, their sum per track, or over the batch, as "
         "in the paper (default: %(default)s)",
     )  # fmt: skip
@@ -319,7 +317,7 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
 
 def _add_means(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32",
+        "--precision", choices=tuple(PRECISIONS), default="float32",
         help="bfloat16: autocast, weights stay in float32 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="through torch.compile")

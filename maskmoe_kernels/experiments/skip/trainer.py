@@ -29,7 +29,7 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.structure import Spec, check
 from maskmoe_kernels.experiments.shared.train import Metrics, Run, duration, progress_bar
-from maskmoe_kernels.experiments.skip.data.session_features import SessionBatch
+from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionLoader
 
 MONITOR = "Acc"

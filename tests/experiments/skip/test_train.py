@@ -1,51 +1,27 @@
-"""Training on sessions: the loss of several processes, resuming bit for bit, and the commands."""
+"""Training on sessions: resuming bit for bit, several processes, wrong settings."""
 
 from __future__ import annotations
 
 import json
 import signal
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import example, given
-from hypothesis import strategies as st
 
-from maskmoe_kernels.cli import main
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.ranks import Ranks
-from maskmoe_kernels.experiments.skip import commands as skip_command
-from maskmoe_kernels.experiments.skip import train as skip
-from maskmoe_kernels.experiments.skip.data.session_features import SessionBatch
-from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader, Shards
-from maskmoe_kernels.experiments.skip.train import (
-    MODELS,
-    Means,
-    Settings,
-    build,
-    load,
-    loss_part,
-    train,
-)
+from maskmoe_kernels.experiments.skip.data.features import SessionBatch
+from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
+from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import MODELS
+from maskmoe_kernels.experiments.skip.train import Means, train
 from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
-from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
-from maskmoe_kernels.ops.selection import gem_loss
 from tests.experiments.skip.skip_sessions import command, write_sessions
-
-TINY = Settings(MODELS[0], width=3, layers=1, batch_size=48)
-#: 2 epochs of 6 or so steps each, with a checkpoint after every second step.
-PACE = Pace(epochs=2, learning_rate=1e-3, save_every=2)
-ALONE = Ranks(torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shards of 300 sessions."""
-    return write_sessions(tmp_path_factory.mktemp("sessions"))[1]
+from tests.experiments.skip.tiny import PACE, TINY
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +51,6 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one["cursor"] == other["cursor"]
     curves = [[{**r, "sessions_per_s": 0} for r in run["history"]] for run in (one, other)]
     assert curves[0] == curves[1]
-
-
-# --- Resuming ----------------------------------------------------------------------------
 
 
 class Stop(Exception):
@@ -219,96 +192,6 @@ def test_the_rate_falls_on_a_plateau_and_patience_ends_it(data: Path, tmp_path: 
     assert report["settings"]["model"] == TINY.model
 
 
-# --- The loss of several processes -------------------------------------------------------
-
-
-class Simulated(Ranks):
-    """Processes of which one is run, with what all of them would have summed."""
-
-    total: torch.Tensor
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.total, dtype=value.dtype)
-
-
-class Recording(Ranks):
-    """Keeps what is summed."""
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        object.__setattr__(self, "seen", value.detach())
-        return value
-
-
-def draw_batch(sessions: int, seed: int) -> SessionBatch:
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(sessions, 10, 73, generator=generator)
-    second = torch.randn(sessions, 10, 31, generator=generator)
-    target = torch.randint(2, (sessions, 10), generator=generator).float()
-    lengths = torch.randint(5, 11, (2, sessions, 1), generator=generator)
-    paddings = torch.arange(10) >= lengths
-    ids = [str(k) for k in range(sessions)]
-    return SessionBatch(first, second, target, paddings[0], paddings[1], ids)
-
-
-def share_of(batch: SessionBatch, low: int, high: int) -> SessionBatch:
-    tensors = {name: tensor[low:high] for name, tensor in batch._tensors().items()}
-    return SessionBatch(**tensors, session_ids=batch.session_ids[low:high])
-
-
-@pytest.mark.parametrize("normalize", ["none", "sample", "batch"])
-@pytest.mark.parametrize("weighting", ["selection", "deselection"])
-@given(
-    cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3).map(sorted),
-    seed=st.integers(0, 2**20),
-)
-@example(cuts=[0], seed=0)  # a process without a session
-def test_parts_of_the_loss_average_to_the_whole(
-    weighting: str, normalize: str, cuts: list[int], seed: int
-) -> None:
-    settings = replace(TINY, weighting=weighting, normalize=normalize)
-    model = MODEL
-    batch = draw_batch(6, seed)
-    logits = torch.randn(6, 10, 8, generator=torch.Generator().manual_seed(seed + 1)).double()
-    whole = logits.clone().requires_grad_()
-    loss_part(model, whole, batch, settings, ALONE).backward()
-    edges = [0, *cuts, 6]
-    spans = list(pairwise(edges))
-    amounts = []
-    for low, high in spans:
-        recording = Recording(torch.device("cpu"), 0, len(spans))
-        loss_part(model, logits[low:high], share_of(batch, low, high), settings, recording)
-        amounts.append(recording.seen)
-    parts = []
-    for low, high in spans:
-        ranks = Simulated(torch.device("cpu"), 0, len(spans))
-        object.__setattr__(ranks, "total", torch.stack(amounts).sum())
-        own = logits[low:high].clone().requires_grad_()
-        loss_part(model, own, share_of(batch, low, high), settings, ranks).backward()
-        parts.append(own.grad / len(spans))
-    torch.testing.assert_close(torch.cat(parts), whole.grad, rtol=1e-9, atol=1e-12)
-
-
-def test_one_process_has_the_loss_of_its_model() -> None:
-    batch = draw_batch(5, 3)
-    real = ~batch.second_padding
-    logits = torch.randn(5, 10, 8)
-    expected = gem_loss(logits, batch.target, MODEL.family, "abs", "deselection", "batch", real)
-    torch.testing.assert_close(loss_part(MODEL, logits, batch, TINY, ALONE), expected)
-    black = replace(TINY, model=MODELS[2])
-    expected = F.binary_cross_entropy_with_logits(logits[..., 0][real], batch.target[real])
-    found = loss_part(build(black), logits[..., 0], batch, black, ALONE)
-    torch.testing.assert_close(found, expected)
-
-
-def _experts() -> SessionExperts:
-    model: SessionModel = build(TINY)
-    assert isinstance(model, SessionExperts)
-    return model
-
-
-MODEL = _experts()
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
     words = ["skip", "train", "--data", str(data), "--batch", "49", "--width", "3", "--layers"]
@@ -325,58 +208,3 @@ def test_two_processes_train_as_one(data: Path, tmp_path: Path) -> None:
         assert two["history"][0][name] == pytest.approx(one["history"][0][name], rel=1e-4)
     report = json.loads((tmp_path / "two" / "report.json").read_text())
     assert report["means"]["processes"] == 2
-
-
-# --- Models ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_learns_and_loads_as_it_was(name: str, data: Path, tmp_path: Path) -> None:
-    settings = replace(TINY, model=name)
-    model, run = train(data, tmp_path, settings, replace(PACE, epochs=3))
-    losses = [record["train_loss"] for record in run.history]
-    assert losses[2] < losses[0]
-    loaded, same, again = load(tmp_path)
-    assert same == settings
-    assert again.best == run.best
-    batch = draw_batch(4, 0)
-    first, second = (skip.logits_of(m, batch, settings) for m in (model, loaded))
-    assert torch.equal(first, second)
-
-
-def test_bfloat16_keeps_the_weights_and_comes_near(data: Path) -> None:
-    batch = next(iter(SessionDataset(Shards(data, "train"), 16)))
-    for name in MODELS:
-        model = build(replace(TINY, model=name))
-        exact = skip.logits_of(model, batch, replace(TINY, model=name))
-        near = skip.logits_of(model, batch, replace(TINY, model=name, precision="bfloat16"))
-        assert near.dtype == torch.float32
-        real = ~batch.second_padding
-        scale = exact[real].abs().mean()
-        assert 0 < (near[real] - exact[real]).abs().mean() < 0.1 * scale
-
-
-def test_the_command_has_the_same_defaults(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    got: list[object] = []
-
-    def caught(*words: object) -> None:
-        got.extend(words)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(skip, "train", caught)
-    assert main(["skip", "train", "--data", "d", "--out", "o"]) == 130
-    assert got[:5] == [Path("d"), Path("o"), Settings(MODELS[0]), Pace(), Means()]
-    got.clear()
-    words = (
-        "skip train --data d --out o --model black-box-gru --width 5 --heads 2 --batch 9 --seed 3 "
-        "--precision bfloat16 --confidence square --sharpness 2 --weighting selection --normalize "
-        "none --epochs 7 --steps 11 --patience 3 --lr 0.01 --least-lr 0.1 --plateau 0 --clip 2 "
-        "--save-every 13 --workers 2 --no-resume --compile"
-    )
-    assert main(words.split()) == 130
-    assert got[2] == Settings(
-        "black-box-gru", 5, 2, 1, 9, 3, "bfloat16", "square", 2.0, "selection", "none"
-    )
-    assert got[3] == Pace(7, 11, 3, 0.01, 0.01, 0.3, 0, 2.0, 13)
-    assert got[4] == Means(2, False, True)
-    assert skip_command._MODELS == MODELS

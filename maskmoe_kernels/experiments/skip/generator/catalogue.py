@@ -1,4 +1,4 @@
-"""Generated tracks: features with the real ones' distributions, sorted by what rules look at."""
+"""Generated tracks: features distributed as in the real data, and the kinds that rules refer to."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
-from maskmoe_kernels.experiments.skip.data import calibration
-from maskmoe_kernels.experiments.skip.data.mssd_columns import MODES, TRACK_FEATURES
+from maskmoe_kernels.experiments.skip.data.arrays import Array
+from maskmoe_kernels.experiments.skip.data.columns import MODES, TRACK_FEATURES
+from maskmoe_kernels.experiments.skip.generator import calibration
 
-Array = npt.NDArray[Any]
-
-#: Popularity below the first is low, above the second high; see ``causes``.
+#: Popularity below the first value is low, above the second one high; see :mod:`.causes`.
 POPULARITY_LOW, POPULARITY_HIGH = 91.5, 98.5
-#: A style further out than the first is acoustic or energetic; within the second it is neither.
+#: A style below ``-STYLE_FAR`` is acoustic, above ``STYLE_FAR`` energetic; in between, only a
+#: style of an absolute value below ``STYLE_NEAR`` counts as neither.
 STYLE_FAR, STYLE_NEAR = 1.0, 0.4
-#: Above the first a track is instrumental; below the second it is not.
+#: A track is instrumental above the first value of instrumentalness, and sung below the second.
 INSTRUMENTAL, SUNG = 0.5, 0.25
-#: New from this year on, old up to that.
+#: A track is new if released in the first year or later, and old up to the second year.
 NEW, OLD = 2014, 2009
-# How much each feature owes to the style, which runs from acoustic to energetic.
+#: The kinds of tracks that rules tell apart; the last four are instrumental, by mode and age.
+KINDS = (
+    "plain", "low", "high", "acoustic", "energetic", "minor old", "minor new", "major old",
+    "major new",
+)  # fmt: skip
+# Correlation of features with the hidden variable that runs from acoustic to energetic.
 _LOADINGS = {
     "energy": 0.85, "loudness": 0.8, "acousticness": -0.8, "organism": -0.75, "mechanism": 0.75,
     "beat_strength": 0.5, "acoustic_vector_0": 0.7,
@@ -31,7 +35,15 @@ _LOADINGS = {
 
 
 def random_ids(random: Any, prefix: str, count: int) -> Any:
-    """Ids that look like the official ones, a prefix and a uuid: pyarrow strings, ``(count,)``."""
+    """Ids in the form of the official ones: a prefix and a random uuid.
+
+    Args:
+        random: numpy's generator.
+        prefix: ASCII.
+        count: Number of ids.
+    Returns:
+        pyarrow strings, ``(count,)``.
+    """
     digits = np.frombuffer(b"0123456789abcdef", np.uint8)[random.integers(0, 16, (count, 32))]
     dash = np.full((count, 1), ord("-"), np.uint8)
     head = np.tile(np.frombuffer(prefix.encode(), np.uint8), (count, 1))
@@ -45,12 +57,13 @@ def random_ids(random: Any, prefix: str, count: int) -> Any:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Tracks to make sessions of.
+    """The tracks that sessions play.
 
     Attributes:
         ids: pyarrow strings, ``(tracks,)``.
         features: Column -> ``(tracks,)``; mode as an index into ``MODES``.
-        style: From acoustic (negative) to energetic, mean 0 and deviation 1, ``(tracks,)``.
+        style: From acoustic (negative) to energetic (positive), with mean 0 and standard
+            deviation 1, ``(tracks,)``.
     """
 
     ids: Any
@@ -59,7 +72,12 @@ class Catalogue:
 
     @classmethod
     def draw(cls, tracks: int, seed: int) -> Catalogue:
-        """Tracks whose features follow ``calibration``, some of them tied by their style."""
+        """Draw tracks whose features follow :mod:`.calibration`; some are correlated by the style.
+
+        Args:
+            tracks: Number of tracks.
+            seed: Seed, from 0.
+        """
         random = np.random.default_rng([seed, 0])
         hidden = random.standard_normal(tracks)
         features: dict[str, Array] = {}
@@ -77,9 +95,9 @@ class Catalogue:
 
     @cached_property
     def kinds(self) -> dict[str, Array]:
-        """Tracks of each kind that rules tell apart, as rows; some tracks are of no kind.
+        """Kind, one of ``KINDS`` -> rows of its tracks. Some tracks are of no kind.
 
-        A track that fires one rule is plain in all that the other rules look at.
+        A track that makes one rule apply is neutral in the features that the other rules look at.
         """
         popularity = self.features["us_popularity_estimate"]
         low, high = popularity < POPULARITY_LOW, popularity > POPULARITY_HIGH
@@ -100,13 +118,19 @@ class Catalogue:
         return {name: mask.nonzero()[0] for name, mask in found.items()}
 
     def table(self) -> Any:
-        """The official columns of ``tf_*.csv``, a pyarrow table."""
+        """A pyarrow table with the official columns of ``tf_*.csv``."""
         columns = dict(self.features) | {"mode": pa.array(MODES).take(self.features["mode"])}
         return pa.table({"track_id": self.ids} | {name: columns[name] for name in TRACK_FEATURES})
 
 
 def _value(name: str, normal: Array, random: Any) -> Array:
-    """A feature's values from standard normal ones, in the same order."""
+    """Map standard normal values to values of a feature, monotonically.
+
+    Args:
+        name: Of the feature. Mode, key and time signature do not use ``normal``.
+        normal: ``(tracks,)``.
+        random: numpy's generator.
+    """
     if name.startswith("acoustic_vector_"):
         mean, std = calibration.ACOUSTIC_VECTORS[int(name[-1])]
         return np.round(mean + std * normal, 6)
@@ -118,19 +142,25 @@ def _value(name: str, normal: Array, random: Any) -> Array:
         return draw(random, counts, len(normal))
     level = _normal_cdf(normal)
     value = np.interp(level, calibration.LEVELS, calibration.QUANTILES[name])
-    whole = name == "release_year"
-    return np.round(value).astype(np.int64) if whole else np.round(value, 6)
+    is_integer = name == "release_year"
+    return np.round(value).astype(np.int64) if is_integer else np.round(value, 6)
 
 
 def draw(random: Any, weights: Any, shape: Any) -> Array:
-    """Indices drawn in proportion to ``weights``."""
+    """Draw random indices into ``weights``, with probabilities proportional to them.
+
+    Args:
+        random: numpy's generator.
+        weights: Non-negative, ``(n,)``.
+        shape: Shape of the result.
+    """
     bounds = np.cumsum(weights) / np.sum(weights)
     index: Array = np.searchsorted(bounds[:-1], random.random(shape), side="right")
     return index
 
 
 def _normal_cdf(x: Array) -> Array:
-    """Probability below ``x``, by a table: numpy has no error function."""
+    """Cumulative distribution of the normal distribution, from a table: numpy has no erf."""
     grid = np.linspace(-6, 6, 4097)
     density = np.exp(-(grid**2) / 2)
     mass = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])

@@ -1,29 +1,30 @@
-"""The causes planted in generated sessions: their rules, what sees them, and what decided a track.
+"""The causes of the labels of half B in generated sessions: their rules, and a reader of them.
 
-Exactly one cause decides each track of half B. The rules of a session look at the groups named
-here and at no other, and the features they look at are drawn such that no two fire at once:
+Each track of half B has exactly one cause. A cause has a rule, which looks only at the groups that
+``CAUSE_GROUPS`` lists. Sessions are drawn such that no two rules apply to one track:
 
 ======================  ==========================================  ==============================
-cause                   it decides                                  the track is skipped where
+cause                   its rule applies to                         it skips the track if
 ======================  ==========================================  ==============================
-chance                  where nothing else does                     a coin says so
-persistence             the first six tracks of B, where the last   those were skipped
-                        four or more of A went the same way
-context                 B of a free account                         others chose the music: no own
-                                                                    collection or catalogue
-popularity              a track whose popularity is below 91.5 or   it is below
+chance                  tracks to which no other rule applies       a random draw decides so
+persistence             the first six tracks of B if the last four  those were skipped
+                        or more tracks of A have the same label
+context                 all of B with a free account                the listener did not choose
+                                                                    the music: neither the own
+                                                                    collection nor the catalogue
+popularity              a track whose popularity is below 91.5 or   it is below 91.5
                         above 98.5
-music                   an acoustic or energetic track, after an    it is not of A's kind
-                        A all acoustic or all energetic
-context+interaction     B of a paying account on shuffle            the listener sought forward in
-                                                                    A, or others chose the music,
-                                                                    but not both
-popularity+music        an instrumental track, neither popular nor  it is in major, or from 2014
-                        unknown, neither acoustic nor energetic     on, but not both
+music                   an acoustic or energetic track, if all of   the two kinds differ
+                        A is acoustic or all of A is energetic
+context+interaction     all of B with a paying account on shuffle   either the listener sought
+                                                                    forward in A or did not choose
+                                                                    the music, but not both
+popularity+music        an instrumental track of average            it is either in major or from
+                        popularity and style                        2014 or later, but not both
 ======================  ==========================================  ==============================
 
-In the last two rules neither group alone says anything about the label. Of what a rule decides,
-``NOISE`` is turned round, and not called decisive.
+In the last two rules, one group alone carries no information about the label. Of the labels that
+rules determine, a share ``NOISE`` is flipped; their tracks do not count as decisive.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.skip.data.mssd_columns import UInt64s, hash_ids
-from maskmoe_kernels.experiments.skip.data.session_features import HALF
+from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
+from maskmoe_kernels.experiments.skip.data.features import HALF
+from maskmoe_kernels.experiments.skip.data.ids import hash_ids
 
-#: Cause -> the groups without which it cannot be seen; position is in every subset.
+#: Cause -> the groups that an expert must see to predict its labels. Position is left out: every
+#: subset contains it.
 CAUSE_GROUPS: dict[str, frozenset[str]] = {
     "chance": frozenset(),
     "persistence": frozenset({"interaction"}),
@@ -55,8 +58,9 @@ CAUSE_GROUPS: dict[str, frozenset[str]] = {
     "popularity+music": frozenset({"popularity", "music"}),
 }
 CAUSES = tuple(CAUSE_GROUPS)
-#: Share of the tracks of a rule whose label is turned round.
+#: Share of the labels determined by a rule that are flipped.
 NOISE = 0.025
+#: Columns of ``causes_*.parquet``.
 SCHEMA = pa.schema(
     [
         ("session_id", pa.string()),
@@ -65,19 +69,17 @@ SCHEMA = pa.schema(
         ("decisive", pa.bool_()),
     ]
 )
-
-
-_SEAL = b"checksum"
+_CHECKSUM = b"checksum"
 _Decoded = tuple[UInt64s, npt.NDArray[np.int8], npt.NDArray[np.bool_]]
 
 
 class Causes:
-    """What decided each track of half B of generated sessions.
+    """The cause of each track of half B of generated sessions.
 
     Args:
-        folder: Holds ``causes_*.parquet``, as the generator wrote them.
+        folder: The folder of ``causes_*.parquet``, as the generator wrote them.
     Raises:
-        DataError: It holds none, or one that is damaged.
+        DataError: The folder holds no such file, or a damaged one.
     """
 
     def __init__(self, folder: str | Path):
@@ -99,18 +101,21 @@ class Causes:
         return len(self._digests)
 
     def of(self, session_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Index into ``CAUSES`` and the decisive flag of each track of B, padded as in a batch.
+        """The causes of a batch of sessions, padded as the batch is.
 
+        Args:
+            session_ids: Official ids, ``B`` of them.
         Returns:
-            ``(B, 10)`` int64 and ``(B, 10)`` bool; padding is chance and not decisive.
+            Of each track of half B, the index into ``CAUSES``, ``(B, 10)`` int64, and whether the
+            cause is decisive, ``(B, 10)`` bool. Padding is chance and not decisive.
         Raises:
             DataError: The causes of a session are not known.
         """
         digests = hash_ids(list(session_ids))
         place = np.minimum(np.searchsorted(self._digests, digests), len(self) - 1)
-        if (strange := (self._digests[place] != digests).nonzero()[0]).size:
+        if (unknown := (self._digests[place] != digests).nonzero()[0]).size:
             raise DataError(
-                f"session {session_ids[int(strange[0])]!r}: expected one of the {len(self)} "
+                f"session {session_ids[int(unknown[0])]!r}: expected one of the {len(self)} "
                 "generated sessions whose causes were read, got another. Name their folder."
             )
         causes = torch.from_numpy(self._causes[place].astype(np.int64))
@@ -125,8 +130,8 @@ def _read(path: Path) -> _Decoded:
                 raise ValueError(f"the columns {found.names}")
             table = file.read(use_threads=False).combine_chunks()
             decoded = _decode(table)
-        seal = (found.metadata or {}).get(_SEAL)
-        if seal is not None and seal != _digest(decoded):
+        expected = (found.metadata or {}).get(_CHECKSUM)
+        if expected is not None and expected != _digest(decoded):
             raise ValueError("a content that its checksum is not of")
     except (OSError, ValueError, IndexError, TypeError, pa.ArrowException) as error:
         raise DataError(
@@ -137,8 +142,8 @@ def _read(path: Path) -> _Decoded:
 
 
 def sealed(table: Any) -> Any:
-    """The same table of causes with a checksum of what is read from it."""
-    return table.replace_schema_metadata({_SEAL: _digest(_decode(table.combine_chunks()))})
+    """A table of causes with a checksum of its content in the metadata, which readers verify."""
+    return table.replace_schema_metadata({_CHECKSUM: _digest(_decode(table.combine_chunks()))})
 
 
 def _digest(decoded: _Decoded) -> bytes:
@@ -149,10 +154,14 @@ def _digest(decoded: _Decoded) -> bytes:
 
 
 def _decode(table: Any) -> _Decoded:
-    """Digest of each session, and cause and decisive flag of its tracks of B."""
+    """Digests of the sessions' ids, and causes and decisive flags of their tracks of half B.
+
+    Returns:
+        ``(sessions,)``, ``(sessions, 10)`` and ``(sessions, 10)``.
+    """
     names = table["cause"].combine_chunks()
     code = np.array([CAUSES.index(name) for name in names.dictionary.to_pylist()], np.int8)
-    # The rows of a session stand together, in order.
+    # The rows of a session are consecutive and in order.
     digests = hash_ids(table["session_id"])
     starts = np.append(0, (digests[1:] != digests[:-1]).nonzero()[0] + 1)
     count = np.diff(starts, append=len(table))

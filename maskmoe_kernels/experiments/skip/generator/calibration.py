@@ -1,51 +1,54 @@
-"""Figures of the Music Streaming Sessions Dataset by which generated sessions resemble real ones.
+"""Statistics of the Music Streaming Sessions Dataset that generated sessions follow.
 
-Taken from published counts: session lengths over the training set (124,950,714 sessions); track
+Sources are published counts: session lengths over the training set (124,950,714 sessions); track
 features over 3,706,388 tracks, as rounded quantiles; contexts, premium and reasons over the
-167,880 rows of the mini set; skips over its first 134,304 rows. Acoustic vectors, pauses, and
-what goes with a skip are rough shares of 201 rows; of hours and dates nothing is known.
+167,880 rows of the mini set; skips over its first 134,304 rows. Acoustic vectors, pauses, and the
+interactions that accompany a skip are rough shares of 201 rows. Hours and dates are assumptions.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-#: Sessions of 10, 11, ... 20 tracks.
+#: Number of sessions of 10, 11, ... 20 tracks.
 SESSION_LENGTHS = (
     11025730, 9611839, 8407692, 7344162, 6460309, 5664259, 4994670, 4400713, 3917839, 3477536,
     59645965,
 )  # fmt: skip
 
-#: Rows by context.
+#: Context -> number of rows.
 CONTEXTS = {
     "editorial_playlist": 35663, "radio": 21107, "user_collection": 67430, "catalog": 38263,
     "charts": 2441, "personalized_playlist": 2976,
 }  # fmt: skip
-#: Share of rows of paying accounts.
+#: Share of the rows that belong to paying accounts.
 PREMIUM = 136053 / 167880
-#: Rows by reason.
+#: Reason for the start of a track -> number of rows.
 START = {
     "trackdone": 55075, "fwdbtn": 79912, "backbtn": 13034, "appload": 1942, "trackerror": 92,
     "clickrow": 17514, "playbtn": 155, "remote": 136, "endplay": 20,
 }  # fmt: skip
+#: Reason for the end of a track -> number of rows.
 END = {
     "trackdone": 57701, "fwdbtn": 81389, "backbtn": 13129, "endplay": 14823, "clickrow": 8,
     "logout": 563, "remote": 267,
 }  # fmt: skip
 
-#: Share of skip_2, and of it after a skip and after none.
+#: Share of rows with skip_2: of all rows, of those after a skip, and of those after no skip.
 SKIP, SKIP_AFTER_SKIP, SKIP_AFTER_PLAY = 0.517, 0.730, 0.288
 
-#: Of each way a track ends, the share that is skipped: back buttons skip, tracks that end do not.
+#: Reason for the end of a track -> share of the tracks that are skipped.
 SKIPPED_OF_END = {
     "trackdone": 0.0, "fwdbtn": 0.846, "backbtn": 1.0, "endplay": 0.28, "clickrow": 0.5,
     "logout": 0.3, "remote": 0.5,
 }  # fmt: skip
-#: skip_1 where skip_2; skip_3 where not skip_2; not_skipped where not skip_3.
+#: Share of skip_1 where skip_2, of skip_3 where not skip_2, of not_skipped where not skip_3.
 SKIP_1_IF_2, SKIP_3_UNLESS_2, PLAYED_UNLESS_3 = 0.84, 0.168, 0.91
+#: Share of rows with a context switch.
 CONTEXT_SWITCH = 0.035
-#: Rows by (no, short, long) pause before play.
+#: (no, short, long) pause before play -> share of rows.
 PAUSES = {(1, 0, 0): 0.687, (0, 1, 1): 0.204, (0, 0, 1): 0.055, (0, 0, 0): 0.054}
+#: Share of rows with a seek forward, and with a seek back.
 SEEK_FORWARD, SEEK_BACK = 0.005, 0.025
 
 #: Probabilities of the quantiles below.
@@ -105,12 +108,13 @@ QUANTILES: dict[str, tuple[float, ...]] = {
         0, 0.002, 0.031, 0.057, 0.11, 0.252, 0.474, 0.705, 0.871, 0.932, 0.97, 0.987, 1,
     ),
 }  # fmt: skip
-#: Tracks in C, C sharp, ... B, in thousands.
+#: Thousands of tracks in C, C sharp, ... B.
 KEYS = (438, 346, 394, 119, 282, 309, 223, 450, 227, 389, 255, 275)
-#: Tracks of 0 to 5 beats a bar, in thousands.
+#: Thousands of tracks with 0, 1, ... 5 beats a bar.
 TIME_SIGNATURES = (3.3, 45.2, 0, 393.8, 3186.5, 77.6)
+#: Share of tracks in a major key.
 MAJOR = 0.6515
-#: Mean and deviation of each acoustic vector.
+#: Mean and standard deviation of each acoustic vector.
 ACOUSTIC_VECTORS = (
     (-0.46, 0.37), (0.29, 0.19), (0.23, 0.16), (-0.05, 0.27), (-0.05, 0.34), (0.08, 0.10),
     (-0.21, 0.34), (0.02, 0.27),
@@ -118,6 +122,6 @@ ACOUSTIC_VECTORS = (
 
 
 def hour_shares() -> tuple[float, ...]:
-    """An assumed day: least at four in the morning, most at four in the afternoon."""
+    """Assumed share of the sessions in each of the 24 hours: fewest at 4 h, most at 16 h."""
     weight = 1.1 - np.cos(2 * np.pi * (np.arange(24) - 4) / 24)
     return tuple((weight / weight.sum()).tolist())

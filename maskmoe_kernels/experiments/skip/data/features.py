@@ -1,8 +1,8 @@
-"""Half-sessions as tensors: the columns of both halves, and batches made from rows of sessions.
+"""Sessions as tensors: the feature columns of both halves, and batches made from rows.
 
-A session of n tracks has its first floor(n / 2) tracks in half A and the others in half B. Each
-half is padded with zeros to ten tracks. Columns of A, group by group (B has the groups position,
-popularity and music, made in the same way from its own tracks):
+Half A is the first floor(n / 2) of a session's n tracks, half B the others. Each half is padded
+with zeros to ten tracks. The columns of A, by group, are listed below. B has the groups position,
+popularity and music, computed in the same way from its own tracks.
 
 =============  =====  =========================================================================
 group          width  columns
@@ -13,11 +13,11 @@ context         13    one of 6 context types, premium, shuffle, sine and cosine 
 interaction     29    skip_1, skip_2, skip_3, not_skipped, context_switch, no, short and long
                       pause before play, log(1 + seeks) forward and back, one of 9 start reasons
                       and "other", one of 8 end reasons and "other"
-popularity       3    duration, release year, popularity; normalised, see ``mssd_tracks``
-music           26    the other features of the track; normalised
+popularity       3    duration, release year, popularity; normalised, see :mod:`.tracks`
+music           26    the other features of the track, normalised
 =============  =====  =========================================================================
 
-Flags are 0 or 1. Of B the context and the interactions are never read, but for skip_2: the target.
+Flags are 0 or 1. The context and the interactions of B are not read, except skip_2, the target.
 """
 
 from __future__ import annotations
@@ -27,30 +27,29 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.experiments.skip.data.mssd_columns import (
+from maskmoe_kernels.experiments.skip.data.arrays import Array
+from maskmoe_kernels.experiments.skip.data.columns import (
     CONTEXT_TYPES,
     END_NAMES,
     END_REASONS,
+    HISTORY,
+    LONGEST,
     POPULARITY,
     START_NAMES,
     START_REASONS,
     TRACK_FEATURES,
 )
 
-Array = npt.NDArray[Any]
-
-#: Tracks of a half, padding included.
-HALF = 10
-_H = "hist_user_behavior_"
+#: Tracks of a half, including padding.
+HALF = LONGEST // 2
 _FLAGS = (
     "skip_1", "skip_2", "skip_3", "not_skipped", "context_switch", "no_pause_before_play",
     "short_pause_before_play", "long_pause_before_play",
 )  # fmt: skip
-_SEEKS = (_H + "n_seekfwd", _H + "n_seekback")
+_SEEKS = (HISTORY + "n_seekfwd", HISTORY + "n_seekback")
 
 #: Name of each column, by group.
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -77,27 +76,28 @@ FIRST_WIDTH, SECOND_WIDTH = sum(FIRST_GROUPS.values()), sum(SECOND_GROUPS.values
 #: Column names in tensor order.
 FIRST_COLUMNS: tuple[str, ...] = tuple(name for group in FIRST_GROUPS for name in COLUMNS[group])
 SECOND_COLUMNS: tuple[str, ...] = tuple(name for group in SECOND_GROUPS for name in COLUMNS[group])
-#: Where half A holds skip_2: what the baselines need.
+#: The column of half A that holds skip_2, which the baselines use.
 SKIP_2 = FIRST_COLUMNS.index("skip_2")
 
-#: Columns of the shards a batch is made from.
+#: The columns of the shards that :class:`Rows` reads.
 READ = (
-    "session_id", "session_position", "track", *_FLAGS, *_SEEKS, _H + "is_shuffle", "hour_of_day",
-    "date", "premium", "context_type", _H + "reason_start", _H + "reason_end",
+    "session_id", "session_position", "track", *_FLAGS, *_SEEKS, HISTORY + "is_shuffle",
+    "hour_of_day", "date", "premium", "context_type", HISTORY + "reason_start",
+    HISTORY + "reason_end",
 )  # fmt: skip
 
 
 @dataclass(eq=False)
 class SessionBatch:
-    """Sessions in halves; what is padded is 0 in every tensor but the paddings.
+    """A batch of B sessions in two halves; ``first``, ``second`` and ``target`` are 0 at padding.
 
     Attributes:
-        first: Half A, columns as ``FIRST_COLUMNS``, ``(B, 10, 73)`` float32.
-        second: Half B, columns as ``SECOND_COLUMNS``, ``(B, 10, 31)`` float32.
-        target: skip_2 of each track of B, 0 or 1, ``(B, 10)`` float32.
-        first_padding: True where A has no track, ``(B, 10)`` bool.
-        second_padding: True where B has no track, ``(B, 10)`` bool.
-        session_ids: Official ids, ``B`` of them.
+        first: Half A with the columns ``FIRST_COLUMNS``, ``(B, 10, 73)`` float32.
+        second: Half B with the columns ``SECOND_COLUMNS``, ``(B, 10, 31)`` float32.
+        target: skip_2 of each track of half B, 0 or 1, ``(B, 10)`` float32.
+        first_padding: True where half A has no track, ``(B, 10)`` bool.
+        second_padding: True where half B has no track, ``(B, 10)`` bool.
+        session_ids: The official ids, ``B`` of them.
     """
 
     first: Tensor
@@ -138,7 +138,7 @@ class Rows:
     """Decoded rows of whole sessions.
 
     Attributes:
-        columns: Those of ``READ`` but the id, each ``(rows,)``.
+        columns: The columns ``READ`` without the session's id, each ``(rows,)``.
         starts: Row of each session's first track, ``(sessions,)`` int64.
         lengths: Tracks of each session, ``(sessions,)`` int64.
         session_ids: pyarrow strings, ``(sessions,)``.
@@ -151,7 +151,11 @@ class Rows:
 
     @classmethod
     def decode(cls, table: Any) -> Rows:
-        """From rows of a shard, a pyarrow table with the columns of ``READ``."""
+        """Decode rows of shards.
+
+        Args:
+            table: pyarrow table with the columns ``READ``.
+        """
         table = table.combine_chunks()
         columns = {}
         for name in READ[1:]:
@@ -164,9 +168,10 @@ class Rows:
 
 
 def assemble(rows: Rows, which: Array, tracks: Array) -> SessionBatch:
-    """A batch of some sessions, in the order of ``which``.
+    """Make a batch of some sessions, in the order of ``which``.
 
     Args:
+        rows: The rows of these sessions and of others.
         which: Indices of sessions in ``rows``, ``(B,)``.
         tracks: Normalised features of all tracks, ``(tracks, 29)`` float32.
     """
@@ -192,7 +197,19 @@ def assemble(rows: Rows, which: Array, tracks: Array) -> SessionBatch:
 
 
 class _Half:
-    """The rows of one half of each of B sessions, padding left out."""
+    """The tracks of one half of B sessions, without padding.
+
+    Args:
+        rows: Rows of sessions.
+        starts: First row of the half of each session, ``(B,)``.
+        counts: Tracks of the half, ``(B,)``.
+        lengths: Tracks of the session, ``(B,)``.
+
+    Attributes:
+        real: Whether there is a track, ``(B, 10)`` bool.
+        rows: Row of each track, ``(tracks,)``.
+        lengths: Tracks of the session of each track, ``(tracks,)``.
+    """
 
     def __init__(self, rows: Rows, starts: Array, counts: Array, lengths: Array):
         self.real = np.arange(HALF) < counts[:, None]
@@ -201,15 +218,17 @@ class _Half:
         self._columns = rows.columns
 
     def values(self, name: str) -> Array:
+        """A column, ``(tracks,)``."""
         return self._columns[name][self.rows]
 
     def empty(self, groups: Mapping[str, int]) -> dict[str, Array]:
+        """An uninitialised matrix for each group, ``(tracks, width)`` float32."""
         return {
             name: np.empty((len(self.rows), width), np.float32) for name, width in groups.items()
         }
 
     def padded(self, groups: Mapping[str, Array]) -> Tensor:
-        """The groups side by side, ``(B, 10, widths)`` float32."""
+        """The groups concatenated and padded with zeros, ``(B, 10, sum of widths)`` float32."""
         width = sum(group.shape[1] for group in groups.values())
         result = np.zeros((*self.real.shape, width), np.float32)
         result[self.real] = np.concatenate(list(groups.values()), 1)
@@ -221,12 +240,17 @@ class _Half:
 
 
 def _circle(period: int) -> Array:
+    """Sine and cosine of the angles 2 pi k / period, ``(period, 2)`` float32."""
     angle = 2 * np.pi * np.arange(period) / period
     return np.stack([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
 
 
 def _one_hot(names: Sequence[str], own: Sequence[str]) -> Array:
-    """Row per name: 1 in the column of its own, or in the last one, which the others share."""
+    """A one-hot row for each of ``names``; those not in ``own`` share the last column.
+
+    Returns:
+        ``(names, own + 1)`` float32.
+    """
     place = [own.index(name) if name in own else len(own) for name in names]
     table: Array = np.eye(len(own) + 1, dtype=np.float32)[place]
     return table
@@ -239,10 +263,10 @@ _ENDS = _one_hot(END_NAMES, END_REASONS)
 
 
 def _fill_context(half: _Half, out: Array) -> None:
-    weekday = (half.values("date") + 3) % 7  # Monday 0: 1970 began on a Thursday
+    weekday = (half.values("date") + 3) % 7  # Monday is 0; 1970-01-01 was a Thursday
     out[:, :6] = _CONTEXTS[half.values("context_type")]
     out[:, 6] = half.values("premium")
-    out[:, 7] = half.values(_H + "is_shuffle")
+    out[:, 7] = half.values(HISTORY + "is_shuffle")
     out[:, 8:10] = _HOURS[half.values("hour_of_day")]
     out[:, 10:12] = _WEEKDAYS[weekday]
     out[:, 12] = weekday >= 5
@@ -253,5 +277,5 @@ def _fill_interaction(half: _Half, out: Array) -> None:
         out[:, i] = half.values(name)
     for i, name in enumerate(_SEEKS):
         out[:, 8 + i] = np.log1p(half.values(name).astype(np.float32))
-    out[:, 10:20] = _STARTS[half.values(_H + "reason_start")]
-    out[:, 20:29] = _ENDS[half.values(_H + "reason_end")]
+    out[:, 10:20] = _STARTS[half.values(HISTORY + "reason_start")]
+    out[:, 20:29] = _ENDS[half.values(HISTORY + "reason_end")]

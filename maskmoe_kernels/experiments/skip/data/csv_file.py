@@ -1,7 +1,7 @@
-"""Csv in blocks: typed columns with line numbers, and the rows that are not as they should be.
+"""Csv files read in blocks: typed columns with line numbers, and problems of invalid rows.
 
-A block is some megabytes of whole lines. It is parsed with its types at once; only where that
-fails is it parsed again as text, to find which rows are to blame.
+A block is some megabytes of whole lines. It is parsed with the columns' types first. Only if that
+fails is it parsed again, as text, to find the invalid rows.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import csv
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.skip.data.mssd_columns import ID_LENGTH, Column, parse_date
-
-Array = npt.NDArray[Any]
+from maskmoe_kernels.experiments.skip.data.arrays import Array
+from maskmoe_kernels.experiments.skip.data.columns import ID_LENGTH, Column, parse_date
 
 BLOCK_BYTES = 8 << 20
-#: No row is as long as this: what goes on without a newline is no csv, packed or not.
+#: Longest line that is accepted, so that a file without newlines cannot fill the memory.
 LINE_BYTES = 64 << 10
-#: Messages kept of each kind of problem.
+#: How many messages are kept of each kind of problem.
 EXAMPLES = 5
 _TRUE, _FALSE = ["true", "True"], ["false", "False"]
 _INTEGER = r"^[+-]?[0-9]{1,9}$"
@@ -35,12 +33,13 @@ _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 
 @dataclass
 class Problems:
-    """What is wrong with one file: how often each kind, the first few of each, the first of all.
+    """The problems found in one file.
 
     Attributes:
-        counts: Kind -> number of rows or sessions.
-        examples: Kind -> the first messages.
-        first: Line and message of the problem furthest up since the last ``stop``.
+        counts: Kind of problem -> number of rows or sessions.
+        examples: Kind of problem -> its first messages, at most ``EXAMPLES``.
+        first: Line and message of the problem with the lowest line number since the last call of
+            :meth:`raise_first`.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
@@ -48,7 +47,13 @@ class Problems:
     first: tuple[int, str] | None = None
 
     def add(self, kind: str, lines: Array, describe: Callable[[int], str]) -> None:
-        """Note a problem at each of ``lines``; ``describe(i)`` words the i-th."""
+        """Add a problem of one kind at each of ``lines``.
+
+        Args:
+            kind: A key of ``counts``.
+            lines: Line numbers, ascending, ``(n,)``.
+            describe: Index into ``lines`` to the message.
+        """
         if not len(lines):
             return
         self.counts[kind] = self.counts.get(kind, 0) + len(lines)
@@ -57,11 +62,11 @@ class Problems:
         if self.first is None or lines[0] < self.first[0]:
             self.first = int(lines[0]), describe(0)
 
-    def stop(self, strict: bool) -> None:
-        """Raise the first problem where ``strict``; else forget which was first.
+    def raise_first(self, strict: bool) -> None:
+        """Raise the first problem if ``strict``; otherwise forget which one was first.
 
         Raises:
-            DataError: There is one.
+            DataError: ``strict``, and a problem was added since the last call.
         """
         if strict and self.first is not None:
             raise DataError(self.first[1])
@@ -70,32 +75,32 @@ class Problems:
 
 @dataclass(frozen=True)
 class Block:
-    """Rows of one file.
+    """Consecutive rows of one file.
 
     Attributes:
-        values: Column name -> ``(n,)``: a pyarrow string array of an id, else numpy; names as
-            codes, dates as days since 1970.
+        values: Column name -> ``(n,)``: a pyarrow string array for ids, else a numpy array. Names
+            are indices into ``Column.names``; dates are days since 1970-01-01.
         lines: Line number of each row, ``(n,)`` int64.
-        good: Are all values of the row as they should be? ``(n,)`` bool.
+        valid: Whether all values of the row are valid, ``(n,)`` bool.
     """
 
     values: dict[str, Any]
     lines: Array
-    good: Array
+    valid: Array
 
 
-def where(path: Path, line: int, expected: str, got: str, remedy: str = "") -> str:
-    """A message that names file and line."""
+def line_message(path: Path, line: int, expected: str, got: str, remedy: str = "") -> str:
+    """An error message that names file and line."""
     return f"{path}, line {line}: expected {expected}, got {got}. {remedy}".rstrip()
 
 
 class CsvFile:
-    """One csv file, plain or gzip, read once from front to end.
+    """One csv file, plain or gzip, that is read once from start to end.
 
     Args:
-        path: ``.gz`` is unpacked on the way.
-        columns: Those wanted; the file may hold them in any order, and others.
-        advance: Called with the number of (unpacked) bytes just read.
+        path: A file that ends in ``.gz`` is decompressed while it is read.
+        columns: The columns to read. The file may hold them in any order, and more.
+        advance: Called with the number of (decompressed) bytes just read.
     """
 
     def __init__(
@@ -113,14 +118,17 @@ class CsvFile:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of what was read so far, unpacked."""
+        """SHA-256 of the decompressed bytes read so far."""
         return self._digest.hexdigest()
 
     def blocks(self, size: int = BLOCK_BYTES) -> Iterator[Block]:
-        """The rows, block by block; problems are added to ``problems`` on the way.
+        """Yield the rows in blocks, and add the problems of invalid rows to ``problems``.
 
+        Args:
+            size: Bytes of a block, about.
         Raises:
-            DataError: The file cannot be read, is empty, or lacks a column.
+            DataError: The file cannot be read, is empty, lacks a column, or has a line that is
+                too long.
         """
         rest, line = b"", 1
         for data in self._read(size):
@@ -128,16 +136,17 @@ class CsvFile:
             rest = tail
             if len(rest) > LINE_BYTES:
                 got = f"{len(rest):,} without a newline"
-                raise DataError(where(self.path, line, f"lines of up to {LINE_BYTES:,} bytes", got))
+                expected = f"lines of up to {LINE_BYTES:,} bytes"
+                raise DataError(line_message(self.path, line, expected, got))
             if newline:
                 lines = head.count(b"\n") + 1
                 yield from self._block(head + b"\n", line)
                 line += lines
         if not self._header:
             got = f"{rest[:80]!r} without a newline" if rest else "an empty file"
-            raise DataError(where(self.path, 1, "a header line", got))
+            raise DataError(line_message(self.path, 1, "a header line", got))
         if rest:
-            message = where(
+            message = line_message(
                 self.path, line, "a newline at the end of the last line", f"{rest[-60:]!r}",
                 "The file is cut short; if it is whole, end it with a newline.",
             )  # fmt: skip
@@ -170,14 +179,15 @@ class CsvFile:
         missing = [name for name in self.columns if name not in header]
         if missing:
             raise DataError(
-                where(
+                line_message(
                     self.path, 1, f"the columns {', '.join(self.columns)}",
                     f"none named {', '.join(missing)} in {text[:200]!r}",
                     "Restore the official header.",
                 )
             )  # fmt: skip
         if twice := sorted({name for name in header if header.count(name) > 1}):
-            raise DataError(where(self.path, 1, "each column once", f"{twice} more than once"))
+            got = f"{twice} more than once"
+            raise DataError(line_message(self.path, 1, "each column once", got))
         return header
 
     def _parse(self, data: bytes, types: dict[str, Any], handler: Any = None) -> Any:
@@ -196,7 +206,7 @@ class CsvFile:
         ).combine_chunks()  # fmt: skip
 
     def _typed(self, data: bytes, line: int) -> Block | None:
-        """The block in its types; None where a row has no place in them."""
+        """The block parsed with the columns' types; None if a value does not fit its type."""
         types = {name: column.arrow for name, column in self.columns.items()}
         try:
             table = self._parse(data, types)
@@ -207,64 +217,71 @@ class CsvFile:
             if array.null_count or (self.columns[name].kind == "id" and not _are_ids(array).all()):
                 return None
         lines = line + np.arange(len(table))
-        good = np.ones(len(table), bool)
+        valid = np.ones(len(table), bool)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
             array = arrays[name]
-            values[name], fine = _convert(column, array)
-            self._note(column, array, fine | ~good, lines)
-            good &= fine
-        return Block(values, lines, good)
+            values[name], in_range = _convert(column, array)
+            self._add_problems(column, array, valid & ~in_range, lines)
+            valid &= in_range
+        return Block(values, lines, valid)
 
     def _diagnosed(self, data: bytes, line: int) -> Block:
-        """The block parsed as text: each field is held against its column."""
-        skipped: list[Any] = []  # the first few, which are shown
-        numbers: list[int] = []
+        """The block parsed as text, so that each invalid field is found and reported."""
+        skipped: list[Any] = []  # the first rows with a wrong number of fields, for the messages
+        numbers: list[int] = []  # all of them, counted from 0 within the block
 
         def skip(row: Any) -> str:
-            numbers.append(row.number - 1)  # numbered from 1 within the block
+            numbers.append(row.number - 1)  # pyarrow counts from 1
             if len(skipped) < EXAMPLES:
                 skipped.append(row)
             return "skip"
 
-        # Bytes that are no text would end the parse: they become a mark no column expects.
+        # pyarrow stops at bytes that are not UTF-8, so U+FFFD takes their place.
         data = data.decode("utf-8", "replace").encode()
         table = self._parse(data, dict.fromkeys(self.columns, pa.string()), skip)
-        lost = np.array(numbers, np.int64)
-        lines = line + np.delete(np.arange(len(table) + len(lost)), lost)
+        missing = np.array(numbers, np.int64)
+        lines = line + np.delete(np.arange(len(table) + len(missing)), missing)
         self.problems.add(
             "fields",
-            line + lost,
-            lambda i: where(
-                self.path, int(line + lost[i]), f"{len(self._header)} fields",
+            line + missing,
+            lambda i: line_message(
+                self.path, int(line + missing[i]), f"{len(self._header)} fields",
                 f"{skipped[i].actual_columns} in {skipped[i].text[:120]!r}",
             ),
         )  # fmt: skip
-        good = np.ones(len(table), bool)
+        valid = np.ones(len(table), bool)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
             text = pc.fill_null(_only_chunk(table[name]), "")
-            sound = _sound(column, text)
-            array = pc.if_else(sound, text, pa.scalar(None, pa.string()))
+            parsable = _is_parsable(column, text)
+            array = pc.if_else(parsable, text, pa.scalar(None, pa.string()))
             array = array.dictionary_encode() if column.kind in ("name", "date") else array
-            array = pc.fill_null(_cast(column, array), _filler(column))
-            values[name], fine = _convert(column, array)
-            fine &= np.asarray(sound)
-            self._note(column, text, fine | ~good, lines)
-            good &= fine
-        return Block(values, lines, good)
+            array = pc.fill_null(_cast(column, array), _placeholder(column))
+            values[name], in_range = _convert(column, array)
+            in_range &= np.asarray(parsable)
+            self._add_problems(column, text, valid & ~in_range, lines)
+            valid &= in_range
+        return Block(values, lines, valid)
 
-    def _note(self, column: Column, shown: Any, fine: Array, lines: Array) -> None:
-        """Add the rows that are not ``fine``; a row is noted for its first bad column alone."""
-        if fine.all():
+    def _add_problems(self, column: Column, fields: Any, invalid: Array, lines: Array) -> None:
+        """Report the rows whose first invalid field is the one of ``column``.
+
+        Args:
+            column: The column of ``fields``.
+            fields: pyarrow array, ``(n,)``, for the messages.
+            invalid: ``(n,)`` bool.
+            lines: ``(n,)``.
+        """
+        if not invalid.any():
             return
-        bad = (~fine).nonzero()[0]
+        rows = invalid.nonzero()[0]
         self.problems.add(
             f"bad {column.kind}",
-            lines[bad],
-            lambda i: where(
-                self.path, int(lines[bad[i]]), f"{column.expected} in column {column.name}",
-                repr(shown[int(bad[i])].as_py())[:90],
+            lines[rows],
+            lambda i: line_message(
+                self.path, int(lines[rows[i]]), f"{column.expected} in column {column.name}",
+                repr(fields[int(rows[i])].as_py())[:90],
             ),
         )  # fmt: skip
 
@@ -275,12 +292,12 @@ def _only_chunk(column: Any) -> Any:
 
 def _are_ids(array: Any) -> Array:
     length = np.asarray(pc.binary_length(array))
-    fine: Array = (length > 0) & (length <= ID_LENGTH)
-    return fine
+    accepted: Array = (length > 0) & (length <= ID_LENGTH)
+    return accepted
 
 
-def _sound(column: Column, text: Any) -> Any:
-    """Can each text be read as a value of the column's type? ``(n,)`` bool."""
+def _is_parsable(column: Column, text: Any) -> Any:
+    """Whether each text can be parsed as the column's type, a pyarrow array ``(n,)`` of bool."""
     match column.kind:
         case "id":
             return pa.array(_are_ids(text))
@@ -301,7 +318,8 @@ def _cast(column: Column, array: Any) -> Any:
     return array
 
 
-def _filler(column: Column) -> Any:
+def _placeholder(column: Column) -> Any:
+    """What stands for a field that cannot be parsed."""
     if column.kind == "flag":
         return False
     if column.kind in ("integer", "number"):
@@ -310,7 +328,11 @@ def _filler(column: Column) -> Any:
 
 
 def _convert(column: Column, array: Any) -> tuple[Any, Array]:
-    """The values as :class:`Block` holds them, and which are in the column's range."""
+    """The values as :class:`Block` holds them, and which are valid values of the column.
+
+    Returns:
+        Values ``(n,)`` and ``(n,)`` bool.
+    """
     if column.kind == "id":
         return array, np.ones(len(array), bool)
     if column.kind in ("name", "date"):
@@ -320,9 +342,9 @@ def _convert(column: Column, array: Any) -> tuple[Any, Array]:
             codes = {name: code for code, name in enumerate(column.names)}
             known = [codes.get(text) for text in array.dictionary.to_pylist()]
         index = np.asarray(array.indices)
-        fine = np.array([code is not None for code in known], bool)[index]
-        return np.array([code or 0 for code in known], np.int32)[index], fine
+        in_range = np.array([code is not None for code in known], bool)[index]
+        return np.array([code or 0 for code in known], np.int32)[index], in_range
     values = array.to_numpy(zero_copy_only=False)
     if column.kind == "flag":
         return values, np.ones(len(values), bool)
-    return values, (values >= column.low) & (values <= column.high)  # false for nan as well
+    return values, (values >= column.low) & (values <= column.high)  # False for NaN

@@ -17,7 +17,7 @@ import maskmoe_kernels as mk
 from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.experiments.movielens.train import MODELS, Options
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.toy import train as toy
 from tests.experiments.movielens.tiny import write_movielens
 
@@ -175,7 +175,7 @@ def test_info_needs_no_extra_and_no_experiment() -> None:
 def test_toy(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "matplotlib is not installed")
     small = partial(toy.ToyConfig, steps=5, test_samples=200)
     monkeypatch.setattr(toy, "ToyConfig", small)
     words = ["toy", "--task", task, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "x")]
@@ -208,13 +208,13 @@ def test_movielens(trained: Path) -> None:
     assert sorted(path.name for path in trained.glob("*.pt")) == [
         "black-box.pt", "content.pt", "interpretable.pt"
     ]  # fmt: skip
-    if figures.obstacle() is None:
+    if plot_style.unsupported_reason() is None:
         names = {path.name for path in trained.glob("*.png")}
         assert {"learning_curves.png", "attribution.png", "frontier.png", "hasse.png"} <= names
 
 
 def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "not now")
     for path in trained.glob("*.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--resume"]
@@ -228,7 +228,7 @@ def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, c
 
 
 def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "not now")
     words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--models", "content"]
     wrong = tmp_path / "negatives.tsv"
     wrong.write_text("(1,101)\t102\n")

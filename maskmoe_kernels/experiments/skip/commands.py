@@ -22,7 +22,13 @@ from maskmoe_kernels.experiments.shared.arguments import (
     usable,
 )
 from maskmoe_kernels.experiments.skip.generator.settings import CHUNK, GeneratorSettings
-from maskmoe_kernels.experiments.skip.settings import MODELS, NORMALIZATIONS, PRECISIONS, Settings
+from maskmoe_kernels.experiments.skip.settings import (
+    MODELS,
+    NORMALIZATIONS,
+    PRECISIONS,
+    Pace,
+    Settings,
+)
 
 # Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional.
 
@@ -101,14 +107,13 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.shared.ranks import joined
     from maskmoe_kernels.experiments.skip import figures as skip_figures
     from maskmoe_kernels.experiments.skip import train as skip
-    from maskmoe_kernels.experiments.skip import trainer
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     layers = arguments.layers or _LAYERS[arguments.model.rpartition("-")[2]]
     given = {name: getattr(arguments, name) for name in _SETTINGS}
     settings = Settings(**given, layers=layers)
-    pace = trainer.Pace(
+    pace = Pace(
         epochs=arguments.epochs,
         steps=arguments.steps,
         patience=arguments.patience,

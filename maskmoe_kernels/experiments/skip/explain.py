@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
@@ -304,7 +304,7 @@ def _write(explanation: Explanation, out: Path) -> str | None:
     # Ids come from the data: replace what is special in file names, separators first of all.
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in explanation.session)
     write_json(out / f"explain-{name}.json", dataclasses.asdict(explanation))
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
         skip_figures.session(

@@ -18,10 +18,9 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
     restoring,
 )
 from maskmoe_kernels.experiments.shared.structure import check
-from maskmoe_kernels.experiments.shared.train import Run
+from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip.models import build
-from maskmoe_kernels.experiments.skip.settings import Settings
-from maskmoe_kernels.experiments.skip.trainer import MONITOR
+from maskmoe_kernels.experiments.skip.settings import MONITOR, Settings
 from maskmoe_kernels.models.sessions import SessionModel
 
 #: Files in the folder of a run.

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from maskmoe_kernels.experiments.shared import trainer
+
+#: The validation metric that chooses the best epoch.
+MONITOR = "Acc"
 MODELS = (
     "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
 )  # fmt: skip
@@ -56,3 +60,14 @@ class Settings:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Pace(trainer.Pace):
+    """The pace of training, with the defaults of skip prediction; see :class:`trainer.Pace`."""
+
+    patience: int = 4
+    learning_rate: float = 1e-4
+    plateau: int | None = 1
+    clip: float | None = 1.0
+    save_every: int | None = 500

@@ -15,14 +15,14 @@ from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.metrics import SkipTally
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
-from maskmoe_kernels.experiments.shared.train import Run
+from maskmoe_kernels.experiments.shared.trainer import Run, Trainer
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.loss import loss_part
 from maskmoe_kernels.experiments.skip.models import build, logits_of, probability
 from maskmoe_kernels.experiments.skip.runs import CHECKPOINT, EXPERIMENT, REPORT
-from maskmoe_kernels.experiments.skip.settings import Settings
-from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
+from maskmoe_kernels.experiments.skip.settings import MONITOR, Pace, Settings
+from maskmoe_kernels.experiments.skip.source import SessionSource
 from maskmoe_kernels.models.sessions import SessionModel
 
 
@@ -83,22 +83,21 @@ def train(
         write_json(out / REPORT, _report(model, training, identity, pace, means, ranks, history))
 
     on_gpu = ranks.device.type == "cuda"
+    loader = SessionLoader(training, workers=means.workers, pin_memory=on_gpu)
     trainer = Trainer(
         model,
+        SessionSource(loader, ranks.device, pace.steps),
         lambda batch: loss_part(model, logits_of(net, batch, settings), batch, settings, ranks),
         lambda: validate(model, settings, held_out, ranks),
-        SessionLoader(training, workers=means.workers, pin_memory=on_gpu),
         pace,
         identity,
         out / CHECKPOINT,
-        ranks,
-        console,
-        report,
+        monitor=MONITOR,
+        ranks=ranks,
+        console=console,
+        report=report,
     )
-    resumed = means.resume and trainer.resume()
-    if ranks.first and console is not None:
-        start = f"going on after {out / CHECKPOINT}" if resumed else f"starting, into {out}"
-        console.print(f"{settings.model}: {start}", highlight=False, markup=False, soft_wrap=True)
+    trainer.begin(means.resume)
     return model, trainer.run()
 
 

@@ -9,9 +9,8 @@ import pytest
 
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.experiments.skip import train as training
-from maskmoe_kernels.experiments.skip.settings import MODELS, Settings
+from maskmoe_kernels.experiments.skip.settings import MODELS, Pace, Settings
 from maskmoe_kernels.experiments.skip.train import Means
-from maskmoe_kernels.experiments.skip.trainer import Pace
 
 
 def test_the_command_has_the_same_defaults(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

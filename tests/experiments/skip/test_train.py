@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.trainer import Trainer
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.models import build
 from maskmoe_kernels.experiments.skip.runs import load
-from maskmoe_kernels.experiments.skip.settings import MODELS
+from maskmoe_kernels.experiments.skip.settings import MODELS, Pace
 from maskmoe_kernels.experiments.skip.train import Means, train
-from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
 from tests.experiments.skip.skip_sessions import command, write_sessions
 from tests.experiments.skip.tiny import PACE, TINY
 

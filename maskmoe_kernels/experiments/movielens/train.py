@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
+from maskmoe_kernels.experiments.movielens import MODELS
 from maskmoe_kernels.experiments.movielens.baselines import most_popular
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
@@ -29,7 +30,6 @@ from maskmoe_kernels.experiments.shared.source import TensorSource
 from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 
-MODELS = ("content", "black-box", "interpretable")
 #: Table 1 of the paper: HR@10 and NDCG@10.
 PAPER = {
     "content": (0.386, 0.218),

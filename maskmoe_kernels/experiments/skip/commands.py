@@ -195,7 +195,7 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
         "Invalid rows are counted and shown, and their sessions left out. Files that an earlier\n"
         "run converted are not converted again.",
         "maskmoe skip prepare mssd/ --out runs/skip/data --workers 4",
-        hint="; finished files are kept: run the same command to go on",
+        hint="; finished files are kept: run the same command to continue",
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="PATH", help="the csv files, or their folders"
@@ -219,7 +219,7 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         "each label of the second half, so that the right expert is known. Writes log_*.csv,\n"
         "tf_0.csv and causes_*.parquet.",
         "maskmoe skip generate --sessions 200000 --out runs/skip/csv",
-        hint="; finished files are kept: run the same command to go on",
+        hint="; finished files are kept: run the same command to continue",
     )
     parser.add_argument(
         "--sessions", type=positive, required=True, metavar="N", help="number of sessions"
@@ -249,7 +249,7 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         "maskmoe skip train --data runs/skip/data --out runs/skip/model\n"
         "  torchrun --nproc-per-node 4 -m maskmoe_kernels skip train --device cuda \\\n"
         "      --data runs/skip/data --out runs/skip/model",
-        hint="; the last checkpoint is kept: run the same command to go on",
+        hint="; the last checkpoint is kept: run the same command to continue",
     )
     _add_data(parser)
     parser.add_argument(

@@ -81,12 +81,12 @@ def evaluate(
     for name, (model, settings, run) in trained.items():
         entries[name] = _Trained(model, settings, run, sharpness)
     for batch in track(
-        sessions, "judging", sessions.schedule().batches, console=console or Console(quiet=True)
+        sessions, "evaluating", sessions.schedule().batches, console=console or Console(quiet=True)
     ):
-        decided = None if known is None else known.of(batch.session_ids)
+        label_causes = None if known is None else known.of(batch.session_ids)
         moved = batch.to(device)
         for entry in entries.values():
-            entry.add(moved, decided)
+            entry.add(moved, label_causes)
     report: dict[str, Any] = {
         "data": sessions.shards.digest,
         "split": split,
@@ -119,7 +119,7 @@ class _Baseline:
         self.tally.add(predicted == (batch.target > 0.5), ~batch.second_padding)
 
     def report(self) -> dict[str, Any]:
-        """What ``evaluation.json`` says about it."""
+        """Its entry in ``evaluation.json``."""
         return {**self.tally.metrics(), "paper": _paper(self.name)}
 
 
@@ -127,9 +127,9 @@ class _Trained:
     """A trained model and its counts.
 
     Args:
-        model: On the device of the batches.
-        settings: What it was trained with.
-        run: Its run.
+        model: The model, on the device of the batches.
+        settings: The settings it was trained with.
+        run: The result of its training.
         sharpness: Sharpness of the prediction; ``None``: that of the settings.
     """
 
@@ -155,7 +155,7 @@ class _Trained:
         self.tally.add((predicted > 0.5) == (batch.target > 0.5), real)
 
     def report(self) -> dict[str, Any]:
-        """What ``evaluation.json`` says about it."""
+        """Its entry in ``evaluation.json``."""
         result: dict[str, Any] = self.tally.metrics()
         result["model"] = self.settings.model
         result["parameters"] = sum(p.numel() for p in self.model.parameters())

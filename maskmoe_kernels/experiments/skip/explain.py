@@ -154,10 +154,10 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         style = None if track.skipped == track.predicted else "red"
         console.print(sentence(track), style=style, highlight=False, markup=False)
     right = sum(track.skipped == track.predicted for track in explanation.tracks)
-    held = sorted(explanation.shares.items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {share:.0%}" for name, share in held if share >= 0.005)
+    descending = sorted(explanation.shares.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in descending if share >= 0.005)
     console.print(
-        f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {told}.",
+        f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {shares}.",
         highlight=False,
     )
 
@@ -203,8 +203,8 @@ def reason_in_words(groups: tuple[str, ...], first: list[dict[str, Any]], row: A
         "popularity": lambda: _popularity(row),
         "music": lambda: _music(row),
     }
-    told = [words[group]() for group in groups if group in words]
-    return "; ".join(told) or "the place in the session"
+    reasons = [words[group]() for group in groups if group in words]
+    return "; ".join(reasons) or "the place in the session"
 
 
 def _context(first: list[dict[str, Any]]) -> str:

@@ -97,9 +97,9 @@ def _write_chunks(
 
 
 def _write_chunk(out: Path, settings: GeneratorSettings, number: int) -> None:
-    log, known = draw_chunk(settings, number)
+    log, table = draw_chunk(settings, number)
     with replacing(out / f"causes_{number}.parquet") as file:
-        pq.write_table(causes.sealed(known), file)
+        pq.write_table(causes.sealed(table), file)
     # The log is written last: a chunk with a log is complete.
     _write_csv(out / f"log_{number}.csv", [column.name for column in LOG_COLUMNS], log)
 

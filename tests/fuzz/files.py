@@ -50,9 +50,10 @@ from maskmoe_kernels.experiments.skip.generator.causes import Causes
 from maskmoe_kernels.experiments.skip.generator.generate import check_settings, generate
 from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
 from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.pace import Pace as SkipPace
 from maskmoe_kernels.experiments.skip.runs import load
-from maskmoe_kernels.experiments.skip.settings import MONITOR, Settings
-from maskmoe_kernels.experiments.skip.settings import Pace as SkipPace
+from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.experiments.skip.source import SessionSource
 from maskmoe_kernels.experiments.skip.train import train as train_skip
 from tests.experiments.movielens.tiny import write_movielens

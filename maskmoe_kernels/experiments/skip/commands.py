@@ -30,11 +30,11 @@ from maskmoe_kernels.experiments.skip.settings import (
     MODELS,
     NORMALIZATIONS,
     PRECISIONS,
-    Pace,
     Settings,
 )
 
-# Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional.
+# Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional and
+# other commands start quickly. The settings are light and imported here, for their defaults.
 
 #: Kind of model -> default number of layers.
 _LAYERS = {"transformer": 3, "gru": 1}
@@ -112,6 +112,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.shared.ranks import joined
     from maskmoe_kernels.experiments.skip import figures as skip_figures
     from maskmoe_kernels.experiments.skip import train as skip
+    from maskmoe_kernels.experiments.skip.pace import Pace
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -303,7 +304,7 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
 
 def _add_pace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--epochs", type=positive, default=Pace.epochs,
+        "--epochs", type=positive, default=20,
         help="largest number of epochs (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -312,7 +313,7 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
         "data)",
     )  # fmt: skip
     parser.add_argument(
-        "--patience", type=positive, default=Pace.patience,
+        "--patience", type=positive, default=4,
         help="epochs without a better validation Acc before training stops (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -320,20 +321,20 @@ def _add_pace(parser: argparse.ArgumentParser) -> None:
         help="sessions a step, over all processes (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--lr", type=above_zero, default=Pace.learning_rate,
+        "--lr", type=above_zero, default=1e-4,
         help="learning rate of Adam (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--least-lr", type=above_zero, default=Pace.least_rate,
+        "--least-lr", type=above_zero, default=1e-6,
         help="smallest rate to which it is reduced (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--plateau", type=natural, default=Pace.plateau,
+        "--plateau", type=natural, default=1,
         help="epochs without a better validation Acc before the rate is reduced (default: "
         "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--clip", type=above_zero, default=Pace.clip,
+        "--clip", type=above_zero, default=1.0,
         help="norm to which larger gradients are scaled down, over all parameters (default: "
         "%(default)s)",
     )  # fmt: skip
@@ -350,7 +351,7 @@ def _add_means(parser: argparse.ArgumentParser) -> None:
     )
     _add_workers(parser, 0, "processes that prepare batches (default: 0, the training process)")
     parser.add_argument(
-        "--save-every", type=positive, default=Pace.save_every, metavar="STEPS",
+        "--save-every", type=positive, default=500, metavar="STEPS",
         help="steps between checkpoints within an epoch (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -20,7 +20,8 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
 from maskmoe_kernels.experiments.shared.structure import check
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip.models import build
-from maskmoe_kernels.experiments.skip.settings import MONITOR, Settings
+from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.models.sessions import SessionModel
 
 #: Files in the folder of a run.

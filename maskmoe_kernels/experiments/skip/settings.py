@@ -1,4 +1,4 @@
-"""The settings of a model and its training, and the names that they may have."""
+"""The settings of a model and its loss. ``commands`` imports this module, so it stays light."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from maskmoe_kernels.experiments.shared import trainer
-
-#: The validation metric that chooses the best epoch.
-MONITOR = "Acc"
 MODELS = (
     "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
 )  # fmt: skip
@@ -60,14 +56,3 @@ class Settings:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-
-
-@dataclass(frozen=True)
-class Pace(trainer.Pace):
-    """The pace of training, with the defaults of skip prediction; see :class:`trainer.Pace`."""
-
-    patience: int = 4
-    learning_rate: float = 1e-4
-    plateau: int | None = 1
-    clip: float | None = 1.0
-    save_every: int | None = 500

@@ -20,8 +20,9 @@ from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, Sessi
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.loss import loss_part
 from maskmoe_kernels.experiments.skip.models import build, logits_of, probability
+from maskmoe_kernels.experiments.skip.pace import MONITOR, Pace
 from maskmoe_kernels.experiments.skip.runs import CHECKPOINT, EXPERIMENT, REPORT
-from maskmoe_kernels.experiments.skip.settings import MONITOR, Pace, Settings
+from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.experiments.skip.source import SessionSource
 from maskmoe_kernels.models.sessions import SessionModel
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from maskmoe_kernels.experiments.skip.settings import MODELS, Pace, Settings
+from maskmoe_kernels.experiments.skip.pace import Pace
+from maskmoe_kernels.experiments.skip.settings import MODELS, Settings
 from maskmoe_kernels.experiments.skip.train import train
 from tests.experiments.skip.skip_sessions import write_sessions
 

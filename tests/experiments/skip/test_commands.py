@@ -9,7 +9,8 @@ import pytest
 
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.experiments.skip import train as training
-from maskmoe_kernels.experiments.skip.settings import MODELS, Pace, Settings
+from maskmoe_kernels.experiments.skip.pace import Pace
+from maskmoe_kernels.experiments.skip.settings import MODELS, Settings
 from maskmoe_kernels.experiments.skip.train import Means
 
 

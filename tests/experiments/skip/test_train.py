@@ -17,8 +17,9 @@ from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.pace import Pace
 from maskmoe_kernels.experiments.skip.runs import load
-from maskmoe_kernels.experiments.skip.settings import MODELS, Pace
+from maskmoe_kernels.experiments.skip.settings import MODELS
 from maskmoe_kernels.experiments.skip.train import Means, train
 from tests.experiments.skip.skip_sessions import command, write_sessions
 from tests.experiments.skip.tiny import PACE, TINY

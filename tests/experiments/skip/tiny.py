@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
-from maskmoe_kernels.experiments.skip.settings import MODELS, Pace, Settings
+from maskmoe_kernels.experiments.skip.pace import Pace
+from maskmoe_kernels.experiments.skip.settings import MODELS, Settings
 
 TINY = Settings(MODELS[0], width=3, layers=1, batch_size=48)
 #: 2 epochs of 6 or so steps each, with a checkpoint after every second step.

@@ -218,13 +218,20 @@ def test_every_command_looks_at_its_folder_first(
         ["skip", "train", "--data", none],
         ["skip", "evaluate", "--data", none],
         ["skip", "explain", "--data", none, "--run", none],
-        ["bench"],
     ):
         assert main([*words, *out]) == 2
         assert "file: cannot be written: expected a folder, got a file" in capsys.readouterr().err
 
 
-def test_a_name_that_is_no_text_is_no_obstacle(
+def test_the_benchmark_looks_at_its_folder_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    words = [sys.executable, "-m", "bench", "--out", str(tmp_path / "file")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "file: cannot be written: expected a folder, got a file" in done.stderr
+
+
+def test_a_name_that_is_no_text_can_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:

@@ -1,4 +1,4 @@
-"""Sources of training batches, which know where they stand."""
+"""Sources of training batches, with a position that a checkpoint can hold."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Source(Protocol[Batch]):
 
     Attributes:
         unit: What a batch consists of, in the plural, for speeds.
-        by_sample: Whether the training loss of an epoch is the mean over samples; otherwise it is
-            the mean over steps.
+        by_sample: Whether the training loss of an epoch is the mean over samples (then all
+            processes have equally many a step); otherwise it is the mean over steps.
     """
 
     unit: str
@@ -29,18 +29,18 @@ class Source(Protocol[Batch]):
         """How many samples a batch holds."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the source stands, in plain values."""
+        """The position in the data, in plain values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there; raises DataError where the state is of another source."""
+        """Go to a position; raises DataError if it is of another source."""
 
 
 class TensorSource:
     """Epochs that are tensors of samples, cut into batches in order.
 
     Args:
-        epoch_of: Epoch number (from 1) to tensors of all its samples. What is random in them must
-            follow from the number: there is nothing to restore but the number of steps done.
+        epoch_of: Epoch number (from 1) to tensors of all its samples. It must return the same
+            tensors for the same number, for a run that is resumed.
         batch_size: Samples a step.
     """
 

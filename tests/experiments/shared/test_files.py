@@ -29,8 +29,8 @@ from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import UNFINISHED, claim, replacing
 from maskmoe_kernels.experiments.shared.report import read_json, sealed, write_json
-from maskmoe_kernels.experiments.skip.data import mssd_csv
-from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
 from maskmoe_kernels.experiments.toy.train import ToyConfig, run_toy
 from tests.experiments.movielens.tiny import write_movielens
 from tests.experiments.shared.test_trainer import CONFIG, Problem
@@ -420,4 +420,4 @@ def test_a_gzip_bomb_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     name = tmp_path / "log_0.csv.gz"
     name.write_bytes(gzip.compress(bytes(1_000_000)))
     with pytest.raises(DataError, match=r"log_0.csv.gz, line 1: expected lines of up to 65,536"):
-        list(mssd_csv.CsvFile(name, LOG_COLUMNS).blocks())
+        list(CsvFile(name, LOG_COLUMNS).blocks())

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[3]
-TABLES = sorted((ROOT / "bench/results").glob("gpu-static*.json"))
+TABLES = sorted((ROOT / "bench/results/static").glob("kernels-triton*.json"))
 
 
 @pytest.mark.slow

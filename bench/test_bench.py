@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from bench.layers.contender import Contender
-from bench.layers.problem import Problem
+from bench.cases import Case
+from bench.contender import Contender
+from bench.problem import Problem
 from bench.rivals import BestDense, BucketedBmm, MaskedDense, Ours, PaperStyle
-from bench.shapes import Case
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 
 from bench import results
-from bench.gpu.log import append, read
+from bench.device import LOST
+from bench.gpu.json_lines import append, read
 from bench.gpu.parts import PARTS, ROOT, Lab, Part, Task
-from bench.gpu.told import CUT_OFF, FAILED, PASSED, REFUSED, TAIL, bring, gathered, told
-from bench.lost import LOST
+from bench.gpu.report import CUT_OFF, FAILED, PASSED, REFUSED, TAIL, bring, gathered, told
 
 #: Seconds between two refreshed archives.
 REFRESHED = 10.0

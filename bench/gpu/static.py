@@ -34,7 +34,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.layers.counts import count
+from bench.counts import count
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, products

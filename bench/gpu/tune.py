@@ -23,12 +23,12 @@ from typing import Any
 
 import torch
 
+from bench.cases import DTYPES, Case
 from bench.clock import HostClock, cache_bytes
 from bench.command import check_device
-from bench.gpu.log import append, read
-from bench.lost import LOST, is_lost
+from bench.device import LOST, is_lost
+from bench.gpu.json_lines import append, read
 from bench.precision import products
-from bench.shapes import DTYPES, Case
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.ops.masked_linear.triton import launch, tune

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from bench import command, results
 from bench.arguments import parse
-from bench.layers.contender import Unavailable
+from bench.cases import Case
+from bench.contender import Unavailable
+from bench.layers.suites import SUITES
 from bench.networks import mlp_training as network_training
-from bench.roofs import Roofs, measure_roofs
-from bench.shapes import SUITES, Case
+from bench.peak_rates import PeakRates, measure_peak_rates
 from maskmoe_kernels.errors import BackendError, DataError
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
 TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32".split()
@@ -26,7 +27,7 @@ TINY += "--rounds 2 --budget 0 --out".split()
 
 @pytest.fixture(autouse=True)
 def _quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_roofs", lambda *_: Roofs(100.0, 10.0))
+    monkeypatch.setattr(command, "measure_peak_rates", lambda *_: PeakRates(100.0, 10.0))
 
 
 @pytest.fixture
@@ -181,7 +182,9 @@ def test_train_smoke(tmp_path: Path, console: Console) -> None:
 def test_train_some_networks(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network_training, "measure_roofs", lambda *_, **__: Roofs(100.0, 10.0))
+    monkeypatch.setattr(
+        network_training, "measure_peak_rates", lambda *_, **__: PeakRates(100.0, 10.0)
+    )
     words = "train --model networks --networks toy spotify8 --dtypes bfloat16 --batch 32"
     words += " --rounds 1 --seconds 0 --no-compile --out"
     assert run([*words.split(), str(tmp_path)], console)[0] == 0
@@ -228,6 +231,6 @@ def test_entry_says_errors_in_one_line(tmp_path: Path) -> None:
 
 
 def test_roofs_are_what_the_machine_does() -> None:
-    roofs = measure_roofs(torch.float32, "cpu", small=True)
+    roofs = measure_peak_rates(torch.float32, "cpu", small=True)
     assert 0.1 < roofs.gflops < 1e5
     assert 0.1 < roofs.gbs < 1e4

@@ -17,13 +17,14 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.device import LOST
 from bench.gpu import check as gpu_check
 from bench.gpu import parts as gpu_parts
 from bench.gpu.check import differences, main, run
-from bench.gpu.lines import shard_of
-from bench.gpu.log import append, read
+from bench.gpu.json_lines import append, read
 from bench.gpu.parts import CUDA_TESTS, FAULTS, PARTS, ROOT, Lab, Task
-from bench.gpu.told import (
+from bench.gpu.pytest_plugin import shard_of
+from bench.gpu.report import (
     CUT_OFF,
     FAILED,
     MOST_LINES,
@@ -34,8 +35,7 @@ from bench.gpu.told import (
     gathered,
     told,
 )
-from bench.lost import LOST
-from bench.shapes import SUITES
+from bench.layers.suites import SUITES
 from tests.ops import test_cuda
 
 
@@ -155,7 +155,7 @@ def test_the_environment_of_a_process(lab: Lab) -> None:
 def test_lines_of_many_processes_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     code = f"""
-        from bench.gpu.log import append
+        from bench.gpu.json_lines import append
         for k in range(200):
             append({str(path)!r}, {{"k": k, "text": "é" * 500}})
     """

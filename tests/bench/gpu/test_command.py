@@ -12,14 +12,14 @@ from rich.console import Console
 
 from bench import command, results
 from bench.arguments import parse
+from bench.cases import Case
 from bench.clock import cache_bytes
+from bench.device import LOST
 from bench.layers.overhead import ACTIVATION, Door, _check, doors, functions_of
-from bench.lost import LOST
-from bench.roofs import Roofs
-from bench.shapes import Case
+from bench.peak_rates import PeakRates
 from maskmoe_kernels import masked_linear
 from maskmoe_kernels.layout.families import FAMILIES
-from tests.bench.made import result
+from tests.bench.handmade import result
 
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
 TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32 --out".split()
@@ -27,7 +27,7 @@ TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32 --out".split
 
 @pytest.fixture(autouse=True)
 def _quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_roofs", lambda *_: Roofs(100.0, 10.0))
+    monkeypatch.setattr(command, "measure_peak_rates", lambda *_: PeakRates(100.0, 10.0))
 
 
 def run(words: list[str]) -> tuple[int, str]:

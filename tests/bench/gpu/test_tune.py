@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from bench.cases import Case
 from bench.gpu import tune as gpu_tune
-from bench.gpu.log import read
+from bench.gpu.json_lines import read
 from bench.gpu.tune import FIRST, OWN, WIDE, chosen_by, grid, measure, parse_case, told, ways
-from bench.shapes import Case
 from maskmoe_kernels.ops import triton_support as triton
 from maskmoe_kernels.ops.masked_linear.triton import tune
 from maskmoe_kernels.ops.masked_linear.triton.configs import Config

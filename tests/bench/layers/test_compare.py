@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench.cases import Case
 from bench.layers.compare import changes, missing, print_comparison
-from bench.shapes import Case
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 
 CASE = Case("ncf4", 16, 4096)
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from bench import rivals
-from bench.layers.contender import Contender, Unavailable
-from bench.layers.counts import PHASES
+from bench.cases import Case
+from bench.contender import Contender, Unavailable
+from bench.counts import PHASES
 from bench.layers.harness import FEW, LONGEST_AHEAD, MOST_CALLS, SAMPLE, Runner, measure
 from bench.layers.limits import Settings
-from bench.layers.problem import Problem
+from bench.problem import Problem
 from bench.rivals import BestDense, FloorGemm, MaskedDense, Ours, PaperStyle
-from bench.shapes import Case
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=3, budget=0.0, longest=10.0)

@@ -11,19 +11,21 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.cases import Case
 from bench.clock import EventClock, HostClock, cache_bytes, clock_of
+from bench.contender import Unavailable
+from bench.counts import PHASES
 from bench.layers import harness, replay
 from bench.layers.compare import changes
-from bench.layers.contender import Unavailable
-from bench.layers.counts import PHASES
 from bench.layers.harness import Runner, measure
 from bench.layers.limits import Settings
-from bench.layers.problem import Problem
 from bench.layers.ratios import COLD, GRAPH, HOT, line_of, lines
 from bench.layers.replay import Replayed
+from bench.layers.suites import SUITES
 from bench.layers.summary import print_summary, summarize
-from bench.layers.table import print_result
+from bench.layers.tables import print_result
 from bench.precision import products
+from bench.problem import Problem
 from bench.rivals import (
     FloorCopy,
     FloorGemm,
@@ -33,8 +35,7 @@ from bench.rivals import (
     PaperStyle,
     PaperStyleReduceOverhead,
 )
-from bench.shapes import SUITES, Case
-from tests.bench.made import document
+from tests.bench.handmade import document
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=2, budget=0.0, longest=10.0)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from bench.cases import Case
 from bench.layers import pictures
-from bench.shapes import Case
 from maskmoe_kernels.experiments.shared import figures
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 from tests.experiments.shared.test_figures import count, pixels
 
 pytest.importorskip("matplotlib")

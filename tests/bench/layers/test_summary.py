@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from bench.layers.counts import PHASES
-from bench.layers.ratios import Time, geometric_mean, line_of, lines, quartiles
+from bench.cases import Case
+from bench.counts import PHASES
+from bench.layers.ratios import Time, line_of, lines
 from bench.layers.summary import print_summary, summarize
-from bench.layers.table import print_result
-from bench.shapes import Case
-from tests.bench.made import BYTES, FLOPS, document, result
+from bench.layers.tables import print_result
+from bench.statistics import geometric_mean, quartiles
+from tests.bench.handmade import BYTES, FLOPS, document, result
 
 BIG, SMALL = Case("ncf4", 16, 4096), Case("toy3", 16, 256)
 TIMES = {

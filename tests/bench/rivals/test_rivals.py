@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.layers.contender import Contender, DenseLayer, Layer, Unavailable
-from bench.layers.counts import count
-from bench.layers.problem import Problem
-from bench.layers.truth import errors, truth
+from bench.contender import Contender, DenseLayer, Layer, Unavailable
+from bench.counts import count
+from bench.layers.reference_error import errors, truth
+from bench.layers.suites import SMALL
+from bench.problem import Problem
 from bench.rivals import (
     ALL,
     BestDense,
@@ -30,8 +31,7 @@ from bench.rivals import (
     PaperStyleCompiled,
     Zuko,
 )
-from bench.rivals.paper_network import PaperStyleNCF
-from bench.shapes import SMALL
+from bench.rivals.paper_style_mlp import PaperStyleNCF
 from maskmoe_kernels import BlockLayout, SubsetFamily
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes

@@ -1,4 +1,4 @@
-"""What a contender is: something that computes the layer, or a floor nobody can go below."""
+"""What a contender is: a way to compute the layer, or a floor that no layer can go below."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.layers.counts import PHASES, count
-from bench.layers.problem import Problem
+from bench.counts import PHASES, count
+from bench.problem import Problem
 
 
 class Unavailable(Exception):
@@ -23,13 +23,14 @@ class Contender(ABC):
     Attributes:
         name: As in the tables.
         number: Its row in the table of rivals of ``bench/README.md``; ``""`` for ours.
-        note: What a reader has to know about its times.
+        note: What a reader of its times has to know.
         exact: Does it compute the layer's function forward and its routed gradient backward?
-        floor: Is it a limit and no layer?
+        floor: Is it a lower bound of the time, not a layer?
         compiled: Does its first call compile something?
         phases: Which of ``PHASES`` it can be measured in.
         capturable: May a CUDA graph be captured of it?
         rotates: Does it read the problem's own x and grad_y in every call?
+        gpu_only: Is it left out on a CPU?
     """
 
     name: ClassVar[str]
@@ -41,28 +42,29 @@ class Contender(ABC):
     phases: ClassVar[tuple[str, ...]] = PHASES
     capturable: ClassVar[bool] = True
     rotates: ClassVar[bool] = True
+    gpu_only: ClassVar[bool] = False
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
 
     @classmethod
     def flops(cls, problem: Problem) -> int:
-        """What its longest phase multiplies and adds, waste included."""
+        """Multiplications and additions of its longest phase, wasted ones included."""
         return count(problem)[cls.phases[-1]].flops
 
     @classmethod
     def memory(cls, problem: Problem) -> int:
-        """Bytes it holds at most beside x, grad_y and the compact weight."""
+        """Most bytes that it holds beside x, grad_y and the compact weight."""
         layout = problem.layout
         values = 3 * layout.num_weights + problem.batch * (layout.in_features + layout.out_features)
         return values * problem.dtype.itemsize
 
     @abstractmethod
     def forward(self) -> Any:
-        """The output, without a graph for the gradient."""
+        """The output, without an autograd graph."""
 
     def graph(self) -> Any:
-        """What ``backward`` needs; not timed."""
+        """The autograd graph that ``backward`` needs; its time is not measured."""
         return None
 
     @abstractmethod
@@ -106,9 +108,10 @@ class Layer(Contender):
         return self.backward(self.graph())
 
     def results(self, rows: int) -> dict[str, Tensor]:
-        """Output and gradients as far as it has them, from a grad_y of zeros beyond ``rows``.
+        """The output and the gradients it has, of the first ``rows`` rows.
 
-        The whole batch runs, as it does on the clock; the truth needs the first ``rows`` alone.
+        The whole batch runs, as it does when it is timed. grad_y is zero beyond ``rows``, so that
+        gradients of the weights depend on these rows only.
         """
         x = self.problem.x
         if "step" not in self.phases:
@@ -147,15 +150,15 @@ class DenseLayer(Layer):
 
 
 class Compiled(Layer):
-    """Mixed in before a layer: its call goes through ``torch.compile``.
+    """A mixin before a layer: its call goes through ``torch.compile``.
 
     Attributes:
         mode: Of ``torch.compile``.
+        most_experts: A graph of hundreds of products takes minutes to compile.
     """
 
     compiled = True
     mode: ClassVar[str | None] = None
-    #: A graph of hundreds of products takes minutes to compile.
     most_experts: ClassVar[int] = 16
 
     def __init__(self, problem: Problem) -> None:
@@ -171,17 +174,19 @@ class Compiled(Layer):
         self._compiled = torch.compile(eager, dynamic=False, mode=self.mode)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.mode is not None:  # what the last call gave may be overwritten now
+        if self.mode is not None:  # the next call may overwrite the last output
             torch.compiler.cudagraph_mark_step_begin()
         return self._compiled(x)
 
 
 class CompiledGraphs(Compiled):
-    """Mixed in before a layer: ``torch.compile`` in a mode that replays CUDA graphs of its own.
+    """A mixin before a layer: ``torch.compile`` in a mode that replays CUDA graphs of its own.
 
-    Its outputs live until the next call, so several forwards cannot wait for their backward.
+    A forward overwrites the output of the one before it, so ``backward`` alone is not measured:
+    there, several forwards run before their backwards.
     """
 
     mode = "reduce-overhead"
     phases = ("forward", "step")
     capturable = False
+    gpu_only = True

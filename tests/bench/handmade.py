@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bench.layers.counts import PHASES
-from bench.shapes import Case
+from bench.cases import Case
+from bench.counts import PHASES
 
 FLOPS, BYTES = 4_000_000, 1_000_000
 

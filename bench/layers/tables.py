@@ -1,4 +1,4 @@
-"""One case as tables: ours by phase, and everybody's times."""
+"""Tables of one case: ours by phase, and the times of all contenders."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.layers.counts import PHASES
+from bench.counts import PHASES
 from bench.layers.ratios import HOT, RECORDED, Line, Result, Time, case_of, lines, modes_of
 
 
 def print_result(result: Result, console: Console) -> None:
-    """Ours against best rival and floor, then each contender's medians and errors."""
+    """Print ours beside the best rival and the floor, then medians and errors of all contenders."""
     table = Table(title=f"{case_of(result)}, density {result['density']:.2f}", title_justify="left")
     heads = (
         "ours",
@@ -33,7 +33,7 @@ def print_result(result: Result, console: Console) -> None:
             table.add_row(*_cells(line))
     console.print(table)
     for mode in modes:
-        console.print(_everybody(result, mode))
+        console.print(_contenders(result, mode))
     for name, record in result["contenders"].items():
         if "unavailable" in record:
             text = f"  {name}: not measured: {record['unavailable']}"
@@ -60,7 +60,7 @@ def _against(ratio: float | None, other: Time | None) -> str:
     return "-" if ratio is None or other is None else f"{ratio:.2f} ({other.name})"
 
 
-def _everybody(result: Result, mode: str) -> Table:
+def _contenders(result: Result, mode: str) -> Table:
     key = RECORDED[mode]
     table = Table(
         "" if mode == HOT else mode, *(f"{phase}, us" for phase in PHASES), "error", "note"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bench.layers.contender import DenseLayer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import DenseLayer, Unavailable
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class Zuko(DenseLayer):
     """``zuko.nn.MaskedLinear(mask)``."""
 

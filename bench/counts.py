@@ -1,17 +1,17 @@
-"""FLOPs that must be done and bytes that must move, by phase."""
+"""FLOPs and bytes that each phase needs at least."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.layers.problem import Problem
+from bench.problem import Problem
 
 PHASES = ("forward", "backward", "step")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a phase cannot do without.
+    """The least work of a phase.
 
     Attributes:
         flops: Multiplications and additions of present blocks.
@@ -29,8 +29,8 @@ def count(problem: Problem) -> dict[str, Counts]:
     """Counts of each of ``PHASES``.
 
     Forward reads x, W and b and writes y. Backward reads x, grad_y and the routed part of W and
-    writes grad_x, grad_W and grad_b. A step is one after the other: its caller wants y before it
-    gives grad_y, so x is read twice.
+    writes grad_x, grad_W and grad_b. A step is forward, then backward: grad_y is known only after
+    y, so x is read twice.
     """
     layout, batch = problem.layout, problem.batch
     weights, routed = layout.num_weights, layout.num_routed_weights

@@ -1,4 +1,4 @@
-"""Floors: what the FLOPs and the bytes of a phase cost when nothing else is in the way."""
+"""Floors: the time of a phase's FLOPs alone, and of its bytes alone."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Contender
-from bench.layers.counts import PHASES, count
-from bench.layers.problem import Problem
+from bench.contender import Contender
+from bench.counts import PHASES, count
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class FloorGemm(Contender):
     """Dense products with as many FLOPs as the present blocks, nothing gathered or skipped.
 
@@ -43,7 +45,7 @@ class FloorGemm(Contender):
 
     @property
     def x(self) -> Tensor:
-        """Its input in the problem's present set."""
+        """Its input that belongs to the selected set of the problem."""
         return self.inputs[self.problem.position]
 
     def forward(self) -> Tensor:
@@ -57,6 +59,7 @@ class FloorGemm(Contender):
         return self.forward(), *self.backward(None)
 
 
+@register
 class FloorCopy(Contender):
     """A copy that reads half the bytes that must move and writes the other half."""
 
@@ -69,7 +72,7 @@ class FloorCopy(Contender):
         super().__init__(problem)
         sizes = {phase: counts.bytes // 2 for phase, counts in count(problem).items()}
         longest = max(sizes.values())
-        # Random: hardware may move a constant faster.
+        # Random values, since hardware may copy constant ones faster.
         rows = torch.empty(
             len(problem.sets), longest, dtype=torch.uint8, device=problem.device
         ).random_(generator=problem.generator)

@@ -15,8 +15,8 @@ from maskmoe_kernels.models import InterpretableNCF
 class PaperStyleMLP(nn.Module):
     """The same function and the same weights as an :class:`InterpretableMLP` with relu.
 
-    The activations of an expert stay a tensor of their own from the input to the logit, so that
-    nothing is split or joined but what an expert reads.
+    The activations of each expert stay one tensor from the input to the logit, so nothing is
+    concatenated but what an expert reads.
 
     Args:
         model: Whose weights to take.

@@ -1,4 +1,4 @@
-"""One layer to compute, handed to every contender: layout, weights, rows, gradient."""
+"""One layer to compute, the same for every contender: layout, weights, rows, gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bench.shapes import DTYPES, Case
+from bench.cases import DTYPES, Case
 from maskmoe_kernels import BlockLayout
 from maskmoe_kernels.layout.families import FAMILIES
 
@@ -16,8 +16,9 @@ from maskmoe_kernels.layout.families import FAMILIES
 class Problem:
     """Random values on a layout, the same for every contender.
 
-    A weight, and its gradient, has one *compact* form that belongs to nobody: the matrices of the
-    row blocks, each ``(units, visible features in ascending order)``, flat and one after another.
+    Contenders store weights in different ways. The *compact* form of a weight or its gradient is
+    the one to compare: the matrices of the row blocks, each ``(units, visible features in
+    ascending order)``, flat and one after another.
 
     Args:
         layout: Without interleaved units.
@@ -45,7 +46,7 @@ class Problem:
         self.layout, self.batch, self.dtype = layout, batch, dtype
         self.device = torch.device(device)
         self.tf32 = tf32
-        #: Its own: a CUDA graph that could not be captured may spoil torch's.
+        #: Not torch's default generator: a failed CUDA graph capture may leave that one unusable.
         self.generator = torch.Generator(self.device).manual_seed(seed)
         #: Row block i reads these column blocks.
         self.sources: list[list[int]] = layout.row_blocks()
@@ -58,7 +59,7 @@ class Problem:
         self.bias = self._normal(layout.out_features).requires_grad_()
         self.x = self._normal(batch, layout.in_features).requires_grad_()
         self.grad = self._normal(batch, layout.out_features)
-        #: Pairs of x and grad_y that calls may take in turn; the first is there from the start.
+        #: Pairs of x and grad_y; there is one until ``make_sets``.
         self.sets: list[tuple[Tensor, Tensor]] = [(self.x, self.grad)]
         self.position = 0
 
@@ -69,9 +70,9 @@ class Problem:
         return cls(layout, case.batch, DTYPES[case.dtype], device, tf32=case.dtype == "tf32")
 
     def make_sets(self, cache: int) -> None:
-        """So many sets that between two calls on one of them twice ``cache`` bytes of x are read.
+        """Add sets, so that calls on all of them in turn read twice ``cache`` bytes of x.
 
-        One is enough where x alone does not fit, or where ``cache`` is 0.
+        One set is enough where x alone exceeds the cache, or where ``cache`` is 0.
         """
         if self.x.nbytes >= cache:
             return
@@ -79,8 +80,8 @@ class Problem:
             x = self._normal(self.batch, self.layout.in_features).requires_grad_()
             self.sets.append((x, self._normal(self.batch, self.layout.out_features)))
 
-    def turn(self, k: int) -> None:
-        """From now on x and grad_y are those of set ``k``, counted round and round."""
+    def select(self, k: int) -> None:
+        """Let x and grad_y be those of set ``k``, modulo the number of sets."""
         self.position = k % len(self.sets)
         self.x, self.grad = self.sets[self.position]
 
@@ -104,17 +105,17 @@ class Problem:
         return torch.cat([self.grad[:rows], torch.zeros_like(self.grad[rows:])])
 
     def row_matrices(self, compact: Tensor) -> list[Tensor]:
-        """A compact form's matrices, ``(units, fan-in)`` of each row block: views."""
+        """The matrices in a compact form, ``(units, fan-in)`` for each row block, as views."""
         shapes = zip(self.layout.row_sizes, self.layout.row_fan_in, strict=True)
         spans = pairwise(self.starts)
         return [compact[a:b].view(shape) for (a, b), shape in zip(spans, shapes, strict=True)]
 
     @cached_property
     def _positions(self) -> tuple[Tensor, Tensor | None]:
-        # Blocks lie in order, so ascending positions of the dense matrix are the compact form.
-        # The second tells where each is in the packed weight; None: it is the compact form.
+        # Of each weight in compact form: its position in the dense matrix, and in the packed weight
+        # (None: packed is compact). Blocks lie in order, so dense positions ascend.
         packed = self.layout.weight_index(torch.device("cpu")).to(self.device)
-        if bool((packed[1:] > packed[:-1]).all()):  # sorting 10^8 positions takes half a minute
+        if bool((packed[1:] > packed[:-1]).all()):  # sorting 10^8 positions would take 30 s
             return packed, None
         position, order = packed.sort()
         return position, order
@@ -145,14 +146,14 @@ class Problem:
         return packed if order is None else packed[order]
 
     def from_dense(self, dense: Tensor) -> Tensor:
-        """Compact form of a dense weight or gradient: absent entries are dropped."""
+        """Compact form of a dense weight or gradient, without the absent entries."""
         return dense.reshape(-1)[self._positions[0]]
 
     def _normal(self, *shape: int) -> Tensor:
         return self._drawn(*shape).to(self.dtype)
 
     def _drawn(self, *shape: int) -> Tensor:
-        # Where they are needed: a billion values would take the host half a minute.
+        # Drawn on the device: a billion values would take the host half a minute.
         return torch.randn(*shape, generator=self.generator, device=self.device)
 
     def _weights(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A pytest plugin of the GPU lab (``-p bench.gpu.lines``): json lines for each test, and a watch.
+"""A pytest plugin of the GPU lab (``-p bench.gpu.pytest_plugin``): json lines for each test, and a watch.
 
 One line as a test begins, one as it ends, into ``MASKMOE_LINES`` (where that takes none, into
 ``MASKMOE_SPARE``); ``MASKMOE_TASK`` names the process. ``MASKMOE_SHARD=2/8`` takes every eighth
@@ -16,8 +16,8 @@ import time
 import pytest
 import torch
 
-from bench.gpu.log import append, read
-from bench.lost import LOST, is_lost
+from bench.device import LOST, is_lost
+from bench.gpu.json_lines import append, read
 
 #: The process's own, from before pytest puts a file in its place.
 STDERR = os.dup(2)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.layers.contender import DenseLayer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import DenseLayer, Unavailable
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class Nflows(DenseLayer):
     """``nflows.transforms.made.MaskedLinear``, its mask replaced by the problem's."""
 
@@ -23,7 +25,7 @@ class Nflows(DenseLayer):
         except ImportError as error:
             raise Unavailable("nflows is not installed: pip install nflows") from error
         super().__init__(problem)
-        # It can only derive a mask from degrees: build a small layer, then put ours in.
+        # Its constructor derives a mask from degrees: build a small layer, then replace the mask.
         self.layer = MaskedLinear(torch.arange(1, 3), 2, 2, random_mask=False, is_output=False)
         self.layer.mask = problem.mask
         self.layer.weight = nn.Parameter(problem.dense.detach())

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from bench import rivals
-from bench.layers.contender import Contender, Layer, Unavailable
-from bench.layers.counts import PHASES
-from bench.layers.problem import Problem
-from bench.layers.truth import errors, truth
+from bench.contender import Contender, Layer, Unavailable
+from bench.counts import PHASES
+from bench.layers.reference_error import errors, truth
+from bench.problem import Problem
 from bench.rivals import (
     OursGrouped,
     OursTriton,

@@ -1,39 +1,39 @@
-"""Errors against the float64 definition, row block by row block."""
+"""Errors of a layer against the float64 definition, one row block at a time."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from bench.layers.problem import Problem
+from bench.problem import Problem
 from maskmoe_kernels import BlockLayout
 from maskmoe_kernels.testing import dense_oracle
 
-#: A layer above this error computes something else and must not be compared.
-WORST = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
-#: Ten bits of a product's factors are left.
-WORST_TF32 = 1e-2
-#: Errors of larger problems are taken on their first rows: float64 is slow.
+#: A layer with a larger relative error computes another function; it is not compared.
+LIMIT = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 1e-1}
+#: tf32 keeps ten bits of the factors of a product.
+LIMIT_TF32 = 1e-2
+#: Larger problems are checked on their first rows, since float64 is slow.
 MOST_FLOPS = 10**10
 
 
-def worst(problem: Problem) -> float:
+def error_limit(problem: Problem) -> float:
     """The largest relative error that a layer may have in the problem's precision."""
-    return WORST_TF32 if problem.tf32 else WORST[problem.dtype]
+    return LIMIT_TF32 if problem.tf32 else LIMIT[problem.dtype]
 
 
 def rows_to_check(problem: Problem) -> int:
-    """How many of the batch's first rows the truth is worked out on."""
+    """How many of the batch's first rows are computed in float64."""
     layout = problem.layout
     flops = 2 * (2 * layout.num_weights + layout.num_routed_weights)
     return min(problem.batch, max(64, MOST_FLOPS // max(flops, 1)))
 
 
-def truth(problem: Problem, rows: int) -> dict[str, Tensor]:
+def reference(problem: Problem, rows: int) -> dict[str, Tensor]:
     """Output and gradients of the first ``rows`` rows in float64; the weight's in compact form.
 
-    The oracle is given one row block at a time, with the features it sees: a row block's output
-    depends on nothing else, and a dense matrix of hundreds of experts would not fit.
+    The oracle computes one row block at a time, from the features it sees. Its output depends on
+    nothing else, and a dense matrix of hundreds of experts would not fit into memory.
     """
     layout = problem.layout
     x, grad = problem.x.detach()[:rows].double(), problem.grad[:rows].double()
@@ -73,9 +73,9 @@ def truth(problem: Problem, rows: int) -> dict[str, Tensor]:
     }
 
 
-def errors(found: dict[str, Tensor], true: dict[str, Tensor]) -> dict[str, float]:
-    """Largest error of each result, relative to the largest true value."""
+def errors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Largest error of each result, relative to the largest value of the reference."""
     return {
-        name: float((value.double() - true[name]).abs().max() / true[name].abs().max())
+        name: float((value.double() - expected[name]).abs().max() / expected[name].abs().max())
         for name, value in found.items()
     }

@@ -1,4 +1,4 @@
-"""What is measured: families of experts, cases, and the suites made of them."""
+"""Suites: the cases that one run measures, and how long it spends on each."""
 
 from __future__ import annotations
 
@@ -6,34 +6,13 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
+from bench.cases import DTYPES, Case
 from maskmoe_kernels.layout.families import FAMILIES
 
 #: 3 to 16 experts.
 SMALL = ("toy3", "ncf4", "spotify8", "chain16", "powerset4")
-#: "tf32" is float32 whose products may round their factors to ten bits.
-DTYPES = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-#: Those that are measured on a CPU, too.
+#: Dtypes that are measured on a CPU, too.
 EVERYWHERE = ("float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One hidden layer: a family, d units per expert, B rows, the name of a dtype."""
-
-    family: str
-    width: int
-    batch: int
-    dtype: str = "float32"
-
-    def __str__(self) -> str:
-        return f"{self.family} d={self.width} B={self.batch} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -53,15 +32,15 @@ class Grid:
 
 @dataclass(frozen=True)
 class Suite:
-    """Cases and how long to stay with each.
+    """Cases, and how long to measure each.
 
     Attributes:
         grids: What is measured.
-        rounds: Least rounds a case.
-        budget: Seconds a case may go on beyond its least rounds.
-        longest: Seconds; what would take longer at the measured GEMM rate is left out.
-        slow: This many times slower than the best: two samples are enough.
-        without: Contenders that it leaves out.
+        rounds: Minimum number of rounds a case.
+        budget: Seconds of rounds a case, if the minimum takes less.
+        longest: Seconds; a phase that would take longer at the measured GEMM rate is left out.
+        slow: A contender this many times slower than the best gets only two samples.
+        without: Contenders that the suite leaves out.
     """
 
     grids: Sequence[Grid]
@@ -78,7 +57,7 @@ class Suite:
         batches: Sequence[int] | None = None,
         dtypes: Sequence[str] | None = None,
     ) -> list[Case]:
-        """All cases, each filter taking the place of the suite's own values."""
+        """All cases; a filter replaces the values of the suite."""
         grids = [
             Grid(
                 families or grid.families,
@@ -92,7 +71,7 @@ class Suite:
 
 
 SUITES = {
-    # Does everything run? One case has the batch from which a summary is made.
+    # Does everything run? One case is large enough to be part of the summary's means.
     "smoke": Suite(
         [
             Grid(["toy3"], [16], [256]),
@@ -117,14 +96,14 @@ SUITES = {
     "full": Suite(
         [
             Grid(list(FAMILIES), [16, 32, 64, 128], [256, 4096]),
-            # So many rows take long and move the same bytes a row: a few shapes are enough.
+            # Many rows take long and move the same bytes a row: a few shapes are enough.
             Grid(SMALL, [16], [65536]),
             Grid(["toy3", "ncf4"], [64], [65536]),
         ],
         rounds=4,
         budget=3.0,
     ),
-    # A GPU: by priority, for a run that is cut off. Ten cases took two minutes on an H200.
+    # For a GPU, the important cases first: a run may be cut off. Ten took two minutes on an H200.
     "gpu-quick": Suite(
         [
             Grid(["powerset6"], [16, 64], [65536], ["bfloat16"]),
@@ -147,9 +126,9 @@ SUITES = {
         rounds=4,
         budget=0.2,
         slow=4.0,
-        without=("ours, triton", "ours, grouped"),  # ours is the former, the latter a fallback
+        without=("ours, triton", "ours, grouped"),  # "ours" chooses triton; torch is a fallback
     ),
-    # A GPU, everything: an hour or more.
+    # For a GPU, every shape: an hour or more.
     "gpu": Suite(
         [Grid(list(FAMILIES), [16, 32, 64, 128], [256, 4096, 65536, 1048576], tuple(DTYPES))],
         rounds=7,

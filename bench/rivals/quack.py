@@ -1,4 +1,4 @@
-"""Rival 6: QuACK's GEMM of ragged inner size that gathers its operand on the way (Hopper and on).
+"""Rival 6: QuACK's GEMM of ragged inner size that gathers its operand as it loads (from Hopper on).
 
 ``quack.gemm_interface.gemm`` of quack-kernels 0.6: with ``cu_seqlens_k`` it multiplies
 ``A[:, A_idx[span]]`` by ``B[span]`` for each span, A column-major; with ``cu_seqlens_m``
@@ -13,21 +13,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Unavailable
-from bench.layers.problem import Problem
+from bench.contender import Unavailable
+from bench.problem import Problem
 from bench.rivals.grouped_mm import GroupedMM
+from bench.rivals.registry import register
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: Quack) -> Tensor:
-        turned = x.t().contiguous()  # (in, B)
-        ctx.save_for_backward(turned, weight)
+        transposed = x.t().contiguous()  # (in, B)
+        ctx.save_for_backward(transposed, weight)
         ctx.layer = layer
         experts = len(layer.own)
         y = x.new_empty(len(x), experts, weight.shape[1])
         layer.gemm(
-            turned.t(),
+            transposed.t(),
             weight,
             out=y.transpose(0, 1),  # (H, B, d), where it belongs
             bias=bias.view(experts, -1),
@@ -39,11 +40,11 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        turned, weight = ctx.saved_tensors
+        transposed, weight = ctx.saved_tensors
         layer, d = ctx.layer, weight.shape[1]
         given = grad.view(len(grad), -1, d).transpose(0, 1)  # (H, B, d)
         grad_weight = layer.gemm(
-            turned, given, cu_seqlens_m=layer.ends, A_idx=layer.features, tuned=layer.tuned
+            transposed, given, cu_seqlens_m=layer.ends, A_idx=layer.features, tuned=layer.tuned
         )
         blocks = weight.view(-1, d, d).index_select(0, layer.own)
         grad_x = grad.new_empty(len(grad), len(blocks), d)
@@ -51,6 +52,7 @@ class _Function(torch.autograd.Function):
         return grad_x.view(len(grad), -1), grad_weight, grad.sum(0), None
 
 
+@register
 class Quack(GroupedMM):
     """One ragged product that gathers as it loads; dX by ``bmm`` on the diagonal."""
 
@@ -58,11 +60,12 @@ class Quack(GroupedMM):
     number = "6"
     note = "its default configuration; x is copied once, transposed"
     tuned: ClassVar[bool] = False
+    gpu_only = True
 
     def __init__(self, problem: Problem) -> None:
         try:
             from quack.gemm_interface import gemm
-        except Exception as error:  # it asks for a GPU while it is imported, in its own words
+        except Exception as error:  # its import asks for a GPU, and raises what it likes
             reason = " ".join(str(error).split())
             raise Unavailable(
                 f"quack is not installed, or does not work here ({reason}): pip install "
@@ -79,7 +82,7 @@ class Quack(GroupedMM):
 
     @classmethod
     def memory(cls, problem: Problem) -> int:
-        """Nothing is gathered in memory; x is there a second time."""
+        """A transposed copy of x; nothing is gathered in memory."""
         rows = problem.batch * problem.layout.in_features
         return super(GroupedMM, cls).memory(problem) + rows * problem.dtype.itemsize
 
@@ -89,10 +92,11 @@ class Quack(GroupedMM):
         return y
 
 
+@register
 class QuackTuned(Quack):
-    """The same with its autotuner, which compiles every configuration there is."""
+    """The same with its autotuner, which compiles every configuration."""
 
     name = "QuACK, tuned"
-    note = "tuned by itself; x is copied once, transposed"
+    note = "its autotuner; x is copied once, transposed"
     compiled = True
     tuned = True

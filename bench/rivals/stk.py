@@ -2,7 +2,7 @@
 
 ``stk.Matrix(size, data, row_indices, column_indices, offsets)`` of stanford-stk 0.7;
 ``stk.ops.dds`` multiplies a dense matrix by a sparse one, ``stk.ops.sdd`` gives the entries of a
-dense product that a sparse matrix has. Sizes are multiples of 128, so a batch has to be, too.
+dense product that a sparse matrix has. All sizes must be multiples of 128, the batch included.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.layers.contender import DenseLayer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import DenseLayer, Unavailable
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 BLOCK = 128
 
@@ -42,12 +43,14 @@ class _Function(torch.autograd.Function):
         return grad_x.view(len(grad), -1), grad_data, grad.sum(0), None
 
 
+@register
 class StkMatrix(DenseLayer):
     """``stk.ops.dds(x, W^T)``, dW by ``stk.ops.sdd``, dX by ``bmm`` on the diagonal."""
 
     name = "stk"
     number = "8"
     note = "multiplies whole blocks of 128; its weight stays masked, since its gradient is"
+    gpu_only = True
 
     def __init__(self, problem: Problem) -> None:
         try:
@@ -77,7 +80,7 @@ class StkMatrix(DenseLayer):
         self.diagonal = (self.at[:, 0] == self.at[:, 1]).nonzero().flatten()
         side = BLOCK * len(present)
         whole = stk.Matrix((side, side), data.detach(), rows, self.columns, self.offsets)
-        # What it works out from the pattern is worked out once.
+        # Derived from the pattern, so computed once.
         self.transposed = (whole.column_indices_t, whole.offsets_t, whole.block_offsets_t)
         self.size = (side, side)
         self.parameters = (data, problem.bias)
@@ -95,9 +98,9 @@ class StkMatrix(DenseLayer):
 
     def _blocks(self, dense: Tensor) -> Tensor:
         """An ``(out, in)`` matrix as ``(in, out)`` blocks of 128 by 128."""
-        turned = F.pad(dense, (0, self.padding, 0, self.padding)).t()
-        count = len(turned) // BLOCK
-        return turned.reshape(count, BLOCK, count, BLOCK).transpose(1, 2)
+        transposed = F.pad(dense, (0, self.padding, 0, self.padding)).t()
+        count = len(transposed) // BLOCK
+        return transposed.reshape(count, BLOCK, count, BLOCK).transpose(1, 2)
 
     def _pick(self, blocks: Tensor) -> Tensor:
         return blocks[self.at[:, 0], self.at[:, 1]].contiguous()
@@ -112,6 +115,6 @@ class StkMatrix(DenseLayer):
         count = self.size[0] // BLOCK
         blocks = grads[0].new_zeros(count, count, BLOCK, BLOCK)
         blocks[self.at[:, 0], self.at[:, 1]] = grads[0]
-        turned = blocks.transpose(1, 2).reshape(self.size)
-        dense = turned.t()[: layout.out_features, : layout.in_features]
+        transposed = blocks.transpose(1, 2).reshape(self.size)
+        dense = transposed.t()[: layout.out_features, : layout.in_features]
         return self.problem.from_dense(dense.contiguous()), grads[1]

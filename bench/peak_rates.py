@@ -1,4 +1,4 @@
-"""What this machine can do at best: its GEMM rate and its copy bandwidth, measured."""
+"""Peak rates of this machine, measured: of a matrix product and of a copy."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from bench.clock import Clock, clock_of
 
 
 @dataclass(frozen=True)
-class Roofs:
-    """Limits of a machine in one dtype.
+class PeakRates:
+    """What a machine reaches at best in one dtype.
 
     Attributes:
         gflops: Rate of a large square product, GFLOP/s.
@@ -24,13 +24,13 @@ class Roofs:
     gbs: float
 
 
-def measure_roofs(dtype: torch.dtype, device: str, small: bool = False) -> Roofs:
-    """The best of several runs: a roof is what can be reached, not what is usual.
+def measure_peak_rates(dtype: torch.dtype, device: str, small: bool = False) -> PeakRates:
+    """The best of several runs, since a peak is what can be reached, not what is usual.
 
     Args:
         dtype: Of the product.
-        device: Where.
-        small: Sizes that show only that it runs.
+        device: Where to measure.
+        small: Use sizes that only show that the measurement runs.
     """
     on_gpu = torch.device(device).type == "cuda"
     side = 256 if small else 8192 if on_gpu else 2048
@@ -42,7 +42,7 @@ def measure_roofs(dtype: torch.dtype, device: str, small: bool = False) -> Roofs
     clock = clock_of(torch.device(device))
     product = _best(lambda: torch.mm(a, b), clock)
     copy = _best(lambda: target.copy_(source), clock)
-    return Roofs(2 * side**3 / product / 1e9, 2 * size / copy / 1e9)
+    return PeakRates(2 * side**3 / product / 1e9, 2 * size / copy / 1e9)
 
 
 def _best(call: Callable[[], Any], clock: Clock, runs: int = 7) -> float:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.cases import Case
+from bench.layers.suites import SUITES
 from bench.networks import mlp_training as network_training
-from bench.shapes import SUITES, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 CUDA_TESTS = "tests/ops/test_cuda.py"
@@ -96,7 +97,15 @@ def _python(name: str, *words: str, **options: object) -> Task:
 
 
 def _pytest(lab: Lab, name: str, *words: str, shards: int = 1, **variables: str) -> list[Task]:
-    plugin = ["-p", "bench.gpu.lines", "-p", "no:cacheprovider", "-q", "--device", lab.device]
+    plugin = [
+        "-p",
+        "bench.gpu.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--device",
+        lab.device,
+    ]
     tasks = []
     for k in range(shards):
         shown = name if shards == 1 else f"{name} {k + 1}/{shards}"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.layers.counts import Counts, count
-from bench.layers.problem import Problem
-from bench.layers.truth import errors, rows_to_check, truth
-from bench.shapes import SUITES, Case
+from bench.cases import Case
+from bench.counts import Counts, count
+from bench.layers.reference_error import errors, rows_to_check, truth
+from bench.layers.suites import SUITES
+from bench.problem import Problem
 from maskmoe_kernels import BlockLayout, SubsetFamily
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.testing import dense_oracle

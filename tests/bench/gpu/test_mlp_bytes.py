@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench.gpu.mlp_bytes import BLOCK, LIMIT, Shape, estimate
 from bench.networks import cuda_mlp_bytes as network_bytes
-from bench.networks.cuda_mlp_bytes import BLOCK, LIMIT, Shape, estimate
 from bench.networks.mlp_training import NAMES
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import NETWORKS

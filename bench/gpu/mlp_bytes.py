@@ -1,4 +1,4 @@
-"""``python -m bench.networks.cuda_mlp_bytes FILE``: where the CUDA networks add up a training step.
+"""``python -m bench.gpu.mlp_bytes FILE``: where the CUDA networks add up a training step.
 
 Counted from the shapes, without a GPU: estimates, not measurements. A block of threads takes tiles
 of rows and adds each tile's weight gradients to sums of its own (``csrc/cuda``). Which of them lie

@@ -126,7 +126,7 @@ SUITES = {
         rounds=4,
         budget=0.2,
         slow=4.0,
-        without=("ours, triton", "ours, grouped"),  # "ours" chooses triton; torch is a fallback
+        without=("ours, triton", "ours, torch"),  # "ours" chooses triton; torch is a fallback
     ),
     # For a GPU, every shape: an hour or more.
     "gpu": Suite(

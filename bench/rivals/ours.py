@@ -41,9 +41,9 @@ class OursTriton(Ours):
 
 
 @register
-class OursGrouped(Ours):
+class OursTorch(Ours):
     """Our PyTorch fallback by name: what a GPU without Triton runs."""
 
-    name = "ours, grouped"
-    backend = "grouped"
+    name = "ours, torch"
+    backend = "torch"
     gpu_only = True

@@ -31,7 +31,7 @@ from bench.rivals import (
     FloorGemm,
     GroupedMMGathered,
     Ours,
-    OursGrouped,
+    OursTorch,
     PaperStyle,
     PaperStyleReduceOverhead,
 )
@@ -39,7 +39,7 @@ from tests.bench.handmade import document
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=2, budget=0.0, longest=10.0)
-KINDS = [Ours, OursGrouped, PaperStyle, GroupedMMGathered, FloorGemm, FloorCopy]
+KINDS = [Ours, OursTorch, PaperStyle, GroupedMMGathered, FloorGemm, FloorCopy]
 CPU = torch.device("cpu")
 
 

@@ -17,7 +17,7 @@ from bench.counts import PHASES
 from bench.layers.reference_error import errors, truth
 from bench.problem import Problem
 from bench.rivals import (
-    OursGrouped,
+    OursTorch,
     OursTriton,
     PaperStyleMaxAutotune,
     PaperStyleReduceOverhead,
@@ -32,7 +32,7 @@ from maskmoe_kernels.ops.dispatch import choose
 
 OBSTACLE = None  # why the Triton kernels cannot run on a CPU: here they may be interpreted
 try:
-    choose("triton", torch.empty(0))
+    choose("masked_linear", "triton", None, (torch.empty(0),))
 except BackendError as error:
     OBSTACLE = str(error)
 MIXED = SubsetFamily(
@@ -203,7 +203,7 @@ def test_modes_of_a_gpu(kind: type[Layer]) -> None:
 
 def test_ours_by_name() -> None:
     problem = Problem(LAYOUTS["mixed"], 9)
-    assert max(errors(OursGrouped(problem).results(9), truth(problem, 9)).values()) < 3e-6
+    assert max(errors(OursTorch(problem).results(9), truth(problem, 9)).values()) < 3e-6
     if OBSTACLE is not None:
         with pytest.raises(BackendError, match="triton"):
             OursTriton(problem).forward()

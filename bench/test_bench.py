@@ -13,7 +13,11 @@ import pytest
 from bench.cases import Case
 from bench.contender import Contender
 from bench.problem import Problem
-from bench.rivals import BestDense, BucketedBmm, MaskedDense, Ours, PaperStyle
+from bench.rivals.best_dense import BestDense
+from bench.rivals.bucketed_bmm import BucketedBmm
+from bench.rivals.masked_dense import MaskedDense
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

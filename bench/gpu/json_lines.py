@@ -1,4 +1,4 @@
-"""The lab's file of json lines: appended to by several processes, whole after any of them ends."""
+"""A file of json lines that several processes append to."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 
 def append(path: str | Path, line: dict[str, Any], spare: str | Path | None = None) -> None:
-    """One line, in one write: those of several processes do not mix.
+    """Append one line, in one write, so that lines of several processes do not mix.
 
-    Where ``path`` takes none, on a full disk, it goes into ``spare``; where that takes none either
-    it is dropped: who wrote it has work to go on with.
+    If ``path`` cannot be written, as on a full disk, the line goes into ``spare``. If that fails
+    too, the line is dropped, so that its writer continues.
     """
     data = (json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
     for each in (path, spare):
@@ -34,7 +34,7 @@ def _write(path: str | Path, data: bytes) -> None:
 
 
 def read(*paths: str | Path) -> list[dict[str, Any]]:
-    """All whole lines of the files that are there; what is left of a line cut off is dropped."""
+    """All complete lines of the files that exist."""
     found = []
     for path in map(Path, paths):
         if not path.is_file():

@@ -1,9 +1,10 @@
-"""``python -m bench.gpu.mlp_bytes FILE``: where the CUDA networks add up a training step.
+"""Bytes of partial weight gradients in the CUDA kernels: ``python -m bench.gpu.mlp_bytes FILE``.
 
-Counted from the shapes, without a GPU: estimates, not measurements. A block of threads takes tiles
-of rows and adds each tile's weight gradients to sums of its own (``csrc/cuda``). Which of them lie
-in shared memory follows from the room that a tile leaves; ``tests/bench`` holds the sizes here to
-what the kernels ask for.
+Counted from the shapes, without a GPU: estimates, not measurements. In a training step of a whole
+network, a thread block takes tiles of rows and adds the weight gradients of each tile to sums of
+its own (``csrc/cuda``). Sums that fit beside a tile lie in shared memory, the others in device
+memory.
+``tests/bench`` checks the sizes here against what the kernels ask for.
 """
 
 from __future__ import annotations
@@ -15,32 +16,32 @@ from pathlib import Path
 from typing import Any
 
 from bench.networks.mlp_training import NAMES, OURS, build
-from bench.networks.training import MOVIELENS
+from bench.networks.training import MOVIELENS_1M
 from maskmoe_kernels import BlockLayout
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import InterpretableNCF
 
 SIDE, RESIDENT, RESERVED, SMALL = 16, 2, 1024, 16 << 10  # as in csrc/cuda
-#: An H200's multiprocessors, and bytes of shared memory of each and of a block at most.
+#: Of an H200: multiprocessors, bytes of shared memory of each, most bytes of a thread block.
 PROCESSORS, SHARED, LIMIT = 132, 228 << 10, 227 << 10
-BLOCK = 4 * SIDE * SIDE  #: bytes of the sums of a block of weights
+BLOCK = 4 * SIDE * SIDE  #: bytes of the sums of one block of weights
 NOTE = "estimates from shapes for one H200; nothing here was measured"
 
 
 def chunks(sizes: Sequence[int]) -> int:
-    """How many chunks of 16 columns groups or experts are padded to."""
+    """Number of chunks of 16 columns, to which groups or experts are padded."""
     return sum(-(-size // SIDE) for size in sizes)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A network as the kernels see it.
+    """A network as the kernels store it.
 
     Attributes:
-        inputs: Chunks of each layer's input.
-        experts: One logit each.
-        blocks: Of weights between two chunks, in all layers but the last.
-        others: Bytes of the sums of the last layer's weights and of biases.
+        inputs: Number of chunks of each layer's input.
+        experts: Number of experts, each with one logit.
+        blocks: Number of blocks of weights between two chunks, without the last layer.
+        others: Bytes of the sums of the last layer's weights and of all biases.
     """
 
     inputs: tuple[int, ...]
@@ -50,7 +51,7 @@ class Shape:
 
     @classmethod
     def of(cls, layouts: Sequence[BlockLayout]) -> Shape:
-        """Of a chain of layouts."""
+        """The shape of a chain of layouts."""
         *hidden, last = layouts
 
         def seen(layout: BlockLayout, i: int) -> int:
@@ -69,18 +70,18 @@ class Shape:
         return cls(tuple(chunks(layout.col_sizes) for layout in layouts), experts, blocks, others)
 
     def tile(self, rows: int, size: int) -> int:
-        """Bytes of shared memory that a tile takes, values being ``size`` bytes long."""
+        """Bytes of shared memory that a tile takes, with values of ``size`` bytes."""
         values = size * rows * sum(SIDE * n + SIDE // size for n in self.inputs)
         floats = 4 * (3 * rows * (self.experts + 1) + 2 * self.experts + 1)
         return -(-(values + floats) // SIDE) * SIDE
 
     @property
     def sums(self) -> int:
-        """Bytes of a block's sums."""
+        """Bytes of the sums of a thread block."""
         return BLOCK * self.blocks + self.others
 
     def near(self, tile: int) -> int:
-        """Bytes of them in shared memory."""
+        """Bytes of these sums that lie in shared memory beside a tile."""
         resident = max(1, min(RESIDENT, SHARED // (tile + RESERVED)))
         left = min(SHARED // resident - RESERVED, LIMIT) - tile - self.others
         if left < 0:
@@ -91,7 +92,7 @@ class Shape:
 
 
 def estimate(shape: Shape, batch: int, size: int) -> dict[str, Any]:
-    """Of a step; ``before`` is with all sums beyond the chip, one block's on their way a warp."""
+    """Estimate of a step. ``before``: all sums in device memory, one block in flight a warp."""
     high = 32 if size == 4 else 64
     rows = high if shape.tile(high, size) <= LIMIT else high // 2
     tile, tiles = shape.tile(rows, size), -(-batch // rows)
@@ -100,13 +101,13 @@ def estimate(shape: Shape, batch: int, size: int) -> dict[str, Any]:
     near = shape.near(tile)
 
     def moved(far: int) -> dict[str, int]:
-        """Each tile but a block's first reads them, each writes them; at last all are read."""
+        """Every tile writes the sums; all but the first of a block read them; reduce reads all."""
         return {
             "bytes": (2 * tiles - blocks) * far + blocks * (2 * shape.sums - far),
             "footprint": blocks * far,
         }
 
-    def flying(ahead: int) -> int:
+    def in_flight(ahead: int) -> int:
         return 8 * resident * ahead * BLOCK
 
     return {
@@ -118,27 +119,27 @@ def estimate(shape: Shape, batch: int, size: int) -> dict[str, Any]:
         "near_bytes": near,
         "before": {
             **moved(shape.sums),
-            "bytes_on_their_way": flying(1),
+            "bytes_on_their_way": in_flight(1),
             "reads_in_a_row": {"finish": blocks, "reduce": -(-blocks // 8)},
         },
         "after": {
             **moved(shape.sums - near),
-            "bytes_on_their_way": flying(2 if size == 4 else 4),
+            "bytes_on_their_way": in_flight(2 if size == 4 else 4),
             "reads_in_a_row": dict.fromkeys(("finish", "reduce"), -(-blocks // 64)),
         },
     }
 
 
 def layouts_of(network: str) -> Sequence[BlockLayout]:
-    """Of one of the networks that :mod:`bench.networks.mlp_training` trains."""
+    """The layouts of a network of :mod:`bench.networks.mlp_training`."""
     if network == "movielens":
-        return InterpretableNCF(MOVIELENS).experts.layers.layouts
+        return InterpretableNCF(MOVIELENS_1M).experts.layers.layouts
     net: Any = build(OURS, network)
     return net.layers.layouts
 
 
 def table(batch: int = 65536) -> dict[str, Any]:
-    """Of every network, in float32 and bfloat16."""
+    """Estimates of every network, in float32 and bfloat16."""
     shapes = {name: Shape.of(layouts_of(name)) for name in NAMES}
     results = [
         {"network": name, "dtype": dtype, **estimate(shape, batch, size)}

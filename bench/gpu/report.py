@@ -1,4 +1,4 @@
-"""What returns from the GPU lab: a hundred lines on the screen, one json, one archive."""
+"""The results of the GPU lab: a hundred lines on the screen, one json file, one archive."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 from maskmoe_kernels.experiments.shared.report import write_json
 
 PASSED, FAILED, CUT_OFF, REFUSED = "passed", "failed", "cut off", "refused"
-#: Of the screen: a machine elsewhere may return its last 12,000 characters only.
+#: Of the screen: a remote machine may return the last 12,000 characters only.
 MOST_LINES, WIDTH = 100, 118
 MOST_RED, MOST_CUT = 40, 18
-#: Bytes of a file that is left out of the archive, and of a process's output in the json.
+#: Bytes: larger files are left out of the archive; the json keeps the end of a process's output.
 LARGE, TAIL = 4 << 20, 12_000
 
 
-def gathered(outcomes: Mapping[str, str], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Everything of a command but its measurements: green, red and cut off, by name."""
+def summarize(outcomes: Mapping[str, str], lines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The results of a command except its measurements: green, red and cut off, by name."""
     tests = [x for x in lines if x["event"] == "test"]
     processes = [x for x in lines if x["event"] == "process"]
     tasks = {}
@@ -32,7 +32,7 @@ def gathered(outcomes: Mapping[str, str], lines: Sequence[dict[str, Any]]) -> di
             "tests": dict(Counter(x["outcome"] for x in tests if x["task"] == name)),
             "tries": len(mine),
             "command": mine[-1]["command"] if mine else None,
-            "said": mine[-1]["said"] if mine else "",
+            "output": mine[-1]["output"] if mine else "",
         }
     return {
         "machine": next((x for x in lines if x["event"] == "machine"), {}),
@@ -43,23 +43,23 @@ def gathered(outcomes: Mapping[str, str], lines: Sequence[dict[str, Any]]) -> di
     }
 
 
-def told(found: Mapping[str, Any]) -> list[str]:
-    """At most ``MOST_LINES``: what is green, then what was cut off, then what is red, and counts.
+def screen_lines(found: Mapping[str, Any]) -> list[str]:
+    """At most ``MOST_LINES``: green, then cut off, then red, then counts.
 
-    A red or cut off process is named with the last line that it said, unless its tests say it.
+    A red or cut off process is named with its last line of output.
     """
     green, cut, red = [], [], []
     for name, task in found["tasks"].items():
         counts = ", ".join(f"{n} {what}" for what, n in sorted(task["tests"].items()))
         line = f"{name}: {task['seconds']:.0f} s {counts}"
-        last = task["said"].strip().splitlines()[-1:] or [""]
+        last = task["output"].strip().splitlines()[-1:] or [""]
         if task["outcome"] == PASSED:
             green.append(f"green   {line}")
         elif task["outcome"] == REFUSED:
             green.append(f"refused {line}: {last[0]}")
         elif task["outcome"] == CUT_OFF:
             cut.append(
-                f"cut off {line}: {last[0]}" if task["tries"] else f"cut off {name}: unbegun"
+                f"cut off {line}: {last[0]}" if task["tries"] else f"cut off {name}: not started"
             )
         else:
             red.append(f"RED     {line}: {last[0]}")
@@ -90,21 +90,21 @@ def _at_most(count: int, lines: Sequence[str]) -> list[str]:
     return [*lines[: count - 1], f"        and {len(lines) - count + 1} more"]
 
 
-def bring(found: Mapping[str, Any], work: Path, out: Path, name: str) -> list[str]:
-    """Write ``out/name.json`` and ``out/name.tar.gz``, whole or not at all.
+def write(found: Mapping[str, Any], work: Path, out: Path, name: str) -> list[str]:
+    """Write ``out/name.json`` and ``out/name.tar.gz``, each completely or not at all.
 
     Returns:
-        What could not be written, and why.
+        The files that could not be written, with the reason.
     """
-    refused = []
-    for kind, write in (("json", _write_found), ("tar.gz", _write_archive)):
+    unwritten = []
+    for kind, write_one in (("json", _write_found), ("tar.gz", _write_archive)):
         path = out / f"{name}.{kind}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write(path, found, work)
+            write_one(path, found, work)
         except OSError as error:
-            refused.append(f"{path}: {error}")
-    return refused
+            unwritten.append(f"{path}: {error}")
+    return unwritten
 
 
 def _write_found(path: Path, found: Mapping[str, Any], _: Path) -> None:
@@ -112,7 +112,7 @@ def _write_found(path: Path, found: Mapping[str, Any], _: Path) -> None:
 
 
 def _write_archive(path: Path, _: Mapping[str, Any], work: Path) -> None:
-    """What the processes wrote, but for what they compiled."""
+    """The files of the processes, except compiled kernels."""
     part = path.with_suffix(".part")
     try:
         with tarfile.open(part, "w:gz", compresslevel=5) as archive:

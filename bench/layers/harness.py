@@ -37,9 +37,8 @@ from bench.problem import Problem
 from bench.statistics import quartiles
 
 SAMPLE = HostClock.least  # seconds of a sample
-LONGEST_AHEAD = (
-    20e-3  # seconds; only shorter calls depend on what the last contender left in the caches
-)
+#: Seconds; only shorter calls depend on the data that the previous contender left in the caches.
+LONGEST_AHEAD = 20e-3
 MOST_CALLS = 1000  # in one sample
 MOST_ROUNDS = 100
 FEW = 2  # samples of a contender that is ``Settings.slow`` times slower than the best

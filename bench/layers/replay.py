@@ -41,9 +41,7 @@ class Replayed(Contender):
         self.replays[phase], captured = capture(call, self.problem.device)
         expected = _tensors(call())
         for tensor in _tensors(captured):
-            tensor.fill_(
-                torch.nan if tensor.is_floating_point() else 0
-            )  # to be overwritten
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)  # to be overwritten
         self.replays[phase]()
         for one, other in zip(_tensors(captured), expected, strict=True):
             _refuse_difference(one, other, error_limit(self.problem))

@@ -56,7 +56,7 @@ def document(*results: dict[str, Any], cpu: str = "a") -> dict[str, Any]:
         "format": 2,
         "machine": {"cpu": cpu, "cores": 2, "threads": 1, "torch": "2", "device": "cpu"},
         "settings": {"suite": "quick"},
-        "roofs": {name: {"gflops": 100.0, "gbs": 10.0} for name in ("float32", "bfloat16")},
+        "peak_rates": {name: {"gflops": 100.0, "gbs": 10.0} for name in ("float32", "bfloat16")},
         "results": list(results),
         "skipped": {},
         "summary": {},

@@ -1,4 +1,4 @@
-"""Problems, counts and the truth, against independent definitions."""
+"""Problems, counts and the reference, against independent definitions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from bench.cases import Case
 from bench.counts import Counts, count
-from bench.layers.reference_error import errors, rows_to_check, truth
+from bench.layers.reference_error import errors, reference, rows_to_check
 from bench.layers.suites import SUITES
 from bench.problem import Problem
 from maskmoe_kernels import BlockLayout, SubsetFamily
@@ -46,7 +46,7 @@ def test_interleaved_layouts_are_refused() -> None:
 
 @layouts
 @pytest.mark.parametrize("rows", [3, 5])
-def test_truth_is_the_oracle(layout: BlockLayout, rows: int) -> None:
+def test_the_reference_is_the_oracle(layout: BlockLayout, rows: int) -> None:
     problem = Problem(layout, 5, torch.float64)
     x = problem.x.detach()[:rows].requires_grad_()
     weight = problem.packed
@@ -54,15 +54,15 @@ def test_truth_is_the_oracle(layout: BlockLayout, rows: int) -> None:
     grads = torch.autograd.grad(y, (x, weight, problem.bias), problem.grad[:rows])
     expected = {"y": y, "grad_x": grads[0], "grad_bias": grads[2]}
     expected["grad_weight"] = problem.from_packed(grads[1])
-    found = truth(problem, rows)
+    found = reference(problem, rows)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value.detach(), rtol=1e-12, atol=1e-12)
 
 
 def test_errors_are_relative_to_the_largest_value() -> None:
-    true = {"y": torch.tensor([4.0, -8.0]).double(), "grad_x": torch.tensor([1.0]).double()}
-    assert errors({"y": torch.tensor([5.0, -8.0])}, true) == {"y": 1 / 8}
+    expected = {"y": torch.tensor([4.0, -8.0]).double(), "grad_x": torch.tensor([1.0]).double()}
+    assert errors({"y": torch.tensor([5.0, -8.0])}, expected) == {"y": 1 / 8}
 
 
 def test_few_rows_are_checked_only_where_float64_is_slow() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from bench.gpu import mlp_bytes
 from bench.gpu.mlp_bytes import BLOCK, LIMIT, Shape, estimate
-from bench.networks import cuda_mlp_bytes as network_bytes
 from bench.networks.mlp_training import NAMES
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import NETWORKS
@@ -39,8 +39,8 @@ def test_a_tile_is_as_large_as_the_kernels_say(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.parametrize("name", NAMES)
-def test_what_stays_near_fits_and_saves_its_bytes(name: str, size: int) -> None:
-    shape = Shape.of(network_bytes.layouts_of(name))
+def test_sums_in_shared_memory_fit_and_save_their_bytes(name: str, size: int) -> None:
+    shape = Shape.of(mlp_bytes.layouts_of(name))
     found = estimate(shape, 65536, size)
     near, tile, blocks = (found[key] for key in ("near_bytes", "tile_bytes", "blocks"))
     assert shape.others <= near <= shape.sums

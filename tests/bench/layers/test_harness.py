@@ -18,7 +18,11 @@ from bench.counts import PHASES
 from bench.layers.harness import FEW, LONGEST_AHEAD, MOST_CALLS, SAMPLE, Runner, measure
 from bench.layers.limits import Settings
 from bench.problem import Problem
-from bench.rivals import BestDense, FloorGemm, MaskedDense, Ours, PaperStyle
+from bench.rivals.best_dense import BestDense
+from bench.rivals.floor import FloorGemm
+from bench.rivals.masked_dense import MaskedDense
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=3, budget=0.0, longest=10.0)
@@ -101,7 +105,7 @@ class Scripted(Contender):
     """A contender that sleeps, and notes who was called."""
 
     name = "scripted"
-    floor = True  # nothing to check against the truth
+    floor = True  # nothing to check against the reference
     seconds = 0.002
     preparation = 0.0
     called: list[str]
@@ -165,7 +169,9 @@ def test_rounds_are_interleaved() -> None:
     ("seconds", "slower"),
     [(SAMPLE, 1.0), (SAMPLE / 4, 1.0), (2 * LONGEST_AHEAD, 3.0)],
 )
-def test_who_ran_before_does_not_show_in_short_calls(seconds: float, slower: float) -> None:
+def test_short_calls_do_not_depend_on_the_contender_before_them(
+    seconds: float, slower: float
+) -> None:
     """The first call after someone else's takes three times as long as those after it."""
     log = [""]
 

@@ -14,27 +14,24 @@ from torch import Tensor
 from bench import rivals
 from bench.contender import Contender, Layer, Unavailable
 from bench.counts import PHASES
-from bench.layers.reference_error import errors, truth
+from bench.layers.reference_error import errors, reference
 from bench.problem import Problem
-from bench.rivals import (
-    OursTorch,
-    OursTriton,
-    PaperStyleMaxAutotune,
-    PaperStyleReduceOverhead,
-    Quack,
-    QuackTuned,
-    StkMatrix,
-)
+from bench.rivals.ours import OursTorch, OursTriton
+from bench.rivals.paper_style import PaperStyleMaxAutotune, PaperStyleReduceOverhead
+from bench.rivals.quack import Quack, QuackTuned
+from bench.rivals.stk import StkMatrix
 from maskmoe_kernels import SubsetFamily
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.ops.dispatch import choose
 
-OBSTACLE = None  # why the Triton kernels cannot run on a CPU: here they may be interpreted
+UNSUPPORTED_REASON = (
+    None  # why the Triton kernels cannot run on a CPU: here they may be interpreted
+)
 try:
     choose("masked_linear", "triton", None, (torch.empty(0),))
 except BackendError as error:
-    OBSTACLE = str(error)
+    UNSUPPORTED_REASON = str(error)
 MIXED = SubsetFamily(
     {"a": 1, "b": 1, "c": 1},
     {name: list(name) for name in ("abc", "a", "bc", "b", "ab", "c")},
@@ -139,8 +136,8 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
 @layouts
 def test_exact(layout: Any, kind: type[Layer], dtype: torch.dtype) -> None:
     problem = Problem(layout, 128, dtype)
-    layer, true = kind(problem), truth(problem, 128)
-    off = {name: e for name, e in errors(layer.results(128), true).items() if not e < 0.02}
+    layer, expected = kind(problem), reference(problem, 128)
+    off = {name: e for name, e in errors(layer.results(128), expected).items() if not e < 0.02}
     assert not off
     assert layer.phases == PHASES
     for one, other in zip(layer.step(), layer.backward(layer.graph()), strict=True):
@@ -153,7 +150,7 @@ def test_exact(layout: Any, kind: type[Layer], dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("stand_ins")
 def test_stk_in_tf32() -> None:
     problem = Problem(LAYOUTS["mixed"], 128, tf32=True)
-    assert max(errors(StkMatrix(problem).results(128), truth(problem, 128)).values()) < 1e-5
+    assert max(errors(StkMatrix(problem).results(128), reference(problem, 128)).values()) < 1e-5
 
 
 @pytest.mark.usefixtures("stand_ins")
@@ -203,8 +200,8 @@ def test_modes_of_a_gpu(kind: type[Layer]) -> None:
 
 def test_ours_by_name() -> None:
     problem = Problem(LAYOUTS["mixed"], 9)
-    assert max(errors(OursTorch(problem).results(9), truth(problem, 9)).values()) < 3e-6
-    if OBSTACLE is not None:
+    assert max(errors(OursTorch(problem).results(9), reference(problem, 9)).values()) < 3e-6
+    if UNSUPPORTED_REASON is not None:
         with pytest.raises(BackendError, match="triton"):
             OursTriton(problem).forward()
 

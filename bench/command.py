@@ -25,8 +25,8 @@ from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
 from bench.networks import mlp_training, movielens_training, training
-from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
+from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
 
 ERROR, INTERRUPTED = 2, 130

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.networks.training import BLACK_BOX, OURS, PAPER, Make, Schedule, Subject, Trainer
 from bench.rivals.paper_style_mlp import PaperStyleNCF
 from maskmoe_kernels import gem_loss
-from maskmoe_kernels.experiments.movielens.train import CONFIDENCE
+from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 
 NOTES = {

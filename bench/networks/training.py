@@ -108,7 +108,7 @@ class Trainer:
         self.samples: list[float] = []
 
     def train(self, steps: int) -> None:
-        """Take steps as ``maskmoe_kernels.experiments.shared.train`` does."""
+        """Take steps as ``maskmoe_kernels.experiments.shared.trainer`` does."""
         for _ in range(steps):
             batch = self.data.step(self.done)
             self.optimizer.zero_grad()

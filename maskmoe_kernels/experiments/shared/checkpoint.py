@@ -7,8 +7,10 @@ a stranger's file can ask neither for code nor for more memory than its own size
 
 from __future__ import annotations
 
+import math
 import os
 import pickletools
+import random
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import replacing
@@ -27,6 +30,8 @@ CHECKPOINT_FORMAT = 1
 #: A value that is no tensor and holds none.
 PLAIN: Spec = (None, bool, int, float, str)
 _TENSORS = {str: Tensor}
+# What moves in the state of a scheduler; the rest are its settings.
+_MOVING = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr"}
 #: What every checkpoint holds; who loads one adds what it needs besides.
 _COMMON: Spec = {
     "config": {str: PLAIN},
@@ -180,6 +185,50 @@ def _check_moments(
         # A square may have overflown: its weight stands still from then on, and is sound.
         if bool(value.isnan().any()):
             raise fail(f"expected numbers in {name}.{key}, got NaN")
+
+
+def restore_scheduler(path: Path, scheduler: ReduceLROnPlateau, saved: dict[str, Any]) -> None:
+    """Load the state of a scheduler of the same settings.
+
+    Raises:
+        DataError: It is of other settings, or incomplete.
+    """
+    own, fail = scheduler.state_dict(), failing(path)
+    check(saved, {key: type(own[key]) for key in _MOVING - {"best"}}, fail, "scheduler")
+    best = saved.get("best")  # infinite until the first validation
+    if not isinstance(best, float) or math.isnan(best):
+        raise fail(f"expected scheduler.best to be a number, got {best!r}")
+    known = {key: saved[key] for key in own if key in saved}
+    with restoring(path, "learning rate's schedule"):
+        for key in known.keys() - _MOVING:
+            if known[key] != own[key]:
+                got = f"{own[key]!r}, got {known[key]!r}"
+                raise fail(f"expected scheduler.{key} to be {got}")
+        scheduler.load_state_dict(known)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the random generators of torch, of ``device`` and of Python."""
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_state(path: Path, device: torch.device, saved: dict[str, Any]) -> None:
+    """Set the generators to what :func:`random_state` found.
+
+    Raises:
+        DataError: It is the state of other generators.
+    """
+    with restoring(path, "random states"):
+        torch.set_rng_state(saved["torch"])
+        for state in saved["cuda"]:
+            torch.cuda.set_rng_state(state, device)
+        version, words, gauss = saved["python"]
+        random.setstate((version, tuple(words), gauss))
 
 
 @contextmanager

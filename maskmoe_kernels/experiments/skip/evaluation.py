@@ -13,12 +13,12 @@ from rich.table import Table
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.baselines import last_skip, mean_skip
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.metrics import SkipTally
 from maskmoe_kernels.experiments.shared.report import machine, write_json
-from maskmoe_kernels.experiments.shared.train import Run
+from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip import figures as skip_figures
+from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip
 from maskmoe_kernels.experiments.skip.data.causes import CAUSE_GROUPS, CAUSES, Causes
 from maskmoe_kernels.experiments.skip.data.session_features import SKIP_2, SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, Shards

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
@@ -278,7 +278,7 @@ def _write(explanation: Explanation, out: Path) -> str | None:
     # A session's id is a file's name only after what folders are made of is out of it.
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in explanation.session)
     write_json(out / f"explain-{name}.json", dataclasses.asdict(explanation))
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
         skip_figures.session(

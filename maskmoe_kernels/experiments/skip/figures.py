@@ -1,6 +1,6 @@
 """Figures of skip prediction: subsets, who decides, who ought to, one session, learning curves.
 
-Every function that draws writes a PNG atomically; what they share is in :mod:`.figures`.
+Every function that draws writes a PNG atomically; what they share is in :mod:`.plot_style`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.figures import BLUE, GREY, ORANGE
+from maskmoe_kernels.experiments.shared import charts, plot_style
+from maskmoe_kernels.experiments.shared.plot_style import BLUE, GREY, ORANGE
 from maskmoe_kernels.experiments.skip.data.causes import CAUSE_GROUPS
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
@@ -26,7 +26,7 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
     Returns:
         Why there are none, in words; ``None`` where they were drawn.
     """
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is not None:
         return missing
     models = report["models"]
@@ -36,7 +36,7 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
             subsets(SubsetFamily(**row["family"]), out / "subsets.png")
         # One folder may hold several models' figures.
         mark = name.replace("/", "_").strip("_.")
-        figures.attribution_bars(
+        charts.attribution_bars(
             list(row["decided"]),
             list(row["mean_attribution"].values()),
             list(row["decided"].values()),
@@ -51,15 +51,15 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
 
 def draw_curves(histories: Mapping[str, Any], out: Path) -> str | None:
     """Learning curves, ``learning_curves.png`` in ``out``; returns as :func:`draw`."""
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is None:
-        figures.learning_curves(histories, out / "learning_curves.png", "Acc")
+        charts.learning_curves(histories, out / "learning_curves.png", "Acc")
     return missing
 
 
 def subsets(family: SubsetFamily, path: Path, title: str = "What each expert sees") -> None:
     """Figure 7: groups by expert, a cell is full where the expert sees the group."""
-    figure = figures.canvas(2.6 + 0.95 * family.num_experts, 2.3 + 0.5 * family.num_groups)
+    figure = plot_style.canvas(2.6 + 0.95 * family.num_experts, 2.3 + 0.5 * family.num_groups)
     ax = figure.subplots()
     seen = family.membership.T.cpu()
     for n, row in enumerate(seen.tolist()):
@@ -76,7 +76,7 @@ def subsets(family: SubsetFamily, path: Path, title: str = "What each expert see
         loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
     )  # fmt: skip
     figure.suptitle(title, fontsize=13)
-    figures.save(figure, path)
+    plot_style.save(figure, path)
 
 
 def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model: str) -> None:
@@ -89,7 +89,7 @@ def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model:
         model: Its name.
     """
     rows = decisive["causes"]
-    figure = figures.canvas(3.6 + 1.0 * family.num_experts, 2.7 + 0.56 * len(rows))
+    figure = plot_style.canvas(3.6 + 1.0 * family.num_experts, 2.7 + 0.56 * len(rows))
     ax = figure.subplots()
     colors = _colors()
     for n, (name, row) in enumerate(rows.items()):
@@ -113,7 +113,7 @@ def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model:
         f"{decisive['sees']:.1%} see it, {decisive['smallest']:.1%} are the smallest that do",
         fontsize=13,
     )
-    figures.save(figure, path)
+    plot_style.save(figure, path)
 
 
 def session(
@@ -137,7 +137,7 @@ def session(
         title: First line of the figure.
     """
     tracks, experts = len(positions), len(names)
-    figure = figures.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
+    figure = plot_style.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
     top, ax = figure.subplots(2, 1, height_ratios=[2, experts], sharex=True)
     for t in range(tracks):
         for row, skipped in enumerate((labels[t], probability[t] > 0.5)):
@@ -163,7 +163,7 @@ def session(
                 t, i, text, ha="center", va="center", fontsize=9, color=_ink(share), fontweight=bold
             )
     _grid_axes(ax, tracks, experts)
-    ax.set_yticks(range(experts), [figures.wrap(name, 24) for name in names], fontsize=9)
+    ax.set_yticks(range(experts), [plot_style.wrap(name, 24) for name in names], fontsize=9)
     ax.set_xticks(range(tracks), [str(p) for p in positions], fontsize=10)
     ax.set_xlabel("track of the session")
     ax.set_ylabel("expert: share of the decision (%)")
@@ -172,7 +172,7 @@ def session(
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"{title}\nFramed predictions are wrong", fontsize=12)
-    figures.save(figure, path)
+    plot_style.save(figure, path)
 
 
 # --- Grids -------------------------------------------------------------------------------
@@ -183,15 +183,15 @@ def _cell(
 ) -> Any:
     size = 1 - 2 * inset
     corner = (x - size / 2, y - size / 2)
-    return figures.module("patches").Rectangle(corner, size, size, fc=face, ec=edge, lw=lw)
+    return plot_style.module("patches").Rectangle(corner, size, size, fc=face, ec=edge, lw=lw)
 
 
 def _patch(color: Any, label: str, edge: str = GREY) -> Any:
-    return figures.module("patches").Patch(fc=color, ec=edge, label=label)
+    return plot_style.module("patches").Patch(fc=color, ec=edge, label=label)
 
 
 def _colors() -> Any:
-    return figures.module("cm").ScalarMappable(cmap=_SHARES).get_cmap()
+    return plot_style.module("cm").ScalarMappable(cmap=_SHARES).get_cmap()
 
 
 def _ink(share: float) -> str:

@@ -27,10 +27,10 @@ from maskmoe_kernels.experiments.shared.metrics import SkipTally
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.structure import check
-from maskmoe_kernels.experiments.shared.train import Run
+from maskmoe_kernels.experiments.shared.trainer import Run, Trainer
 from maskmoe_kernels.experiments.skip.data.session_features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader, Shards
-from maskmoe_kernels.experiments.skip.trainer import MONITOR, Pace, Trainer
+from maskmoe_kernels.experiments.skip.trainer import MONITOR, Pace, SessionSource
 from maskmoe_kernels.layout.families import skip_sessions
 from maskmoe_kernels.models import GRU, InterpretableGRU, InterpretableTransformer, Transformer
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
@@ -242,22 +242,21 @@ def train(
     def report(history: list[dict[str, float]]) -> None:
         write_json(out / REPORT, _report(model, training, identity, pace, means, ranks, history))
 
+    loader = SessionLoader(training, workers=means.workers, pin_memory=on_gpu)
     trainer = Trainer(
         model,
+        SessionSource(loader, ranks.device, pace.steps),
         lambda batch: loss_part(model, logits_of(net, batch, settings), batch, settings, ranks),
         validate,
-        SessionLoader(training, workers=means.workers, pin_memory=on_gpu),
         pace,
         identity,
         out / CHECKPOINT,
-        ranks,
-        console,
-        report,
+        monitor=MONITOR,
+        ranks=ranks,
+        console=console,
+        report=report,
     )
-    resumed = means.resume and trainer.resume()
-    if ranks.first and console is not None:
-        start = f"going on after {out / CHECKPOINT}" if resumed else f"starting, into {out}"
-        console.print(f"{settings.model}: {start}", highlight=False, markup=False, soft_wrap=True)
+    trainer.begin(means.resume)
     return model, trainer.run()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from bench.networks import movielens_training, training
 from bench.networks.movielens_training import NOTES, SMOKE, SUBJECT, Data, trainer
 from bench.networks.training import BLACK_BOX, OURS, PAPER
-from maskmoe_kernels.experiments.movielens.ranking import Features
+from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.models import NCFSizes
 
 SIZES = NCFSizes(num_users=20, num_items=10)

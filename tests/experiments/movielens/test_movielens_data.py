@@ -13,17 +13,15 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens.data import (
-    GENRES,
-    MovieLens,
-    Split,
+from maskmoe_kernels.experiments.movielens.baselines import most_popular
+from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    leave_one_out,
     read_fixed_negatives,
-    read_movielens,
     sample_training_pairs,
 )
-from maskmoe_kernels.experiments.shared.baselines import most_popular
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
+from maskmoe_kernels.experiments.movielens.data.tables import GENRES, MovieLens
 from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "ml-1m"

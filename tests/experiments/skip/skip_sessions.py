@@ -19,7 +19,7 @@ _KILLED = """
 import os, signal, sys
 import torch
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments.skip.trainer import Trainer
+from maskmoe_kernels.experiments.shared.trainer import Trainer
 
 what, _, when = sys.argv[1].partition(":")
 calls = {"step": 0, "save": 0}

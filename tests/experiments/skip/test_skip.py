@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.ranks import Ranks
+from maskmoe_kernels.experiments.shared.trainer import Trainer
 from maskmoe_kernels.experiments.skip import commands as skip_command
 from maskmoe_kernels.experiments.skip import train as skip
 from maskmoe_kernels.experiments.skip.data.session_features import SessionBatch
@@ -31,7 +32,7 @@ from maskmoe_kernels.experiments.skip.train import (
     loss_part,
     train,
 )
-from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
+from maskmoe_kernels.experiments.skip.trainer import Pace
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 from maskmoe_kernels.ops.selection import gem_loss
 from tests.experiments.skip.skip_sessions import command, write_sessions

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,11 +21,27 @@ from torch import Tensor, nn
 
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared import train
-from maskmoe_kernels.experiments.shared.train import Run, TrainConfig, fit, load_checkpoint
+from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
+from maskmoe_kernels.experiments.shared.source import TensorSource
+from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
 from tests.experiments.movielens.tiny import write_movielens
 
-CONFIG = TrainConfig(model="tiny", epochs=5, patience=9, batch_size=7, seed=3)
+
+@dataclass(frozen=True)
+class Config:
+    """What a checkpoint of these tests names."""
+
+    model: str = "tiny"
+    epochs: int = 5
+    patience: int = 9
+    batch_size: int = 7
+    learning_rate: float = 1e-3
+    seed: int = 3
+    monitor: str = "NDCG@10"
+    options: str = ""
+
+
+CONFIG = Config()
 
 
 class Problem:
@@ -58,8 +74,32 @@ class Problem:
             self.epoch = max(self.weights)
         return {"NDCG@10": metric}
 
-    def fit(self, path: Path, config: TrainConfig = CONFIG, **options: Any) -> Run:
-        return fit(self.model, self.epoch_of, self.loss_of, self.validate, config, path, **options)
+    def fit(
+        self,
+        path: Path,
+        config: Config = CONFIG,
+        resume: bool = False,
+        console: Console | None = None,
+        save_every: int | None = None,
+    ) -> Run:
+        trainer = Trainer(
+            self.model,
+            TensorSource(self.epoch_of, config.batch_size),
+            lambda batch: self.loss_of(*batch),
+            self.validate,
+            Pace(
+                epochs=config.epochs,
+                patience=config.patience,
+                learning_rate=config.learning_rate,
+                save_every=save_every,
+            ),
+            asdict(config),
+            path,
+            monitor=config.monitor,
+            console=console,
+        )
+        trainer.begin(resume)
+        return trainer.run()
 
 
 def without_speed(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -106,6 +146,33 @@ def test_an_epoch_that_was_cut_leaves_nothing(tmp_path: Path) -> None:
         Problem(stop_in=3).fit(tmp_path / "x.pt")
     saved = load_checkpoint(tmp_path / "x.pt")
     assert saved["epoch"] == len(saved["history"]) == 2
+
+
+@pytest.mark.parametrize("stops", [(1,), (4, 4), (8, 3, 3), (11, 9)], ids=str)
+def test_a_run_is_resumed_after_any_step(
+    tmp_path: Path, stops: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = Problem(seed=1).fit(tmp_path / "whole.pt", save_every=2)
+    step, left = Trainer._step, 0
+
+    def stopping(self: Trainer[Any], batch: tuple[Tensor, ...]) -> None:
+        nonlocal left
+        step(self, batch)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    for stop in stops:
+        left = stop
+        with pytest.raises(KeyboardInterrupt):
+            Problem(seed=1).fit(tmp_path / "cut.pt", resume=True, save_every=2)
+    resumed = Problem(seed=1).fit(tmp_path / "cut.pt", resume=True, save_every=2)
+    assert_same_bits(undisturbed.state, resumed.state)
+    assert without_speed(undisturbed.history) == without_speed(resumed.history)
+    whole, cut = (load_checkpoint(tmp_path / name) for name in ("whole.pt", "cut.pt"))
+    for key in ("model", "optimizer", "best"):
+        assert_same_bits(whole[key], cut[key])
 
 
 def test_a_finished_run_is_only_loaded(tmp_path: Path) -> None:
@@ -174,7 +241,7 @@ def test_a_crash_while_saving_leaves_the_old_checkpoint(
         target.write(b"half of it")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(train.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="no space left"):
         Problem().fit(path, resume=True)
     assert path.read_bytes() == before
@@ -274,9 +341,9 @@ def test_patience(tmp_path: Path, patience: int, epochs: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["epochs", "patience", "batch_size"])
-def test_counts_start_at_one(name: str) -> None:
+def test_counts_start_at_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        replace(CONFIG, **{name: 0})
+        Problem().fit(tmp_path / "x.pt", replace(CONFIG, **{name: 0}))
 
 
 def test_the_mean_loss_counts_every_sample_once(tmp_path: Path) -> None:
@@ -308,7 +375,9 @@ def test_killed_in_mid_training_and_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("pyarrow", reason="reads MovieLens")
-    monkeypatch.setattr("maskmoe_kernels.experiments.shared.figures.obstacle", lambda: "not now")
+    monkeypatch.setattr(
+        "maskmoe_kernels.experiments.shared.plot_style.unsupported_reason", lambda: "not now"
+    )
     data = write_movielens(tmp_path / "ml-1m")
     out, checkpoint = tmp_path / "cut", tmp_path / "cut" / "content.pt"
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels.experiments.movielens.data import (
-    MovieLens,
-    Split,
+from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    leave_one_out,
     read_fixed_negatives,
     sample_training_pairs,
 )
+from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
+from maskmoe_kernels.experiments.movielens.data.tables import MovieLens
 from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
 from maskmoe_kernels.models import NCFSizes
 

@@ -88,8 +88,8 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     print_summary(document["summary"], console)
     if name == "smoke":
         _smoke_the_rest(document, arguments, out, console)
-    written = "and two pictures" if no_pictures is None else f"; no pictures: {no_pictures}"
-    _print_path(f"{path} {written}", console)
+    written = " and two pictures" if no_pictures is None else f"; no pictures: {no_pictures}"
+    console.print(f"{path}{written}", markup=False, highlight=False, soft_wrap=True)
     if lost:
         console.print("the GPU no longer answers this process: go on with --resume", style="red")
         return LOST
@@ -191,10 +191,6 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
         compile=not arguments.no_compile,
         seconds=arguments.seconds,
     )
-
-
-def _print_path(text: str, console: Console) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 _COMMANDS = {"run": _run, "compare": _compare, "overhead": _overhead, "train": _train}

@@ -41,7 +41,7 @@ def prove(lab: Lab) -> list[Task]:
     ]
     return [
         *pytest(lab, "layers", CUDA_TESTS, "-k", "oracle or blind or waits", shards=3),
-        *pytest(lab, "networks", *MLP_TESTS, "-m", "cuda", shards=2),
+        *pytest(lab, "mlp", *MLP_TESTS, "-m", "cuda", shards=2),
         # Each layout that a test draws compiles a new kernel or two, for up to a minute.
         *pytest(lab, "contract", *contract, *not_slow, shards=3, MASKMOE_TEST_SECONDS="150"),
         *pytest(lab, "objectives", *objectives, *not_slow, shards=2),

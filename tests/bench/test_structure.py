@@ -81,3 +81,8 @@ def test_every_file_of_a_rival_registers_its_contenders() -> None:
                 assert kind in rivals.GPU
     files = {kind.__module__ for kind in rivals.GPU}
     assert not {*imported(FILES["bench.rivals"])} & files
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_imports_the_installed_command(module: str) -> None:
+    assert not any(name.startswith("maskmoe_kernels.cli") for name in imported(FILES[module]))

@@ -117,9 +117,9 @@ def _write_archive(path: Path, _: Mapping[str, Any], work: Path) -> None:
     try:
         with tarfile.open(part, "w:gz", compresslevel=5) as archive:
             for file in sorted(work.rglob("*")):
-                inside = file.relative_to(work)
-                if inside.parts[0] != "compiled" and file.is_file() and file.stat().st_size < LARGE:
-                    archive.add(file, f"{work.name}/{inside}", recursive=False)
+                member = file.relative_to(work)
+                if member.parts[0] != "compiled" and file.is_file() and file.stat().st_size < LARGE:
+                    archive.add(file, f"{work.name}/{member}", recursive=False)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

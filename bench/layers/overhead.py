@@ -93,12 +93,12 @@ def _registered(backend: str, layout: BlockLayout) -> Layer:
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         result: Tensor = FORWARD[op](
-            x, weight, bias, plan, layout.id, layout.out_features, ACTIVATION, False
+            x, weight, bias, serialized, layout.id, layout.out_features, ACTIVATION, False
         )[0]
         return result
 
     key = next(key for key in layout.routes if key[0] == backend)
-    op, plan, _ = layout.routes[key]
+    op, serialized, _ = layout.routes[key]
     return layer
 
 

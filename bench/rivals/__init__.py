@@ -20,12 +20,12 @@ def _rank(kind: type[Contender]) -> tuple[bool, int]:
     return kind.floor, int(kind.number) if kind.number.isdigit() else 0
 
 
-#: Everybody who is measured on a GPU.
+#: All contenders on a GPU.
 GPU: tuple[type[Contender], ...] = tuple(sorted(REGISTERED, key=_rank))
-#: Everybody who is measured on a CPU.
+#: All contenders on a CPU.
 ALL: tuple[type[Contender], ...] = tuple(kind for kind in GPU if not kind.gpu_only)
 
 
 def contenders(device: str) -> tuple[type[Contender], ...]:
-    """Who is measured on ``device``."""
+    """The contenders on ``device``."""
     return GPU if torch.device(device).type == "cuda" else ALL

@@ -52,7 +52,7 @@ def cases(path: Path) -> list[str]:
 
 
 def test_a_run(tmp_path: Path, console: Console) -> None:
-    code, told = run([*TINY, str(tmp_path)], console)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 0
     written = results.load(tmp_path / results.NAME)
     assert [r["family"] for r in written["results"]] == ["toy3", "ncf4"]
@@ -61,8 +61,8 @@ def test_a_run(tmp_path: Path, console: Console) -> None:
     assert written["settings"]["rounds"] == 2
     assert written["peak_rates"]["float32"] == {"gflops": 100.0, "gbs": 10.0}
     assert written["summary"]["compared"] == 6
-    assert "toy3 d=8 B=16 float32" in told
-    assert "2 of 2 cases" in told
+    assert "toy3 d=8 B=16 float32" in printed
+    assert "2 of 2 cases" in printed
 
 
 @pytest.mark.parametrize(
@@ -112,11 +112,11 @@ def test_a_killed_run_loses_nothing_and_resumes(
     assert cases(tmp_path) == ["toy3"]
     assert results.load(tmp_path / results.NAME)["summary"]["compared"] == 3
     measured.append("again")
-    code, told = run([*TINY, str(tmp_path), "--resume"], console)
+    code, printed = run([*TINY, str(tmp_path), "--resume"], console)
     assert code == 0
     assert measured == ["toy3", "again", "ncf4"]
     assert cases(tmp_path) == ["toy3", "ncf4"]
-    assert "1 of 2 cases are done already" in told
+    assert "1 of 2 cases are done already" in printed
 
 
 def test_resuming_elsewhere_is_refused(
@@ -136,12 +136,12 @@ def test_skipped_cases_are_written(
         return result(case, TIMES)
 
     monkeypatch.setattr(layer_run, "measure", measure)
-    code, told = run([*TINY, str(tmp_path)], console)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 0
     written = results.load(tmp_path / results.NAME)
     assert written["skipped"] == {"toy3 d=8 B=16 float32": "too large for [this]"}
     assert cases(tmp_path) == ["ncf4"]
-    assert "skipped: too large for [this]" in told
+    assert "skipped: too large for [this]" in printed
 
 
 def test_a_broken_layer_of_ours_is_an_error(
@@ -153,9 +153,9 @@ def test_a_broken_layer_of_ours_is_an_error(
         return made
 
     monkeypatch.setattr(layer_run, "measure", measure)
-    code, told = run([*TINY, str(tmp_path)], console)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 1
-    assert "ours did not run" in told
+    assert "ours did not run" in printed
 
 
 def test_compare(tmp_path: Path, console: Console) -> None:
@@ -178,9 +178,9 @@ def test_files_that_are_no_results(text: str, tmp_path: Path, console: Console) 
 
 
 def test_train_smoke(tmp_path: Path, console: Console) -> None:
-    code, told = run(["train", "--smoke", "--out", str(tmp_path)], console)
+    code, printed = run(["train", "--smoke", "--out", str(tmp_path)], console)
     assert code == 0
-    assert "samples/s" in told
+    assert "samples/s" in printed
     assert (tmp_path / "movielens_training.json").exists()
 
 

@@ -347,7 +347,7 @@ def test_faults_are_planted_and_the_rest_comes_back(tmp_path: Path, console: Con
         assert {"prove/lab.jsonl", "prove/logs/faults.log"} <= set(archive.getnames())
 
 
-def test_a_rehearsal_that_went_wrong_says_what() -> None:
+def test_a_rehearsal_names_the_differences() -> None:
     lines = [
         {"event": "test", "task": "faults", "test": f"x.py::{name}", "outcome": outcome}
         for name, outcome in PLANTED.items()

@@ -54,10 +54,10 @@ def test_no_case_is_begun_when_the_time_is_up(
 
     monkeypatch.setattr(layer_run, "measure", measure)
     monkeypatch.setattr(layer_run.time, "perf_counter", lambda: clock.now)
-    code, told = run([*TINY, str(tmp_path), "--within", "5"])
+    code, printed = run([*TINY, str(tmp_path), "--within", "5"])
     assert code == 0
     assert families(tmp_path) == ["toy3"]
-    assert "1 cases left out: 5 s have passed" in told
+    assert "1 cases left out: 5 s have passed" in printed
 
 
 def test_a_lost_gpu_ends_the_run_and_the_next_goes_on(
@@ -74,9 +74,9 @@ def test_a_lost_gpu_ends_the_run_and_the_next_goes_on(
 
     monkeypatch.setattr(layer_run, "measure", measure)
     monkeypatch.setattr(layer_run, "is_lost", lambda device: bool(lost))
-    code, told = run([*TINY, str(tmp_path)])
+    code, printed = run([*TINY, str(tmp_path)])
     assert code == LOST
-    assert "go on with --resume" in told
+    assert "go on with --resume" in printed
     assert families(tmp_path) == []
     lost.clear()
     code, _ = run([*TINY, str(tmp_path), "--resume"])

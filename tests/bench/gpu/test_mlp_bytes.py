@@ -32,9 +32,9 @@ def test_a_tile_is_as_large_as_the_kernels_say(name: str, dtype: torch.dtype) ->
     cuda_twin.configure(shared=64)
     with pytest.raises(RuntimeError, match="bytes of shared memory") as refusal:
         net.gem(torch.zeros(40))
-    said = re.search(r"needs (\d+) bytes of shared memory for (\d+) rows", str(refusal.value))
-    assert said is not None
-    assert Shape.of(net.layouts).tile(int(said[2]), dtype.itemsize) == int(said[1])
+    match = re.search(r"needs (\d+) bytes of shared memory for (\d+) rows", str(refusal.value))
+    assert match is not None
+    assert Shape.of(net.layouts).tile(int(match[2]), dtype.itemsize) == int(match[1])
 
 
 @pytest.mark.parametrize("size", [4, 2])

@@ -42,14 +42,14 @@ def test_a_kernel_that_breaks_a_rule_is_named():
     shape = launches.Shape("toy3", 16, 65536)
     kept = next(k for k in launches.launches(shape) if k.kernel.__name__ == "forward")
     assert resources.broken_rules(kept, good, 90) == []
-    for change, said in (
+    for change, message in (
         ({"spilled": 64, "parked": 30}, "spills 64 bytes, 30 accesses a step"),
         ({"shared": 300_000}, "300000 bytes of shared memory, of 232448"),
         ({"tensor": 0}, "no tensor-core instruction"),
         ({"wgmma": 0}, "no wgmma, though its tiles have 64 rows"),
         ({"64-bit products": 0}, "no 64-bit product in its offsets"),
     ):
-        assert resources.broken_rules(kept, good | change, 90) == [said]
+        assert resources.broken_rules(kept, good | change, 90) == [message]
     # With limited registers, code outside the loop may spill, and the loop a little.
     capped = replace(kept, registers=96)
     assert resources.broken_rules(capped, good | {"spilled": 64, "parked": 2}, 90) == []
@@ -93,8 +93,8 @@ def test_the_table_of_this_triton_is_compared_with(tmp_path):
     assert compared(more, a=("0", [more]), b=(version, [row])) == [
         "s k c sm_90: registers 90 -> 120"
     ]
-    said = ["s k c sm_90: spills 32 bytes"]
-    assert compared(spills) == compared(spills, a=("0", [spills])) == said
-    assert compared(spills, a=(version, [row])) == said
-    assert compared(spills, a=(version, [row | {"wrong": ["spills 24 bytes"]}])) == said
+    message = ["s k c sm_90: spills 32 bytes"]
+    assert compared(spills) == compared(spills, a=("0", [spills])) == message
+    assert compared(spills, a=(version, [row])) == message
+    assert compared(spills, a=(version, [row | {"wrong": ["spills 24 bytes"]}])) == message
     assert compared(spills, a=(version, [spills])) == []

@@ -82,7 +82,7 @@ def test_ours_by_name_is_no_rival(measured: dict[str, Any]) -> None:
     assert [line.label for line in lines(measured, GRAPH)] == ["forward, graph", "step, graph"]
 
 
-def test_modes_are_told(measured: dict[str, Any]) -> None:
+def test_modes_are_printed(measured: dict[str, Any]) -> None:
     console = Console(width=200)
     summary = summarize([measured])
     assert summary["modes"].keys() == {COLD, GRAPH}

@@ -206,7 +206,7 @@ def test_ours_by_name() -> None:
             OursTriton(problem).forward()
 
 
-def test_a_gpu_has_everybody() -> None:
+def test_a_gpu_has_all_contenders() -> None:
     assert rivals.contenders("cpu") is rivals.ALL
     assert rivals.contenders("cuda:1") is rivals.GPU
     assert set(rivals.ALL) < set(rivals.GPU)

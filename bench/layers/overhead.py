@@ -29,7 +29,6 @@ from bench.statistics import quartiles
 from maskmoe_kernels import BlockLayout, masked_linear
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
-from maskmoe_kernels.ops.masked_linear.autograd import FORWARD
 
 NAME = "overhead.json"
 #: Backend to its module with ``forward`` and ``backward``, in ``maskmoe_kernels.ops.masked_linear``
@@ -92,13 +91,11 @@ def _registered(backend: str, layout: BlockLayout) -> Layer:
     """The library's own op, without the front end's checks."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = FORWARD[op](
-            x, weight, bias, serialized, layout.id, layout.out_features, ACTIVATION, False
-        )[0]
+        result: Tensor = run.forward(x, weight, bias, *run.of_forward, ACTIVATION, False)[0]
         return result
 
-    key = next(key for key in layout.routes if key[0] == backend)
-    op, serialized, _ = layout.routes[key]
+    key = next(key for key in layout.caches.dispatch if key[0] == backend)
+    run, _ = layout.caches.dispatch[key]
     return layer
 
 
@@ -199,7 +196,7 @@ def _layers(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def measure(backend: str, device: str, effort: Effort) -> list[dict[str, Any]]:
     """Every way to call, in interleaved rounds; one that cannot be taken has its reason instead."""
     layout, tensors = _problem(device, effort.rows)
-    expected = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills layout.routes
+    expected = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills the dispatch cache
     records: list[dict[str, Any]] = []
     ready: list[tuple[int, Call]] = []
     for name, make in ways_to_call(backend, layout).items():

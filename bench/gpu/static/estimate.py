@@ -58,7 +58,7 @@ def _work(layout: BlockLayout, constants: dict[str, Any], name: str, batch: int)
     if name == "forward":
         entries = batch * tiles.chunk_walks * tiles.depth
         return entries * tiles.lanes, 2 * (entries + batch * layout.out_features)
-    transposed = pair.turned.cut(constants["XN"], constants["XK"])
+    transposed = pair.transposed.cut(constants["XN"], constants["XK"])
     of_x = batch * transposed.chunk_walks * transposed.depth
     items = tiles.weight_items(constants["F"]).shape[0]
     of_w = batch * items * (constants["F"] + 2 * tiles.lanes)

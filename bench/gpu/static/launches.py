@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.families import FAMILIES
+from maskmoe_kernels.layout.serialized import registered_layout
 from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, products
 from maskmoe_kernels.ops.selection.triton import gem_kernels, selection_kernels
 
@@ -148,12 +149,12 @@ def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
         **{name: _Recorder(getattr(kernels, name), recorded) for name in names}
     )
     products.processors = launch.processors = lambda device: PROCESSORS
-    products._pairs.clear()
+    registered_layout(layout).caches.derived.clear()
     torch.set_float32_matmul_precision(shape.precision)
     choose = launch.tune.choose
     if every:
         launch.tune.choose = _all_of
-    launch.tune.forget()
+    products.forget()
     try:
         with torch.device("meta"):
             x = torch.empty(shape.batch, layout.in_features, dtype=dtype)

@@ -41,22 +41,29 @@ from maskmoe_kernels.experiments.movielens.data.split import leave_one_out
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.shared.source import TensorSource
 from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
-from maskmoe_kernels.experiments.skip import train as skip
-from maskmoe_kernels.experiments.skip import trainer as skip_trainer
-from maskmoe_kernels.experiments.skip.data import generator
-from maskmoe_kernels.experiments.skip.data.causes import Causes
-from maskmoe_kernels.experiments.skip.data.mssd import prepare
-from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS, TRACK_COLUMNS
-from maskmoe_kernels.experiments.skip.data.mssd_csv import CsvFile
-from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader, Shards
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
+from maskmoe_kernels.experiments.skip.data.prepare import prepare
+from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
+from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.generator.causes import Causes
+from maskmoe_kernels.experiments.skip.generator.generate import check_settings, generate
+from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
+from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.pace import Pace as SkipPace
+from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import Settings
+from maskmoe_kernels.experiments.skip.source import SessionSource
+from maskmoe_kernels.experiments.skip.train import train as train_skip
 from tests.experiments.movielens.tiny import write_movielens
 
 #: Seconds that reading may take, and bytes that the process may grow by over all cases.
 SECONDS, MEMORY = 20, 512 << 20
 
-SETTINGS = skip.Settings("black-box-gru", width=2, layers=1, batch_size=64)
-PACE = skip_trainer.Pace(epochs=1, learning_rate=1e-3)
-GENERATED = generator.Settings(90, seed=5, tracks=2_000, chunk=45)
+SETTINGS = Settings("black-box-gru", width=2, layers=1, batch_size=64)
+PACE = SkipPace(epochs=1, learning_rate=1e-3)
+GENERATED = GeneratorSettings(90, seed=5, tracks=2_000, chunk=45)
 
 
 @dataclass(frozen=True)
@@ -109,18 +116,18 @@ def _read_fit(folder: Path) -> Any:
 
 
 def _read_run(folder: Path) -> Any:
-    model, settings, run = skip.load(folder)
+    model, settings, run = load(folder)
     return [model.state_dict(), vars(settings), run.history, run.best_epoch, run.best, run.state]
 
 
 def _read_trainer(folder: Path) -> Any:
-    model = skip.build(SETTINGS)
+    model = build(SETTINGS)
     training = SessionDataset(Shards(_made() / "data", "train"), SETTINGS.batch_size, seed=0)
     identity = json.loads((_made() / "identity.json").read_text())
-    source = skip_trainer.SessionSource(SessionLoader(training), torch.device("cpu"))
+    source = SessionSource(SessionLoader(training), torch.device("cpu"))
     trainer = Trainer(
         model, source, lambda batch: torch.zeros(()), dict, PACE, identity,
-        folder / "checkpoint.pt", monitor=skip_trainer.MONITOR,
+        folder / "checkpoint.pt", monitor=MONITOR,
     )  # fmt: skip
     trainer.resume()
     state = [trainer.optimizer.state_dict(), trainer.scheduler.state_dict(), source.state_dict()]
@@ -167,7 +174,7 @@ def _read_report(folder: Path) -> Any:
 
 
 def _read_generation(folder: Path) -> None:
-    generator._claim(folder, GENERATED)
+    check_settings(folder, GENERATED)
 
 
 @cache
@@ -175,9 +182,9 @@ def _made() -> Path:
     """All files, as the package writes them."""
     root = Path(tempfile.mkdtemp(prefix="maskmoe-fuzz-"))
     _Fit().run(root / "fit" / "tiny.pt", resume=False)
-    generator.generate(root / "csv", GENERATED)
+    generate(root / "csv", GENERATED)
     prepare([root / "csv"], root / "data", row_group=16)
-    skip.train(root / "data", root / "run", SETTINGS, PACE)
+    train_skip(root / "data", root / "run", SETTINGS, PACE)
     saved = torch.load(root / "run" / "checkpoint.pt", weights_only=True)
     (root / "identity.json").write_text(json.dumps(saved["config"]))
     (root / "run" / "report.json").unlink()

@@ -9,8 +9,8 @@ from rich.console import Console
 
 from maskmoe_kernels.experiments.movielens import MODELS
 from maskmoe_kernels.experiments.shared.arguments import (
+    AlternativeCommands,
     Commands,
-    Instead,
     add_command,
     add_common,
     positive,
@@ -60,7 +60,7 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         title="commands",
         description="Without a command, models are trained. Each command has its own --help.",
         metavar="COMMAND",
-        action=Instead,
+        action=AlternativeCommands,
     )
     _add_explain(inner)
 

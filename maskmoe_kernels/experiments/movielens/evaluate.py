@@ -19,7 +19,7 @@ from maskmoe_kernels.ops.selection import mixture
 SHARPNESS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
 #: The authors' confidence for rare positives, in training and in prediction.
 CONFIDENCE = "rare"
-#: What is read again of the report's interpretable model, and the checksum of it.
+#: Keys of the report's interpretable model that ``explain`` reads, and their checksum.
 SEALED = ("sharpness", "chosen", "checksum")
 
 

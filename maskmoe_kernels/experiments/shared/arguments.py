@@ -16,7 +16,7 @@ from maskmoe_kernels.errors import BackendError
 Commands = argparse._SubParsersAction
 
 
-class Instead(argparse._SubParsersAction):  # type: ignore[type-arg]  # no generic when run
+class AlternativeCommands(argparse._SubParsersAction):  # type: ignore[type-arg]  # no generic when run
     """Commands in place of their parent's own work: what the parent requires is not needed."""
 
     def __call__(
@@ -94,7 +94,7 @@ def usable(device: str) -> str:
     return device
 
 
-# Kinds of arguments: text to value; what does not fit is an error that quotes it.
+# Types of arguments: each turns text into a value, or raises an error that quotes the text.
 
 
 def positive(text: str) -> int:

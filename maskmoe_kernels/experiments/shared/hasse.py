@@ -32,7 +32,7 @@ class _Node:
 _CHARACTER = 0.082  # inches; a wide guess for 9 point text
 _TEXT_LINE = 0.165
 _GAP = 0.12
-_TALLEST = 13.0  # a rank is split into columns beyond this, for edges then run behind boxes
+_TALLEST = 13.0  # a taller rank is split into columns, and edges run behind boxes
 _TALLEST_ALONE = 8.0  # without edges
 _HEADING = 0.95
 
@@ -130,7 +130,7 @@ def _bend_long_edges(
     rank: Mapping[str, int],
     edges: Sequence[tuple[str, str]],
 ) -> tuple[list[list[_Node]], list[tuple[str, str]]]:
-    """Reserve room in every rank an edge passes: paths of nodes, and edges between neighbours."""
+    """Add a node in every rank that an edge passes; paths of nodes, and edges between ranks."""
     paths: list[list[_Node]] = []
     steps: list[tuple[str, str]] = []
     for e, (small, large) in enumerate(edges):

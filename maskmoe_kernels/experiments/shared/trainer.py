@@ -36,15 +36,16 @@ from maskmoe_kernels.experiments.shared.structure import Spec, check
 
 Metrics = dict[str, float]
 
-# What a checkpoint that is written within an epoch holds besides that of an epoch's end.
+# What a checkpoint holds in addition if it may be written within an epoch.
 _WITHIN_EPOCH: Spec = {
     "cursor": {str: PLAIN},
     "random": {"torch": Tensor, "cuda": [Tensor], "python": list},
     "running": {"sums": Tensor, "done": int, "seconds": float},
 }
-# A run may be resumed with more of these: it only goes further on the same way.
+# These may differ in a resumed run: they say when training ends, and change no step.
 _MAY_CHANGE = ("epochs", "patience")
-# Steps between two looks at the sums: each waits for the device.
+# Steps between two checks that the sums are finite, and between two updates of the progress bar.
+# Both wait for the device.
 _CHECK_EVERY, _SHOW_EVERY = 200, 20
 
 
@@ -128,8 +129,9 @@ def take_step(
 class Trainer(Generic[Batch]):
     """Trains a model with Adam, validates it after each epoch, and keeps the best epoch.
 
-    The state is a function of the settings and the number of steps alone: what a checkpoint
-    holds, and nothing else, decides how training goes on.
+    A checkpoint holds all of the state: a resumed run ends with the same bits as one that was
+    never stopped. With ``pace.save_every`` it can be resumed within an epoch, otherwise after
+    every epoch.
 
     Args:
         model: Trained in place.
@@ -175,8 +177,8 @@ class Trainer(Generic[Batch]):
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        # Of the epoch under way, in this process: loss and norms of gradients, summed over
-        # steps; steps; samples; seconds.
+        # Of the current epoch, in this process: losses and norms of gradients, summed over the
+        # steps; the numbers of steps, samples and seconds.
         self.loss_sum, self.norm_sum = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         self.done, self.samples, self.seconds = 0, 0, 0.0
 
@@ -211,7 +213,7 @@ class Trainer(Generic[Batch]):
             self._close_epoch()
         if self.best is None:
             raise ValueError("no epoch was trained")
-        if self.report is not None:  # also where a killed run had no more to train
+        if self.report is not None:  # the run may have been killed just before its last report
             self.report(self.history)
         self.model.load_state_dict(self.best["model"])
         self.model.eval()
@@ -277,7 +279,7 @@ class Trainer(Generic[Batch]):
 
     def _checked_metrics(self) -> Metrics:
         """Metrics after an epoch; weights and metrics are finite."""
-        # A finite loss may still have had a gradient that was not.
+        # A finite loss may have a gradient that is not finite.
         for name, value in self.model.named_parameters():
             if not bool(value.isfinite().all()):
                 self._check_finite(f"weight {name}", math.nan)
@@ -323,7 +325,7 @@ class Trainer(Generic[Batch]):
             parts.append(f"rate {record['learning_rate']:.1e}")
         parts += [f"{record[speed]:,.0f} {self.source.unit}/s", duration(seconds)]
         kept = "kept" if best == epoch else f"best is epoch {best}"
-        # Patience may end it before the last epoch.
+        # Training may end earlier, when patience does.
         most = min(self.pace.epochs, best + self.pace.patience) - epoch
         left = "" if most < 1 else f", {duration(most * seconds)} left if none is better"
         return f"{self.name}: epoch {epoch}/{self.pace.epochs}  {'  '.join(parts)}  ({kept}{left})"
@@ -365,7 +367,7 @@ class Trainer(Generic[Batch]):
         self._check_identity(saved["config"])
         self._check_structure(saved)
         if saved["best"] is not None:
-            restore_model(path, self.model, saved["best"]["model"])  # which the run ends with
+            restore_model(path, self.model, saved["best"]["model"])  # verified here, used by run()
         restore_model(path, self.model, saved["model"])
         restore_optimizer(path, self.optimizer, saved.get("optimizer"))
         if self.scheduler is not None:
@@ -404,7 +406,7 @@ class Trainer(Generic[Batch]):
         self.done, self.seconds = running["done"], running["seconds"]
         with restoring(self.checkpoint, "sums"):
             loss, samples, norm = running["sums"].tolist()
-            if self.ranks.first:  # they are summed over the processes
+            if self.ranks.first:  # they are sums over all processes
                 self.loss_sum.fill_(loss)
                 self.norm_sum.fill_(norm)
                 self.samples = int(samples)

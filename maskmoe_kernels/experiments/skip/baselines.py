@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 def last_skip(skips: Tensor, padding: Tensor) -> Tensor:
-    """The last skip of half A, for every track of B the same, ``(B, 1)``.
-
-    Without a track in A it is 0.5: nothing is known.
+    """Predict for all tracks of half B the last skip of half A.
 
     Args:
-        skips: Of A, 0 or 1, ``(B, T)``.
-        padding: Where A has no track, ``(B, T)`` bool.
+        skips: Skips of half A, 0 or 1, ``(B, T)``.
+        padding: True where half A has no track, ``(B, T)`` bool.
+    Returns:
+        ``(B, 1)``; 0.5 for sessions without a track in half A.
     """
     real = ~padding
     last = skips.gather(1, real.cumsum(1).argmax(1, keepdim=True))
@@ -20,9 +20,13 @@ def last_skip(skips: Tensor, padding: Tensor) -> Tensor:
 
 
 def mean_skip(skips: Tensor, padding: Tensor) -> Tensor:
-    """The mean skip of half A, for every track of B the same, ``(B, 1)``.
+    """Predict for all tracks of half B the mean skip of half A.
 
-    Without a track in A it is 0.5: nothing is known. Arguments as for :func:`last_skip`.
+    Args:
+        skips: Skips of half A, 0 or 1, ``(B, T)``.
+        padding: True where half A has no track, ``(B, T)`` bool.
+    Returns:
+        ``(B, 1)``; 0.5 for sessions without a track in half A.
     """
     real = ~padding
     count = real.sum(1, keepdim=True)

@@ -112,10 +112,10 @@ def sample(
     inputs = len(clusters[0].center)
     center = torch.tensor([c.center for c in clusters], dtype=torch.float32, device=device)
     label = torch.tensor([c.label for c in clusters], dtype=torch.float32, device=device)
-    spread = torch.tensor([[SIGMA * (k in c.noisy) for k in range(inputs)] for c in clusters])
+    deviation = torch.tensor([[SIGMA * (k in c.noisy) for k in range(inputs)] for c in clusters])
     which = torch.randint(len(clusters), (n,), generator=generator, device=device)
     noise = torch.randn(n, inputs, generator=generator, device=device)
-    return center[which] + spread.to(device)[which] * noise, label[which], which
+    return center[which] + deviation.to(device)[which] * noise, label[which], which
 
 
 def held_out(task: str | ToyTask, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -29,8 +29,8 @@ from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import UNFINISHED, claim, replacing
 from maskmoe_kernels.experiments.shared.report import read_json, sealed, write_json
-from maskmoe_kernels.experiments.skip.data import mssd_csv
-from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
 from maskmoe_kernels.experiments.toy.train import ToyConfig, run_toy
 from tests.experiments.movielens.tiny import write_movielens
 from tests.experiments.shared.test_trainer import CONFIG, Problem
@@ -218,13 +218,20 @@ def test_every_command_looks_at_its_folder_first(
         ["skip", "train", "--data", none],
         ["skip", "evaluate", "--data", none],
         ["skip", "explain", "--data", none, "--run", none],
-        ["bench"],
     ):
         assert main([*words, *out]) == 2
         assert "file: cannot be written: expected a folder, got a file" in capsys.readouterr().err
 
 
-def test_a_name_that_is_no_text_is_no_obstacle(
+def test_the_benchmark_looks_at_its_folder_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    words = [sys.executable, "-m", "bench", "--out", str(tmp_path / "file")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "file: cannot be written: expected a folder, got a file" in done.stderr
+
+
+def test_a_name_that_is_no_text_can_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -413,4 +420,4 @@ def test_a_gzip_bomb_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     name = tmp_path / "log_0.csv.gz"
     name.write_bytes(gzip.compress(bytes(1_000_000)))
     with pytest.raises(DataError, match=r"log_0.csv.gz, line 1: expected lines of up to 65,536"):
-        list(mssd_csv.CsvFile(name, LOG_COLUMNS).blocks())
+        list(CsvFile(name, LOG_COLUMNS).blocks())

@@ -43,8 +43,8 @@ def test_the_right_expert_separates_its_cluster_and_no_smaller_one_does(name):
     for cluster in task.clusters:
         fitting = [expert for expert in member if separates(task, member[expert], cluster)]
         assert cluster.expert in fitting
-        below = task.family.strict[task.family.names.index(cluster.expert)]
-        assert not any(below[task.family.names.index(expert)] for expert in fitting)
+        subsets = task.family.strict[task.family.names.index(cluster.expert)]
+        assert not any(subsets[task.family.names.index(expert)] for expert in fitting)
 
 
 def separates(task, seen, cluster):

@@ -43,11 +43,11 @@ class DataFile:
         return DataError(f"{where}: expected {expected}, got {got}. {remedy}")
 
     def text(self) -> bytes:
-        """The bytes with newline line ends; raises where the file is empty or cut in a line."""
+        """The bytes with newline line ends; raises if the file is empty or cut within a line."""
         if not self.data.strip():
             raise self.error(1, "at least one line", "an empty file")
         data = self.data.replace(b"\r\n", b"\n")
-        # Without it a number cut in half would pass for a whole one.
+        # Without a last newline, a number that is cut short would look complete.
         if not data.endswith(b"\n"):
             count = data.count(b"\n") + 1
             remedy = "It may be cut short; if it is whole, end it with a newline."
@@ -65,7 +65,7 @@ class DataFile:
             line = data.count(b"\n", 0, accented.start()) + 1
             remedy = "Convert it with `iconv -f utf-8 -t latin1`, or restore the official file."
             raise self.error(line, "latin-1 text", "UTF-8", remedy)
-        # One by one: a list of as many as there may be would be many times the file.
+        # A generator: a list of all lines would take many times the memory of the file.
         return (line[:-1].decode("latin-1") for line in io.BytesIO(data))
 
     def rows(self, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:

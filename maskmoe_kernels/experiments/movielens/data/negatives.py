@@ -1,4 +1,4 @@
-"""Negatives: drawn or published ones for tests, fresh ones for each epoch of training."""
+"""Negatives: drawn or published ones for evaluation, fresh ones for each epoch of training."""
 
 from __future__ import annotations
 

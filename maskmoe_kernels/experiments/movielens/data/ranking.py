@@ -33,9 +33,9 @@ class Features:
         self.codes = torch.stack([data.sex, data.age, data.occupation], 1).to(self.device)
         year = data.year.double()
         rated = year[data.rated_items]
-        spread = rated.std(correction=min(1, len(rated) - 1))
-        # Movies of one year alone have no spread to divide by.
-        standard = ((year - rated.mean()) / (spread if spread > 0 else 1)).float()
+        deviation = rated.std(correction=min(1, len(rated) - 1))
+        # The deviation is 0 if all movies are of one year.
+        standard = ((year - rated.mean()) / (deviation if deviation > 0 else 1)).float()
         self.numeric = torch.cat([standard[:, None], data.genres], 1).to(self.device)
 
     @property

@@ -34,7 +34,11 @@ from maskmoe_kernels.layout.families import FAMILIES
 
 def main(words: list[str] | None = None) -> int:
     """Print the table; 1 where a kernel breaks a rule or differs from the committed table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.static", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu.static",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--all", action="store_true", help="every configuration that may be tried")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES)
     parser.add_argument("--shapes", nargs="+", help="families to keep")

@@ -96,7 +96,7 @@ bench-smoke: $(BUILT) ## Run every benchmark once on tiny shapes
 	@$(PY) -m bench --smoke
 
 gpu-static: $(READY) ## Compile every GPU kernel, without a GPU, and compare with the committed table
-	@$(PY) -m bench.gpu.static --check $(wildcard bench/results/gpu-static*.json) $(ARGS)
+	@$(PY) -m bench.gpu.static --check $(wildcard bench/results/static/kernels-triton*.json) $(ARGS)
 
 gpu-check: $(BUILT) ## The GPU lab (ARGS='prove', 'measure', 'tune', '--dry-run')
 	@$(PY) -m bench.gpu.check $(ARGS)

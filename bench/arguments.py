@@ -1,4 +1,4 @@
-"""The arguments of the command: a run, ``compare`` or ``train``."""
+"""The arguments of ``python -m bench`` and of its commands."""
 
 from __future__ import annotations
 
@@ -6,56 +6,54 @@ import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from bench import rivals
-from bench.networks import mlp_training as network_training
-from bench.networks import training
-from bench.shapes import DTYPES
+from bench.cases import DTYPES
+from bench.layers.suites import SUITES
+from bench.networks import mlp_training
+from bench.networks.training import Schedule
 from maskmoe_kernels.layout.families import FAMILIES
 
+PROGRAM = "python -m bench"
+MODELS = ("movielens", "skip", "mlp")
 
-def parse(argv: Sequence[str], program: str) -> tuple[str, argparse.Namespace]:
-    """Which of ``run``, ``compare`` and ``train``, and its arguments.
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments; ``command`` is ``"run"`` unless another command is named.
 
     Raises:
         SystemExit: 2 for arguments that cannot be parsed, 0 after ``--help``.
     """
-    words = list(argv)
-    kind = words.pop(0) if words[:1] in (["compare"], ["train"]) else "run"
-    return kind, _PARSERS[kind](program).parse_args(words)
-
-
-def _parser(program: str, text: str, *examples: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
-        prog=program,
-        description=text,
-        epilog="\n  ".join(["example:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-
-
-def _run_parser(program: str) -> argparse.ArgumentParser:
-    parser = _parser(
-        program,
+    parser = argparse.ArgumentParser(prog=PROGRAM, **_texts(
         "Our layers beside the best that can be written without them: interleaved rounds on every\n"
-        "case of a suite. Writes bench.json, after each case, and two pictures into --out.\n"
-        f"See also `{program} compare --help` and `{program} train --help`.",
-        f"{program} --suite quick --out runs/bench",
-        f"{program} compare runs/before/bench.json runs/bench/bench.json",
-        f"{program} train --batch 256",
-    )
+        "case of a suite. Writes bench.json, after each case, and two pictures into --out.",
+        f"{PROGRAM} --suite quick --out runs/bench",
+        f"{PROGRAM} compare runs/before/bench.json runs/bench/bench.json",
+        f"{PROGRAM} train --batch 256",
+    ))  # fmt: skip
+    _add_cases(parser)
+    _add_effort(parser)
+    _add_common(parser)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
+    _add_compare(commands)
+    _add_train(commands)
+    _add_overhead(commands)
+    parser.set_defaults(command="run")
+    return parser.parse_args(words)
+
+
+# --- Measuring layers --------------------------------------------------------------------
+
+
+def _add_cases(parser: argparse.ArgumentParser) -> None:
+    """What is measured."""
     add = parser.add_argument
-    families = ", ".join(FAMILIES)
-    suites = ("quick", "full", "gpu-quick", "gpu")
+    suites = [name for name in SUITES if name != "smoke"]
     add("--suite", choices=suites, help="default: quick, on a GPU gpu-quick")
     add("--smoke", action="store_true", help="tiny cases of everything: does it run?")
-    add(
-        "--families",
-        nargs="+",
-        choices=FAMILIES,
-        metavar="NAME",
-        help=f"instead of the suite's: {families}",
-    )
+    families = f"instead of the suite's: {', '.join(FAMILIES)}"
+    add("--families", nargs="+", choices=FAMILIES, metavar="NAME", help=families)
     add("--widths", nargs="+", type=_positive, metavar="D", help="units an expert")
     add("--batch", nargs="+", type=_positive, metavar="B", help="rows")
     add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"of {', '.join(DTYPES)}")
@@ -66,7 +64,12 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
         metavar="NAME",
         help="ours and these only: 'best dense' QuACK ..., as the tables call them",
     )
-    add("--rounds", type=_positive, metavar="N", help="least rounds a case")
+
+
+def _add_effort(parser: argparse.ArgumentParser) -> None:
+    """How long and how much is measured."""
+    add = parser.add_argument
+    add("--rounds", type=_positive, metavar="N", help="minimum number of rounds a case")
     add("--budget", type=_seconds, metavar="S", help="seconds of rounds a case")
     add(
         "--longest",
@@ -87,18 +90,15 @@ def _run_parser(program: str) -> argparse.ArgumentParser:
         help="the torch.compile variants too, up to 16 experts: tens of seconds each",
     )
     add("--resume", action="store_true", help="keep the cases that --out holds")
-    return _with_common(parser)
 
 
-def _compare_parser(program: str) -> argparse.ArgumentParser:
-    parser = _parser(
-        f"{program} compare",
+def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("compare", help="two results: what became slower", **_texts(
         "What became slower or faster between two results. A change counts where our time, its\n"
         "ratio to the floor and its ratio to the best rival all say so and the quartiles lie\n"
         "apart. Exit status 1: something became slower.",
-        f"{program} compare runs/before/bench.json runs/bench/bench.json",
-    )
-    parser.set_defaults(threads=None)
+        f"{PROGRAM} compare runs/before/bench.json runs/bench/bench.json",
+    ))  # fmt: skip
     add = parser.add_argument
     add("first", type=Path, metavar="FIRST", help="bench.json of the earlier run")
     add("second", type=Path, metavar="SECOND", help="bench.json of the later run")
@@ -107,55 +107,80 @@ def _compare_parser(program: str) -> argparse.ArgumentParser:
         type=_ratio,
         default=1.1,
         metavar="X",
-        help="a change below this ratio is none (default: %(default)g)",
+        help="ignore a change below this ratio (default: %(default)g)",
     )
-    return parser
 
 
-def _train_parser(program: str) -> argparse.ArgumentParser:
-    parser = _parser(
-        f"{program} train",
-        "Samples a second of training a model of ours and its black box on random inputs of the\n"
-        "real sizes: MovieLens (and paper style); skip: the Transformers, in sessions; networks:\n"
-        "whole networks in one pass, and layer by layer. Writes training.json, skip_training.json\n"
-        "or networks.json into --out.",
-        f"{program} train --batch 256",
-    )
+def _add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("overhead", help="what a call costs beside its kernels", **_texts(
+        "What a call of one backend costs beside its kernels: the same functions called plainly,\n"
+        "as the registered op, as torch.library's custom_op and triton_op, and through\n"
+        "masked_linear; eager and under torch.compile. Writes overhead.json into --out.",
+        f"{PROGRAM} overhead --rows 64",
+    ))  # fmt: skip
     add = parser.add_argument
-    models = ("movielens", "skip", "networks")
+    add("--backend", choices=("torch", "triton"), help="default: triton on a GPU, else torch")
+    add("--rows", type=_positive, default=256, metavar="B", help="default: %(default)s")
+    add("--rounds", type=_positive, default=20, metavar="N", help="default: %(default)s")
+    add("--calls", type=_positive, default=50, metavar="N", help="a sample; default: %(default)s")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    _add_common(parser)
+
+
+# --- Training networks -------------------------------------------------------------------
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("train", help="samples a second of training a model", **_texts(
+        "Samples a second of training a model of ours and its black box on random inputs of the\n"
+        "real sizes: MovieLens (and paper style); skip: the Transformers, in sessions; mlp: whole\n"
+        "networks in one pass, and layer by layer. Writes movielens_training.json,\n"
+        "skip_training.json or mlp_training.json into --out.",
+        f"{PROGRAM} train --batch 256",
+    ))  # fmt: skip
+    add = parser.add_argument
     # fmt: off
-    add("--model", choices=models, default=models[0], help="default: %(default)s")
+    add("--model", choices=MODELS, default=MODELS[0], help="default: %(default)s")
     add(
         "--batch", nargs="+", type=_positive, metavar="B",
-        help="samples (default: movielens 256 4096, skip 128, networks 4096 65536)",
+        help="samples (default: movielens 256 4096, skip 128, mlp 4096 65536)",
     )
     add("--rounds", type=_positive, default=15, metavar="N", help="default: %(default)s")
     add(
-        "--seconds", type=_seconds, default=training.Plan.seconds, metavar="S",
+        "--seconds", type=_seconds, default=Schedule.seconds, metavar="S",
         help="of a sample (default: %(default)g)",
     )
     add(
-        "--networks", nargs="+", choices=network_training.NAMES, metavar="NAME",
-        default=network_training.NAMES,
-        help=f"of --model networks: {', '.join(network_training.NAMES)}",
+        "--networks", nargs="+", choices=mlp_training.NAMES, metavar="NAME",
+        default=mlp_training.NAMES, help=f"of --model mlp: {', '.join(mlp_training.NAMES)}",
     )
     add(
-        "--dtypes", nargs="+", choices=network_training.DTYPES, metavar="DTYPE",
-        default=tuple(network_training.DTYPES),
-        help=f"of --model networks, in this order: {', '.join(network_training.DTYPES)}",
+        "--dtypes", nargs="+", choices=mlp_training.DTYPES, metavar="DTYPE",
+        default=tuple(mlp_training.DTYPES),
+        help=f"of --model mlp, in this order: {', '.join(mlp_training.DTYPES)}",
     )
     # fmt: on
     add("--no-compile", action="store_true", help="leave torch.compile out")
     add("--smoke", action="store_true", help="tiny: does it run?")
-    return _with_common(parser)
+    _add_common(parser)
 
 
-def _with_common(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+# --- Shared ------------------------------------------------------------------------------
+
+
+def _texts(description: str, *examples: str) -> dict[str, Any]:
+    return {
+        "description": description,
+        "epilog": "\n  ".join(["example:", *examples]),
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     add("--threads", type=_positive, metavar="N", help="of torch (default: its own choice)")
     add("--out", type=Path, metavar="DIR", help="default: runs/bench")
-    return parser
 
 
 def _positive(text: str) -> int:
@@ -181,6 +206,3 @@ def _number(text: str, least: float) -> float:
     if not least <= value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number from {least}, got {text!r}")
     return value
-
-
-_PARSERS = {"run": _run_parser, "compare": _compare_parser, "train": _train_parser}

@@ -1,4 +1,4 @@
-"""Clocks: the host's own for a CPU; events on the stream for a GPU, which lags behind."""
+"""Clocks: the host's for a CPU, events on the stream for a GPU, which runs asynchronously."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Clock(ABC):
     """Seconds that some calls take.
 
     Attributes:
-        least: Seconds a sample should last.
-        lags: Does the device still work when the call returns?
+        least: Seconds that a sample should last.
+        asynchronous: Does the device still work when the call returns?
     """
 
     least: ClassVar[float]
-    lags: ClassVar[bool]
+    asynchronous: ClassVar[bool]
 
     @abstractmethod
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Of ``run``; what was begun before has ended."""
+        """Seconds that ``run`` takes; earlier work has ended before it starts."""
 
 
 class HostClock(Clock):
-    """The processor works while its caller waits."""
+    """The host's clock, for a device whose work has ended when the call returns."""
 
     least = 1e-3
-    lags = False
+    asynchronous = False
 
     def seconds(self, run: Callable[[], Any]) -> float:
         start = time.perf_counter()
@@ -41,12 +41,12 @@ class HostClock(Clock):
 class EventClock(Clock):
     """Two events around the calls, on the current stream: from the first launch to the last end.
 
-    A call that takes the host longer than the device is as long as the host takes: so it is for
-    whoever calls it. An event is good to half a microsecond, hence the longer sample.
+    Where the host takes longer to launch than the device to compute, this is the host's time, as a
+    user sees it. An event is accurate to half a microsecond, hence the longer sample.
     """
 
     least = 3e-3
-    lags = True
+    asynchronous = True
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -68,7 +68,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the cache to be passed for a cold measurement; 0: none is made there."""
+    """Size of the cache that a cold measurement must exceed; 0: the device has no cold mode."""
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)

@@ -1,10 +1,10 @@
-"""The command: ``python -m bench``, which is also ``maskmoe bench``."""
+"""The command ``python -m bench``: measure, compare, train, or measure the overhead of a call."""
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,105 +13,121 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from bench import results, rivals
+from bench import rivals
 from bench.arguments import parse
-from bench.layers import compare, pictures
-from bench.layers.contender import Contender, Unavailable
-from bench.layers.harness import measure
+from bench.contender import Contender
+from bench.device import LOST, check_device
+from bench.layers import compare, overhead, pictures, results
 from bench.layers.limits import Settings
 from bench.layers.ratios import OURS
-from bench.layers.summary import print_summary, summarize
-from bench.layers.table import print_result
-from bench.lost import LOST, is_lost
-from bench.networks import mlp_training as network_training
-from bench.networks import training
-from bench.precision import products
-from bench.roofs import Roofs, measure_roofs
-from bench.shapes import DTYPES, SUITES, Case, Suite
+from bench.layers.run import Run
+from bench.layers.suites import SUITES, Suite
+from bench.layers.summary import print_summary
+from bench.machine import machine
+from bench.networks import mlp_training, movielens_training, training
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
 
+ERROR, INTERRUPTED = 2, 130
 
-def main(argv: Sequence[str] | None, program: str, console: Console) -> int:
-    """Measure, compare or train.
+
+def main(words: Sequence[str], console: Console) -> int:
+    """Run one command.
 
     Args:
-        argv: Arguments without the program's name.
-        program: Its name, for the help.
-        console: Where tables go.
+        words: Its arguments, without the program's name.
+        console: Where tables are printed.
 
     Returns:
         0; 1 where ours did not run, or became slower in a comparison; 3 where the GPU was lost,
-        and a fresh process can go on with ``--resume``.
+        and a fresh process can continue with ``--resume``.
 
     Raises:
         DataError: A result file that cannot be used.
-        BackendError: A device that is none.
+        BackendError: A device that does not exist.
         OSError: A file that cannot be read or written.
     """
-    kind, arguments = parse(argv or [], program)
+    arguments = parse(words)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if getattr(arguments, "out", None) is not None:
+    if arguments.out is not None:
         claim(arguments.out)
-    return _COMMANDS[kind](arguments, console)
+    return _COMMANDS[arguments.command](arguments, console)
 
 
-# --- Run ---------------------------------------------------------------------------------
+def entry(words: Sequence[str]) -> int:
+    """The exit status of the process: of :func:`main`, or after one line about its error."""
+    try:
+        return main(words, Console())
+    except (BackendError, DataError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return ERROR
+    except KeyboardInterrupt:
+        print("interrupted; finished cases are kept: continue with --resume", file=sys.stderr)
+        return INTERRUPTED
+
+
+# --- Layers ------------------------------------------------------------------------------
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
     check_device(arguments.device)
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    name = arguments.suite or ("gpu-quick" if on_gpu else "quick")
-    name = "smoke" if arguments.smoke else name
-    out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
-    suite = SUITES[name]
-    settings = Settings(
-        rounds=arguments.rounds or suite.rounds,
-        budget=suite.budget if arguments.budget is None else arguments.budget,
-        longest=suite.longest if arguments.longest is None else arguments.longest,
-        memory=_memory(arguments),
-        compile=arguments.compile,
-        device=arguments.device,
-        slow=suite.slow,
-    )
-    kinds = _contenders(arguments, suite)
-    cases = suite.cases(arguments.families, arguments.widths, arguments.batch, arguments.dtypes)
+    name = "smoke" if arguments.smoke else arguments.suite or _default_suite(arguments.device)
+    suite, out = SUITES[name], _folder(arguments)
+    settings = _settings(arguments, suite)
     path = out / results.NAME
-    here = results.machine(arguments.device)
-    written = {"suite": name, **asdict(settings)}
-    document = results.start(path, here, written, arguments.resume)
+    document = results.start(
+        path, machine(arguments.device), {"suite": name, **asdict(settings)}, arguments.resume
+    )
+    run = Run(settings, contenders(arguments, suite), document, path, console)
     within = math.inf if arguments.within is None else arguments.within
-    lost = _measure_all(cases, settings, kinds, document, path, within, console)
-    missing = pictures.draw(document, out)
+    cases = suite.cases(arguments.families, arguments.widths, arguments.batch, arguments.dtypes)
+    lost = run.measure(cases, within)
+    no_pictures = pictures.draw(document, out)
     print_summary(document["summary"], console)
     if name == "smoke":
         _smoke_the_rest(document, arguments, out, console)
-    console.print(
-        f"{path} and two pictures" if missing is None else f"{path}; no pictures: {missing}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    written = " and two pictures" if no_pictures is None else f"; no pictures: {no_pictures}"
+    console.print(f"{path}{written}", markup=False, highlight=False, soft_wrap=True)
     if lost:
         console.print("the GPU no longer answers this process: go on with --resume", style="red")
         return LOST
     return 1 if document["summary"]["failed"] else 0
 
 
-def _contenders(arguments: argparse.Namespace, suite: Suite) -> list[type[Contender]]:
-    """Ours, and who is asked for; else all but those that the suite leaves out."""
-    there = rivals.contenders(arguments.device)
+def _default_suite(device: str) -> str:
+    return "gpu-quick" if torch.device(device).type == "cuda" else "quick"
+
+
+def _folder(arguments: argparse.Namespace) -> Path:
+    default = "build/bench-smoke" if arguments.smoke else "runs/bench"
+    return arguments.out or Path(default)
+
+
+def _settings(arguments: argparse.Namespace, suite: Suite) -> Settings:
+    return Settings(
+        rounds=arguments.rounds or suite.rounds,
+        budget=suite.budget if arguments.budget is None else arguments.budget,
+        longest=suite.longest if arguments.longest is None else arguments.longest,
+        memory=memory(arguments),
+        compile=arguments.compile,
+        device=arguments.device,
+        slow=suite.slow,
+    )
+
+
+def contenders(arguments: argparse.Namespace, suite: Suite) -> list[type[Contender]]:
+    """Ours and the named contenders; without names, all but those that the suite leaves out."""
+    available = rivals.contenders(arguments.device)
     if arguments.contenders is None:
-        return [kind for kind in there if kind.name not in suite.without]
+        return [kind for kind in available if kind.name not in suite.without]
     wanted = {OURS, *arguments.contenders}
-    return [kind for kind in there if kind.name in wanted]
+    return [kind for kind in available if kind.name in wanted]
 
 
-def _memory(arguments: argparse.Namespace) -> float:
-    """Bytes that a contender may take: all of them are there at once."""
+def memory(arguments: argparse.Namespace) -> float:
+    """Bytes that a contender may take. All contenders of a case are in memory at once."""
     if arguments.memory is not None:
         return float(arguments.memory) * 1e9
     if torch.device(arguments.device).type == "cuda":
@@ -119,120 +135,62 @@ def _memory(arguments: argparse.Namespace) -> float:
     return 12e9
 
 
-def _measure_all(
-    cases: Sequence[Case],
-    settings: Settings,
-    kinds: Sequence[type[Contender]],
-    document: dict[str, Any],
-    path: Path,
-    within: float,
-    console: Console,
-) -> bool:
-    """Every case that is not in ``document`` yet, begun ``within`` seconds; written after each.
-
-    Returns:
-        Whether the GPU was lost: after a bad access no kernel runs in this process any more.
-    """
-    small = document["settings"]["suite"] == "smoke"
-    done = results.finished(document)
-    open_cases = [c for c in cases if c not in done and str(c) not in document["skipped"]]
-    if len(open_cases) < len(cases):
-        kept = len(cases) - len(open_cases)
-        console.print(f"{kept} of {len(cases)} cases are done already", highlight=False)
-    document["summary"] = summarize(document["results"])
-    started = time.perf_counter()
-    for k, case in enumerate(open_cases):
-        if time.perf_counter() - started > within:
-            left = f"{len(open_cases) - k} cases left out: {within:g} s have passed (--within)"
-            console.print(left, style="yellow", highlight=False)
-            break
-        if case.dtype not in document["roofs"]:
-            with products(tf32=case.dtype == "tf32"):
-                roofs = measure_roofs(DTYPES[case.dtype], settings.device, small)
-            document["roofs"][case.dtype] = asdict(roofs)
-        roofs = Roofs(**document["roofs"][case.dtype])
-        try:
-            result = measure(case, settings, roofs.gflops, kinds)
-        except (Unavailable, MemoryError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            if is_lost(settings.device):
-                reason = f"{results.GPU_LOST} {reason}"
-            document["skipped"][str(case)] = reason
-            console.print(f"{case}: skipped: {reason}", markup=False, highlight=False)
-        else:
-            document["results"].append(result)
-            print_result(result, console)
-        document["summary"] = summarize(document["results"])
-        results.save(path, document)
-        spent = time.perf_counter() - started
-        console.print(f"{k + 1} of {len(open_cases)} cases, {spent:.0f} s\n", highlight=False)
-        if is_lost(settings.device):
-            return True
-    return False
-
-
 def _smoke_the_rest(
     document: dict[str, Any], arguments: argparse.Namespace, out: Path, console: Console
 ) -> None:
-    """The other commands on what was just measured."""
+    """The other commands, on the run that was just measured."""
     console.print("The run compared to itself:")
     compare.print_comparison(document, document, 1.1, console)
-    training.run(training.SMOKE, out, arguments.device, console)
-    network_training.run(network_training.SMOKE, out, console, dtypes=("float32",))
-
-
-# --- Compare and train -------------------------------------------------------------------
+    training.run(
+        movielens_training.SUBJECT, movielens_training.SMOKE, out, arguments.device, console
+    )
+    mlp_training.run(mlp_training.SMOKE, out, console, dtypes=("float32",))
 
 
 def _compare(arguments: argparse.Namespace, console: Console) -> int:
-    a, b = results.load(arguments.first), results.load(arguments.second)
-    return int(compare.print_comparison(a, b, arguments.threshold, console))
+    first, second = results.load(arguments.first), results.load(arguments.second)
+    return int(compare.print_comparison(first, second, arguments.threshold, console))
+
+
+def _overhead(arguments: argparse.Namespace, console: Console) -> int:
+    check_device(arguments.device)
+    backend = arguments.backend or overhead.default_backend(arguments.device)
+    out = arguments.out or Path("runs/bench")
+    effort = overhead.Effort(
+        arguments.rows, arguments.rounds, arguments.calls, not arguments.no_compile
+    )
+    document = overhead.run(backend, arguments.device, effort, out, console)
+    return 0 if any("host" in record for record in document["results"]) else 1
+
+
+# --- Networks ----------------------------------------------------------------------------
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
     check_device(arguments.device)
-    subject, smoke = training.SUBJECT, training.SMOKE
-    if arguments.model == "skip":
-        from bench.networks import skip_training  # which needs pyarrow
-
-        subject, smoke = skip_training.SUBJECT, skip_training.SMOKE
-    plan = (
-        smoke
-        if arguments.smoke
-        else training.Plan(
-            batches=arguments.batch,
-            rounds=arguments.rounds,
-            compile=not arguments.no_compile,
-            seconds=arguments.seconds,
-        )
-    )
-    out = arguments.out or Path("build/bench-smoke" if arguments.smoke else "runs/bench")
-    with denormals_flushed():  # for all, as the experiments train
-        if arguments.model == "networks":
+    module: Any = movielens_training
+    if arguments.model == "mlp":
+        module = mlp_training
+    elif arguments.model == "skip":
+        from bench.networks import skip_training as module  # needs pyarrow
+    schedule = module.SMOKE if arguments.smoke else _schedule(arguments)
+    out, device = _folder(arguments), arguments.device
+    with denormals_flushed():  # for every model, as the experiments train
+        if module is mlp_training:
             chosen = (arguments.networks, arguments.dtypes)
-            network_training.run(plan, out, console, arguments.device, *chosen)
+            mlp_training.run(schedule, out, console, device, *chosen)
         else:
-            training.run(plan, out, arguments.device, console, subject)
+            training.run(module.SUBJECT, schedule, out, device, console)
     return 0
 
 
-def check_device(device: str) -> None:
-    """Raise BackendError unless torch can use ``device`` here."""
-    try:
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackendError(f"--device {device} cannot be used here: {reason}") from error
+def _schedule(arguments: argparse.Namespace) -> training.Schedule:
+    return training.Schedule(
+        batches=arguments.batch,
+        rounds=arguments.rounds,
+        compile=not arguments.no_compile,
+        seconds=arguments.seconds,
+    )
 
 
-_COMMANDS = {"run": _run, "compare": _compare, "train": _train}
-
-
-def entry(words: list[str]) -> int | str:
-    """The exit status of ``python -m bench``: :func:`main`, or its error in one line."""
-    try:
-        return main(words, "python -m bench", Console())
-    except (BackendError, DataError, OSError) as error:
-        return f"error: {' '.join(str(error).split())}"
-    except KeyboardInterrupt:
-        return "interrupted; what was measured is kept: go on with --resume"
+_COMMANDS = {"run": _run, "compare": _compare, "overhead": _overhead, "train": _train}

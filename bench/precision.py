@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def products(tf32: bool) -> Iterator[None]:
-    """torch's ``float32_matmul_precision``, for everybody alike; afterwards what it was.
+    """Set torch's ``float32_matmul_precision`` for all contenders, and restore it afterwards.
 
-    "medium" is tf32 for everybody on a GPU; "high" is that for cuBLAS, and three times the work,
-    for more digits, for our kernels.
+    On a GPU, "medium" is tf32 for every contender. "high" would be tf32 for cuBLAS but three
+    products for more digits in our kernels, so it is not used.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if tf32 else "highest")

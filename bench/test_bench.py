@@ -10,10 +10,14 @@ from typing import Any
 
 import pytest
 
-from bench.layers.contender import Contender
-from bench.layers.problem import Problem
-from bench.rivals import BestDense, BucketedBmm, MaskedDense, Ours, PaperStyle
-from bench.shapes import Case
+from bench.cases import Case
+from bench.contender import Contender
+from bench.problem import Problem
+from bench.rivals.best_dense import BestDense
+from bench.rivals.bucketed_bmm import BucketedBmm
+from bench.rivals.masked_dense import MaskedDense
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 

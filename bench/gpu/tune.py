@@ -1,11 +1,12 @@
-"""``python -m bench.gpu.tune``: every way to cut named layers for the GPU, each timed alone.
+"""Time every tile configuration of named layers on the GPU: ``python -m bench.gpu.tune``.
 
-A case is ``FAMILY:D:B:DTYPE``, as in ``ncf4:64:65536:bfloat16``. Kernel time only: each way is
-captured into a CUDA graph and replayed between two events, so that launches cost nothing; hot, and
-cold after the cache was overwritten. ``--compile`` runs each way once, which fills Triton's cache,
-for several processes at once. A json line for each way goes into ``--out`` as it is measured; what
-stands there already is not measured again. The line that is printed for each part gives the time
-of the model's first choice, of the best of the library's own options, and of the best of all.
+A case is ``FAMILY:D:B:DTYPE``, as in ``ncf4:64:65536:bfloat16``. Only kernels are timed: each
+configuration is captured into a CUDA graph and replayed between two events, hot, and cold after
+the cache was overwritten. ``--compile`` runs each configuration once, which fills Triton's cache;
+several processes can do so at once. A json line for each configuration goes into ``--out`` when it
+is measured; a part that is in the file already is not measured again. The line that is printed for
+each part gives the time of the library's first choice, of the best of its own options, and of the
+best of all.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from typing import Any
 
 import torch
 
+from bench.cases import DTYPES, Case
 from bench.clock import HostClock, cache_bytes
-from bench.command import check_device
-from bench.gpu.log import append, read
-from bench.lost import LOST, is_lost
+from bench.device import LOST, check_device, is_lost
+from bench.gpu.json_lines import append, read
 from bench.precision import products
-from bench.shapes import DTYPES, Case
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.ops.masked_linear.triton import launch, tune
@@ -36,21 +36,21 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import Config
 
 ROUNDS, COLD_ROUNDS = 5, 7
 REPLAYS = 10
-#: Part to the gradients that it computes: of x, weight, bias. The network's activation is relu.
+#: Part to the gradients that it computes: of x, weight, bias. The activation is relu.
 PARTS: dict[str, tuple[bool, bool, bool] | None] = {
     "forward": None,
     "x": (True, False, False),
     "w": (False, True, True),
     "xw": (True, True, True),
 }
-#: Which ways: the model's first choice, the library's own options, or a grid beside these.
+#: Which configurations: the library's first choice, its own options, or also a grid.
 FIRST, OWN, WIDE = "first", "own", "wide"
-Way = Any  # a Config, or the pair of them that cuts both gradients
+Configs = Any  # a Config, or a pair of them for both gradients
 Timer = Callable[[Callable[[], None]], dict[str, float]]
 
 
 def grid(stages: int = 3) -> Iterator[tuple[int, int, int, int, int]]:
-    """Rows, lanes, depth, warps and stages: accumulators that fit the registers."""
+    """Rows, lanes, depth, warps and stages whose accumulators fit the registers."""
     for rows, lanes, depth, warps in itertools.product(
         (64, 128), (32, 64, 128), (16, 32, 64), (4, 8)
     ):
@@ -58,28 +58,28 @@ def grid(stages: int = 3) -> Iterator[tuple[int, int, int, int, int]]:
             yield rows, lanes, depth, warps, stages
 
 
-def ways(own: Sequence[Way], extent: str) -> list[Way]:
-    """The library's options, its first choice ahead; ``WIDE``: then every other way of the grid."""
+def configs(own: Sequence[Configs], extent: str) -> list[Configs]:
+    """The library's options, its first choice first; with ``WIDE``, then the rest of the grid."""
     if extent == FIRST:
         return [own[0]]
     found = [*own]
     for rows, lanes, depth, warps, stages in grid() if extent == WIDE else ():
         if isinstance(own[0], Config):
             found.append(Config(rows, lanes, depth, own[0].parts, warps, stages))
-        else:  # both cut the columns alike
+        else:  # both use the same tiles of columns
             first, second = own[0]
             config = Config(rows, lanes, depth, second.parts, warps, stages)
             found.append((replace(first, lanes=lanes, depth=depth), config))
     return [*dict.fromkeys(found)]
 
 
-def described(way: Way) -> list[dict[str, Any]]:
-    """A way as json has it."""
-    return [asdict(one) for one in ((way,) if isinstance(way, Config) else way)]
+def described(config: Configs) -> list[dict[str, Any]]:
+    """A configuration as it is written to json."""
+    return [asdict(one) for one in ((config,) if isinstance(config, Config) else config)]
 
 
 class Replays:
-    """Microseconds of a call whose launches cost nothing: replays of its CUDA graph.
+    """Microseconds of the kernels of a call, without launches: replays of its CUDA graph.
 
     Args:
         device: A GPU.
@@ -89,7 +89,7 @@ class Replays:
         self.flood = torch.empty(2 * cache_bytes(device), dtype=torch.uint8, device=device)
 
     def __call__(self, run: Callable[[], None]) -> dict[str, float]:
-        """``us``, and ``cold_us`` after twice the cache was overwritten."""
+        """``us``, and ``cold_us`` after twice the size of the cache was overwritten."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
@@ -116,19 +116,19 @@ class Replays:
 
 
 def host(run: Callable[[], None]) -> dict[str, float]:
-    """Microseconds of one call on the host's clock, for a rehearsal."""
+    """Microseconds of one call by the host's clock, for a rehearsal."""
     return {"us": round(1e6 * HostClock().seconds(run), 2)}
 
 
 def once(run: Callable[[], None]) -> dict[str, float]:
-    """No time: it compiles."""
+    """Compile only, without a time."""
     run()
     return {}
 
 
 @contextmanager
-def chosen_by(choose: Callable[..., Way]) -> Iterator[None]:
-    """``choose`` in the place of :func:`tune.choose`, which comes back whatever happens."""
+def chosen_by(choose: Callable[..., Configs]) -> Iterator[None]:
+    """Replace :func:`tune.choose` by ``choose``, and restore it afterwards."""
     before = tune.choose
     tune.choose = choose
     try:
@@ -140,10 +140,10 @@ def chosen_by(choose: Callable[..., Way]) -> Iterator[None]:
 def measure(
     case: Case, part: str, extent: str, timer: Timer, device: str = "cuda"
 ) -> Iterator[dict[str, Any]]:
-    """One record for each way to cut ``part`` of ``case``, as it is measured.
+    """Yield one record for each configuration of ``part`` of ``case``, when it is measured.
 
-    A record holds ``case``, ``part``, ``own`` (is it an option of the library's?), ``config`` and
-    what ``timer`` says, or the ``error`` of a way that does not fit.
+    A record holds ``case``, ``part``, ``own`` (is it one of the library's own options?), ``config``
+    and the times of ``timer``, or the ``error`` of a configuration that does not fit.
     """
     layout = FAMILIES[case.family]().hidden_layout(case.width, case.width)
     generator = torch.Generator(device).manual_seed(0)
@@ -155,9 +155,9 @@ def measure(
     x, weight = drawn(case.batch, layout.in_features), drawn(layout.num_weights)
     bias, grad = drawn(layout.out_features), drawn(case.batch, layout.out_features)
     needs = PARTS[part]
-    asked: list[tuple[Sequence[Way], Callable[[Way], None]]] = []
+    asked: list[tuple[Sequence[Configs], Callable[[Configs], None]]] = []
 
-    def choose(kind: str, _layout: Any, _x: Any, _p: Any, options: Any, run: Any) -> Way:
+    def choose(kind: str, _layout: Any, _x: Any, _p: Any, options: Any, run: Any) -> Configs:
         own = options()
         if needs is None or kind != "forward":
             asked.append((own, run))
@@ -168,26 +168,26 @@ def measure(
         if needs is not None:
             launch.backward(grad, x, weight, y, layout, "relu", needs)
         for own, run in asked:
-            for way in ways(own, extent):
+            for config in configs(own, extent):
                 record = {
-                    "event": "way",
+                    "event": "config",
                     "case": str(case),
                     "part": part,
-                    "own": way in own,
-                    "config": described(way),
+                    "own": config in own,
+                    "config": described(config),
                 }
                 try:
-                    record |= timer(partial(run, way))
-                except Exception as error:  # what does not fit is not a way
+                    record |= timer(partial(run, config))
+                except Exception as error:  # it does not fit
                     record["error"] = " ".join(str(error).split())[:200]
                 yield record
 
 
-def told(records: Sequence[dict[str, Any]]) -> str:
-    """The model's choice, the best of the library's own, the best of all."""
+def summary_line(records: Sequence[dict[str, Any]]) -> str:
+    """The library's first choice, the best of its own options, the best of all."""
     timed = [r for r in records if "us" in r]
     if not timed:
-        return f"{len(records)} ways, none timed"
+        return f"{len(records)} configurations, none timed"
     first = f"model {records[0]['us']:.1f} us" if "us" in records[0] else "model does not run"
     own = [r for r in timed if r["own"]]
     best_own = _best("own best", own) if own else "no own runs"
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("cases", nargs="+", type=parse_case, metavar="FAMILY:D:B:DTYPE")
     add("--parts", nargs="+", choices=PARTS, default=["forward", "xw"], help="default: forward xw")
-    add("--ways", choices=(FIRST, OWN, WIDE), default=WIDE, help="default: %(default)s")
+    add("--configs", choices=(FIRST, OWN, WIDE), default=WIDE, help="default: %(default)s")
     add("--compile", action="store_true", help="compile, time nothing")
     add("--device", default="cuda", help="default: %(default)s")
     add("--out", type=Path, required=True, metavar="FILE", help="json lines")
@@ -236,7 +236,7 @@ def main(words: Sequence[str]) -> int:
     """Time the cases.
 
     Returns:
-        0; 1 where the device cannot be used; 3 where a way lost the GPU: begin again.
+        0; 1 where the device cannot be used; 3 where a configuration lost the GPU: start again.
     """
     given = _parser().parse_args(words)
     try:
@@ -249,15 +249,15 @@ def main(words: Sequence[str]) -> int:
     timer = once if given.compile else Replays(device) if device.type == "cuda" else host
     for case, part in itertools.product(given.cases, given.parts):
         known = [r for r in read(given.out) if (r["case"], r["part"]) == (str(case), part)]
-        if known:  # a process before this one measured it, and may have been lost in it
+        if known:  # measured by an earlier process, or one that lost the GPU there
             continue
         records = []
-        for record in measure(case, part, given.ways, timer, given.device):
+        for record in measure(case, part, given.configs, timer, given.device):
             append(given.out, record)
             records.append(record)
             if "error" in record and is_lost(given.device):
                 return LOST
-        print(f"{case}, {part}: {told(records)}", flush=True)
+        print(f"{case}, {part}: {summary_line(records)}", flush=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Two runs side by side: what became slower, what became faster."""
+"""Compare two runs: what became slower, what became faster."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.layers.counts import PHASES
+from bench.counts import PHASES
 from bench.layers.ratios import RECORDED, Line, case_of, line_of
-from bench.results import differences
+from bench.machine import differences
 
 
 @dataclass(frozen=True)
 class Change:
-    """Ours in one phase of a case, in two runs; each ratio is new / old, above 1 is slower.
+    """Ours in one phase of a case, in two runs; each ratio is new / old, and above 1 is slower.
 
     Attributes:
         old: Line of the first run.
@@ -35,13 +35,13 @@ class Change:
     def verdict(self, threshold: float, same_machine: bool) -> str:
         """``"slower"``, ``"faster"`` or ``""``.
 
-        A busy machine slows everybody down. So every ratio has to say so: the raw one, which
-        counts on one machine only, and those to the floor and to the best rival; and the
+        A busy machine slows down all contenders. So all ratios must agree: that of the times
+        (on the same machine only), and those to the floor and to the best rival. And the
         quartiles must lie apart.
         """
         relative = [r for r in (self.to_floor, self.to_best) if r is not None]
         ratios = [self.raw, *relative] if same_machine or not relative else relative
-        # Quartiles of the two runs, on the scale that the smallest change leaves.
+        # Compare the quartiles as if the times had changed by the ratio closest to 1.
         old, new = self.old.ours, self.new.ours
         scale = min(ratios, key=lambda ratio: abs(ratio - 1)) / self.raw
         if min(ratios) > threshold and new.q25 * scale > old.q75:
@@ -52,7 +52,7 @@ class Change:
 
 
 def changes(a: dict[str, Any], b: dict[str, Any]) -> list[Change]:
-    """Every case and phase that both runs measured."""
+    """The change of every case and phase that both runs measured."""
     old = {case_of(result): result for result in a["results"]}
     found = []
     for result in b["results"]:
@@ -70,14 +70,14 @@ def _change(old: Line, new: Line) -> Change:
     def ratio(a: float | None, b: float | None) -> float | None:
         return None if a is None or b is None else b / a
 
-    # speedup is rival / ours, so it falls when we get slower.
+    # speedup is rival / ours: it falls when ours gets slower.
     to_best = ratio(new.speedup, old.speedup)
     raw = new.ours.us / old.ours.us
     return Change(old, new, raw, ratio(old.over_floor, new.over_floor), to_best)
 
 
 def missing(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Cases of only the first run, and of only the second."""
+    """Cases of the first run only, and of the second only."""
     cases = [[str(case_of(result)) for result in document["results"]] for document in (a, b)]
     return [c for c in cases[0] if c not in cases[1]], [c for c in cases[1] if c not in cases[0]]
 
@@ -85,13 +85,16 @@ def missing(a: dict[str, Any], b: dict[str, Any]) -> tuple[list[str], list[str]]
 def print_comparison(
     a: dict[str, Any], b: dict[str, Any], threshold: float, console: Console
 ) -> bool:
-    """Tables of what changed; true where something became slower.
+    """Print tables of what changed.
 
     Args:
         a: The earlier run.
         b: The later one.
-        threshold: A change below this ratio is none.
+        threshold: Changes below this ratio are ignored.
         console: Where to print.
+
+    Returns:
+        Whether something became slower.
     """
     different = differences(a["machine"], b["machine"])
     if different:

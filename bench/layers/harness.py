@@ -1,12 +1,13 @@
 """Interleaved rounds of every contender on one case, in one process.
 
-Machines are shared and noisy: a round takes one sample of every contender and phase, in a new
-random order, and what is reported is the median over rounds with its quartiles. A sample of a fast
-contender is several calls, so that it lasts a millisecond (on a GPU, three). Ratios within one
-process are what counts.
+Machines are shared and noisy, so only ratios within one process count. A round takes one sample of
+every contender and phase, in a new random order; reported are the median over rounds and the
+quartiles. A sample of a fast contender is several calls, so that it lasts a millisecond (on a GPU,
+three).
 
-On a GPU everybody is measured *hot*, on the same inputs over and over; *cold*, in turn on so many
-that they have left the cache; and, few rows only, as a *graph* that was captured before.
+On a GPU there are three modes. *Hot* calls use the same inputs again and again. *Cold* calls use
+many inputs in turn, so that each has left the cache before it is used again. *Graph* replays a CUDA
+graph, for few rows only.
 """
 
 from __future__ import annotations
@@ -23,24 +24,26 @@ import torch
 from torch import Tensor
 
 from bench import rivals
+from bench.cases import Case
 from bench.clock import Clock, HostClock, cache_bytes, clock_of
-from bench.layers.contender import Contender, Layer, Unavailable
-from bench.layers.counts import count
-from bench.layers.limits import Settings, case_obstacle, obstacle
-from bench.layers.problem import Problem
-from bench.layers.ratios import COLD, GRAPH, HOT, RECORDED, quartiles
+from bench.contender import Contender, Layer, Unavailable
+from bench.counts import count
+from bench.layers.limits import Settings, case_unsupported_reason, unsupported_reason
+from bench.layers.ratios import COLD, GRAPH, HOT, RECORDED
+from bench.layers.reference_error import error_limit, errors, reference, rows_to_check
 from bench.layers.replay import MOST_ROWS, Replayed
-from bench.layers.truth import errors, rows_to_check, truth, worst
 from bench.precision import products
-from bench.shapes import Case
+from bench.problem import Problem
+from bench.statistics import quartiles
 
 SAMPLE = HostClock.least  # seconds of a sample
-LONGEST_AHEAD = 20e-3  # seconds of a call beyond which who ran before does not show
+#: Seconds; only shorter calls depend on the data that the previous contender left in the caches.
+LONGEST_AHEAD = 20e-3
 MOST_CALLS = 1000  # in one sample
 MOST_ROUNDS = 100
-FEW = 2  # samples of who is ``Settings.slow`` times slower than the best
-LONG_CALL = 1.0  # seconds beyond which the first call is warm-up enough
-HELD = 8e9  # bytes that graphs may hold which wait for their backward
+FEW = 2  # samples of a contender that is ``Settings.slow`` times slower than the best
+LONG_CALL = 1.0  # seconds; one call this long is enough warm-up
+HELD = 8e9  # bytes that autograd graphs may hold until their backward is timed
 
 
 @dataclass
@@ -49,9 +52,9 @@ class Runner:
 
     Attributes:
         mode: ``HOT``, ``COLD`` or ``GRAPH``.
-        into: Where its report belongs.
-        times_slower: Than the best, in the warm-up.
-        slow: Beyond this it gets few samples.
+        into: The record that takes its report.
+        times_slower: How many times slower than the best it was in the warm-up.
+        slow: The limit of ``times_slower`` beyond which it gets few samples.
     """
 
     contender: Contender
@@ -66,12 +69,12 @@ class Runner:
     samples: list[float] = field(default_factory=list)
 
     def warm_up(self) -> None:
-        """Plans, caches, threads, compilation; and how long a call takes."""
+        """Fill caches, start threads, compile; and estimate how long a call takes."""
         self.first = self.estimate = self.sample()
         if self.first < LONG_CALL or self.contender.compiled:
             self.estimate = self.sample()
         self.calls = self._calls()
-        if self._clock.lags and self.calls > 1:  # one call alone waited for its launch
+        if self._clock.asynchronous and self.calls > 1:  # one call alone is mostly its launch
             self.estimate = self.sample()
             self.calls = self._calls()
 
@@ -86,43 +89,43 @@ class Runner:
         return min(max(1, most), max(1, round(self._clock.least / self.estimate + 0.5)))
 
     def sample(self) -> float:
-        """Seconds a call; graphs for the backward are made before the clock starts.
+        """Seconds a call; autograd graphs for the backward are made before the clock starts.
 
-        As many calls go ahead of the clock, so that caches hold what this contender left and not
-        what the one before it did. Not where they are to be cold, nor where a call is long.
+        The same number of calls runs untimed first, so that the caches hold the data of this
+        contender and not of the previous one; except in cold mode, and for long calls.
         """
         try:
             if self.mode != COLD and 0 < self.estimate < LONGEST_AHEAD:
                 self._calls_to_time()()
             return self._clock.seconds(self._calls_to_time()) / self.calls
         finally:
-            self.contender.problem.turn(0)
+            self.contender.problem.select(0)
 
     def _calls_to_time(self) -> Callable[[], None]:
         contender, calls = self.contender, range(self.calls)
-        turn = contender.problem.turn if self.mode == COLD else _stay
+        select = contender.problem.select if self.mode == COLD else _keep
         if self.phase == "backward":
             graphs = []
             for k in calls:
-                turn(k)
+                select(k)
                 graphs.append(contender.graph())
 
             def run() -> None:
                 for k, graph in enumerate(graphs):
-                    turn(k)
+                    select(k)
                     contender.backward(graph)
         else:
             call = contender.forward if self.phase == "forward" else contender.step
 
             def run() -> None:
                 for k in calls:
-                    turn(k)
+                    select(k)
                     call()
 
         return run
 
     def report(self) -> dict[str, Any]:
-        """Microseconds a call: median and quartiles, and what they were made from."""
+        """Microseconds a call: median and quartiles, and the number of samples and calls."""
         low, median, high = (1e6 * value for value in quartiles(self.samples))
         report: dict[str, Any] = {
             "us": median,
@@ -149,10 +152,10 @@ def measure(
         case: What to compute.
         settings: How to measure.
         gflops: This machine's measured GEMM rate in the case's dtype.
-        contenders: Ours and the others; ``None`` means all there are for this device.
+        contenders: Ours and the others; ``None``: all for this device.
 
     Raises:
-        Unavailable: The case as a whole is beyond the settings.
+        Unavailable: The case as a whole exceeds the limits of the settings.
     """
     if case.dtype == "tf32" and torch.device(settings.device).type != "cuda":
         raise Unavailable("tf32 is a mode of a GPU's matrix units")
@@ -162,7 +165,7 @@ def measure(
             return _measure(case, settings, gflops, contenders)
         finally:
             if torch.device(settings.device).type == "cuda":
-                gc.collect()  # graphs hold pools of memory
+                gc.collect()  # CUDA graphs hold memory pools
                 torch.cuda.empty_cache()
 
 
@@ -170,14 +173,14 @@ def _measure(
     case: Case, settings: Settings, gflops: float, contenders: Sequence[type[Contender]]
 ) -> dict[str, Any]:
     problem = Problem.of(case, settings.device)
-    reason = case_obstacle(problem, settings, gflops)
+    reason = case_unsupported_reason(problem, settings, gflops)
     if reason is not None:
         raise Unavailable(reason)
     if settings.compile:
-        torch._dynamo.reset()  # recompilations are limited, and the last case had its own
+        torch._dynamo.reset()  # torch limits recompilations, and counts those of the last case
     problem.make_sets(cache_bytes(problem.device))
     rows = rows_to_check(problem)
-    true = truth(problem, rows)
+    expected = reference(problem, rows)
     records: dict[str, dict[str, Any]] = {}
     runners: list[Runner] = []
     for kind in contenders:
@@ -188,15 +191,15 @@ def _measure(
             "floor": kind.floor,
         }
         try:
-            reason = obstacle(kind, problem, settings, gflops)
+            reason = unsupported_reason(kind, problem, settings, gflops)
             if reason is not None:
                 raise Unavailable(reason)
             contender = kind(problem)
-            record["error"] = _checked(contender, true, rows)
+            record["error"] = _checked(contender, expected, rows)
             ready = _warm(contender, HOT, record)
             if len(problem.sets) > 1 and kind.rotates:
                 ready += _warm(contender, COLD, record)
-        except Exception as error:  # what cannot run is reported with its reason, not dropped
+        except Exception as error:  # a contender that cannot run is recorded with its reason
             record["unavailable"] = _words(error)
             for mode in RECORDED.values():
                 record.pop(mode, None)
@@ -217,7 +220,7 @@ def _measure(
 
 
 def _warm(contender: Contender, mode: str, record: dict[str, Any]) -> list[Runner]:
-    """Runners of every phase in one mode, warmed up; their reports go into ``record``."""
+    """Runners of every phase in one mode, warmed up; ``record`` takes their reports."""
     into = record.setdefault(RECORDED[mode], {})
     runners = [Runner(contender, phase, mode, into) for phase in contender.phases]
     for runner in runners:
@@ -226,7 +229,7 @@ def _warm(contender: Contender, mode: str, record: dict[str, Any]) -> list[Runne
 
 
 def _replayed(contender: Contender, record: dict[str, Any]) -> list[Runner]:
-    """The same as a CUDA graph, for few rows on a GPU; where that fails, ``record`` says why."""
+    """Runners of its CUDA graph, for few rows on a GPU; if that fails, ``record`` says why."""
     if not replays(contender.problem):
         return []
     try:
@@ -238,20 +241,20 @@ def _replayed(contender: Contender, record: dict[str, Any]) -> list[Runner]:
 
 
 def replays(problem: Problem) -> bool:
-    """Is everybody measured as a CUDA graph, too?"""
+    """Are the contenders measured as CUDA graphs, too?"""
     return problem.device.type == "cuda" and problem.batch <= MOST_ROWS
 
 
-def _checked(contender: Contender, true: dict[str, Tensor], rows: int) -> dict[str, float]:
-    """Errors of what it computes; a floor has none.
+def _checked(contender: Contender, expected: dict[str, Tensor], rows: int) -> dict[str, float]:
+    """Errors of its results; a floor has none.
 
     Raises:
         Unavailable: It claims to be exact and is not.
     """
     if not isinstance(contender, Layer):
         return {}
-    found = errors(contender.results(rows), true)
-    limit = worst(contender.problem)
+    found = errors(contender.results(rows), expected)
+    limit = error_limit(contender.problem)
     wrong = {name: error for name, error in found.items() if not error <= limit}
     if contender.exact and wrong:
         name, error = max(wrong.items(), key=lambda pair: pair[1])
@@ -282,8 +285,8 @@ def _run_rounds(runners: list[Runner], settings: Settings, case: Case) -> None:
                     runner.samples.append(runner.sample())
 
 
-def _stay(k: int) -> None:
-    """The inputs stay what they are."""
+def _keep(k: int) -> None:
+    """Keep the inputs, whatever the call."""
 
 
 @contextmanager

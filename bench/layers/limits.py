@@ -1,13 +1,12 @@
-"""What is not measured, and why: too long, too large, not asked for."""
+"""Limits of a run, and the reason why a case or a contender exceeds them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.layers.contender import Contender
-from bench.layers.counts import count
-from bench.layers.problem import Problem
-from bench.rivals.ours import Ours
+from bench.contender import Contender
+from bench.counts import count
+from bench.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -15,13 +14,13 @@ class Settings:
     """How to measure a case.
 
     Attributes:
-        rounds: Least rounds.
-        budget: Seconds of rounds after which none is begun beyond the least.
-        longest: Seconds a phase may take at the measured GEMM rate; what needs more is left out.
-        memory: Bytes a contender may take, with what all share.
+        rounds: Minimum number of rounds.
+        budget: Seconds; after these no round begins beyond the minimum.
+        longest: Seconds that a phase may take at the measured GEMM rate.
+        memory: Bytes that a contender may take, with what all contenders share.
         compile: Whether to measure the compiled variants.
-        device: Where.
-        slow: This many times slower than the best: two samples are enough.
+        device: Where to measure.
+        slow: A contender this many times slower than the best gets only two samples.
     """
 
     rounds: int
@@ -33,23 +32,23 @@ class Settings:
     slow: float = 30.0
 
 
-def case_obstacle(problem: Problem, settings: Settings, gflops: float) -> str | None:
-    """Why the case as a whole is left out; ``None`` where it is not."""
+def case_unsupported_reason(problem: Problem, settings: Settings, gflops: float) -> str | None:
+    """Why the case as a whole is not measured; ``None`` if it is."""
     return _too_long(count(problem)["step"].flops, settings, gflops) or _too_large(
-        Ours.memory(problem), problem, settings
+        Contender.memory(problem), problem, settings
     )
 
 
-def obstacle(
+def unsupported_reason(
     kind: type[Contender], problem: Problem, settings: Settings, gflops: float
 ) -> str | None:
-    """Why a contender is left out; ``None`` where it is not.
+    """Why a contender is not measured; ``None`` if it is.
 
     Args:
         kind: The contender.
         problem: What it would compute.
-        settings: Limits.
-        gflops: Rate of torch's own product in this dtype, large and square.
+        settings: The limits.
+        gflops: Peak rate of torch's own product in this dtype.
     """
     if kind.compiled and not settings.compile:
         return "compiles for tens of seconds: measured with --compile"
@@ -68,13 +67,13 @@ def _too_long(flops: int, settings: Settings, gflops: float) -> str | None:
     )
 
 
-def _too_large(bytes_of_its_own: int, problem: Problem, settings: Settings) -> str | None:
+def _too_large(own_bytes: int, problem: Problem, settings: Settings) -> str | None:
     layout = problem.layout
     rows = problem.batch * (layout.in_features + layout.out_features)
     shared = (2 * layout.num_weights + rows) * problem.dtype.itemsize
-    # Positions of the packed weights are int64, and a dense mask is made to find them.
+    # Positions of the packed weights are int64, and finding them takes a dense mask.
     shared += 24 * layout.num_weights + layout.in_features * layout.out_features
-    need, limit = (shared + bytes_of_its_own) / 1e9, settings.memory / 1e9
+    need, limit = (shared + own_bytes) / 1e9, settings.memory / 1e9
     if need <= limit:
         return None
     return f"needs about {need:.1f} GB; the limit is {limit:.1f} GB (--memory)"

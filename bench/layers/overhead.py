@@ -1,19 +1,19 @@
-"""``python -m bench.layers.overhead``: what a call costs beside its kernels.
+"""What a call costs beside its kernels: ``python -m bench overhead``.
 
-The same functions of one backend behind five doors: called plainly; as the registered op (define
-and impl, which is what the library has); as a ``torch.library.custom_op``; as a
-``torch.library.triton_op``, whose kernels torch.compile may look into; and through the front end
-``masked_linear``. Eager, and three layers in one function under ``torch.compile(fullgraph=True)``.
+The same functions of one backend, called in five ways: plainly; as the registered op (define and
+impl, as the library registers it); as a ``torch.library.custom_op``; as a
+``torch.library.triton_op``, which torch.compile may look into; and through ``masked_linear``.
+Each runs eagerly, and as three layers in one function under ``torch.compile(fullgraph=True)``.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import itertools
 import random
-import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,23 +23,46 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import results
 from bench.clock import clock_of
-from bench.layers.ratios import quartiles
+from bench.machine import machine
+from bench.statistics import quartiles
 from maskmoe_kernels import BlockLayout, masked_linear
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
-from maskmoe_kernels.ops.masked_linear.autograd import FORWARD
 
 NAME = "overhead.json"
-ACTIVATION = "relu"  # whose derivative needs the output alone
+#: Backend to its module with ``forward`` and ``backward``, in ``maskmoe_kernels.ops.masked_linear``
+MODULES = {"torch": "torch_impl", "triton": "triton.launch"}
+ACTIVATION = "relu"  # its derivative needs the output only
 LAYERS = 3
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def doors(backend: str, layout: BlockLayout) -> dict[str, Callable[[], Layer]]:
-    """Name to what makes the layer; each may raise."""
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        rows: Rows of x.
+        rounds: Samples of each call.
+        calls: Calls a sample.
+        compile: Whether to measure ``torch.compile`` too.
+    """
+
+    rows: int = 256
+    rounds: int = 20
+    calls: int = 50
+    compile: bool = True
+
+
+def default_backend(device: str) -> str:
+    """Triton on a GPU, PyTorch elsewhere."""
+    return "triton" if torch.device(device).type == "cuda" else "torch"
+
+
+def ways_to_call(backend: str, layout: BlockLayout) -> dict[str, Callable[[], Layer]]:
+    """Name to a function that makes the layer; each may raise."""
     functions = functions_of(backend)
 
     def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -60,30 +83,26 @@ def doors(backend: str, layout: BlockLayout) -> dict[str, Callable[[], Layer]]:
 
 def functions_of(backend: str) -> Any:
     """The module with the backend's ``forward`` and ``backward``."""
-    module = importlib.import_module(f"maskmoe_kernels.ops.{backend}")
-    if hasattr(module, "forward"):
-        return module
-    return importlib.import_module(f"{module.__name__}.launch")  # which imports Triton
+    module = MODULES.get(backend, backend)
+    return importlib.import_module(f"maskmoe_kernels.ops.masked_linear.{module}")
 
 
 def _registered(backend: str, layout: BlockLayout) -> Layer:
     """The library's own op, without the front end's checks."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = FORWARD[op](
-            x, weight, bias, plan, layout.id, layout.out_features, ACTIVATION, False
-        )[0]
+        result: Tensor = run.forward(x, weight, bias, *run.of_forward, ACTIVATION, False)[0]
         return result
 
-    key = next(key for key in layout.routes if key[0] == backend)
-    op, plan, _ = layout.routes[key]
+    key = next(key for key in layout.caches.dispatch if key[0] == backend)
+    run, _ = layout.caches.dispatch[key]
     return layer
 
 
-def _wrapped(door: str, functions: Any, layout: BlockLayout) -> Layer:
+def _wrapped(kind: str, functions: Any, layout: BlockLayout) -> Layer:
     """``functions`` as an op of ``torch.library``, with its gradient."""
-    define: Any = getattr(torch.library, door)
-    name = f"maskmoe_bench::{door}_{functions.__name__.replace('.', '_')}_{layout.id}"
+    define: Any = getattr(torch.library, kind)
+    name = f"maskmoe_bench::{kind}_{functions.__name__.replace('.', '_')}_{layout.id}"
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         pair: tuple[Tensor, Tensor] = functions.forward(x, weight, bias, layout, ACTIVATION, True)
@@ -100,7 +119,7 @@ def _wrapped(door: str, functions: Any, layout: BlockLayout) -> Layer:
 
     op = define(name, forward, mutates_args=())
     op_backward = define(f"{name}_backward", backward, mutates_args=())
-    if door == "custom_op":  # the other is traced instead
+    if kind == "custom_op":  # a triton_op is traced instead
         op.register_fake(
             lambda x, weight, bias: (x.new_empty(len(x), layout.out_features), x.new_empty(0))
         )
@@ -125,13 +144,13 @@ def _wrapped(door: str, functions: Any, layout: BlockLayout) -> Layer:
 # --- Measuring ---------------------------------------------------------------------------
 
 
-class Door:
-    """One way in, eager or compiled, forward alone or a step."""
+class Call:
+    """One way to call, eager or compiled, forward alone or a step."""
 
     def __init__(
         self, name: str, layer: Layer, tensors: Sequence[Tensor], compiled: bool, step: bool
     ) -> None:
-        self.record = {"door": name, "compiled": compiled, "step": step}
+        self.record = {"way": name, "compiled": compiled, "step": step}
         self.tensors, self.step = tensors[:3], step
         self.grad = tensors[3]
         self.call: Callable[..., Tensor] = layer
@@ -141,7 +160,7 @@ class Door:
         self.device: list[float] = []
 
     def run(self) -> list[Tensor]:
-        """The output; of a step, the gradients, too."""
+        """The output, and for a step the gradients."""
         if not self.step:
             with torch.no_grad():
                 return [self.call(*self.tensors)]
@@ -149,7 +168,7 @@ class Door:
         return [y.detach(), *torch.autograd.grad(y, self.tensors, self.grad)]
 
     def sample(self, calls: int) -> None:
-        """Seconds a call that the caller waits, and until the device has done it."""
+        """Take a sample: seconds a call for the host to return, and for the device to finish."""
 
         def run() -> None:
             start = time.perf_counter()
@@ -174,10 +193,40 @@ def _layers(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x
 
 
-def measure(
-    backend: str, device: str, rows: int, rounds: int, calls: int, compiled: bool
-) -> list[dict[str, Any]]:
-    """Every door in interleaved rounds; one that cannot be taken gives its reason instead."""
+def measure(backend: str, device: str, effort: Effort) -> list[dict[str, Any]]:
+    """Every way to call, in interleaved rounds; one that cannot be taken has its reason instead."""
+    layout, tensors = _problem(device, effort.rows)
+    expected = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills the dispatch cache
+    records: list[dict[str, Any]] = []
+    ready: list[tuple[int, Call]] = []
+    for name, make in ways_to_call(backend, layout).items():
+        try:
+            layer = make()
+        except Exception as error:  # a missing backend, for example
+            records.append({"way": name, "unavailable": _words(error)})
+            continue
+        for compiled, step in itertools.product((False, True)[: 1 + effort.compile], (False, True)):
+            records.append({"way": name, "compiled": compiled, "step": step})
+            if step and name in ("plain function", "define/impl"):
+                records[-1]["unavailable"] = "has no gradient without the front end"
+                continue
+            try:
+                call = Call(name, layer, tensors, compiled, step)
+                _check(call, expected, layout, backend, tensors)
+                ready.append((len(records) - 1, call))
+            except Exception as error:
+                records[-1]["unavailable"] = _words(error)
+    order = random.Random(0)
+    for _ in range(effort.rounds):
+        for _, call in order.sample(ready, len(ready)):
+            call.sample(effort.calls)
+    for k, call in ready:
+        records[k] = call.report()
+    return records
+
+
+def _problem(device: str, rows: int) -> tuple[BlockLayout, list[Tensor]]:
+    """A layout, and x, weight, bias and grad_y."""
     layout = FAMILIES["ncf4"]().hidden_layout(16, 16)
     generator = torch.Generator().manual_seed(0)
     shapes = [(rows, layout.in_features), (layout.num_weights,), (layout.out_features,)]
@@ -185,51 +234,24 @@ def measure(
     tensors = [(torch.randn(s, generator=generator) / 4).to(device) for s in shapes]
     for leaf in tensors[:3]:
         leaf.requires_grad_()
-    true = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills layout.routes
-    records: list[dict[str, Any]] = []
-    ready: list[tuple[int, Door]] = []
-    for name, make in doors(backend, layout).items():
-        try:
-            layer = make()
-        except Exception as error:  # a backend that is not there says so, and so on
-            records.append({"door": name, "unavailable": _words(error)})
-            continue
-        for how in (False, True) if compiled else (False,):
-            for step in (False, True):
-                records.append({"door": name, "compiled": how, "step": step})
-                if step and name in ("plain function", "define/impl"):
-                    records[-1]["unavailable"] = "has no gradient without the front end"
-                    continue
-                try:
-                    door = Door(name, layer, tensors, how, step)
-                    _check(door, true, layout, backend, tensors)
-                    ready.append((len(records) - 1, door))
-                except Exception as error:
-                    records[-1]["unavailable"] = _words(error)
-    order = random.Random(0)
-    for _ in range(rounds):
-        for _, door in order.sample(ready, len(ready)):
-            door.sample(calls)
-    for k, door in ready:
-        records[k] = door.report()
-    return records
+    return layout, tensors
 
 
 def _check(
-    door: Door, true: Tensor, layout: BlockLayout, backend: str, tensors: Sequence[Tensor]
+    call: Call, expected: Tensor, layout: BlockLayout, backend: str, tensors: Sequence[Tensor]
 ) -> None:
-    """A door that leads elsewhere is not timed."""
+    """Raise AssertionError if the call computes something else: then it is not timed."""
 
     def front(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return masked_linear(x, weight, bias, layout, ACTIVATION, backend)
 
-    y = _layers(front, *tensors[:3]) if door.record["compiled"] else true
-    expected = [y.detach()]
-    if door.step:
-        expected += torch.autograd.grad(y, tensors[:3], tensors[3], retain_graph=True)
+    y = _layers(front, *tensors[:3]) if call.record["compiled"] else expected
+    results = [y.detach()]
+    if call.step:
+        results += torch.autograd.grad(y, tensors[:3], tensors[3], retain_graph=True)
     for _ in range(3):
-        found = door.run()
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        found = call.run()
+    torch.testing.assert_close(found, results, rtol=1e-3, atol=1e-3)
 
 
 def _words(error: Exception) -> str:
@@ -237,13 +259,13 @@ def _words(error: Exception) -> str:
 
 
 def show(records: Sequence[dict[str, Any]], console: Console) -> None:
-    """As a table; a reason where there is no time."""
+    """Print a table, with the reason where there is no time."""
     table = Table(title=f"Microseconds a call (compiled: of {LAYERS} layers)")
-    for column in ("door", "how", "what", "caller waits", "until it is done"):
+    for column in ("way", "how", "what", "caller waits", "until it is done"):
         table.add_column(column, justify="right" if column.endswith(("waits", "done")) else "left")
     for r in records:
         how = "compiled" if r.get("compiled") else "eager"
-        cells = [r["door"], how, "step" if r.get("step") else "forward"]
+        cells = [r["way"], how, "step" if r.get("step") else "forward"]
         if "host" in r:
             table.add_row(*cells, f"{r['host']['us']:.1f}", f"{r['device']['us']:.1f}")
         else:
@@ -252,26 +274,11 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
-def main(words: Sequence[str]) -> int:
-    """Measure, print, write ``overhead.json`` into ``--out``."""
-    parser = argparse.ArgumentParser(prog="python -m bench.layers.overhead", description=__doc__)
-    add = parser.add_argument
-    add("--device", default="cpu", help="default: %(default)s")
-    add("--backend", help="default: triton on a GPU, else grouped")
-    add("--rows", type=int, default=256, help="default: %(default)s")
-    add("--rounds", type=int, default=20, help="default: %(default)s")
-    add("--calls", type=int, default=50, help="of a sample; default: %(default)s")
-    add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--out", type=Path, default=Path("runs/bench"), help="default: %(default)s")
-    a = parser.parse_args(words)
-    on_gpu = torch.device(a.device).type == "cuda"
-    backend = a.backend or ("triton" if on_gpu else "grouped")
-    records = measure(backend, a.device, a.rows, a.rounds, a.calls, not a.no_compile)
-    document = {"machine": results.machine(a.device), "backend": backend, "rows": a.rows}
-    write_json(a.out / NAME, document | {"results": records})
-    show(records, Console())
-    return 0 if any("host" in r for r in records) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+def run(backend: str, device: str, effort: Effort, out: Path, console: Console) -> dict[str, Any]:
+    """Measure, print, and write ``overhead.json`` into ``out``."""
+    records = measure(backend, device, effort)
+    document = {"machine": machine(device), "backend": backend, "rows": effort.rows}
+    document |= {"results": records}
+    write_json(out / NAME, document)
+    show(records, console)
+    return document

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.layers.counts import PHASES
+from bench.cases import DTYPES
+from bench.counts import PHASES
 from bench.layers.ratios import Line, lines
-from bench.shapes import DTYPES
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import replacing
 from maskmoe_kernels.layout.families import FAMILIES
@@ -30,10 +30,10 @@ Places = dict[tuple[str, int], float]
 
 
 def draw(document: dict[str, Any], out: Path) -> str | None:
-    """Both pictures into ``out``.
+    """Draw both pictures into ``out``.
 
     Returns:
-        Why there are none, in words; ``None`` where they were drawn.
+        Why there are none, in words; ``None`` if they were drawn.
     """
     reason = plot_style.unsupported_reason()
     found = [line for result in document["results"] for line in lines(result)]
@@ -41,7 +41,7 @@ def draw(document: dict[str, Any], out: Path) -> str | None:
         reason = "nothing was measured"
     if reason is None:
         speedups(found, out / SPEEDUP)
-        roofline(found, document["roofs"], out / ROOFLINE)
+        roofline(found, document["peak_rates"], out / ROOFLINE)
     return reason
 
 
@@ -80,7 +80,7 @@ def speedups(found: Sequence[Line], path: Path) -> None:
 
 
 def _places(shapes: set[tuple[str, int]]) -> Places:
-    """Where each shape stands: neighbours within a family, a gap between families."""
+    """The x position of each shape, with a gap between families."""
     places: Places = {}
     at = 0.0
     for family in FAMILIES:
@@ -128,18 +128,18 @@ def _name_shapes(ax: Any, places: Places) -> None:
     for (family, _), at in places.items():
         spots.setdefault(family, []).append(at)
     style: dict[str, Any] = {"fontsize": 9, "fontweight": "bold", "va": "top", "ha": "center"}
-    if any(len(at) < 3 for at in spots.values()):  # names would run into one another
+    if any(len(at) < 3 for at in spots.values()):  # names would overlap
         style |= {"ha": "right", "rotation": 40, "rotation_mode": "anchor"}
     for family, ends in spots.items():
         middle = (ends[0] + ends[-1]) / 2
-        below = ("data", "axes fraction")
-        ax.annotate(family, (middle, 0), (0, -22), below, "offset points", **style)
+        coordinates = ("data", "axes fraction")
+        ax.annotate(family, (middle, 0), (0, -22), coordinates, "offset points", **style)
 
 
 # --- Roofline ----------------------------------------------------------------------------
 
 
-def roofline(found: Sequence[Line], roofs: dict[str, Any], path: Path) -> None:
+def roofline(found: Sequence[Line], rates: dict[str, Any], path: Path) -> None:
     """GFLOP/s over FLOPs a byte, beside what torch's own GEMM and copy reach here."""
     dtypes = _dtypes(found)
     widths, batches = (
@@ -147,10 +147,10 @@ def roofline(found: Sequence[Line], roofs: dict[str, Any], path: Path) -> None:
     )
     figure = _figure(12.6, 3.9 * len(dtypes) + 1.2)
     axes = figure.subplots(len(dtypes), len(PHASES), sharex=True, sharey=True, squeeze=False)
-    span = _span([line.intensity for line in found], [roofs[name] for name in dtypes])
+    span = _span([line.intensity for line in found], [rates[name] for name in dtypes])
     for row, dtype in zip(axes, dtypes, strict=True):
         for ax, phase in zip(row, PHASES, strict=True):
-            _roof(ax, roofs[dtype], span)
+            _peak_lines(ax, rates[dtype], span)
             for line in found:
                 if (line.phase, line.case.dtype) == (phase, dtype):
                     color = _pick(_OF_WIDTH, widths.index(line.case.width))
@@ -167,14 +167,14 @@ def roofline(found: Sequence[Line], roofs: dict[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
-def _span(intensities: Sequence[float], roofs: Sequence[dict[str, float]]) -> tuple[float, float]:
-    ridges = [roof["gflops"] / roof["gbs"] for roof in roofs]
+def _span(intensities: Sequence[float], rates: Sequence[dict[str, float]]) -> tuple[float, float]:
+    ridges = [rate["gflops"] / rate["gbs"] for rate in rates]
     low, high = min([*intensities, *ridges]), max([*intensities, *ridges])
     return 2 ** math.floor(math.log2(low) - 0.6), 2 ** math.ceil(math.log2(high) + 0.6)
 
 
-def _roof(ax: Any, roof: dict[str, float], span: tuple[float, float]) -> None:
-    (low, high), peak, rate = span, roof["gflops"], roof["gbs"]
+def _peak_lines(ax: Any, rates: dict[str, float], span: tuple[float, float]) -> None:
+    (low, high), peak, rate = span, rates["gflops"], rates["gbs"]
     ridge = peak / rate
     ax.plot([low, ridge, high], [rate * low, peak, peak], color=plot_style.BLACK, lw=1.6, zorder=2)
     ax.set_xscale("log", base=2)

@@ -1,27 +1,25 @@
-"""Reading a result: the best rival, the floor, and where we stand between them."""
+"""Ratios of a result: our time beside the best rival and the floor."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.layers.counts import PHASES
-from bench.shapes import Case
+from bench.cases import Case
+from bench.counts import PHASES
 
 OURS = "ours"
-#: Modes: inputs in the cache, inputs that have left it, a CUDA graph captured beforehand.
+#: Modes: inputs in the cache, inputs that have left it, a replayed CUDA graph.
 HOT, COLD, GRAPH = "hot", "cold", "graph"
-#: Where a contender's record holds the times of a mode; a CPU has the first one only.
+#: Mode to the key of a contender's record with its times; a CPU has the first one only.
 RECORDED = {HOT: "phases", COLD: "cold", GRAPH: "graph"}
 Result = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Time:
-    """Microseconds of a contender in a phase, median and quartiles."""
+    """Microseconds of a contender in a phase: median and quartiles."""
 
     name: str
     us: float
@@ -31,17 +29,17 @@ class Time:
 
 @dataclass(frozen=True)
 class Line:
-    """Ours in one phase of a case, with what it is compared to.
+    """Our time in one phase of a case, and the times it is compared to.
 
     Attributes:
         case: The case.
         phase: One of ``PHASES``.
         ours: Our time.
         best: Fastest rival that computes the same function, forward and backward.
-        any: Fastest rival of all, whatever it computes backward.
-        floor: The slower of the floors: nobody can be faster than either.
-        flops: That must be done.
-        bytes: That must move.
+        any: Fastest rival of all, those with another gradient included.
+        floor: The slower of the two floors, since both are lower bounds.
+        flops: FLOPs that the phase needs.
+        bytes: Bytes that the phase must move.
         mode: One of ``RECORDED``.
     """
 
@@ -57,7 +55,7 @@ class Line:
 
     @property
     def label(self) -> str:
-        """Phase and, unless it is hot, mode."""
+        """Phase, and the mode unless it is hot."""
         return self.phase if self.mode == HOT else f"{self.phase}, {self.mode}"
 
     @property
@@ -72,17 +70,17 @@ class Line:
 
     @property
     def over_floor(self) -> float | None:
-        """Our time / the floor: 1 is the end of the road."""
+        """Our time / the floor: at 1 there is nothing left to gain."""
         return None if self.floor is None else self.ours.us / self.floor.us
 
     @property
     def gflops(self) -> float:
-        """Rate over the FLOPs that must be done, GFLOP/s."""
+        """Rate of the FLOPs that the phase needs, GFLOP/s."""
         return self.flops / self.ours.us / 1e3
 
     @property
     def gbs(self) -> float:
-        """Rate over the bytes that must move, GB/s."""
+        """Rate of the bytes that must move, GB/s."""
         return self.bytes / self.ours.us / 1e3
 
     @property
@@ -102,7 +100,7 @@ def is_ours(name: str) -> bool:
 
 
 def times(result: Result, phase: str, mode: str = HOT) -> Iterator[tuple[Mapping[str, Any], Time]]:
-    """Every contender that was measured in ``phase`` and ``mode``, with its record."""
+    """Record and time of every contender that was measured in ``phase`` and ``mode``."""
     for name, record in result["contenders"].items():
         sample = record.get(RECORDED[mode], {}).get(phase)
         if sample is not None:
@@ -110,13 +108,13 @@ def times(result: Result, phase: str, mode: str = HOT) -> Iterator[tuple[Mapping
 
 
 def lines(result: Result, mode: str = HOT) -> list[Line]:
-    """One line a phase; none where ours was not measured."""
+    """One line a phase in which ours was measured."""
     found = (line_of(result, phase, mode) for phase in PHASES)
     return [line for line in found if line is not None]
 
 
 def modes_of(results: Iterable[Result]) -> list[str]:
-    """The modes that anybody was measured in."""
+    """The modes in which any contender was measured."""
     seen = {key for result in results for record in result["contenders"].values() for key in record}
     return [mode for mode, key in RECORDED.items() if key in seen]
 
@@ -144,20 +142,3 @@ def line_of(result: Result, phase: str, mode: str = HOT) -> Line | None:
 
 def _fastest(found: Iterable[Time]) -> Time | None:
     return min(found, key=lambda time: time.us, default=None)
-
-
-def quartiles(samples: Sequence[float]) -> tuple[float, float, float]:
-    """Lower quartile, median and upper quartile, between samples where they fall there.
-
-    Of one sample, all three are that one.
-    """
-    if len(samples) == 1:
-        return samples[0], samples[0], samples[0]
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return low, median, high
-
-
-def geometric_mean(values: Iterable[float]) -> float | None:
-    """``None`` of nothing."""
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else None

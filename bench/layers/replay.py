@@ -1,4 +1,4 @@
-"""A contender's forward and step as CUDA graphs, captured by hand: one launch each."""
+"""A contender's forward and step, each captured as a CUDA graph: one launch a call."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Contender, Unavailable
-from bench.layers.truth import worst
+from bench.contender import Contender, Unavailable
+from bench.layers.reference_error import error_limit
 
-#: Beyond so many rows the launches are hidden behind the work.
+#: With more rows, the work hides the launches.
 MOST_ROWS = 1024
 WARM_UP = 3
 
 
 class Replayed(Contender):
-    """Replays what ``inner`` launches; its results lie where the capture put them.
+    """Replays what ``inner`` launches, into the tensors of the capture.
 
     Raises:
-        Unavailable: ``inner`` cannot be captured, or replays something else than it computes.
+        Unavailable: ``inner`` cannot be captured, or a replay gives another result.
     """
 
     name = "replayed"
@@ -41,10 +41,10 @@ class Replayed(Contender):
         self.replays[phase], captured = capture(call, self.problem.device)
         expected = _tensors(call())
         for tensor in _tensors(captured):
-            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)  # nothing old may pass
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)  # to be overwritten
         self.replays[phase]()
         for one, other in zip(_tensors(captured), expected, strict=True):
-            _refuse_difference(one, other, worst(self.problem))
+            _refuse_difference(one, other, error_limit(self.problem))
 
     def forward(self) -> None:
         self.replays["forward"]()
@@ -57,11 +57,11 @@ class Replayed(Contender):
 
 
 def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
-    """``call`` as a replay, and the results that a replay overwrites."""
+    """A function that replays ``call``, and the results that a replay overwrites."""
     with torch.cuda.device(device):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # allocations, handles and tuning: none may be captured
+        with torch.cuda.stream(stream):  # allocations, handles and tuning must not be captured
             for _ in range(WARM_UP):
                 call()
         torch.cuda.current_stream().wait_stream(stream)

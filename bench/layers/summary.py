@@ -1,4 +1,4 @@
-"""What a whole run says: geometric means, worst cases, and every loss by name."""
+"""The summary of a run: geometric means, worst cases, and every loss by name."""
 
 from __future__ import annotations
 
@@ -8,29 +8,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.layers.counts import PHASES
-from bench.layers.ratios import (
-    COLD,
-    GRAPH,
-    HOT,
-    OURS,
-    Line,
-    Result,
-    case_of,
-    geometric_mean,
-    lines,
-    modes_of,
-)
+from bench.counts import PHASES
+from bench.layers.ratios import COLD, GRAPH, HOT, OURS, Line, Result, case_of, lines, modes_of
+from bench.statistics import geometric_mean
 
-#: Means are over batches from here on: below, a call's own cost is most of its time.
+#: Means are over batches of at least this size: with fewer rows, a call's overhead dominates.
 LARGE = 2048
 WORST = 5
 
 
 def summarize(results: Sequence[Result]) -> dict[str, Any]:
-    """Means by dtype and phase, the worst cases, the losses, and where ours did not run.
+    """Means by dtype and phase, the worst cases, the losses, and the cases that ours failed.
 
-    ``modes`` holds the same of what was measured otherwise than hot.
+    ``modes`` holds the same for cold inputs and for CUDA graphs.
     """
     others = [mode for mode in modes_of(results) if mode != HOT]
     return {
@@ -41,7 +31,7 @@ def summarize(results: Sequence[Result]) -> dict[str, Any]:
             for result in results
             if not lines(result)
         },
-        # CUDA graphs are for few rows: their means are over all there are.
+        # CUDA graphs are measured for few rows only, so their means are over all batches.
         "modes": {mode: _of_mode(results, mode, LARGE if mode == COLD else 0) for mode in others},
     }
 

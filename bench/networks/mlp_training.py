@@ -1,8 +1,8 @@
-"""Training whole networks in one pass, beside the same layer by layer and three rivals.
+"""Training whole networks in one pass, beside the same layer by layer and two rivals.
 
-``python -m bench train --model networks``. Random inputs, GEM loss (the black box: cross-entropy),
-backward, fused Adam. Beside each step stand the bytes that it moves through memory, counted, and
-the time that this machine's GEMM rate and copy bandwidth allow for its products and its bytes.
+Random inputs, GEM loss (the black box: cross-entropy), backward, fused Adam. For each step the file
+also holds the number of bytes that it moves through memory, and the time that its products and its
+bytes take at the peak rates of this machine.
 """
 
 from __future__ import annotations
@@ -18,17 +18,27 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from bench import results
+from bench.machine import machine
+from bench.networks import movielens_training as movielens
 from bench.networks import training
-from bench.networks.training import BLACK_BOX, MOVIELENS, OURS, PAPER, Make, Plan, Subject, Trainer
-from bench.rivals.paper_network import PaperStyleMLP
-from bench.roofs import Roofs, measure_roofs
+from bench.networks.training import (
+    BLACK_BOX,
+    MOVIELENS_1M,
+    OURS,
+    PAPER,
+    Make,
+    Schedule,
+    Subject,
+    Trainer,
+)
+from bench.peak_rates import PeakRates, measure_peak_rates
+from bench.rivals.paper_style_mlp import PaperStyleMLP
 from maskmoe_kernels import InterpretableMLP, SubsetFamily, gem_loss
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 
-FILE = "networks.json"
+FILE = "mlp_training.json"
 LAYERED = "layer by layer"
 NOTES = {
     OURS: "all layers, loss and backward in one pass",
@@ -45,17 +55,17 @@ NETWORKS: dict[str, tuple[Callable[[], SubsetFamily], Sequence[int]]] = {
 NAMES = ("toy", "movielens", "spotify8", "powerset4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BATCHES = (4096, 65536)
-SMOKE = Plan((64,), rounds=3, compile=False, seconds=0.02, sizes=NCFSizes(50, 40))
+SMOKE = Schedule((64,), rounds=3, compile=False, seconds=0.02, sizes=NCFSizes(50, 40))
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What a step multiplies, and what it moves through memory beyond the caches.
+    """The FLOPs of a step, and the bytes that it must move through memory.
 
     Attributes:
         flops: Multiplications and additions of present and routed blocks.
-        bytes: In one pass: the input, each weight and each gradient once.
-        bytes_layered: Layer by layer: also every activation five times.
+        bytes: In one pass: the input, each weight and each gradient, once.
+        bytes_layered: Layer by layer: also every activation, five times.
     """
 
     flops: int
@@ -64,7 +74,7 @@ class Counts:
 
 
 def count(net: InterpretableMLP, batch: int, size: int) -> Counts:
-    """Of a step of ``net`` on inputs that want no gradient, values being ``size`` bytes long."""
+    """Counts of a step of ``net``, without a gradient of the input; values have ``size`` bytes."""
     layouts = net.layers.layouts
     weights = sum(layout.num_weights + layout.out_features for layout in layouts)
     routed = sum(layout.num_routed_weights for layout in layouts[1:])
@@ -76,34 +86,31 @@ def count(net: InterpretableMLP, batch: int, size: int) -> Counts:
 
 
 class Data:
-    """Random rows and labels of one network's input."""
+    """Random rows and labels for one network."""
 
     def __init__(
         self, features: int, batch: int, dtype: torch.dtype, device: str, steps: int = 4
     ) -> None:
-        generator = torch.Generator(device).manual_seed(0)  # of the host, it takes seconds
+        generator = torch.Generator(device).manual_seed(0)  # on the host, drawing takes seconds
         drawn: dict[str, Any] = {"generator": generator, "device": device}
         self.batch = batch
         self.x = torch.randn(steps * batch, features, **drawn).to(dtype)
         self.target = torch.randint(2, (steps * batch,), **drawn).float()
 
     def step(self, k: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels of step ``k``, over and over."""
+        """Inputs and labels of step ``k``; they repeat."""
         start = k * self.batch % len(self.x)
         return self.x[start : start + self.batch], self.target[start : start + self.batch]
 
 
-class NetworkTrainer(Trainer):
-    """One network in training; see :class:`Trainer`."""
-
-    def __init__(self, name: str, network: str, data: Data, compiled: bool) -> None:
-        device = data.x.device.type
-        model = build(name, network, device).to(data.x)
-        self.start(name, data, model, loss_of(name, model), device, compiled)
+def trainer(name: str, network: str, data: Data, compiled: bool) -> Trainer:
+    """A trainer of one of ``NOTES``."""
+    model = build(name, network, data.x.device.type).to(data.x)
+    return Trainer(data, model, loss_of(name, model), compiled)
 
 
 def backend(name: str, device: str) -> str | None:
-    """On a GPU, one pass is for those who name it."""
+    """The backend of a model: on a GPU, a network runs in one pass only where it is named."""
     return "native" if name == OURS and device != "cpu" else None
 
 
@@ -135,72 +142,72 @@ def loss_of(name: str, model: Any) -> Callable[[Tensor, Tensor], Tensor]:
     return loss
 
 
-class MovieLensTrainer(Trainer):
-    """The MovieLens model in training, in the dtype of the data's numbers."""
+def movielens_trainer(name: str, data: movielens.Data, sizes: NCFSizes, compiled: bool) -> Trainer:
+    """A trainer of the MovieLens model, in the dtype of ``data.numeric``."""
+    kind = OURS if name == LAYERED else name
+    which = backend(name, data.numeric.device.type)
+    model: Any = movielens.build(kind, sizes, which).to(data.numeric)
 
-    def __init__(self, name: str, data: training.Data, sizes: NCFSizes, compiled: bool) -> None:
-        device = data.numeric.device.type
-        kind = OURS if name == LAYERED else name
-        model: Any = training.build(kind, sizes, backend(name, device)).to(data.numeric)
+    def layered(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        inputs = model.inputs(users, items, data.codes[users], data.numeric[items])
+        logits = model.experts.layers.layered(inputs)
+        return gem_loss(logits, target, model.family, **movielens.OPTIONS)
 
-        def layered(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
-            inputs = model.inputs(users, items, data.codes[users], data.numeric[items])
-            logits = model.experts.layers.layered(inputs)
-            return gem_loss(logits, target, model.family, **training.OPTIONS)
-
-        loss = layered if name == LAYERED else training.loss_of(model, data)
-        self.start(name, data, model, loss, device, compiled)
+    loss = layered if name == LAYERED else movielens.loss_of(model, data)
+    return Trainer(data, model, loss, compiled)
 
 
 def subject(network: str, dtype: torch.dtype) -> Subject:
     """One network in one dtype."""
 
-    def prepare(batch: int, plan: Plan, device: str) -> Make:
+    def prepare(batch: int, schedule: Schedule, device: str) -> Make:
         if network == "movielens":
-            samples = training.Data(plan.sizes, batch, device, steps=4)
+            samples = movielens.Data(schedule.sizes, batch, device, steps=4)
             samples.numeric = samples.numeric.to(dtype)
-            return lambda name, compiled: MovieLensTrainer(name, samples, plan.sizes, compiled)
+            sizes = schedule.sizes
+            return lambda name, compiled: movielens_trainer(name, samples, sizes, compiled)
         data = Data(NETWORKS[network][0]().in_features, batch, dtype, device)
-        return lambda name, compiled: NetworkTrainer(name, network, data, compiled)
+        return lambda name, compiled: trainer(name, network, data, compiled)
 
     title = f"{network}, {str(dtype)[6:]}"
     return Subject(title, FILE, NOTES, BATCHES, prepare, compiled=(OURS, BLACK_BOX))
 
 
-def bound(network: str, batch: int, dtype: torch.dtype, roofs: Roofs) -> dict[str, Any]:
-    """Counts of a step, and the least microseconds that they take here."""
-    net = InterpretableNCF(MOVIELENS).experts if network == "movielens" else build(OURS, network)
+def bound(network: str, batch: int, dtype: torch.dtype, rates: PeakRates) -> dict[str, Any]:
+    """Counts of a step, and the microseconds that they take at the peak rates."""
+    net = InterpretableNCF(MOVIELENS_1M).experts if network == "movielens" else build(OURS, network)
     counts = count(net, batch, dtype.itemsize)  # type: ignore[arg-type]
     return {
         **vars(counts),
-        "products_us": counts.flops / roofs.gflops / 1e3,
-        "bytes_us": counts.bytes / roofs.gbs / 1e3,
-        "bytes_layered_us": counts.bytes_layered / roofs.gbs / 1e3,
+        "products_us": counts.flops / rates.gflops / 1e3,
+        "bytes_us": counts.bytes / rates.gbs / 1e3,
+        "bytes_layered_us": counts.bytes_layered / rates.gbs / 1e3,
     }
 
 
 def run(
-    plan: Plan,
+    schedule: Schedule,
     out: Path,
     console: Console,
     device: str = "cpu",
     networks: Sequence[str] = NAMES,
     dtypes: Sequence[str] = ("float32", "bfloat16"),
 ) -> dict[str, Any]:
-    """Measure every network, dtype and batch; print; write the file into ``out`` after each."""
-    document: dict[str, Any] = {"machine": results.machine(device), "results": [], "ratios": []}
-    document["bounds"] = []
+    """Measure every network, dtype and batch, and print; write the file into ``out`` after each."""
+    document: dict[str, Any] = {"machine": machine(device)}
+    document |= {"results": [], "ratios": [], "bounds": []}
     for name in dtypes:
-        roofs = measure_roofs(DTYPES[name], device, small=plan.sizes is not MOVIELENS)
-        for network, batch in itertools.product(networks, plan.batches or BATCHES):
+        small = schedule.sizes is not MOVIELENS_1M
+        rates = measure_peak_rates(DTYPES[name], device, small)
+        for network, batch in itertools.product(networks, schedule.batches or BATCHES):
             of = {"network": network, "dtype": name}
-            measured = training.measure(batch, plan, device, subject(network, DTYPES[name]))
+            measured = training.measure(subject(network, DTYPES[name]), batch, schedule, device)
             ratios = training.ratios(measured)
             training.show({"results": measured, "ratios": ratios}, f"{network}, {name}", console)
             document["results"] += [{**of, **record} for record in measured]
             document["ratios"] += [{**of, **ratio} for ratio in ratios]
             document["bounds"].append(
-                {**of, "batch": batch, **bound(network, batch, DTYPES[name], roofs)}
+                {**of, "batch": batch, **bound(network, batch, DTYPES[name], rates)}
             )
             write_json(out / FILE, document)
     console.print(str(out / FILE), markup=False, highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
-"""Sessions a second of training the skip models: ours with 8 experts x 16, torch's of width 128.
+"""Training the skip models, in sessions a second: ours with 8 experts x 16, torch's of width 128.
 
-``python -m bench train --model skip``. Random sessions of 10 to 20 tracks, padded as the stream
-pads them; each model is trained as the experiment trains it: GEM loss (the black box:
-cross-entropy), backward, gradients clipped by norm, fused Adam.
+Random sessions of 10 to 20 tracks, padded as the experiment's stream pads them. Each model is
+trained as the experiment trains it: GEM loss (the black box: cross-entropy), backward, gradients
+clipped by norm, fused Adam.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bench.networks.training import BLACK_BOX, OURS, Make, Plan, Subject, Trainer
+from bench.networks.training import BLACK_BOX, OURS, Make, Schedule, Subject, Trainer
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.skip.data.features import HALF, SessionBatch
 from maskmoe_kernels.experiments.skip.loss import loss_part
@@ -28,11 +28,11 @@ NOTES = {
     OURS: "InterpretableTransformer, 8 experts x 16, 3 + 3 blocks",
     BLACK_BOX: "Transformer of torch's own modules, width 128, one logit: another model",
 }
-SMOKE = Plan((4,), rounds=3, compile=False, seconds=0.02)
+SMOKE = Schedule((4,), rounds=3, compile=False, seconds=0.02)
 
 
 class Data:
-    """Random sessions on a device, over and over."""
+    """Random sessions on a device."""
 
     def __init__(self, batch: int, device: str, steps: int = 8) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -50,16 +50,14 @@ class Data:
             self._steps.append(tuple(part.to(device) for part in parts))
 
     def step(self, k: int) -> tuple[Tensor, ...]:
-        """The tensors of a :class:`SessionBatch`, in its order."""
+        """The tensors of a :class:`SessionBatch`, in its order; they repeat."""
         return self._steps[k % len(self._steps)]
 
 
-class SkipTrainer(Trainer):
-    """One skip model in training; see :class:`Trainer`."""
-
-    def __init__(self, name: str, data: Data, device: str, compiled: bool) -> None:
-        model = build(SETTINGS[name]).to(device)
-        self.start(name, data, model, loss_of(name, model, device), device, compiled, clip=1.0)
+def trainer(name: str, data: Data, device: str, compiled: bool) -> Trainer:
+    """A trainer of one of ``NOTES``."""
+    model = build(SETTINGS[name]).to(device)
+    return Trainer(data, model, loss_of(name, model, device), compiled, clip=1.0)
 
 
 def loss_of(name: str, model: SessionModel, device: str) -> Callable[..., Tensor]:
@@ -73,9 +71,9 @@ def loss_of(name: str, model: SessionModel, device: str) -> Callable[..., Tensor
     return loss
 
 
-def _prepare(batch: int, plan: Plan, device: str) -> Make:
+def _prepare(batch: int, schedule: Schedule, device: str) -> Make:
     data = Data(batch, device)
-    return lambda name, compiled: SkipTrainer(name, data, device, compiled)
+    return lambda name, compiled: trainer(name, data, device, compiled)
 
 
 SUBJECT = Subject("Training the skip models", "skip_training.json", NOTES, (128,), _prepare)

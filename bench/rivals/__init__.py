@@ -1,95 +1,31 @@
-"""One file a rival: a :class:`~bench.layers.contender.Contender` its author would call fast."""
+"""One file a rival, as its author would write it to be fast.
+
+A new rival is a new file here, with a :class:`~bench.contender.Contender` under ``@register``.
+"""
+
+import importlib
+import pkgutil
 
 import torch
 
-from bench.layers.contender import Contender
-from bench.rivals.best_dense import BestDense, BestDenseCompiled
-from bench.rivals.bsr import Bsr
-from bench.rivals.bucketed_bmm import BucketedBmm
-from bench.rivals.floors import FloorCopy, FloorGemm
-from bench.rivals.grouped_mm import GroupedMM, GroupedMMGathered
-from bench.rivals.masked_dense import (
-    MaskedBeforehand,
-    MaskedBeforehandCompiled,
-    MaskedDense,
-    MaskedDenseCompiled,
-)
-from bench.rivals.nflows_layer import Nflows
-from bench.rivals.ours import Ours, OursGrouped, OursTriton
-from bench.rivals.paper_style import (
-    PaperStyle,
-    PaperStyleCompiled,
-    PaperStyleMaxAutotune,
-    PaperStyleReduceOverhead,
-)
-from bench.rivals.quack_gemm import Quack, QuackTuned
-from bench.rivals.stk_matrix import StkMatrix
-from bench.rivals.zuko_layer import Zuko
+from bench.contender import Contender
+from bench.rivals.registry import REGISTERED
 
-#: Ours first, then by number.
-ALL: tuple[type[Contender], ...] = (
-    Ours,
-    PaperStyle,
-    PaperStyleCompiled,
-    MaskedDense,
-    MaskedDenseCompiled,
-    MaskedBeforehand,
-    MaskedBeforehandCompiled,
-    BestDense,
-    BestDenseCompiled,
-    BucketedBmm,
-    GroupedMM,
-    GroupedMMGathered,
-    Bsr,
-    Zuko,
-    Nflows,
-    FloorGemm,
-    FloorCopy,
-)
-#: On a GPU: these, too.
-GPU: tuple[type[Contender], ...] = (
-    *ALL,
-    OursTriton,
-    OursGrouped,
-    PaperStyleReduceOverhead,
-    PaperStyleMaxAutotune,
-    Quack,
-    QuackTuned,
-    StkMatrix,
-)
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+
+def _rank(kind: type[Contender]) -> tuple[bool, int]:
+    """Ours, then the rivals by number, then the floors."""
+    return kind.floor, int(kind.number) if kind.number.isdigit() else 0
+
+
+#: All contenders on a GPU.
+GPU: tuple[type[Contender], ...] = tuple(sorted(REGISTERED, key=_rank))
+#: All contenders on a CPU.
+ALL: tuple[type[Contender], ...] = tuple(kind for kind in GPU if not kind.gpu_only)
 
 
 def contenders(device: str) -> tuple[type[Contender], ...]:
-    """Who is measured on ``device``."""
+    """The contenders on ``device``."""
     return GPU if torch.device(device).type == "cuda" else ALL
-
-
-__all__ = [
-    "ALL",
-    "GPU",
-    "BestDense",
-    "BestDenseCompiled",
-    "Bsr",
-    "BucketedBmm",
-    "FloorCopy",
-    "FloorGemm",
-    "GroupedMM",
-    "GroupedMMGathered",
-    "MaskedBeforehand",
-    "MaskedBeforehandCompiled",
-    "MaskedDense",
-    "MaskedDenseCompiled",
-    "Nflows",
-    "Ours",
-    "OursGrouped",
-    "OursTriton",
-    "PaperStyle",
-    "PaperStyleCompiled",
-    "PaperStyleMaxAutotune",
-    "PaperStyleReduceOverhead",
-    "Quack",
-    "QuackTuned",
-    "StkMatrix",
-    "Zuko",
-    "contenders",
-]

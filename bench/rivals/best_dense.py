@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Compiled, DenseLayer
-from bench.layers.problem import Problem
+from bench.contender import Compiled, DenseLayer
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
 class _Function(torch.autograd.Function):
@@ -31,7 +32,7 @@ def _grad_x(grad: Tensor, weight: Tensor, d: int) -> Tensor:
     diagonal = weight.view(shape[1], d, shape[1], d).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     grad_x = grad.new_empty(shape)
     by_expert = grad.view(shape).transpose(0, 1)
-    if torch.compiler.is_compiling():  # which knows how to place results itself
+    if torch.compiler.is_compiling():  # the compiler places results itself
         return torch.bmm(by_expert, diagonal).transpose(0, 1).reshape(len(grad), -1)
     torch.bmm(by_expert, diagonal, out=grad_x.transpose(0, 1))
     return grad_x.view(len(grad), -1)
@@ -51,11 +52,12 @@ class _Ragged(torch.autograd.Function):
         return grad @ (weight * routed), (grad.t() @ x).mul_(mask), grad.sum(0), None, None
 
 
+@register
 class BestDense(DenseLayer):
     """Dense forward and dW, dX from the diagonal blocks alone.
 
-    Its weight is masked once: a masked gradient lets no optimizer move an absent weight away from
-    zero, so masking it again in every call would be time given away.
+    Its weight is masked once, not in every call: its gradient is masked, so no optimizer moves an
+    absent weight away from zero.
     """
 
     name = "best dense"
@@ -90,6 +92,7 @@ class BestDense(DenseLayer):
         return y
 
 
+@register
 class BestDenseCompiled(Compiled, BestDense):
     """The same under ``torch.compile``."""
 

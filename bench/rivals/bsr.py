@@ -9,10 +9,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Layer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import Layer, Unavailable
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class Bsr(Layer):
     """``W.to_sparse_bsr((d, d)) @ x.T``, the matrix built beforehand."""
 
@@ -28,7 +30,7 @@ class Bsr(Layer):
         if d is None:
             raise Unavailable("needs blocks of one size")
         matrices = problem.row_matrices(problem.compact.detach())
-        # The blocks that W.to_sparse_bsr((d, d)) finds, without W: it may not fit into memory.
+        # The blocks that W.to_sparse_bsr((d, d)) would find; W itself may not fit into memory.
         blocks = [block for matrix in matrices for block in matrix.split(d, 1)]
         ends = [0, *accumulate(len(sources) for sources in problem.sources)]
         columns = [j for sources in problem.sources for j in sources]
@@ -46,11 +48,11 @@ class Bsr(Layer):
         self.bias = problem.bias.detach()[:, None]
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.is_cuda and x.element_size() == 2:  # addmm takes this kernel of torch's without a bias
+        if x.is_cuda and x.element_size() == 2:  # addmm calls this kernel without a bias
             bias = self.bias.expand(-1, len(x))
             y: Tensor = self.triton_ops.bsr_dense_addmm(bias, self.weight, x.t())
             return y.t()
-        # F.linear takes the same matrix, at a fifteenth of the speed on a CPU.
+        # F.linear also takes this matrix, but at a fifteenth of the speed on a CPU.
         return torch.addmm(self.bias, self.weight, x.t()).t()
 
     def compact_grads(self, grads: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Rival 4: experts with as many sources each share one batched product. No wasted FLOP."""
+"""Rival 4: one batched product for all experts with the same number of sources. No wasted FLOP."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.layers.contender import Layer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import Layer, Unavailable
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Bucket:
     """E experts of c sources each.
 
     Attributes:
-        experts: Their numbers, E.
+        experts: Their indices, E of them.
         sources: Column blocks they read, expert after expert, ``(E * c,)`` int64.
         own: Position of each expert's own block among its c sources, ``(E,)`` int64.
     """
@@ -36,7 +37,7 @@ class _Function(torch.autograd.Function):
         weights, biases = values[::2], values[1::2]
         seen, outputs = [], []
         for bucket, weight, bias in zip(buckets, weights, biases, strict=True):
-            # (E, B, c d) in steps through memory that the product takes as they are.
+            # (E, B, c d) as a strided view, which the product reads without a copy.
             rows = h.index_select(1, bucket.sources).view(len(x), len(bucket.experts), -1)
             seen.append(rows.transpose(0, 1))
             outputs.append(torch.baddbmm(bias, seen[-1], weight).transpose(0, 1))
@@ -67,6 +68,7 @@ class _Function(torch.autograd.Function):
         return grad_x.view(len(grad), -1), None, None, None, *grads
 
 
+@register
 class BucketedBmm(Layer):
     """Gather the sources of each bucket, ``baddbmm``; dX from the experts' own blocks."""
 
@@ -90,7 +92,7 @@ class BucketedBmm(Layer):
             read = torch.tensor([problem.sources[i] for i in experts])
             own = torch.tensor([problem.sources[i].index(i) for i in experts])
             self.buckets.append(Bucket(experts, read.flatten().to(device), own.to(device)))
-            # (E, c d, d): read in steps of memory that need no transposed copy.
+            # (E, c d, d): the layout that the product reads without a transposed copy.
             weight = torch.stack([matrices[i].t() for i in experts]).contiguous()
             parameters += [weight.requires_grad_(), biases[experts].requires_grad_()]
         self.parameters = tuple(parameters)

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.layers.contender import Layer, Unavailable
-from bench.layers.problem import Problem
+from bench.contender import Layer, Unavailable
+from bench.problem import Problem
 from bench.rivals.bucketed_bmm import gathered_bytes
+from bench.rivals.registry import register
 
 
 def _transposed(x: Tensor, count: int) -> Tensor:
@@ -46,8 +47,9 @@ class _Function(torch.autograd.Function):
         return grad_x.reshape(len(grad), -1), grad_weight, grad.sum(0), None, None, None
 
 
+@register
 class GroupedMM(Layer):
-    """Gather every expert's sources, multiply by the experts' weights one below another."""
+    """Gather every expert's sources, multiply by the concatenated weights of the experts."""
 
     name = "grouped_mm"
     number = "5"
@@ -91,6 +93,7 @@ class GroupedMM(Layer):
         return torch.cat([g.t().reshape(-1) for g in grads[0].split(sizes)]), grads[1]
 
 
+@register
 class GroupedMMGathered(GroupedMM):
     """The same on sources that were gathered beforehand: the product alone."""
 

@@ -1,14 +1,16 @@
-"""Rival 2: the masked product everybody writes first. It has no stop-gradient."""
+"""Rival 2: the weight times a mask, in a dense product. It has no stop-gradient."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.layers.contender import Compiled, DenseLayer
-from bench.layers.problem import Problem
+from bench.contender import Compiled, DenseLayer
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class MaskedDense(DenseLayer):
     """``F.linear(x, W * M, b)``."""
 
@@ -22,8 +24,9 @@ class MaskedDense(DenseLayer):
         return F.linear(x, weight * self.problem.mask, bias)
 
 
+@register
 class MaskedBeforehand(DenseLayer):
-    """``F.linear(x, W, b)`` with W masked before: what a checkpoint for inference would hold."""
+    """``F.linear(x, W, b)`` with W masked beforehand, as in a checkpoint for inference."""
 
     name = "masked beforehand"
     number = "2"
@@ -41,12 +44,14 @@ class MaskedBeforehand(DenseLayer):
         return F.linear(x, *self.parameters)
 
 
+@register
 class MaskedDenseCompiled(Compiled, MaskedDense):
     """``F.linear(x, W * M, b)`` under ``torch.compile``."""
 
     name = "masked dense, compiled"
 
 
+@register
 class MaskedBeforehandCompiled(Compiled, MaskedBeforehand):
     """``F.linear(x, W, b)`` under ``torch.compile``."""
 

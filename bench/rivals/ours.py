@@ -1,4 +1,4 @@
-"""Our layer, with the backend that ``backend=None`` chooses, and with others by name."""
+"""Our layer, with the backend that ``backend=None`` chooses, and with named backends."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from bench.layers.contender import Layer
-from bench.layers.problem import Problem
+from bench.contender import Layer
+from bench.problem import Problem
+from bench.rivals.registry import register
 from maskmoe_kernels import masked_linear
 
 
+@register
 class Ours(Layer):
-    """Packed weight, routed gradient."""
+    """``masked_linear`` with a packed weight."""
 
     name = "ours"
     backend: ClassVar[str | None] = None
@@ -29,15 +31,19 @@ class Ours(Layer):
         return self.problem.from_packed(grads[0]), grads[1]
 
 
+@register
 class OursTriton(Ours):
     """Our Triton kernels by name."""
 
     name = "ours, triton"
     backend = "triton"
+    gpu_only = True
 
 
-class OursGrouped(Ours):
-    """Our PyTorch fallback by name: what a GPU without our kernels would run."""
+@register
+class OursTorch(Ours):
+    """Our PyTorch fallback by name: what a GPU without Triton runs."""
 
-    name = "ours, grouped"
-    backend = "grouped"
+    name = "ours, torch"
+    backend = "torch"
+    gpu_only = True

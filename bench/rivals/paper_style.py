@@ -6,10 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.layers.contender import Compiled, CompiledGraphs, Layer
-from bench.layers.problem import Problem
+from bench.contender import Compiled, CompiledGraphs, Layer
+from bench.problem import Problem
+from bench.rivals.registry import register
 
 
+@register
 class PaperStyle(Layer):
     """``Linear(cat([h_i, *[h_j.detach()]]))`` for each expert.
 
@@ -35,7 +37,7 @@ class PaperStyle(Layer):
 
     @classmethod
     def flops(cls, problem: Problem) -> int:
-        # Autograd works out the gradient of all sources, and drops that of the detached ones.
+        # Autograd computes the gradient of all sources, and drops that of the detached ones.
         return 6 * problem.batch * problem.layout.num_weights
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -53,18 +55,21 @@ class PaperStyle(Layer):
         return torch.cat([g.reshape(-1) for g in grads[:count]]), torch.cat(grads[count:])
 
 
+@register
 class PaperStyleCompiled(Compiled, PaperStyle):
     """The same under ``torch.compile``."""
 
     name = "paper style, compiled"
 
 
+@register
 class PaperStyleReduceOverhead(CompiledGraphs, PaperStyle):
     """The same under ``torch.compile(mode="reduce-overhead")``."""
 
     name = "paper style, reduce-overhead"
 
 
+@register
 class PaperStyleMaxAutotune(CompiledGraphs, PaperStyle):
     """The same under ``torch.compile(mode="max-autotune")``."""
 

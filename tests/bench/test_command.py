@@ -1,4 +1,4 @@
-"""``maskmoe bench``: files, resuming, exit codes."""
+"""``python -m bench``: files, resuming, exit codes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import command, results
+from bench import command
 from bench.arguments import parse
-from bench.layers.contender import Unavailable
-from bench.networks import mlp_training as network_training
-from bench.roofs import Roofs, measure_roofs
-from bench.shapes import SUITES, Case
+from bench.cases import Case
+from bench.contender import Unavailable
+from bench.layers import results
+from bench.layers import run as layer_run
+from bench.layers.ratios import line_of
+from bench.layers.suites import SUITES
+from bench.layers.summary import summarize
+from bench.networks import mlp_training
+from bench.peak_rates import PeakRates, measure_peak_rates
 from maskmoe_kernels.errors import BackendError, DataError
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 
+RESULTS = Path(command.__file__).parent / "results"
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
 TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32".split()
 TINY += "--rounds 2 --budget 0 --out".split()
 
 
 @pytest.fixture(autouse=True)
-def _quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_roofs", lambda *_: Roofs(100.0, 10.0))
+def _quick_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_run, "measure_peak_rates", lambda *_: PeakRates(100.0, 10.0))
 
 
 @pytest.fixture
@@ -36,7 +42,7 @@ def console() -> Console:
 
 def run(words: list[str], console: Console) -> tuple[int, str]:
     with console.capture() as capture:
-        code = command.main(words, "bench", console)
+        code = command.main(words, console)
     return code, capture.get()
 
 
@@ -46,17 +52,17 @@ def cases(path: Path) -> list[str]:
 
 
 def test_a_run(tmp_path: Path, console: Console) -> None:
-    code, told = run([*TINY, str(tmp_path)], console)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 0
     written = results.load(tmp_path / results.NAME)
     assert [r["family"] for r in written["results"]] == ["toy3", "ncf4"]
     assert written["machine"]["backend"] in written["machine"]["info"]["backends"]
     assert written["machine"]["cores"] > 0
     assert written["settings"]["rounds"] == 2
-    assert written["roofs"]["float32"] == {"gflops": 100.0, "gbs": 10.0}
+    assert written["peak_rates"]["float32"] == {"gflops": 100.0, "gbs": 10.0}
     assert written["summary"]["compared"] == 6
-    assert "toy3 d=8 B=16 float32" in told
-    assert "2 of 2 cases" in told
+    assert "toy3 d=8 B=16 float32" in printed
+    assert "2 of 2 cases" in printed
 
 
 @pytest.mark.parametrize(
@@ -80,13 +86,13 @@ def test_named_contenders_beside_ours(
 
 def test_a_suite_leaves_contenders_out(tmp_path: Path, console: Console) -> None:
     """Unless they are named."""
-    parsed = parse([*TINY, str(tmp_path), "--device", "cuda"], "bench")[1]
-    names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
+    parsed = parse([*TINY, str(tmp_path), "--device", "cuda"])
+    names = {kind.name for kind in command.contenders(parsed, SUITES["gpu-quick"])}
     assert {"ours", "QuACK", "floor gemm"} <= names
-    assert not names & {"ours, triton", "ours, grouped"}
-    parsed.contenders = ["ours, grouped"]
-    names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
-    assert names == {"ours", "ours, grouped"}
+    assert not names & {"ours, triton", "ours, torch"}
+    parsed.contenders = ["ours, torch"]
+    names = {kind.name for kind in command.contenders(parsed, SUITES["gpu-quick"])}
+    assert names == {"ours", "ours, torch"}
 
 
 def test_a_killed_run_loses_nothing_and_resumes(
@@ -100,17 +106,17 @@ def test_a_killed_run_loses_nothing_and_resumes(
         measured.append(case.family)
         return result(case, TIMES)
 
-    monkeypatch.setattr(command, "measure", measure)
+    monkeypatch.setattr(layer_run, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
         run([*TINY, str(tmp_path)], console)
     assert cases(tmp_path) == ["toy3"]
     assert results.load(tmp_path / results.NAME)["summary"]["compared"] == 3
     measured.append("again")
-    code, told = run([*TINY, str(tmp_path), "--resume"], console)
+    code, printed = run([*TINY, str(tmp_path), "--resume"], console)
     assert code == 0
     assert measured == ["toy3", "again", "ncf4"]
     assert cases(tmp_path) == ["toy3", "ncf4"]
-    assert "1 of 2 cases are done already" in told
+    assert "1 of 2 cases are done already" in printed
 
 
 def test_resuming_elsewhere_is_refused(
@@ -129,13 +135,13 @@ def test_skipped_cases_are_written(
             raise Unavailable("too large for [this]")
         return result(case, TIMES)
 
-    monkeypatch.setattr(command, "measure", measure)
-    code, told = run([*TINY, str(tmp_path)], console)
+    monkeypatch.setattr(layer_run, "measure", measure)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 0
     written = results.load(tmp_path / results.NAME)
     assert written["skipped"] == {"toy3 d=8 B=16 float32": "too large for [this]"}
     assert cases(tmp_path) == ["ncf4"]
-    assert "skipped: too large for [this]" in told
+    assert "skipped: too large for [this]" in printed
 
 
 def test_a_broken_layer_of_ours_is_an_error(
@@ -146,10 +152,10 @@ def test_a_broken_layer_of_ours_is_an_error(
         made["contenders"]["ours"] = {"unavailable": "no", "exact": True, "floor": False}
         return made
 
-    monkeypatch.setattr(command, "measure", measure)
-    code, told = run([*TINY, str(tmp_path)], console)
+    monkeypatch.setattr(layer_run, "measure", measure)
+    code, printed = run([*TINY, str(tmp_path)], console)
     assert code == 1
-    assert "ours did not run" in told
+    assert "ours did not run" in printed
 
 
 def test_compare(tmp_path: Path, console: Console) -> None:
@@ -172,20 +178,21 @@ def test_files_that_are_no_results(text: str, tmp_path: Path, console: Console) 
 
 
 def test_train_smoke(tmp_path: Path, console: Console) -> None:
-    code, told = run(["train", "--smoke", "--out", str(tmp_path)], console)
+    code, printed = run(["train", "--smoke", "--out", str(tmp_path)], console)
     assert code == 0
-    assert "samples/s" in told
-    assert (tmp_path / "training.json").exists()
+    assert "samples/s" in printed
+    assert (tmp_path / "movielens_training.json").exists()
 
 
 def test_train_some_networks(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network_training, "measure_roofs", lambda *_, **__: Roofs(100.0, 10.0))
-    words = "train --model networks --networks toy spotify8 --dtypes bfloat16 --batch 32"
+    rates = PeakRates(100.0, 10.0)
+    monkeypatch.setattr(mlp_training, "measure_peak_rates", lambda *_, **__: rates)
+    words = "train --model mlp --networks toy spotify8 --dtypes bfloat16 --batch 32"
     words += " --rounds 1 --seconds 0 --no-compile --out"
     assert run([*words.split(), str(tmp_path)], console)[0] == 0
-    found = json.loads((tmp_path / "networks.json").read_text("utf-8"))["results"]
+    found = json.loads((tmp_path / "mlp_training.json").read_text("utf-8"))["results"]
     assert {(r["network"], r["dtype"], r["rounds"]) for r in found} == {
         ("toy", "bfloat16", 1), ("spotify8", "bfloat16", 1),
     }  # fmt: skip
@@ -214,20 +221,82 @@ def test_arguments_that_cannot_be_parsed(
     words: str, message: str, console: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        command.main(words.split(), "bench", console)
+        command.main(words.split(), console)
     assert left.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_entry_says_errors_in_one_line(tmp_path: Path) -> None:
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = str(tmp_path / "none.json")
-    told = command.entry(["compare", missing, missing])
-    assert isinstance(told, str)
-    assert told.startswith("error: ")
-    assert "none.json" in told
+    for words, message in (
+        (["compare", missing, missing], "none.json"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+    ):
+        assert command.entry(words) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        assert message in text
 
 
-def test_roofs_are_what_the_machine_does() -> None:
-    roofs = measure_roofs(torch.float32, "cpu", small=True)
-    assert 0.1 < roofs.gflops < 1e5
-    assert 0.1 < roofs.gbs < 1e4
+def test_ctrl_c_says_how_to_continue(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "main", interrupted)
+    assert command.entry([]) == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", "compare", "train", "overhead"])
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        command.entry([*name.split(), "--help"])
+    assert left.value.code == 0
+    text = capsys.readouterr().out
+    prefix = f"python -m bench {name}".strip()
+    assert text.startswith(f"usage: {prefix} ")
+    assert f"example:\n  {prefix} " in text
+
+
+def test_options_of_a_run_and_of_other_commands() -> None:
+    run = parse("--suite full --families toy3 ncf4 --resume".split())
+    assert (run.command, run.suite, run.families) == ("run", "full", ["toy3", "ncf4"])
+    assert run.resume
+    train = parse("train --batch 8 --out there --device cuda".split())
+    assert (train.command, train.batch, train.out) == ("train", [8], Path("there"))
+    assert (train.device, train.rounds, parse([]).rounds) == ("cuda", 15, None)
+    compare = parse("compare a.json b.json --threshold 1.2".split())
+    assert (compare.command, compare.threshold, compare.out) == ("compare", 1.2, None)
+
+
+def test_results_of_earlier_versions_can_be_read(tmp_path: Path, console: Console) -> None:
+    """Their names for peak rates and for contenders stay as they were measured."""
+    made = document(result(Case("toy3", 8, 4096), {"ours, grouped": 90.0, **TIMES}))
+    made["roofs"] = made.pop("peak_rates")
+    path = tmp_path / "old.json"
+    results.save(path, made)
+    read = results.load(path)
+    assert "roofs" not in read
+    assert read["peak_rates"] == made["roofs"]
+    line = line_of(read["results"][0], "step")
+    assert line is not None
+    assert line.best is not None
+    assert line.best.name == "exact"  # our own backend is not a rival
+    assert run(["compare", str(path), str(path)], console)[0] == 0
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/bench.json")), ids=lambda p: p.parent.name)
+def test_committed_results_name_their_machine_and_can_be_read(path: Path) -> None:
+    read = results.load(path)
+    assert read["machine"]["cpu"]
+    assert read["results"]
+    assert summarize(read["results"])["compared"] > 0
+
+
+def test_peak_rates_are_what_the_machine_does() -> None:
+    rates = measure_peak_rates(torch.float32, "cpu", small=True)
+    assert 0.1 < rates.gflops < 1e5
+    assert 0.1 < rates.gbs < 1e4

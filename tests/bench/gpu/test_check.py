@@ -17,25 +17,27 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.gpu import check as gpu_check
-from bench.gpu import parts as gpu_parts
-from bench.gpu.check import differences, main, run
-from bench.gpu.lines import shard_of
-from bench.gpu.log import append, read
-from bench.gpu.parts import CUDA_TESTS, FAULTS, PARTS, ROOT, Lab, Task
-from bench.gpu.told import (
+from bench.device import LOST
+from bench.gpu import commands
+from bench.gpu.check import main
+from bench.gpu.commands import COMMANDS, CUDA_TESTS
+from bench.gpu.json_lines import append, read
+from bench.gpu.processes import run
+from bench.gpu.pytest_plugin import shard_of
+from bench.gpu.rehearsal import PLANTED, differences
+from bench.gpu.report import (
     CUT_OFF,
     FAILED,
     MOST_LINES,
     PASSED,
     REFUSED,
     WIDTH,
-    bring,
-    gathered,
-    told,
+    screen_lines,
+    summarize,
+    write,
 )
-from bench.lost import LOST
-from bench.shapes import SUITES
+from bench.gpu.tasks import FAULTS, ROOT, Lab, Task
+from bench.layers.suites import SUITES
 from tests.ops import test_cuda
 
 
@@ -73,7 +75,7 @@ def test_outcomes(lab: Lab) -> None:
     assert run(tasks, lab, 2) == {name: outcome for name, (_, outcome) in codes.items()}
     ended = {line["task"]: line for line in processes(lab)}
     assert [ended[name]["status"] for name in codes] == [0, 4, -11, 1]
-    assert all("said" in line["said"] for line in ended.values())
+    assert all("said" in line["output"] for line in ended.values())
     assert all("said" in (lab.work / "logs" / f"{name}.log").read_text() for name in codes)
 
 
@@ -146,7 +148,7 @@ def test_the_environment_of_a_process(lab: Lab) -> None:
         print(os.getcwd(), os.environ["PYTHONPATH"].split(os.pathsep)[0], os.environ["OTHER"])
     """
     run([python(code, variables={"OTHER": "x"})], lab, 1)
-    assert processes(lab)[0]["said"].split() == [str(ROOT), str(ROOT), "x"]
+    assert processes(lab)[0]["output"].split() == [str(ROOT), str(ROOT), "x"]
 
 
 # --- Lines, and a full disk --------------------------------------------------------------
@@ -155,7 +157,7 @@ def test_the_environment_of_a_process(lab: Lab) -> None:
 def test_lines_of_many_processes_are_whole(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     code = f"""
-        from bench.gpu.log import append
+        from bench.gpu.json_lines import append
         for k in range(200):
             append({str(path)!r}, {{"k": k, "text": "é" * 500}})
     """
@@ -178,11 +180,11 @@ def test_a_full_disk_costs_nothing_that_was_found(lab: Lab) -> None:
         outcomes = run([python("print('x' * 10**6 + ' the end')")], lab, 1)
         assert outcomes == {"some": PASSED}
         (line,) = processes(lab)
-        assert line["said"].endswith("the end\n")
-        found = gathered(outcomes, [line])
-        assert told(found)[0].startswith("green some")
+        assert line["output"].endswith("the end\n")
+        found = summarize(outcomes, [line])
+        assert screen_lines(found)[0].startswith("green some")
         (lab.work / "file").touch()
-        refused = bring(found, lab.work, lab.work / "file", "prove")
+        refused = write(found, lab.work, lab.work / "file", "prove")
         assert len(refused) == 2
         assert all("file" in reason for reason in refused)
     finally:
@@ -200,7 +202,7 @@ def test_the_screen_in_a_hundred_lines() -> None:
     lines: list[dict[str, Any]] = [
         {
             "event": "process", "task": name, "outcome": outcome, "seconds": 1.0,
-            "command": "python3", "said": "much\n" * 50 + "the last word",
+            "command": "python3", "output": "much\n" * 50 + "the last word",
         }
         for name, outcome in outcomes.items()
     ]  # fmt: skip
@@ -211,7 +213,7 @@ def test_the_screen_in_a_hundred_lines() -> None:
             {"event": "test", "task": "task 1", "test": test, "outcome": outcome}
             | ({"message": message} if outcome == FAILED else {})
         )
-    screen = told(gathered(outcomes, lines))
+    screen = screen_lines(summarize(outcomes, lines))
     assert len(screen) <= MOST_LINES
     assert sum(len(line) + 1 for line in screen) <= 12_000
     assert max(map(len, screen)) <= WIDTH
@@ -219,7 +221,9 @@ def test_the_screen_in_a_hundred_lines() -> None:
     assert "the last word" in "".join(screen)
     for word in ("green", "cut off", "RED"):
         assert sum(line.startswith(word) for line in screen) > 10
-    few = told(gathered({"task 1": FAILED}, [x for x in lines if x["task"] == "task 1"][:3]))
+    few = screen_lines(
+        summarize({"task 1": FAILED}, [x for x in lines if x["task"] == "task 1"][:3])
+    )
     assert few == [
         "RED task 1: 1 s 1 failed, 1 passed: the last word",
         "RED [task 1] " + few[1][13:],
@@ -233,7 +237,7 @@ def test_one_json_and_one_archive(tmp_path: Path) -> None:
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         (work / name).write_bytes(b"x" * size)
     for green in (1, 2):  # refreshed
-        assert bring({"green": green}, work, out, "prove") == []
+        assert write({"green": green}, work, out, "prove") == []
     assert sorted(path.name for path in out.iterdir()) == ["prove.json", "prove.tar.gz"]
     assert json.loads((out / "prove.json").read_text()) == {"green": 2}
     with tarfile.open(out / "prove.tar.gz") as archive:
@@ -243,24 +247,24 @@ def test_one_json_and_one_archive(tmp_path: Path) -> None:
 # --- The plan ----------------------------------------------------------------------------
 
 
-def plan(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Task]:
-    monkeypatch.setattr(gpu_parts, "nvidia", lambda tool: f"/usr/bin/{tool}")
-    return PARTS[name].tasks(Lab(Path("work"), False, PARTS[name].seconds))
+def planned(name: str, monkeypatch: pytest.MonkeyPatch) -> list[Task]:
+    monkeypatch.setattr(commands, "nvidia", lambda tool: f"/usr/bin/{tool}")
+    return COMMANDS[name].tasks(Lab(Path("work"), False, COMMANDS[name].seconds))
 
 
 def test_commands_of_under_four_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [*PARTS] == ["prove", "measure", "tune"]
-    for name, part in PARTS.items():
-        assert part.seconds < 240
-        tasks = plan(name, monkeypatch)
+    assert [*COMMANDS] == ["prove", "measure", "tune"]
+    for name, command in COMMANDS.items():
+        assert command.seconds < 240
+        tasks = planned(name, monkeypatch)
         assert len({task.name for task in tasks}) == len(tasks)
         together = [task for task in tasks if not task.alone]
         assert all(task.seconds or task.until for task in together)
         assert tasks[: len(together)] == together  # what is timed comes after all of these
         assert not any("cpu" in task.words for task in tasks)
-    limits = [task.seconds or 0 for task in plan("measure", monkeypatch) if task.alone]
-    compiled = max(task.until or 0 for task in plan("measure", monkeypatch))
-    assert compiled + sum(limits) < PARTS["measure"].seconds - 10
+    limits = [task.seconds or 0 for task in planned("measure", monkeypatch) if task.alone]
+    compiled = max(task.until or 0 for task in planned("measure", monkeypatch))
+    assert compiled + sum(limits) < COMMANDS["measure"].seconds - 10
 
 
 def chosen(name: str, expression: str) -> bool:
@@ -275,7 +279,7 @@ def test_every_test_for_a_gpu_is_in_one_task(monkeypatch: pytest.MonkeyPatch) ->
     assert len(tests) > 8
     choices = {
         words[words.index("-k") + 1]
-        for words in (list(task.words) for task in plan("prove", monkeypatch))
+        for words in (list(task.words) for task in planned("prove", monkeypatch))
         if CUDA_TESTS in words
     }
     for test in tests:
@@ -284,7 +288,7 @@ def test_every_test_for_a_gpu_is_in_one_task(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_paths_of_the_plan_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for task in plan("prove", monkeypatch):
+    for task in planned("prove", monkeypatch):
         for word in task.words:
             if word.startswith("tests/"):
                 assert (ROOT / word).exists(), word
@@ -292,13 +296,13 @@ def test_paths_of_the_plan_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_timed_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = " | ".join(task.line() for task in plan("measure", monkeypatch))
+    commands_typed = " | ".join(task.line() for task in planned("measure", monkeypatch))
     for case in SUITES["gpu-quick"].cases():
         words = f"--families {case.family} --widths {case.width} --batch {case.batch}"
-        compiled = f"{words} --dtypes {case.dtype} --rounds 1" in told
-        assert compiled == (case.batch < gpu_parts.HUGE)
-    assert "--networks movielens --dtypes bfloat16" in told
-    assert "--suite gpu-quick" in told
+        compiled = f"{words} --dtypes {case.dtype} --rounds 1" in commands_typed
+        assert compiled == (case.batch < commands.HUGE)
+    assert "--networks movielens --dtypes bfloat16" in commands_typed
+    assert "--suite gpu-quick" in commands_typed
 
 
 def test_arguments(tmp_path: Path, console: Console, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +332,7 @@ def test_faults_are_planted_and_the_rest_comes_back(tmp_path: Path, console: Con
     with console.capture() as capture:
         assert main(words, console) == 0, capture.get()
     screen = capture.get().splitlines()
-    assert "compute-sanitizer" in capture.get() or gpu_parts.nvidia("compute-sanitizer") is None
+    assert "compute-sanitizer" in capture.get() or commands.nvidia("compute-sanitizer") is None
     assert screen[-1] == "prove rehearsed: everything came back as planted"
     found = json.loads((tmp_path / "out/prove.json").read_text("utf-8"))
     red = {x["test"].rpartition("::")[2]: x["message"] for x in found["red"]}
@@ -343,10 +347,10 @@ def test_faults_are_planted_and_the_rest_comes_back(tmp_path: Path, console: Con
         assert {"prove/lab.jsonl", "prove/logs/faults.log"} <= set(archive.getnames())
 
 
-def test_a_rehearsal_that_went_wrong_says_what() -> None:
+def test_a_rehearsal_names_the_differences() -> None:
     lines = [
         {"event": "test", "task": "faults", "test": f"x.py::{name}", "outcome": outcome}
-        for name, outcome in gpu_check.PLANTED.items()
+        for name, outcome in PLANTED.items()
     ]
     outcomes = {"faults": FAILED, "seen": PASSED}
     assert differences(outcomes, lines) == []
@@ -365,8 +369,8 @@ def test_the_others_rehearsed(tmp_path: Path, console: Console) -> None:
     assert (
         sum(line["host"]["us"] > 0 for line in overhead["results"] if "host" in line) == 5 * 2 - 2
     )
-    networks = json.loads((tmp_path / "measure/bench/networks.json").read_text("utf-8"))
+    networks = json.loads((tmp_path / "measure/bench/mlp_training.json").read_text("utf-8"))
     assert {r["network"] for r in networks["results"]} == {"toy"}
-    ways = read(tmp_path / "tune/ways.jsonl")
-    assert ways
-    assert all(way["own"] and way["us"] > 0 for way in ways)
+    found = read(tmp_path / "tune/configs.jsonl")
+    assert found
+    assert all(record["own"] and record["us"] > 0 for record in found)

@@ -10,30 +10,32 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import command, results
+from bench import command, machine
 from bench.arguments import parse
+from bench.cases import Case
 from bench.clock import cache_bytes
-from bench.layers.overhead import ACTIVATION, Door, _check, doors, functions_of
-from bench.lost import LOST
-from bench.roofs import Roofs
-from bench.shapes import Case
+from bench.device import LOST, is_lost
+from bench.layers import results
+from bench.layers import run as layer_run
+from bench.layers.overhead import ACTIVATION, Call, _check, functions_of, ways_to_call
+from bench.peak_rates import PeakRates
 from maskmoe_kernels import masked_linear
 from maskmoe_kernels.layout.families import FAMILIES
-from tests.bench.made import result
+from tests.bench.handmade import result
 
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
 TINY = "--families toy3 ncf4 --widths 8 --batch 16 --dtypes float32 --out".split()
 
 
 @pytest.fixture(autouse=True)
-def _quick_roofs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_roofs", lambda *_: Roofs(100.0, 10.0))
+def _quick_peak_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_run, "measure_peak_rates", lambda *_: PeakRates(100.0, 10.0))
 
 
 def run(words: list[str]) -> tuple[int, str]:
     console = Console(width=200)
     with console.capture() as capture:
-        code = command.main(words, "bench", console)
+        code = command.main(words, console)
     return code, capture.get()
 
 
@@ -50,12 +52,12 @@ def test_no_case_is_begun_when_the_time_is_up(
         clock.now += 10
         return result(case, TIMES)
 
-    monkeypatch.setattr(command, "measure", measure)
-    monkeypatch.setattr(command.time, "perf_counter", lambda: clock.now)
-    code, told = run([*TINY, str(tmp_path), "--within", "5"])
+    monkeypatch.setattr(layer_run, "measure", measure)
+    monkeypatch.setattr(layer_run.time, "perf_counter", lambda: clock.now)
+    code, printed = run([*TINY, str(tmp_path), "--within", "5"])
     assert code == 0
     assert families(tmp_path) == ["toy3"]
-    assert "1 cases left out: 5 s have passed" in told
+    assert "1 cases left out: 5 s have passed" in printed
 
 
 def test_a_lost_gpu_ends_the_run_and_the_next_goes_on(
@@ -70,11 +72,11 @@ def test_a_lost_gpu_ends_the_run_and_the_next_goes_on(
             raise RuntimeError("an illegal memory access was encountered")
         return result(case, TIMES)
 
-    monkeypatch.setattr(command, "measure", measure)
-    monkeypatch.setattr(command, "is_lost", lambda device: bool(lost))
-    code, told = run([*TINY, str(tmp_path)])
+    monkeypatch.setattr(layer_run, "measure", measure)
+    monkeypatch.setattr(layer_run, "is_lost", lambda device: bool(lost))
+    code, printed = run([*TINY, str(tmp_path)])
     assert code == LOST
-    assert "go on with --resume" in told
+    assert "go on with --resume" in printed
     assert families(tmp_path) == []
     lost.clear()
     code, _ = run([*TINY, str(tmp_path), "--resume"])
@@ -86,7 +88,7 @@ def test_a_lost_gpu_ends_the_run_and_the_next_goes_on(
 
 
 def test_a_cpu_is_never_lost() -> None:
-    assert not command.is_lost("cpu")
+    assert not is_lost("cpu")
 
 
 @pytest.mark.parametrize(
@@ -97,8 +99,8 @@ def test_memory_of_a_contender(
     words: list[str], expected: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (75_000_000_000, 0))
-    _, arguments = parse(["--device", "cuda", *words], "bench")
-    assert command._memory(arguments) == pytest.approx(expected)
+    arguments = parse(["--device", "cuda", *words])
+    assert command.memory(arguments) == pytest.approx(expected)
 
 
 def test_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,12 +108,12 @@ def test_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         name="G1", major=9, minor=0, multi_processor_count=132, total_memory=10, L2_cache_size=7
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(results, "backend_on", lambda device: f"for {device}")
-    here = results.machine("cuda")
+    monkeypatch.setattr(machine, "backend_on", lambda device: f"for {device}")
+    here = machine.machine("cuda")
     assert (here["gpu"], here["backend"], here["device"]) == ("G1", "for cuda", "cuda")
     assert here["gpu_properties"]["capability"] == "9.0"
     assert here["gpu_properties"]["l2"] == cache_bytes(torch.device("cuda")) == 7
-    assert results.differences(here, here | {"gpu": "G2"}) == ["gpu: G1 / G2"]
+    assert machine.differences(here, here | {"gpu": "G2"}) == ["gpu: G1 / G2"]
 
 
 # --- What a call costs -------------------------------------------------------------------
@@ -127,37 +129,37 @@ def tensors(rows: int = 8) -> tuple[Any, list[torch.Tensor]]:
 
 @pytest.mark.parametrize("step", [False, True])
 @pytest.mark.parametrize("name", ["custom_op", "triton_op"])
-def test_doors_lead_to_the_same(name: str, step: bool) -> None:
+def test_every_way_to_call_computes_the_same(name: str, step: bool) -> None:
     layout, values = tensors(5 + step)
-    true = masked_linear(*values[:3], layout, ACTIVATION, "grouped")
-    door = Door(name, doors("grouped", layout)[name](), values, False, step)
-    _check(door, true, layout, "grouped", values)
-    assert len(door.run()) == (4 if step else 1)
+    expected = masked_linear(*values[:3], layout, ACTIVATION, "torch")
+    call = Call(name, ways_to_call("torch", layout)[name](), values, False, step)
+    _check(call, expected, layout, "torch", values)
+    assert len(call.run()) == (4 if step else 1)
 
 
-def test_a_door_that_leads_elsewhere_is_refused() -> None:
+def test_a_call_that_computes_something_else_is_refused() -> None:
     layout, values = tensors()
-    true = masked_linear(*values[:3], layout, ACTIVATION, "grouped")
-    door = Door("wrong", lambda x, w, b: 1.1 * masked_linear(x, w, b, layout), values, False, True)
+    expected = masked_linear(*values[:3], layout, ACTIVATION, "torch")
+    call = Call("wrong", lambda x, w, b: 1.1 * masked_linear(x, w, b, layout), values, False, True)
     with pytest.raises(AssertionError):
-        _check(door, true, layout, "grouped", values)
+        _check(call, expected, layout, "torch", values)
 
 
-def test_samples_of_a_door() -> None:
+def test_samples_of_a_call() -> None:
     layout, values = tensors()
-    door = Door("plain", doors("grouped", layout)["plain function"](), values, False, False)
+    call = Call("plain", ways_to_call("torch", layout)["plain function"](), values, False, False)
     for _ in range(3):
-        door.sample(4)
-    report = door.report()
+        call.sample(4)
+    report = call.report()
     assert 0 < report["host"]["us"] <= report["device"]["us"] * 1.5
     assert report["host"]["q25"] <= report["host"]["us"] <= report["host"]["q75"]
-    door.host, door.device = [k * 1e-6 for k in (100, 1, 8, 2, 4)], [5e-6, 7e-6, 7e-6]
-    report = door.report()
+    call.host, call.device = [k * 1e-6 for k in (100, 1, 8, 2, 4)], [5e-6, 7e-6, 7e-6]
+    report = call.report()
     assert report["host"] == pytest.approx({"us": 4, "q25": 2, "q75": 8})
     assert report["device"] == pytest.approx({"us": 7, "q25": 6, "q75": 7})
 
 
 def test_the_functions_of_a_backend() -> None:
-    assert functions_of("grouped").__name__ == "maskmoe_kernels.ops.masked_linear.torch_impl"
+    assert functions_of("torch").__name__ == "maskmoe_kernels.ops.masked_linear.torch_impl"
     with pytest.raises(ModuleNotFoundError):
         functions_of("none")

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+
+from bench.gpu.static import launches, resources, tables
+
 ROOT = Path(__file__).resolve().parents[3]
-TABLES = sorted((ROOT / "bench/results").glob("gpu-static*.json"))
+TABLES = sorted((ROOT / "bench/results/static").glob("kernels-triton*.json"))
 
 
 @pytest.mark.slow
@@ -34,30 +37,26 @@ def test_compiled_as_in_the_committed_table(architecture, tmp_path):
 
 
 def test_a_kernel_that_breaks_a_rule_is_named():
-    from bench.gpu import static as gpu_static
-
     good = {"registers": 90, "spilled": 0, "parked": 0, "shared": 1024, "tensor": 8, "wgmma": 8,
             "async copies": 4, "64-bit products": 3}  # fmt: skip
-    shape = gpu_static.Shape("toy3", 16, 65536)
-    kept = next(k for k in gpu_static.launches(shape) if k.kernel.__name__ == "forward")
-    assert gpu_static.complaints(kept, good, 90) == []
-    for change, said in (
+    shape = launches.Shape("toy3", 16, 65536)
+    kept = next(k for k in launches.launches(shape) if k.kernel.__name__ == "forward")
+    assert resources.broken_rules(kept, good, 90) == []
+    for change, message in (
         ({"spilled": 64, "parked": 30}, "spills 64 bytes, 30 accesses a step"),
         ({"shared": 300_000}, "300000 bytes of shared memory, of 232448"),
         ({"tensor": 0}, "no tensor-core instruction"),
         ({"wgmma": 0}, "no wgmma, though its tiles have 64 rows"),
         ({"64-bit products": 0}, "no 64-bit product in its offsets"),
     ):
-        assert gpu_static.complaints(kept, good | change, 90) == [said]
-    # What repairs rows may park values, the loop a few.
+        assert resources.broken_rules(kept, good | change, 90) == [message]
+    # With limited registers, code outside the loop may spill, and the loop a little.
     capped = replace(kept, registers=96)
-    assert gpu_static.complaints(capped, good | {"spilled": 64, "parked": 2}, 90) == []
-    assert gpu_static.complaints(capped, good | {"spilled": 64, "parked": 20}, 90)
+    assert resources.broken_rules(capped, good | {"spilled": 64, "parked": 2}, 90) == []
+    assert resources.broken_rules(capped, good | {"spilled": 64, "parked": 20}, 90)
 
 
 def test_the_loop_is_found_in_the_disassembly():
-    from bench.gpu import static as gpu_static
-
     code = """
         /*0000*/                   STL [R1], R2 ;            /* 0x0 */
         /*0010*/                   LDGSTS.E.BYPASS.128 [R119], desc[UR22][R16.64], P0 ;
@@ -68,23 +67,21 @@ def test_the_loop_is_found_in_the_disassembly():
         /*0060*/                   LDL R3, [R1] ;
         /*0070*/              @P0  BRA 0x60 ;
     """
-    assert gpu_static._of_loop(code) == {"parked": 1, "stalls": 1, "barriers": 1}
+    assert resources._of_loop(code) == {"parked": 1, "stalls": 1, "barriers": 1}
 
 
 def test_the_table_of_this_triton_is_compared_with(tmp_path):
-    from bench.gpu import static as gpu_static
-
     row = {"shape": "s", "kernel": "k", "cut": "c", "arch": "sm_90", "registers": 90, "spilled": 0,
            "parked": 0, "stalls": 0, "barriers": 2, "shared": 1024, "tensor": 8, "wgmma": 8,
            "async copies": 4, "wrong": []}  # fmt: skip
-    version = gpu_static.triton.__version__
+    version = tables.triton.__version__
 
-    def compared(row, **tables):
-        files = [tmp_path / name for name in tables]
-        for file, (made_by, rows) in zip(files, tables.values(), strict=True):
+    def compared(row, **written):
+        files = [tmp_path / name for name in written]
+        for file, (made_by, rows) in zip(files, written.values(), strict=True):
             file.write_text(json.dumps({"triton": made_by, "rows": rows}))
-        known = gpu_static.committed(files)
-        return gpu_static.broken(known, [row]) + gpu_static.differences(known, [row])
+        known = tables.committed(files)
+        return tables.broken(known, [row]) + tables.differences(known, [row])
 
     more = row | {"registers": 120}
     spills = row | {"wrong": ["spills 32 bytes"]}
@@ -96,8 +93,8 @@ def test_the_table_of_this_triton_is_compared_with(tmp_path):
     assert compared(more, a=("0", [more]), b=(version, [row])) == [
         "s k c sm_90: registers 90 -> 120"
     ]
-    said = ["s k c sm_90: spills 32 bytes"]
-    assert compared(spills) == compared(spills, a=("0", [spills])) == said
-    assert compared(spills, a=(version, [row])) == said
-    assert compared(spills, a=(version, [row | {"wrong": ["spills 24 bytes"]}])) == said
+    message = ["s k c sm_90: spills 32 bytes"]
+    assert compared(spills) == compared(spills, a=("0", [spills])) == message
+    assert compared(spills, a=(version, [row])) == message
+    assert compared(spills, a=(version, [row | {"wrong": ["spills 24 bytes"]}])) == message
     assert compared(spills, a=(version, [spills])) == []

@@ -9,10 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+from bench.cases import Case
 from bench.gpu import tune as gpu_tune
-from bench.gpu.log import read
-from bench.gpu.tune import FIRST, OWN, WIDE, chosen_by, grid, measure, parse_case, told, ways
-from bench.shapes import Case
+from bench.gpu.json_lines import read
+from bench.gpu.tune import (
+    FIRST,
+    OWN,
+    WIDE,
+    chosen_by,
+    configs,
+    grid,
+    measure,
+    parse_case,
+    summary_line,
+)
 from maskmoe_kernels.ops import triton_support as triton
 from maskmoe_kernels.ops.masked_linear.triton import tune
 from maskmoe_kernels.ops.masked_linear.triton.configs import Config
@@ -20,7 +30,7 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import Config
 MODEL, OTHER = Config(64, 32, 32, 7, 4, 3), Config(32, 16, 16, 7, 4, 2)
 CASE = Case("toy3", 8, 16, "float32")
 interpreted = pytest.mark.skipif(
-    torch.cuda.is_available() or triton.obstacle(torch.device("cpu")) is not None,
+    torch.cuda.is_available() or triton.unsupported_reason(torch.device("cpu")) is not None,
     reason="needs Triton's interpreter",
 )
 
@@ -33,18 +43,18 @@ def record(us: float | None, own: bool, rows: int = 64) -> dict[str, Any]:
 
 def test_the_grid_is_the_librarys_options_and_more() -> None:
     own = [MODEL, OTHER]
-    assert ways(own, FIRST) == [MODEL]
-    assert ways(own, OWN) == own
-    wide = ways(own, WIDE)
+    assert configs(own, FIRST) == [MODEL]
+    assert configs(own, OWN) == own
+    wide = configs(own, WIDE)
     assert wide[:2] == own
     assert len(wide) == len(set(wide)) == len([*grid()]) + 1  # the model's choice is in the grid
-    assert {way.parts for way in wide} == {7}
+    assert {config.parts for config in wide} == {7}
     # 64 accumulators a thread at most in 4 warps, as in 8.
-    assert all(way.rows * way.lanes <= 64 * 32 * way.warps for way in wide)
+    assert all(c.rows * c.lanes <= 64 * 32 * c.warps for c in wide)
 
 
 def test_pairs_cut_the_columns_alike() -> None:
-    wide = ways([(OTHER, MODEL)], WIDE)
+    wide = configs([(OTHER, MODEL)], WIDE)
     assert wide[0] == (OTHER, MODEL)
     for first, second in wide[1:]:
         assert (first.lanes, first.depth) == (second.lanes, second.depth)
@@ -68,8 +78,8 @@ def test_the_choice_is_put_back_whatever_happens() -> None:
 
 @interpreted
 @pytest.mark.parametrize(("part", "kinds"), [("forward", 1), ("w", 1)])
-def test_a_record_for_each_way(part: str, kinds: int) -> None:
-    """A way that does not fit leaves its reason, and the next one is measured."""
+def test_a_record_for_each_configuration(part: str, kinds: int) -> None:
+    """One that does not fit leaves its reason, and the next one is measured."""
     before, calls = tune.choose, []
 
     def timer(run: Any) -> dict[str, float]:
@@ -109,11 +119,11 @@ def test_the_line_of_a_part() -> None:
         record(None, False),
     ]
     line = "model 30.0 us | own best 20.5 us (128x32) | best of 4 10.0 us (16x32)"
-    assert told(found) == line
-    assert told([record(None, True), record(5.0, False)]) == (
+    assert summary_line(found) == line
+    assert summary_line([record(None, True), record(5.0, False)]) == (
         "model does not run | no own runs | best of 2 5.0 us (64x32)"
     )
-    assert told([record(None, True)]) == "1 ways, none timed"
+    assert summary_line([record(None, True)]) == "1 configurations, none timed"
 
 
 def test_cases_by_name() -> None:
@@ -127,8 +137,8 @@ def test_cases_by_name() -> None:
 def test_the_command_goes_on_where_it_was(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "new/ways.jsonl"
-    words = ["toy3:8:16:float32", "--ways", "first", "--device", "cpu", "--out", str(out)]
+    out = tmp_path / "new/configs.jsonl"
+    words = ["toy3:8:16:float32", "--configs", "first", "--device", "cpu", "--out", str(out)]
     assert gpu_tune.main([*words, "--parts", "forward"]) == 0
     assert "toy3 d=8 B=16 float32, forward: model " in capsys.readouterr().out
     assert gpu_tune.main([*words, "--parts", "forward", "x"]) == 0

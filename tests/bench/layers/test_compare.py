@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from bench.cases import Case
 from bench.layers.compare import changes, missing, print_comparison
-from bench.shapes import Case
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 
 CASE = Case("ncf4", 16, 4096)
 TIMES = {"ours": 100.0, "exact": 200.0, "floor": 50.0}
@@ -35,13 +35,13 @@ def test_ratios() -> None:
 
 
 def test_slower_and_faster() -> None:
-    slower, told = compared(TIMES | {"ours": 130.0})
+    slower, printed = compared(TIMES | {"ours": 130.0})
     assert slower
-    assert "Ours is slower" in told
-    assert "1.30" in told
-    slower, told = compared(TIMES | {"ours": 70.0})
+    assert "Ours is slower" in printed
+    assert "1.30" in printed
+    slower, printed = compared(TIMES | {"ours": 70.0})
     assert not slower
-    assert "Ours is faster" in told
+    assert "Ours is faster" in printed
     assert compared(TIMES)[0] is False
 
 
@@ -55,9 +55,9 @@ def test_slower_and_faster() -> None:
     ],
 )
 def test_what_is_not_slower(new: dict[str, float]) -> None:
-    slower, told = compared(new)
+    slower, printed = compared(new)
     assert not slower
-    assert "Nothing is slower by more than 1.1x" in told
+    assert "Nothing is slower by more than 1.1x" in printed
 
 
 def test_the_threshold_is_the_users() -> None:
@@ -70,10 +70,10 @@ def test_overlapping_quartiles_are_noise() -> None:
 
 
 def test_other_machines_are_compared_by_ratios_alone() -> None:
-    slower, told = compared(TIMES, cpu="b", scale=3.0)
+    slower, printed = compared(TIMES, cpu="b", scale=3.0)
     assert not slower
-    assert "the machines differ" in told
-    assert "cpu: a / b" in told
+    assert "the machines differ" in printed
+    assert "cpu: a / b" in printed
     # Twice as fast a machine, on which we lost half of our lead.
     slower, _ = compared({"ours": 100.0, "exact": 100.0, "floor": 25.0}, cpu="b")
     assert slower

@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from bench import rivals
-from bench.layers.contender import Contender, Unavailable
-from bench.layers.counts import PHASES
+from bench.cases import Case
+from bench.contender import Contender, Unavailable
+from bench.counts import PHASES
 from bench.layers.harness import FEW, LONGEST_AHEAD, MOST_CALLS, SAMPLE, Runner, measure
 from bench.layers.limits import Settings
-from bench.layers.problem import Problem
-from bench.rivals import BestDense, FloorGemm, MaskedDense, Ours, PaperStyle
-from bench.shapes import Case
+from bench.problem import Problem
+from bench.rivals.best_dense import BestDense
+from bench.rivals.floor import FloorGemm
+from bench.rivals.masked_dense import MaskedDense
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=3, budget=0.0, longest=10.0)
@@ -30,7 +34,7 @@ def measured() -> dict[str, Any]:
     return measure(CASE, QUICK, FAST)
 
 
-def test_everybody_is_measured_or_has_a_reason(measured: dict[str, Any]) -> None:
+def test_every_contender_is_measured_or_has_a_reason(measured: dict[str, Any]) -> None:
     assert list(measured["contenders"]) == [kind.name for kind in rivals.ALL]
     for kind in rivals.ALL:
         record = measured["contenders"][kind.name]
@@ -91,7 +95,7 @@ time = Time()
 
 
 @pytest.fixture
-def told_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def scripted_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """What lasts how long is scripted, not a matter of who else is on the machine."""
     monkeypatch.setattr("bench.clock.time", time)
     monkeypatch.setattr("bench.layers.harness.time", time)
@@ -101,7 +105,7 @@ class Scripted(Contender):
     """A contender that sleeps, and notes who was called."""
 
     name = "scripted"
-    floor = True  # nothing to check against the truth
+    floor = True  # nothing to check against the reference
     seconds = 0.002
     preparation = 0.0
     called: list[str]
@@ -127,7 +131,7 @@ def scripted(name: str, **attributes: Any) -> type[Scripted]:
     return type(name, (Scripted,), {"name": name, "called": [], **attributes})
 
 
-@pytest.mark.usefixtures("told_time")
+@pytest.mark.usefixtures("scripted_time")
 def test_the_graph_is_made_before_the_clock_starts() -> None:
     kind = scripted("graph", seconds=0.0, preparation=0.02, phases=("backward",))
     found = measure(CASE, QUICK, FAST, [kind])["contenders"]["graph"]
@@ -144,7 +148,7 @@ def test_what_is_reported_is_the_median() -> None:
     assert "fewer" not in report
 
 
-@pytest.mark.usefixtures("told_time")
+@pytest.mark.usefixtures("scripted_time")
 def test_rounds_are_interleaved() -> None:
     log: list[str] = []
     kinds = [
@@ -160,12 +164,14 @@ def test_rounds_are_interleaved() -> None:
     assert all(set(rounds[k : k + 2]) == {"a", "b"} for k in range(0, 12, 2))
 
 
-@pytest.mark.usefixtures("told_time")
+@pytest.mark.usefixtures("scripted_time")
 @pytest.mark.parametrize(
     ("seconds", "slower"),
     [(SAMPLE, 1.0), (SAMPLE / 4, 1.0), (2 * LONGEST_AHEAD, 3.0)],
 )
-def test_who_ran_before_does_not_show_in_short_calls(seconds: float, slower: float) -> None:
+def test_short_calls_do_not_depend_on_the_contender_before_them(
+    seconds: float, slower: float
+) -> None:
     """The first call after someone else's takes three times as long as those after it."""
     log = [""]
 
@@ -180,7 +186,7 @@ def test_who_ran_before_does_not_show_in_short_calls(seconds: float, slower: flo
         assert slowest == pytest.approx(slower * seconds, rel=0.01)
 
 
-@pytest.mark.usefixtures("told_time")
+@pytest.mark.usefixtures("scripted_time")
 def test_rounds_go_on_within_the_budget() -> None:
     kind = scripted("one", seconds=0.002, phases=("forward",))
     settings = Settings(rounds=2, budget=0.2, longest=10.0)
@@ -188,7 +194,7 @@ def test_rounds_go_on_within_the_budget() -> None:
     assert 10 < found["phases"]["forward"]["samples"] <= 100
 
 
-@pytest.mark.usefixtures("told_time")
+@pytest.mark.usefixtures("scripted_time")
 def test_slow_contenders_get_few_samples() -> None:
     fast = scripted("fast", seconds=0.0, floor=False)
     slow = scripted("slow", seconds=0.05, floor=False)

@@ -11,34 +11,30 @@ import pytest
 import torch
 from rich.console import Console
 
+from bench.cases import Case
 from bench.clock import EventClock, HostClock, cache_bytes, clock_of
+from bench.contender import Unavailable
+from bench.counts import PHASES
 from bench.layers import harness, replay
 from bench.layers.compare import changes
-from bench.layers.contender import Unavailable
-from bench.layers.counts import PHASES
 from bench.layers.harness import Runner, measure
 from bench.layers.limits import Settings
-from bench.layers.problem import Problem
 from bench.layers.ratios import COLD, GRAPH, HOT, line_of, lines
 from bench.layers.replay import Replayed
+from bench.layers.suites import SUITES
 from bench.layers.summary import print_summary, summarize
-from bench.layers.table import print_result
+from bench.layers.tables import print_result
 from bench.precision import products
-from bench.rivals import (
-    FloorCopy,
-    FloorGemm,
-    GroupedMMGathered,
-    Ours,
-    OursGrouped,
-    PaperStyle,
-    PaperStyleReduceOverhead,
-)
-from bench.shapes import SUITES, Case
-from tests.bench.made import document
+from bench.problem import Problem
+from bench.rivals.floor import FloorCopy, FloorGemm
+from bench.rivals.grouped_mm import GroupedMMGathered
+from bench.rivals.ours import Ours, OursTorch
+from bench.rivals.paper_style import PaperStyle, PaperStyleReduceOverhead
+from tests.bench.handmade import document
 
 CASE = Case("toy3", 8, 16)
 QUICK = Settings(rounds=2, budget=0.0, longest=10.0)
-KINDS = [Ours, OursGrouped, PaperStyle, GroupedMMGathered, FloorGemm, FloorCopy]
+KINDS = [Ours, OursTorch, PaperStyle, GroupedMMGathered, FloorGemm, FloorCopy]
 CPU = torch.device("cpu")
 
 
@@ -86,7 +82,7 @@ def test_ours_by_name_is_no_rival(measured: dict[str, Any]) -> None:
     assert [line.label for line in lines(measured, GRAPH)] == ["forward, graph", "step, graph"]
 
 
-def test_modes_are_told(measured: dict[str, Any]) -> None:
+def test_modes_are_printed(measured: dict[str, Any]) -> None:
     console = Console(width=200)
     summary = summarize([measured])
     assert summary["modes"].keys() == {COLD, GRAPH}
@@ -163,7 +159,7 @@ def test_floors_take_turns() -> None:
     for make in (gemm.forward, copy.forward, copy.step):
         results = []
         for k in range(len(problem.sets)):
-            problem.turn(k)
+            problem.select(k)
             results.append(make().clone())
         assert len({tuple(r.flatten().tolist()) for r in results}) == len(problem.sets)
 
@@ -251,18 +247,18 @@ def test_a_device_has_its_clock() -> None:
     assert cache_bytes(CPU) == 0
 
 
-def test_a_lagging_device_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_asynchronous_device_is_measured_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """One call alone is mostly its launch: what many take is what counts."""
 
-    class Lagging(HostClock):
-        lags = True
+    class Asynchronous(HostClock):
+        asynchronous = True
 
-    monkeypatch.setattr(harness, "clock_of", lambda device: Lagging())
+    monkeypatch.setattr(harness, "clock_of", lambda device: Asynchronous())
     monkeypatch.setattr(Runner, "sample", lambda self: 2e-4 if self.calls == 1 else 2e-5)
     runner = Runner(Ours(Problem.of(CASE)), "forward")
     runner.warm_up()
     assert runner.estimate == 2e-5
-    assert runner.calls == pytest.approx(Lagging.least / 2e-5, abs=1)
+    assert runner.calls == pytest.approx(Asynchronous.least / 2e-5, abs=1)
 
 
 def test_waiting_graphs_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from bench.cases import Case
 from bench.layers import pictures
-from bench.shapes import Case
 from maskmoe_kernels.experiments.shared import plot_style
-from tests.bench.made import document, result
+from tests.bench.handmade import document, result
 from tests.experiments.pixels import count, pixels
 
 pytest.importorskip("matplotlib")
@@ -45,12 +45,12 @@ def test_losses_hang_below_the_line(tmp_path: Path) -> None:
     assert heights[1] > 1.5 * heights[0] > 0
 
 
-def test_nothing_measured_is_said(tmp_path: Path) -> None:
+def test_nothing_measured_has_a_reason(tmp_path: Path) -> None:
     assert pictures.draw(document(), tmp_path) == "nothing was measured"
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_matplotlib_the_reason_is_told(
+def test_without_matplotlib_there_is_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "matplotlib is not installed")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from bench.layers.counts import PHASES
-from bench.layers.ratios import Time, geometric_mean, line_of, lines, quartiles
+from bench.cases import Case
+from bench.counts import PHASES
+from bench.layers.ratios import Time, line_of, lines
 from bench.layers.summary import print_summary, summarize
-from bench.layers.table import print_result
-from bench.shapes import Case
-from tests.bench.made import BYTES, FLOPS, document, result
+from bench.layers.tables import print_result
+from bench.statistics import geometric_mean, quartiles
+from tests.bench.handmade import BYTES, FLOPS, document, result
 
 BIG, SMALL = Case("ncf4", 16, 4096), Case("toy3", 16, 256)
 TIMES = {
@@ -83,18 +84,18 @@ def test_summary() -> None:
     assert {loss["rival"] for loss in summary["losses"]} == {"exact b"}
     assert summary["worst"]["step"][0]["case"] == "ncf4 d=32 B=4096 float32"
     assert summary["failed"] == {"chain16 d=16 B=4096 float32": "no kernel"}
-    told = text_of(lambda console: print_summary(summary, console))
-    assert "Losses: 6 of 9" in told
-    assert "ours did not run: chain16 d=16 B=4096 float32: no kernel" in told
+    printed = text_of(lambda console: print_summary(summary, console))
+    assert "Losses: 6 of 9" in printed
+    assert "ours did not run: chain16 d=16 B=4096 float32: no kernel" in printed
 
 
-def test_no_loss_is_said() -> None:
+def test_no_loss_is_printed() -> None:
     summary = summarize(document(result(BIG, TIMES))["results"])
     assert summary["losses"] == []
     assert "No loss in 3 comparisons" in text_of(lambda console: print_summary(summary, console))
 
 
-def test_the_table_hides_nobody() -> None:
+def test_the_table_holds_all_contenders() -> None:
     made = result(BIG, TIMES)
     made["contenders"]["exact a"]["phases"]["step"] = {
         **made["contenders"]["exact a"]["phases"]["step"],
@@ -106,8 +107,8 @@ def test_the_table_hides_nobody() -> None:
         "floor": False,
         "note": "",
     }
-    told = text_of(lambda console: print_result(made, console))
+    printed = text_of(lambda console: print_result(made, console))
     for word in ("1.20 (exact b)", "0.80 (inexact)", "2.00 (floor copy)", "40.0", *TIMES):
-        assert word in told
-    assert "gone: not measured: ImportError: no module [named gone]" in told
-    assert "step: few samples, 31x slower" in told
+        assert word in printed
+    assert "gone: not measured: ImportError: no module [named gone]" in printed
+    assert "step: few samples, 31x slower" in printed

@@ -10,18 +10,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench.networks import mlp_training as network_training
+from bench.networks import mlp_training
 from bench.networks.mlp_training import LAYERED, NAMES, NOTES, SMOKE, count, run, subject
 from bench.networks.training import BLACK_BOX, OURS, PAPER, Trainer
 from maskmoe_kernels import InterpretableMLP, SubsetFamily
 from maskmoe_kernels.models import NCFSizes
 
 SIZES = NCFSizes(num_users=20, num_items=10)
-PLAN = replace(SMOKE, sizes=SIZES, seconds=0.005)
+SCHEDULE = replace(SMOKE, sizes=SIZES, seconds=0.005)
 
 
 def trainer(network: str, name: str, dtype: torch.dtype = torch.float32) -> Trainer:
-    return subject(network, dtype).prepare(32, PLAN, "cpu")(name, False)
+    return subject(network, dtype).prepare(32, SCHEDULE, "cpu")(name, False)
 
 
 @pytest.mark.parametrize("network", NAMES)
@@ -73,9 +73,14 @@ def test_counts_by_hand() -> None:
 
 def test_a_run_writes_ratios_and_bounds(tmp_path: Path) -> None:
     found = run(
-        replace(PLAN, batches=(16,)), tmp_path, Console(quiet=True), "cpu", ("toy",), ("float32",)
+        replace(SCHEDULE, batches=(16,)),
+        tmp_path,
+        Console(quiet=True),
+        "cpu",
+        ("toy",),
+        ("float32",),
     )
-    assert json.loads((tmp_path / network_training.FILE).read_text()) == found
+    assert json.loads((tmp_path / mlp_training.FILE).read_text()) == found
     assert [r["model"] for r in found["results"]] == [*NOTES]
     assert {r["to"] for r in found["ratios"]} == {LAYERED, BLACK_BOX, PAPER}
     (bound,) = found["bounds"]

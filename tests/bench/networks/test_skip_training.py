@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench.command import main
 from bench.networks import skip_training, training
-from bench.networks.skip_training import SETTINGS, SUBJECT, Data, SkipTrainer
+from bench.networks.skip_training import SETTINGS, SUBJECT, Data, trainer
 from bench.networks.training import BLACK_BOX, OURS
 from maskmoe_kernels.models import InterpretableTransformer, Transformer
 
@@ -28,12 +28,12 @@ def test_the_models_are_the_papers() -> None:
 @pytest.mark.parametrize("name", [OURS, BLACK_BOX])
 def test_training_moves_every_parameter(name: str) -> None:
     data = Data(6, "cpu", steps=2)
-    trainer = SkipTrainer(name, data, "cpu", False)
-    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    trainer.train(3)
-    moved = [n for n, p in trainer.model.named_parameters() if not torch.equal(before[n], p)]
+    made = trainer(name, data, "cpu", False)
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    made.train(3)
+    moved = [n for n, p in made.model.named_parameters() if not torch.equal(before[n], p)]
     assert len(moved) == len(before)
-    assert trainer.done == 3
+    assert made.done == 3
 
 
 def test_sessions_are_padded_as_the_stream_pads_them() -> None:
@@ -49,8 +49,8 @@ def test_sessions_are_padded_as_the_stream_pads_them() -> None:
 
 
 def test_a_run_writes_medians_and_the_ratio(tmp_path: Path) -> None:
-    plan = replace(skip_training.SMOKE, seconds=0.005)
-    document = training.run(plan, tmp_path, "cpu", Console(quiet=True), SUBJECT)
+    schedule = replace(skip_training.SMOKE, seconds=0.005)
+    document = training.run(SUBJECT, schedule, tmp_path, "cpu", Console(quiet=True))
     assert json.loads((tmp_path / "skip_training.json").read_text("utf-8")) == document
     rate = {r["model"]: r["samples_per_s"] for r in document["results"]}
     (ratio,) = document["ratios"]
@@ -60,5 +60,5 @@ def test_a_run_writes_medians_and_the_ratio(tmp_path: Path) -> None:
 
 def test_the_command_takes_the_model(tmp_path: Path) -> None:
     words = ["train", "--model", "skip", "--smoke", "--out", str(tmp_path)]
-    assert main(words, "bench", Console(quiet=True)) == 0
+    assert main(words, Console(quiet=True)) == 0
     assert (tmp_path / "skip_training.json").exists()

@@ -8,30 +8,23 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.layers.contender import Contender, DenseLayer, Layer, Unavailable
-from bench.layers.counts import count
-from bench.layers.problem import Problem
-from bench.layers.truth import errors, truth
-from bench.rivals import (
-    ALL,
-    BestDense,
-    BestDenseCompiled,
-    Bsr,
-    BucketedBmm,
-    FloorCopy,
-    FloorGemm,
-    GroupedMM,
-    GroupedMMGathered,
-    MaskedBeforehand,
-    MaskedDense,
-    Nflows,
-    Ours,
-    PaperStyle,
-    PaperStyleCompiled,
-    Zuko,
-)
-from bench.rivals.paper_network import PaperStyleNCF
-from bench.shapes import SMALL
+from bench.contender import Contender, DenseLayer, Layer, Unavailable
+from bench.counts import count
+from bench.layers.reference_error import errors, reference
+from bench.layers.suites import SMALL
+from bench.problem import Problem
+from bench.rivals import ALL
+from bench.rivals.best_dense import BestDense, BestDenseCompiled
+from bench.rivals.bsr import Bsr
+from bench.rivals.bucketed_bmm import BucketedBmm
+from bench.rivals.floor import FloorCopy, FloorGemm
+from bench.rivals.grouped_mm import GroupedMM, GroupedMMGathered
+from bench.rivals.masked_dense import MaskedBeforehand, MaskedDense
+from bench.rivals.nflows import Nflows
+from bench.rivals.ours import Ours
+from bench.rivals.paper_style import PaperStyle, PaperStyleCompiled
+from bench.rivals.paper_style_mlp import PaperStyleNCF
+from bench.rivals.zuko import Zuko
 from maskmoe_kernels import BlockLayout, SubsetFamily
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
@@ -69,17 +62,17 @@ def build(kind: type[Contender], problem: Problem) -> Layer:
     return contender
 
 
-def found_and_true(
+def found_and_expected(
     kind: type[Contender], layout: BlockLayout, dtype: torch.dtype, batch: int = 9, rows: int = 9
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     problem = Problem(layout, batch, dtype)
-    return build(kind, problem).results(rows), truth(problem, rows)
+    return build(kind, problem).results(rows), reference(problem, rows)
 
 
 def assert_exact(kind: type[Contender], layout: BlockLayout, dtype: torch.dtype) -> None:
-    found, true = found_and_true(kind, layout, dtype)
-    assert found.keys() == true.keys()
-    off = {name: e for name, e in errors(found, true).items() if not e <= LIMITS[dtype]}
+    found, expected = found_and_expected(kind, layout, dtype)
+    assert found.keys() == expected.keys()
+    off = {name: e for name, e in errors(found, expected).items() if not e <= LIMITS[dtype]}
     assert not off
 
 
@@ -107,8 +100,8 @@ def test_exact_on_ragged_layouts(kind: type[Contender], layout: BlockLayout) -> 
 @pytest.mark.parametrize("kind", [k for k in EAGER if not k.exact], ids=lambda k: k.name)
 def test_inexact_rivals_are_exact_forward(kind: type[Contender]) -> None:
     layout = UNIFORM["mixed"]
-    found, true = found_and_true(kind, layout, torch.float32)
-    assert errors({"y": found["y"]}, true)["y"] < LIMITS[torch.float32]
+    found, expected = found_and_expected(kind, layout, torch.float32)
+    assert errors({"y": found["y"]}, expected)["y"] < LIMITS[torch.float32]
     if kind.phases == ("forward",):
         assert found.keys() == {"y"}
 
@@ -121,7 +114,7 @@ def test_masked_products_have_no_stop_gradient(kind: type[Contender]) -> None:
     found = build(kind, problem).results(9)
     plain = problem.grad @ problem.dense
     torch.testing.assert_close(found["grad_x"], plain.detach())
-    assert errors(found, truth(problem, 9))["grad_x"] > 0.1
+    assert errors(found, reference(problem, 9))["grad_x"] > 0.1
     assert not kind.exact
 
 
@@ -136,10 +129,12 @@ def test_gradients_of_absent_weights() -> None:
 
 @pytest.mark.parametrize("kind", EAGER, ids=lambda k: k.name)
 def test_errors_of_the_first_rows(kind: type[Contender]) -> None:
-    found, true = found_and_true(kind, UNIFORM["powerset4"], torch.float32, batch=12, rows=5)
+    found, expected = found_and_expected(
+        kind, UNIFORM["powerset4"], torch.float32, batch=12, rows=5
+    )
     assert len(found["y"]) == 5
     exact = [name for name in found if kind.exact or name in ("y", "grad_weight", "grad_bias")]
-    assert all(errors({n: found[n]}, true)[n] < LIMITS[torch.float32] for n in exact)
+    assert all(errors({n: found[n]}, expected)[n] < LIMITS[torch.float32] for n in exact)
 
 
 @pytest.mark.parametrize("kind", [k for k in EAGER if "step" in k.phases], ids=lambda k: k.name)

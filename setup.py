@@ -28,15 +28,11 @@ ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cpu", "cuda", "none")
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 LIBRARY, RECORD = "maskmoe_kernels/_C.abi3.so", "maskmoe_kernels/_build.json"
-PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+PATH = os.environ.get("PATH", os.defpath)
 
 
 class CannotBuild(BaseError):
-    """Why something is not built, in words for the user; of which targets, if it knows."""
-
-    def __init__(self, why: str, targets: dict[str, str] | None = None) -> None:
-        super().__init__(why)
-        self.targets = targets or {}
+    """Why something is not built, in words for the user."""
 
 
 def find_torch() -> Path:
@@ -51,40 +47,38 @@ def find_torch() -> Path:
     return Path(spec.origin).parent
 
 
-def find_program(variable: str, *names: str) -> list[str]:
+def find_program(variable: str, *names: str, path: str = PATH) -> list[str]:
     """The command in an environment variable, else the first of the names that is installed."""
     given = shlex.split(os.environ.get(variable, ""))
     for name in given[:1] or names:
-        if path := shutil.which(name, path=PATH):
-            return [path, *given[1:]]
+        if program := shutil.which(name, path=path):
+            return [program, *given[1:]]
     if given:
         raise CannotBuild(f"{variable} names {given[0]!r}, which is not a program here")
     raise CannotBuild(f"no {' or '.join(names)} found; install one or name it in {variable}")
 
 
 def reason(said: str) -> str:
-    """What a failed program says is wrong: a line of a compiler's, or the message of CMake."""
+    """What is wrong, in the words of a compiler or CMake."""
     line = re.search(r"^.*\b(?:error|fatal) *:(?! ld returned).*", said, re.M)
-    message = re.search(
-        r"^CMake Error(?: at [^\n]*|):(.*?)(?=\n\n\n|\nCall|\n--|\Z)", said, re.M | re.S
-    )
+    message = re.search(r"^CMake Error(?: at .*|):((?:\n?.+|\n\n(?=  ))*)", said, re.M)
     text = line[0] if line else message[1] if message else said.partition("\n")[0]
     return " ".join(text.replace(f"{ROOT}/", "").split())
 
 
-def call(environment: dict[str, str], *command: str | Path) -> None:
-    """Run cmake. Where it fails, print what it said and raise the reasons, by target."""
+def call(environment: dict[str, str], *command: str | Path) -> dict[str, str]:
+    """Run cmake. Where it fails, print what it said, and return the reasons by target."""
     to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     done = subprocess.run(command, env=environment, text=True, errors="replace", check=False, **to)
-    if done.returncode:
-        sys.stderr.write(done.stdout)
-        targets: dict[str, str] = {}
-        for failed in re.split(r"^FAILED: (?:\[.*?\] )?", done.stdout, flags=re.M)[1:]:
-            output, _, said = failed.split("\n", 2)  # the command stands between them
-            target = re.match(r"CMakeFiles/(\w+)\.dir/", output)
-            targets.setdefault(target[1] if target else "_C", reason(said))
-        targets = targets or {"_C": reason(done.stdout)}
-        raise CannotBuild("; ".join(dict.fromkeys(targets.values())), targets)
+    if done.returncode == 0:
+        return {}
+    sys.stderr.write(done.stdout)
+    targets: dict[str, str] = {}
+    for failed in re.split(r"^FAILED: (?:\[.*?\] )?", done.stdout, flags=re.M)[1:]:
+        output, _, said = failed.split("\n", 2)  # the command stands between them
+        target = re.match(r"CMakeFiles/(\w+)\.dir/", output)
+        targets.setdefault(target[1] if target else "_C", reason(said))
+    return targets or {"_C": reason(done.stdout)}
 
 
 def make(mode: str, record: dict) -> Path:
@@ -96,42 +90,38 @@ def make(mode: str, record: dict) -> Path:
         raise CannotBuild("MASKMOE_BUILD=none was set when it was installed")
     if FREE_THREADED:
         raise CannotBuild("a free-threaded Python does not load stable-ABI extensions")
-    cxx, nvcc, without = find_program("CXX", "c++", "g++", "clang++"), [], {}
-    try:
-        nvcc = find_program("CUDACXX", "nvcc")
-    except CannotBuild as error:
-        without["cuda"] = str(error)
-    if mode == "cpu":
-        without["cuda"] = "MASKMOE_BUILD=cpu was set when it was installed"
-    cmake, ninja = find_program("CMAKE", "cmake"), find_program("NINJA", "ninja")
+    cxx = find_program("CXX", "c++", "g++", "clang++")
+    tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{PATH}"  # of PyPI, where they are
+    (cmake,) = find_program("CMAKE", "cmake", path=tools)
+    (ninja,) = find_program("NINJA", "ninja", path=tools)
     torch, include = find_torch(), sysconfig.get_path("include")
-    environment = {**os.environ, "PATH": PATH, "LC_ALL": "C"}
-    environment |= {"CXX": shlex.join(cxx), "CUDACXX": shlex.join(nvcc)}
     # Another compiler, another torch or other flags have a folder of their own.
-    key = [ROOT, torch, *(file.read_text() for file in torch.glob("version.py")), include]
-    for compiler in filter(None, (cxx, nvcc)):
-        version = subprocess.run([*compiler, "--version"], capture_output=True, check=False)
-        key += [compiler, version.stdout]
-    key += [os.environ.get(flags) for flags in ("CXXFLAGS", "LDFLAGS", "CUDAFLAGS")]
+    key = [ROOT, torch, *(file.read_text() for file in torch.glob("version.py")), include, cxx]
+    key += [os.environ.get(name) for name in ("CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")]
+    key += [subprocess.run([*cxx, "--version"], capture_output=True, check=False).stdout]
+    key += [shutil.which("nvcc")]
     folder = ROOT / "build/cmake" / hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-    options = [f"-DTORCH={torch}", f"-DPYTHON_INCLUDE={include}", "-UWITHOUT_*"]
-    options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja[0]}"]
+    environment = {**os.environ, "LC_ALL": "C", "CXX": shlex.join(cxx)}
+    options = ["-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    options += [f"-DTORCH={torch}", f"-DPYTHON_INCLUDE={include}", "-UWITHOUT_*"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    asked = {"cuda": "MASKMOE_BUILD=cpu was set when it was installed"}
+    without = asked if mode == "cpu" else {}
     while True:
-        left = [f"-DWITHOUT_{target}:STRING={why}" for target, why in without.items()]
-        try:
-            call(environment, *cmake, "-S", ROOT, "-B", folder, *options, *left)
+        left = [f"-DWITHOUT_{part}:STRING={why}" for part, why in without.items()]
+        failed = call(environment, cmake, *options, *left)
+        if not failed:
             record |= json.loads((folder / "_build.json").read_text(), strict=False)
             if mode == "cuda" and record["cuda"]:
                 raise CannotBuild(record["cuda"])
-            call(environment, *cmake, "--build", folder, "-j", jobs, "--", "-k", "0")
+            failed = call(environment, cmake, "--build", folder, "-j", jobs, "--", "-k", "0")
+        if not failed:
             return folder / "_C.abi3.so"
-        except CannotBuild as error:
-            failed = {name: why for name, why in error.targets.items() if name != "_C"}
-            failed = failed or {"cuda": str(error)}
-            if mode != "auto" or failed.keys() <= without.keys():
-                raise
-            without |= failed
+        parts = {name: why for name, why in failed.items() if name != "_C"}
+        parts = parts or {"cuda": failed["_C"]}
+        if mode != "auto" or parts.keys() <= without.keys():
+            raise CannotBuild("; ".join(dict.fromkeys(failed.values())))
+        without |= parts
 
 
 def build(mode: str) -> tuple[dict, Path | None]:

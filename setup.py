@@ -91,9 +91,9 @@ def make(mode: str, record: dict) -> Path:
     if FREE_THREADED:
         raise CannotBuild("a free-threaded Python does not load stable-ABI extensions")
     cxx = find_program("CXX", "c++", "g++", "clang++")
-    tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{PATH}"  # of PyPI, where they are
-    (cmake,) = find_program("CMAKE", "cmake", path=tools)
-    (ninja,) = find_program("NINJA", "ninja", path=tools)
+    tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{PATH}"  # cmake of PyPI first
+    cmake = find_program("CMAKE", "cmake", path=tools)[0]
+    ninja = find_program("NINJA", "ninja", path=tools)[0]
     torch, include = find_torch(), sysconfig.get_path("include")
     # Another compiler, another torch or other flags have a folder of their own.
     key = [ROOT, torch, *(file.read_text() for file in torch.glob("version.py")), include, cxx]

@@ -5,7 +5,7 @@ every later version of torch and Python. Without the extension the package works
 What was built, and why the rest was not, is written to maskmoe_kernels/_build.json.
 
 Environment: MASKMOE_BUILD=auto|cpu|cuda|none (auto builds what it can; with another value a failed
-build is an error), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, MAX_JOBS.
+build is an error), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, CMAKE, NINJA, MAX_JOBS.
 """
 
 import hashlib

@@ -142,9 +142,10 @@ if sys.prefix != sys.base_prefix:
     (site / "borrowed.pth").write_text("\n".join(outer) + "\n")
 endef
 
-# The requirements, extras included, that are there in no version.
+# The requirements, extras included, that are there in no version. The build's programs need not be
+# Python packages.
 define MISSING
-import importlib.metadata, re, tomllib
+import importlib.metadata, re, shutil, tomllib
 with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)["project"]
 extras = project["optional-dependencies"]
@@ -153,7 +154,8 @@ for line in project["dependencies"] + extras["plot"] + extras["data"] + extras["
     try:
         importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        if name != project["name"]:
+        program = name in ("cmake", "ninja") and shutil.which(name)
+        if name != project["name"] and not program:
             print(line)
 endef
 export BORROW MISSING
@@ -215,5 +217,5 @@ if $(PY) $(SETUPTOOLS); then $(PY) setup.py -q build_ext --inplace; \
 endef
 
 # Folders count, too: a file may have been removed.
-$(BUILT): setup.py $(shell find csrc 2>/dev/null) $(READY)
+$(BUILT): setup.py CMakeLists.txt $(shell find csrc 2>/dev/null) $(READY)
 	@$(BUILD_IN_PLACE)

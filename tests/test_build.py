@@ -3,10 +3,12 @@
 The builds run in copies of the project whose csrc is a few small files of the same shape.
 """
 
+import filecmp
 import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -72,17 +74,23 @@ SOURCES = {
         }""",
 }
 
-VARIABLES = "MASKMOE_BUILD MASKMOE_EXTENSION CXX CXXFLAGS LDFLAGS CUDACXX MAX_JOBS".split()
+VARIABLES = (
+    "MASKMOE_BUILD MASKMOE_EXTENSION CXX CXXFLAGS LDFLAGS CUDACXX CUDAFLAGS MAX_JOBS".split()
+)
+BUILD_FILES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in")
 IN_PLACE = ("setup.py", "-q", "build_ext", "--inplace")
+
+PATH = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 CAN_BUILD = (
     sys.platform == "linux"
     and platform.machine() == "x86_64"
-    and shutil.which("c++") is not None
+    and all(shutil.which(name, path=PATH) for name in ("c++", "cmake", "ninja"))
     and Path(sysconfig.get_path("include"), "Python.h").is_file()
 )
 needs_compiler = pytest.mark.skipif(
-    not CAN_BUILD, reason="needs a C++ compiler and Python's headers, on Linux and x86-64"
+    not CAN_BUILD,
+    reason="needs a C++ compiler, cmake, ninja and Python's headers, on Linux and x86-64",
 )
 needs_tools = pytest.mark.skipif(not abi.HAS_TOOLS, reason="needs nm, readelf and c++filt")
 
@@ -94,12 +102,21 @@ def copy(folder: Path) -> Path:
         folder / "maskmoe_kernels",
         ignore=shutil.ignore_patterns("__pycache__", "*.so", "_build.json"),
     )
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (*BUILD_FILES, "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     write(folder, SOURCES)
-    for name in ("flags.txt", "exports.map"):
-        shutil.copy(ROOT / "csrc" / name, folder / "csrc")
+    shutil.copy(ROOT / "csrc" / "exports.map", folder / "csrc")
     return folder
+
+
+def set_flags(project: Path, name: str, flags: str) -> None:
+    """Give ``flags_<name>`` of CMakeLists.txt another value."""
+    path = project / "CMakeLists.txt"
+    text, count = re.subn(
+        rf"set\(flags_{name} .*\)", f"set(flags_{name} {flags})", path.read_text()
+    )
+    assert count == 1
+    path.write_text(text)
 
 
 def write(project: Path, sources: dict[str, str]) -> None:
@@ -199,6 +216,32 @@ def test_cuda_is_an_error_while_there_are_no_cuda_kernels(built):
     assert "MASKMOE_BUILD=cuda: this version has no CUDA kernels" in done.stderr
 
 
+@needs_compiler
+def test_without_cmake_auto_says_why(project):
+    done = run(project, *IN_PLACE, CMAKE="/nonexistent/cmake")
+    assert done.returncode == 0, done.stderr
+    assert record_of(project)["cpu"].startswith("CMAKE names '/nonexistent/cmake'")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("version", "why"),
+    [
+        ("2.10.1", "torch 2.10.1 is too old to build with; install 2.11 or newer"),
+        ("2.11.0", "torch 2.11.0 came without its C++ headers"),
+    ],
+)
+def test_torch_that_cannot_be_built_with_is_named(project, version, why):
+    torch = project / "outer" / "torch"
+    torch.mkdir(parents=True)
+    (torch / "__init__.py").touch()
+    (torch / "version.py").write_text(f"__version__ = '{version}'\n")
+    done = run(project, *IN_PLACE, PYTHONPATH=str(torch.parent))
+    assert done.returncode == 0, done.stderr
+    record = record_of(project)
+    assert record["cpu"] == record["cuda"] == why
+
+
 def test_unknown_value_names_the_known_ones(project):
     done = run(project, *IN_PLACE, MASKMOE_BUILD="gpu")
     assert done.returncode != 0
@@ -212,7 +255,7 @@ def test_nothing_stale_survives(project, mode):
     for name in (LIBRARY, RECORD):
         (project / name).write_text("stale")
     write(project, {"cpu/isa_avx2.cpp": "this is not C++;"})
-    done = run(project, *IN_PLACE, MASKMOE_BUILD=mode)
+    done = run(project, *IN_PLACE, MASKMOE_BUILD=mode, CXXFLAGS="-O0")
     assert (done.returncode != 0) == (mode == "cpu")
     assert not (project / LIBRARY).exists()
     if mode == "cpu":
@@ -227,9 +270,7 @@ def test_nothing_stale_survives(project, mode):
 
 @needs_compiler
 def test_kernels_do_without_flags_that_the_assembler_refuses(project):
-    flags = project / "csrc" / "flags.txt"
-    text = "\n".join(line for line in flags.read_text().splitlines() if "kernels:" not in line)
-    flags.write_text(f"{text}\nkernels: -Wa,-mnot-known-yet\n")
+    set_flags(project, "kernels", "-Wa,-mnot-known-yet")
     done = run(project, *IN_PLACE, MASKMOE_BUILD="cpu", CXXFLAGS="-O0")
     assert done.returncode == 0, done.stderr
     record = record_of(project)
@@ -240,9 +281,7 @@ def test_kernels_do_without_flags_that_the_assembler_refuses(project):
 @needs_compiler
 def test_unknown_instruction_set_is_left_out(project):
     """An old compiler: it does not know the flags of one instruction set."""
-    flags = project / "csrc" / "flags.txt"
-    text = "\n".join(line for line in flags.read_text().splitlines() if "amx:" not in line)
-    flags.write_text(f"{text}\namx: -mnot-known-yet\n")
+    set_flags(project, "amx", "-mnot-known-yet")
     write(project, {"cpu/isa_amx.cpp": SOURCES["cpu/isa_avx2.cpp"].replace("avx2", "amx")})
     done = run(project, *IN_PLACE, MASKMOE_BUILD="cpu", CXXFLAGS="-O0")
     assert done.returncode == 0, done.stderr
@@ -261,15 +300,50 @@ print(torch.ops.maskmoe_build_test.twice(torch.ones(9)))
 
 
 @needs_compiler
+def test_auto_leaves_out_the_parts_that_fail(project):
+    """An nvcc that does not work, and a file that is no good for its instruction set."""
+    nvcc = project / "broken-nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    write(project, {"cuda/twice.cu": "__global__ void twice() {}"})
+    write(project, {"cpu/isa_amx.cpp": "this is not C++;"})
+    done = run(project, *IN_PLACE, CUDACXX=str(nvcc), CXXFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    record = record_of(project)
+    assert record["cpu"] is None
+    assert record["isas"] == ["avx2"]
+    assert record["left_out"]["amx"].startswith("csrc/cpu/isa_amx.cpp:1:1: error")
+    assert "broken-nvcc" in record["cuda"]
+    assert (project / LIBRARY).is_file()
+    done = run(project, *IN_PLACE, CUDACXX=str(nvcc), CXXFLAGS="-O0", MASKMOE_BUILD="cuda")
+    assert done.returncode != 0
+    assert "MASKMOE_BUILD=cuda: " in done.stderr
+    assert not (project / LIBRARY).exists()
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_cuda_file_that_does_not_compile_leaves_the_cpu_kernels(project):
+    write(project, {"cuda/twice.cu": "this is not CUDA;"})
+    done = run(project, *IN_PLACE, CXXFLAGS="-O0")
+    assert done.returncode == 0, done.stderr
+    assert record_of(project)["isas"] == ["avx2"]
+    assert record_of(project)["cuda"].startswith("csrc/cuda/twice.cu(1): error")
+    assert (project / LIBRARY).is_file()
+
+
+@needs_compiler
 def test_only_what_changed_is_made_again(built):
     def objects() -> dict[str, int]:
-        return {p.name: p.stat().st_ctime_ns for p in (built / "build" / "objects").glob("*.o")}
+        made = (built / "build" / "cmake").glob("*/CMakeFiles/*.dir/**/*.o")
+        return {path.name: path.stat().st_ctime_ns for path in made}
 
     def changed() -> set[str]:
         before = objects()
         assert run(built, *IN_PLACE).returncode == 0
         after = objects()
-        return {name.split("-")[0] for name in after if after[name] != before.get(name)}
+        return {name.split(".")[0] for name in after if after[name] != before.get(name)}
 
     assert changed() == set()
     (built / "csrc" / "module.cpp").touch()
@@ -278,18 +352,32 @@ def test_only_what_changed_is_made_again(built):
     assert changed() == {"registration", "isa_avx2"}
 
 
+@needs_compiler
+def test_other_flags_make_other_objects(built):
+    def times() -> dict[Path, int]:
+        made = (built / "build" / "cmake").glob("*/_C.abi3.so")
+        return {path: path.stat().st_mtime_ns for path in made}
+
+    before = times()
+    assert run(built, *IN_PLACE, CXXFLAGS="-O0").returncode == 0
+    assert len(times()) == len(before) + 1
+    assert run(built, *IN_PLACE).returncode == 0
+    assert before.items() <= times().items()
+
+
 @pytest.mark.slow
 @needs_compiler
 @needs_tools
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-def test_cmake_builds_the_same(project):
-    shutil.copy(ROOT / "CMakeLists.txt", project)
+def test_cmake_builds_the_same_by_hand(project):
+    cmake = shutil.which("cmake", path=PATH)
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    folders = [f"-DTORCH={torch}", f"-DPYTHON_INCLUDE={sysconfig.get_path('include')}"]
     for step in (
-        ["-S", ".", "-B", "build/cmake", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["-S", ".", "-B", "build/cmake", "-G", "Unix Makefiles", *folders],
         ["--build", "build/cmake"],
         ["--install", "build/cmake"],
     ):
-        done = subprocess.run(["cmake", *step], cwd=project, capture_output=True, text=True)
+        done = subprocess.run([cmake, *step], cwd=project, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     assert abi.problems(project / LIBRARY) == []
     assert record_of(project)["isas"] == ["avx2"]
@@ -327,10 +415,10 @@ def test_source_distribution_has_what_a_build_needs(project):
     (archive,) = (project / "out").iterdir()
     shutil.unpack_archive(archive, project / "unpacked")
     (folder,) = (project / "unpacked").iterdir()
-    assert (folder / "setup.py").is_file()
+    assert {name for name in BUILD_FILES if not (folder / name).is_file()} == set()
     assert not (folder / RECORD).exists()
     assert {name for name in SOURCES if not (folder / "csrc" / name).is_file()} == set()
-    assert (folder / "csrc" / "flags.txt").is_file()
+    assert (folder / "csrc" / "exports.map").is_file()
 
 
 @needs_compiler
@@ -395,15 +483,14 @@ def test_this_library_asks_for_stable_names_only(here):
 @needs_tools
 def test_kernels_share_no_inline_function_with_other_processors(here):
     """What is compiled for one instruction set is only ever called for it."""
-    spec = importlib.util.spec_from_file_location("maskmoe_setup", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    shop = setup.Workshop()
+    made = (ROOT / "build" / "cmake").glob("*/_C.abi3.so")
+    folders = [path.parent for path in made if filecmp.cmp(path, ROOT / LIBRARY, shallow=False)]
+    if not folders:
+        pytest.skip("the objects of this build are gone")
     for isa in here["isas"]:
-        obj = shop.target(shop.command(Path("csrc", "cpu", f"isa_{isa}.cpp"), []))
-        if not obj.is_file():
-            pytest.skip("the objects of this build are gone, or were made with other flags")
-        assert abi.foreign_weak(obj, isa) == []
+        objects = list((folders[0] / "CMakeFiles" / f"{isa}.dir").rglob(f"isa_{isa}.cpp.o"))
+        assert objects
+        assert [name for obj in objects for name in abi.foreign_weak(obj, isa)] == []
 
 
 @needs_compiler

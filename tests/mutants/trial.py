@@ -85,7 +85,7 @@ def build(chosen: dict[int, Mutant]) -> tuple[Path, set[int]]:
     tree = WORK / "cpp"
     left = dict(chosen)
     while True:
-        texts = {"setup.py": (ROOT / "setup.py").read_text()}
+        texts = {name: (ROOT / name).read_text() for name in ("setup.py", "CMakeLists.txt")}
         for path in filter(Path.is_file, (ROOT / "csrc").rglob("*")):
             file = path.relative_to(ROOT).as_posix()
             if path.stem.startswith("isa_") and path.stem[4:] not in instruction_sets():

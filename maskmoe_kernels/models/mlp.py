@@ -12,9 +12,9 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
-from maskmoe_kernels.nn.mlp import MaskedMLP, inputs_of
-from maskmoe_kernels.ops.masked_mlp import api as networks
-from maskmoe_kernels.ops.masked_mlp.api import Inputs, Layers
+from maskmoe_kernels.nn.mlp import MaskedMLP
+from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
+from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 from maskmoe_kernels.ops.selection.gem import check_labels, check_loss, gem_loss
 from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
 from maskmoe_kernels.ops.selection.selection import Confidence, check_confidence
@@ -120,33 +120,48 @@ class InterpretableMLP(nn.Module):
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """
-        inputs = inputs_of(x)
-        check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
-        layers = self._fused(x)
-        if layers is None or not isinstance(confidence, str) or target.requires_grad:
-            if mask is not None:
-                x = inputs.joined().masked_fill(~mask.unsqueeze(-1), 0)
-                target = target.masked_fill(~mask, 0)
-            return gem_loss(
-                self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
+        shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
+        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
+        by_name = isinstance(confidence, str) and not target.requires_grad
+        call = self._fused(x) if by_name else None
+        if call is None:
+            return self._gem_loss_of_logits(
+                x, target, confidence, weighting, normalize, mask, sharpness
             )
         if not target.is_cpu:
             check_labels(target, mask)
         try:
-            return networks.masked_mlp_gem(
-                inputs,
-                layers,
+            return masked_mlp_gem(
+                call,
                 target,
-                self._strict(target.device),
-                confidence,
+                self._is_proper_subset(target.device),
+                str(confidence),
                 sharpness,
                 weighting,
                 normalize,
                 mask,
             )
         except RuntimeError:
-            check_labels(target, mask)  # the op looks, too, and this says what to do
+            check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
+
+    def _gem_loss_of_logits(
+        self,
+        x: Tensor | Inputs,
+        target: Tensor,
+        confidence: Confidence,
+        weighting: str,
+        normalize: str | None,
+        mask: Tensor | None,
+        sharpness: float,
+    ) -> Tensor:
+        if mask is not None:
+            joined = x.joined() if isinstance(x, Inputs) else x
+            x = joined.masked_fill(~mask.unsqueeze(-1), 0)
+            target = target.masked_fill(~mask, 0)
+        return gem_loss(
+            self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
+        )
 
     @torch.no_grad()
     def predict(
@@ -164,17 +179,16 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        layers = self._fused(x) if missing == "propagate" else None
-        if layers is None or not isinstance(confidence, str):
+        by_name = isinstance(confidence, str) and missing == "propagate"
+        call = self._fused(x) if by_name else None
+        if call is None:
             return mixture(self(x), self.family, confidence, sharpness, missing)
         check_confidence(confidence, sharpness)
-        strict = self._strict(layers.weights[0].device)
-        return Mixture(
-            *networks.masked_mlp_mixture(inputs_of(x), layers, strict, confidence, sharpness)
-        )
+        is_proper_subset = self._is_proper_subset(call.weights[0].device)
+        return Mixture(*masked_mlp_mixture(call, is_proper_subset, str(confidence), sharpness))
 
-    def _fused(self, x: Tensor | Inputs) -> Layers | None:
-        """The layers for one op that calls neither this module nor ``layers``; None: call them."""
+    def _fused(self, x: Tensor | Inputs) -> MLPCall | None:
+        """A call of one op in place of this module's and of its layers'; None: call them."""
         layers = self.layers
         if (
             interceptor_of_class(type(self), _FORWARD)
@@ -185,7 +199,7 @@ class InterpretableMLP(nn.Module):
             return None
         return layers.fused(x)  # which asks for global hooks
 
-    def _strict(self, device: torch.device) -> Tensor:
+    def _is_proper_subset(self, device: torch.device) -> Tensor:
         on_cpu = device.type == "cpu"
         return self.family.strict if on_cpu else self.family.table("inside", device)
 

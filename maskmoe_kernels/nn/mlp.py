@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels._compat import transformed
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -19,7 +20,6 @@ from maskmoe_kernels.nn.interception import (
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.dispatch import reason_against
-from maskmoe_kernels.ops.masked_linear.autograd import transformed
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 
@@ -141,6 +141,7 @@ class MaskedMLP(nn.Sequential):
         if len(layers) != len(self.layouts):
             return f"it was made with {len(self.layouts)} layers and has {len(layers)}"
         first, last = layers[0], layers[-1]
+        backend: str | None = None
         weights: list[Tensor] = []
         biases: list[Tensor] = []
         for layer, layout in zip(layers, self.layouts, strict=True):
@@ -149,8 +150,8 @@ class MaskedMLP(nn.Sequential):
             reason = interceptor_of_instance(layer)
             if reason is not None:
                 return reason
-            if layer.backend not in (None, "native"):
-                return f"backend {layer.backend!r} was asked for"
+            if layer.backend is not None and backend in (None, "native"):
+                backend = layer.backend
             if layer is not last and layer.activation != first.activation:
                 return "layers differ in their activation"
             # ``layer.weight`` takes much longer than this look-up. It is for layers whose
@@ -171,7 +172,7 @@ class MaskedMLP(nn.Sequential):
         reason = (
             interceptor_of_all()
             or interceptor_of_class(MaskedLinear, _LAYER_FORWARD)
-            or self._reason_against_kernels(first.backend, weights)
+            or self._reason_against_kernels(backend, weights)
         )
         if reason is not None:
             return reason

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import is_batched, keeps_graph
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
 from maskmoe_kernels.ops.masked_mlp import schema as schema  # registers the ops
@@ -137,9 +138,7 @@ class MaskedMLPGemFunction(torch.autograd.Function):
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
     """The gradients times ``grad_loss``, in the dtype of the weights."""
-    again = torch._C._autograd._get_current_graph_task_keep_graph()
-    functorch = torch._C._functorch
-    batched = functorch.is_batchedtensor(grad_loss) or functorch.is_legacy_batchedtensor(grad_loss)
+    again, batched = keeps_graph(), is_batched(grad_loss)
     # Backward may run again only if the graph is retained. If it is not, the caller gets the
     # gradients themselves: as they are if grad_loss is 1, else scaled in place.
     scales = again or batched or grad_loss.is_cuda or grad_loss.item() != 1

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import any_autocast
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.ops.masked_linear.api import autocast
@@ -102,7 +103,7 @@ class MLPCall(NamedTuple):
             x, tables, ids = inputs, [], []
             parts = [-inputs.shape[-1]] if inputs.dim() else []
         device = weights[0].device
-        if torch._C._is_any_autocast_enabled():
+        if any_autocast():
             (x,) = autocast(device.type, (x,))
             tables, weights, biases = (
                 autocast(device.type, of) for of in (tables, weights, biases)

@@ -138,7 +138,7 @@ def network_calls():
                 "grad_logits": normal(6, 7), **inputs, "saved": saved, **plans,
                 "activation": activation, **needs,
             }  # fmt: skip
-            for name in ("masked_mlp", "layered_mlp"):
+            for name in ("masked_mlp", "torch_mlp"):
                 calls += [(name, forward), (name + "_backward", backward)]
             whole = {**inputs, **plans, "activation": activation}
             calls.append(("masked_mlp_mixture", {**whole, **strict}))

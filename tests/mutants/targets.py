@@ -21,14 +21,14 @@ _OBJECTIVES = [
     "tests/ops/selection/test_labels.py",
     "tests/ops/selection/test_missing.py",
 ]
-_NETWORKS = [
+_MLP = [
     "tests/models/test_mlp.py",
     "tests/ops/masked_mlp/test_masked_mlp.py",
     "tests/ops/masked_mlp/test_mlp_tiles.py",
-    _NEEDS,
+    "tests/ops/masked_mlp/test_mlp_needs.py",
     "tests/ops/masked_mlp/test_range.py",
     "tests/ops/masked_mlp/test_table_gradients.py",
-    "tests/fuzz/test_networks.py",
+    "tests/fuzz/test_mlp.py",
 ]
 _NATIVE = ["tests/ops/test_native.py", "tests/ops/masked_linear/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
@@ -61,8 +61,10 @@ PYTHON: dict[str, list[str]] = {
         *_OBJECTIVES,
         *_TRUST,
     ],
-    "maskmoe_kernels/ops/masked_mlp/api.py": [
-        *_NETWORKS,
+    "maskmoe_kernels/layout/chain.py": [_MLP[1], "tests/nn/test_interception.py", _TRUST[0]],
+    "maskmoe_kernels/ops/masked_mlp/reference.py": [_MLP[1]],
+    "maskmoe_kernels/ops/masked_mlp/*.py": [
+        *_MLP,
         *_TRUST,
         "tests/nn/test_interception.py",
         "tests/models/test_sharded.py",
@@ -144,22 +146,22 @@ INTERPRETED = {"maskmoe_kernels/ops/selection/schema.py"}
 
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {
-    "csrc/cpu/masked_mlp.h": _NETWORKS,
-    "csrc/cpu/network_loss.h": _NETWORKS,
-    "csrc/cpu/networks.cpp": [*_NETWORKS, *_TRUST],
-    "csrc/cpu/sharing.h": [_LINEAR[0], *_NATIVE, *_NETWORKS],
+    "csrc/cpu/masked_mlp.h": _MLP,
+    "csrc/cpu/network_loss.h": _MLP,
+    "csrc/cpu/networks.cpp": [*_MLP, *_TRUST],
+    "csrc/cpu/sharing.h": [_LINEAR[0], *_NATIVE, *_MLP],
     "csrc/cpu/confidence.h": [
         "tests/models/test_mlp.py",
         "tests/ops/masked_mlp/test_masked_mlp.py",
         "tests/ops/masked_mlp/test_range.py",
     ],
     "csrc/checks.h": [*_TRUST, "tests/ops/masked_mlp/test_masked_mlp.py", _OPS[1]],
-    "csrc/networks.cpp": [*_TRUST, *_NETWORKS],
-    "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
-    "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
+    "csrc/networks.cpp": [*_TRUST, *_MLP],
+    "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
+    "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
     "csrc/registration.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
-    "csrc/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_NETWORKS, _OPS[1]],
-    "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_NETWORKS],
+    "csrc/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
+    "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
 }
 #: Which C++ files need an instruction set, by pattern.
 NEEDS: dict[str, str] = {

@@ -321,7 +321,7 @@ def test_says_why_layers_run_one_by_one(kind):
     net = network()
     ON_A_LAYER[kind](net.layers[1], [])
     fused = "__call__" in kind or "hook of a parameter" in kind or "accumulation" in kind
-    assert (net.layers.obstacle() is None) == fused
+    assert (net.layers.unsupported_reason() is None) == fused
     assert ("layer by layer" in repr(net)) != fused
 
 
@@ -330,10 +330,10 @@ def test_hooks_that_are_gone_cost_nothing():
     net.layers[0].register_forward_hook(recorder([])).remove()
     forward = net.layers[0].forward
     net.layers[0].forward = forward
-    assert net.layers.obstacle() is not None
+    assert net.layers.unsupported_reason() is not None
     del net.layers[0].forward
     net.layers[1].note = "an attribute that is nobody's method"
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
 
 
 @pytest.mark.parametrize("kind", ["forward hook", "forward"])

@@ -180,7 +180,7 @@ def test_on_a_gpu_the_kernels_predict_where_they_are_named(named, monkeypatch):
             for name, p in [*layer.named_parameters()]:
                 setattr(layer, name, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
         if not named:
-            assert "name them" in net.layers.obstacle()
+            assert "name them" in net.layers.unsupported_reason()
             return
         out = net.predict(torch.empty(5, 2, 32, device="cuda"))
     assert "maskmoe::masked_mlp_mixture" in seen.names

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import plan_of
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
 from tests.ops.masked_mlp.test_masked_mlp import (
     ACTIVATIONS,
@@ -78,7 +78,7 @@ def networks(draw, max_experts=5, rows=ROWS):
     if draw(st.booleans()):
         net = shuffled(net, draw(seeds))
     net = net.bfloat16()
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
     x = torch.randn(draw(st.sampled_from(rows)), family.in_features)
     return net, family, x.bfloat16()
 

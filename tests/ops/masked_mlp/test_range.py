@@ -9,7 +9,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import dense_oracle
 from tests.ops.masked_mlp.test_masked_mlp import CONFIDENCES, NORMALIZE, WEIGHTINGS, same_bits, step
 
@@ -42,7 +42,7 @@ def sure(left, dtype=torch.float32, hidden=(8, 4), isolated=True):
         other = mk.MaskedMLP(layouts, "tanh")
         other.load_state_dict(net.layers.state_dict(), strict=False)
         net.layers = other
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
     return net.to(dtype)
 
 

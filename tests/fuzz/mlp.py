@@ -23,7 +23,7 @@ from tests.fuzz.compare import (
     same_twice,
 )
 from tests.fuzz.definition import SMALLEST
-from tests.fuzz.drawn_networks import Case
+from tests.fuzz.drawn_mlps import Case
 from tests.fuzz.losses import (
     CONFIDENCES,
     Loss,

@@ -21,16 +21,23 @@ from maskmoe_kernels.ops.selection.selection import Confidence, check_confidence
 
 
 class InterpretableMLP(nn.Module):
-    """All experts of a family as one network: expert i's logit is a function of S_i alone.
+    """All experts of a family as one masked MLP: expert i's logit is a function of S_i alone.
 
-    Expert i's loss moves expert i's parameters alone, although larger experts read its units.
+    With h_0 = x, and h_k^i the units of expert i in layer k (eq. 14)::
+
+        h_1^i = act(b_1^i + sum over groups n in S_i of W_1^in x_n)
+        h_k^i = act(b_k^i + sum over j with S_j a subset of S_i of W_k^ij h_(k-1)^j)
+        z_i   = the same with one unit and without act, in the last layer
+
+    The gradient of a hidden layer's input flows where i = j only. So expert i's loss moves expert
+    i's parameters alone, although experts on supersets of S_i read its units.
 
     Args:
         family: The subsets; the input is its groups side by side.
         hidden: Units per expert of each hidden layer; each entry an int, or one per expert.
         activation: Of the hidden layers; see :func:`masked_linear`.
-        input_layout: First layer's layout if not ``family.input_layout(hidden[0])``, for
-            instance one that routes the gradient to the smallest subsets only.
+        input_layout: Layout of the first layer, if it is not ``family.input_layout(hidden[0])``:
+            one that routes the gradient to the smallest subsets only, say.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
@@ -76,6 +83,10 @@ class InterpretableMLP(nn.Module):
         """Input ``(*, family.in_features)`` to logits ``(*, H)``.
 
         :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
+
+        Raises:
+            LayoutError: A shape, dtype or device that does not fit.
+            BackendError: A named backend that cannot run; see :func:`masked_linear`.
         """
         logits: Tensor = self.layers(x)
         return logits
@@ -90,33 +101,35 @@ class InterpretableMLP(nn.Module):
         mask: Tensor | None = None,
         sharpness: float = 1.0,
     ) -> Tensor:
-        """``gem_loss(net(x), target, net.family, ...)``, in one pass where that can be done.
+        """``gem_loss(net(x), target, net.family, ...)``, in one pass where that is possible.
 
-        Loss and gradients are then computed together, a tile of rows at a time, and no
-        activation is kept for ``backward``. What a sample that ``mask`` leaves out holds, NaN
-        included, reaches no gradient.
+        In one pass, loss and gradients are computed together, a tile of rows at a time, and no
+        activation is kept for ``backward``. A sample that ``mask`` leaves out reaches no gradient,
+        whatever it holds, NaN included.
 
-        Whoever sees or changes the module's call, a hook or a ``forward`` of a subclass, is called:
-        the loss is then that of ``self(x)``. A module around this one is not: with
-        DistributedDataParallel, take the loss of ``parallel(x)``; with FSDP2, call
-        ``fully_shard(net)``, whose hooks are seen, or shard a module around it and register the
-        method of that module that computes the loss.
+        A hook of this module or a ``forward`` of a subclass is called: the loss is then that of
+        ``self(x)``. A module around this one is not called. So with DistributedDataParallel, take
+        the loss of ``parallel(x)``. With FSDP2, call ``fully_shard(net)``, whose hooks are called;
+        or shard a module around it, and register the method of that module that computes the loss.
 
         Args:
             x: As in ``forward``.
             target: y in {0, 1}, or its probability, ``(*,)``.
             confidence: See :func:`selection`.
-            weighting: See :func:`maskmoe_kernels.gem_loss`, as for the rest.
+            weighting: See :func:`maskmoe_kernels.gem_loss`, as for ``normalize``.
             normalize: What the weights are divided by.
             mask: ``(*,)`` bool, true where a sample counts.
             sharpness: See :func:`selection`.
 
+        Returns:
+            Scalar, float32 (float64 for float64 parameters).
+
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
-            BackendError: The parameters are sharded, and no module that knows it was called.
+            BackendError: The parameters are sharded, and no module that gathers them was called.
 
         Example:
-            >>> fully_shard(model)  # model.net is this network, model.loss calls its gem_loss
+            >>> fully_shard(model)  # model.net is this module, model.loss calls its gem_loss
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """
@@ -128,19 +141,11 @@ class InterpretableMLP(nn.Module):
             return self._gem_loss_of_logits(
                 x, target, confidence, weighting, normalize, mask, sharpness
             )
+        options = (str(confidence), sharpness, weighting, normalize, mask)
         if not target.is_cpu:
             check_labels(target, mask)
         try:
-            return masked_mlp_gem(
-                call,
-                target,
-                self._is_proper_subset(target.device),
-                str(confidence),
-                sharpness,
-                weighting,
-                normalize,
-                mask,
-            )
+            return masked_mlp_gem(call, target, self._is_proper_subset(target.device), *options)
         except RuntimeError:
             check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
@@ -173,8 +178,8 @@ class InterpretableMLP(nn.Module):
     ) -> Mixture:
         """Probability ``(*,)`` and attribution ``(*, H)`` (eq. 1); no gradient is recorded.
 
-        With ``missing="skip"``, a group that is missing in a row (NaN) silences the experts that
-        see it, and the others decide; see :func:`mixture`.
+        With ``missing="skip"``, experts that see a group that is missing in a row (NaN) are left
+        out of the mixture of that row; see :func:`mixture`.
 
         Raises:
             LayoutError: As :func:`mixture`.
@@ -188,7 +193,7 @@ class InterpretableMLP(nn.Module):
         return Mixture(*masked_mlp_mixture(call, is_proper_subset, str(confidence), sharpness))
 
     def _fused(self, x: Tensor | Inputs) -> MLPCall | None:
-        """A call of one op in place of this module's and of its layers'; None: call them."""
+        """A call of one op that stands for this module's; None if the modules are to be called."""
         layers = self.layers
         if (
             interceptor_of_class(type(self), _FORWARD)
@@ -197,7 +202,7 @@ class InterpretableMLP(nn.Module):
             or interceptor_of_instance(layers)
         ):
             return None
-        return layers.fused(x)  # which asks for global hooks
+        return layers.fused(x)  # which looks for global hooks
 
     def _is_proper_subset(self, device: torch.device) -> Tensor:
         on_cpu = device.type == "cpu"

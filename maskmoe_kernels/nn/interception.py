@@ -1,8 +1,8 @@
-"""Who sees or changes the call of a module.
+"""Does anything see or change the call of a module?
 
 A fused path computes what ``module(x)`` would, from the module's parameters and without its call.
-So it may stand in for a module only if that call is known to run one ``forward`` and nothing else:
-no hooks, no replaced or wrapped methods, no subclass with a ``forward`` of its own.
+So it may replace the call only if that is known to run one ``forward`` and nothing else: no hooks,
+no replaced or wrapped methods, no subclass with a ``forward`` of its own.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def interceptor(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     """What sees or changes ``module(x)`` besides ``forward``, in words; None if nothing does.
 
     Args:
-        module: The one whose call is to be left out.
-        forward: The function of its class that the fused path stands in for.
+        module: The module whose call is to be left out.
+        forward: The function of its class that the fused path replaces.
     """
     return (
         interceptor_of_all()
@@ -53,7 +53,7 @@ def interceptor_of_class(cls: type[nn.Module], forward: Callable[..., Any]) -> s
 
 def interceptor_of_instance(module: nn.Module) -> str | None:
     """The same for one module: its hooks, and methods that were replaced on it alone."""
-    # One dictionary and plain look-ups: small networks feel every one.
+    # One dictionary and plain look-ups: each takes a measurable part of a small MLP's call.
     own = module.__dict__
     if (
         own["_forward_hooks"]
@@ -73,7 +73,7 @@ def interceptor_of_instance(module: nn.Module) -> str | None:
 
 
 def intercepting(*tensors: Tensor | None) -> bool:
-    """Does the class of one see torch's functions, and so the op of each layer?"""
+    """Does the class of one tensor see torch's functions, and so the op of each layer?"""
     for tensor in tensors:
         if type(tensor) not in PLAIN:
             sees: Any = getattr(type(tensor), "__torch_function__", DISABLED_TORCH_FUNCTION)

@@ -62,7 +62,7 @@ PYTHON: dict[str, list[str]] = {
         *_TRUST,
     ],
     "maskmoe_kernels/layout/chain.py": [_MLP[1], "tests/nn/test_interception.py", _TRUST[0]],
-    "maskmoe_kernels/ops/masked_mlp/reference.py": [_MLP[1]],
+    "maskmoe_kernels/ops/masked_mlp/reference.py": ["tests/ops/masked_mlp/test_reference.py"],
     "maskmoe_kernels/ops/masked_mlp/*.py": [
         *_MLP,
         *_TRUST,

@@ -257,7 +257,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.layers.overhead", description=__doc__)
     add = parser.add_argument
     add("--device", default="cpu", help="default: %(default)s")
-    add("--backend", help="default: triton on a GPU, else grouped")
+    add("--backend", help="default: triton on a GPU, else torch")
     add("--rows", type=int, default=256, help="default: %(default)s")
     add("--rounds", type=int, default=20, help="default: %(default)s")
     add("--calls", type=int, default=50, help="of a sample; default: %(default)s")
@@ -265,7 +265,7 @@ def main(words: Sequence[str]) -> int:
     add("--out", type=Path, default=Path("runs/bench"), help="default: %(default)s")
     a = parser.parse_args(words)
     on_gpu = torch.device(a.device).type == "cuda"
-    backend = a.backend or ("triton" if on_gpu else "grouped")
+    backend = a.backend or ("triton" if on_gpu else "torch")
     records = measure(backend, a.device, a.rows, a.rounds, a.calls, not a.no_compile)
     document = {"machine": results.machine(a.device), "backend": backend, "rows": a.rows}
     write_json(a.out / NAME, document | {"results": records})

@@ -28,7 +28,7 @@ from tests.fuzz.compare import hold, same_bits
 
 POOL = 400
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("native", "native", None, "grouped", "reference")
+BACKENDS = ("native", "native", None, "torch", "reference")
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "tanh", "silu")
 # Their derivative at a non-finite z times a zero cotangent is zero, not NaN.
 FLAT = (None, "relu", "leaky_relu")
@@ -218,7 +218,7 @@ class Case:
         self.judge = judge(seed, draw.upto(POOL - 1))
         self.layout = layout = self.judge.layout
         self.dtype, self.backend = draw.pick(DTYPES), draw.pick(BACKENDS)
-        self.refused = self.dtype == torch.float64 or native.OBSTACLE is not None
+        self.refused = self.dtype == torch.float64 or native.UNSUPPORTED_REASON is not None
         self.activation = draw.pick(ACTIVATIONS)
         shape = leading(draw)
         # Threads for few rows have nothing to share, and cost more than the rest of the case.

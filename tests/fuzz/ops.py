@@ -93,7 +93,7 @@ def linear_calls():
                 "saved": z if activation == "gelu" else y, **fixed, "activation": activation,
                 "need_x": True, "need_weight": True, "need_bias": True,
             }  # fmt: skip
-            for name in ("masked_linear", "grouped_linear", "triton_linear"):
+            for name in ("masked_linear", "torch_linear", "triton_linear"):
                 calls += [(name, forward), (name + "_backward", backward)]
     return calls
 
@@ -151,7 +151,7 @@ def network_calls():
 @cache
 def objective_calls():
     """The ops on logits; they have Triton kernels only."""
-    if triton.obstacle(CPU) is not None:
+    if triton.unsupported_reason(CPU) is not None:
         return []
     family = mk.SubsetFamily.powerset({"a": 3, "b": 5, "c": 2})
     strict = family.strict

@@ -112,7 +112,7 @@ def in_use():
     return libc.mallinfo2().uordblks
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 @pytest.mark.parametrize("what", ["layer", "network", "gem", "mixture", "refusal"])
 def test_no_call_leaks_a_byte(what):
     family = mk.SubsetFamily.powerset({"a": 3, "b": 4})
@@ -150,13 +150,13 @@ def fresh(size, weights=3):
 
 def use(layout):
     x, weight = torch.ones(2, layout.in_features), torch.ones(layout.num_weights)
-    for backend in ("grouped", "native" if native.OBSTACLE is None else "grouped"):
+    for backend in ("torch", "native" if native.UNSUPPORTED_REASON is None else "torch"):
         given = x.clone().requires_grad_()
         mk.masked_linear(given, weight, None, layout, "relu", backend).sum().backward()
     return x, weight
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 def test_what_was_compiled_dies_with_the_last_equal_layout():
     gc.collect()
     before = native._extension.compiled()
@@ -186,7 +186,7 @@ def test_what_was_read_from_a_plan_dies_with_the_plan():
     assert found() is None
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 def test_plans_of_strangers_take_bounded_memory():
     """Every call with a tensor of its own: kept by the kernels for a while, not for ever."""
     layout = fresh(104)

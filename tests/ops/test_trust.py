@@ -15,7 +15,7 @@ from maskmoe_kernels.testing import dense_oracle
 CPU = torch.device("cpu")
 OPS = torch.ops.maskmoe
 REFUSED = (mk.LayoutError, RuntimeError)
-LINEAR = ["masked_linear", "grouped_linear"]
+LINEAR = ["masked_linear", "torch_linear"]
 
 
 def made(*rows):
@@ -94,7 +94,7 @@ def test_two_contents_of_one_id_are_two_layouts(name, monkeypatch):
             torch.testing.assert_close(y, expected(layout))
             assert layout_of(layout.id, plan_of(layout, CPU)) is layout
             assert layout_of(layout.id, encode(layout)) == layout
-    if native.OBSTACLE is None:
+    if native.UNSUPPORTED_REASON is None:
         native._extension.forget(12345)
 
 
@@ -158,7 +158,7 @@ def spoilt(t):
     yield freed
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 @pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
 def test_each_tensor_of_a_layer_is_checked(activation):
     layout = made(3, 9, 17)
@@ -279,7 +279,7 @@ def test_ids_are_rows_of_their_table(network, name):
             getattr(OPS, name)(*arguments[:2], [ids], *arguments[3:], 7, "relu", False)
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 def test_what_a_network_kept_is_checked(network):
     arguments, _ = network
     logits, saved = OPS.masked_mlp(*arguments, 7, "relu", True)
@@ -306,7 +306,7 @@ def test_what_a_network_kept_is_checked(network):
         assert torch.equal(a, b)
 
 
-@pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
 def test_networks_are_chains_of_their_own_layouts(network):
     arguments, net = network
     *inputs, plans, numbers = arguments
@@ -359,11 +359,11 @@ def test_what_kernels_do_not_take_falls_back_everywhere():
     torch.testing.assert_close(net.predict(x).probability, mk.mixture(logits, family).probability)
     h = torch.randn(2, layout.in_features)
     weight = net.layers[1].weight
-    assert choose(None, h, layout) == "grouped"
-    for name in ["native"] if native.OBSTACLE is None else []:
+    assert choose("masked_linear", None, layout, (h,)) == "torch"
+    for name in ["native"] if native.UNSUPPORTED_REASON is None else []:
         with pytest.raises(mk.BackendError, match=r"'native' cannot run: .* too many blocks"):
             mk.masked_linear(h, weight, None, layout, backend=name)
     # A program that names the op all the same gets the numbers.
     plan = plan_of(layout, CPU)
     y = OPS.masked_linear(h, weight, None, plan, layout.id, layout.out_features, "none", False)[0]
-    torch.testing.assert_close(y, mk.masked_linear(h, weight, None, layout, backend="grouped"))
+    torch.testing.assert_close(y, mk.masked_linear(h, weight, None, layout, backend="torch"))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from maskmoe_kernels._compat import any_autocast, constant_in_trace, forward_mode, func_transforms
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import plan_of
-from maskmoe_kernels.ops._compat import constant_in_trace
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.checks import PLAIN, check_linear, refuse_sharded
 from maskmoe_kernels.ops.dispatch import choose, warn_of_fallback
@@ -22,14 +22,12 @@ from maskmoe_kernels.ops.masked_linear.autograd import (
     APPLY,
     FORWARD,
     MaskedLinearFunction,
-    forward_mode,
-    func_transforms,
 )
 from maskmoe_kernels.ops.masked_linear.direct import DIRECT, unwatched
 from maskmoe_kernels.ops.masked_linear.schema import triton_kernels
 
 # The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
-OP_OF = {"native": "masked_linear", "triton": "masked_linear", "grouped": "grouped_linear"}
+OP_OF = {"native": "masked_linear", "triton": "masked_linear", "torch": "torch_linear"}
 
 
 def masked_linear(
@@ -64,7 +62,7 @@ def masked_linear(
             parameters are DTensors.
     """
     name = "none" if activation is None else activation_name(activation)
-    if torch._C._is_any_autocast_enabled():
+    if any_autocast():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
@@ -110,7 +108,7 @@ def _route(
     The choice is the same for every call on a layout with these three; small layers feel what it
     costs.
     """
-    name = choose(backend, x, layout)
+    name = choose("masked_linear", backend, layout, (x,))
     op = OP_OF.get(name)
     if name == "triton" and not x.is_cuda:  # the interpreter
         op = "triton_linear"
@@ -118,7 +116,7 @@ def _route(
     route = op, plan_of(layout, x.device), triton_kernels() if direct else None
     if keep:
         if backend is None:
-            warn_of_fallback(name, x, layout)
+            warn_of_fallback(name, layout, x)
         layout.routes[backend, x.dtype, x.device] = route
     return route
 

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskmoe_kernels.errors import BackendError
-from maskmoe_kernels.ops._compat import constant_in_trace
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.masked_linear.schema import OPS
 
@@ -98,22 +96,3 @@ class _NoDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
         raise BackendError(ctx.refusal)
-
-
-def transformed() -> bool:
-    """Is a torch.func transform or forward-mode AD at work, which opaque ops do not know?"""
-    return func_transforms() or forward_mode()
-
-
-# A trace has transforms of its own, which torch.compile does not show to the code that it traces;
-# it does to a function that it calls.
-@constant_in_trace
-def func_transforms() -> bool:
-    """Is a torch.func transform at work?"""
-    return torch._C._are_functorch_transforms_active()
-
-
-@constant_in_trace
-def forward_mode() -> bool:
-    """Is forward-mode AD at work?"""
-    return forward_ad._current_level >= 0

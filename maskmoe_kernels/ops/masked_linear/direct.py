@@ -7,23 +7,16 @@ take longer than a small layer's kernels do. Modes, traces and profilers see the
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import plain_call
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.masked_linear.autograd import BACKWARD, once
-
-# Looked up once: small layers feel it.
-_keys = torch._C._dispatch_keys
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_profiled = torch._C._autograd._profiler_enabled
-_traced = torch._C._get_tracing_state
 
 
 def unwatched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
@@ -32,24 +25,10 @@ def unwatched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
         type(x) in PLAIN
         and type(weight) in PLAIN
         and type(bias) in PLAIN
-        and _keys(x).raw_repr() in _dense(x.device)
+        and plain_call(x)
         and not weight.is_neg()
         and (bias is None or not bias.is_neg())
-        and not _dispatch_modes()
-        and not _function_modes()
-        and not _profiled()
-        and _traced() is None
     )
-
-
-@cache
-def _dense(device: torch.device) -> frozenset[int]:
-    """The dispatch keys of a tensor that is values in memory: no negation to come, no wrapper."""
-    found = []
-    for inference in (False, True):
-        with torch.inference_mode(inference):
-            found.append(torch._C._dispatch_keys(torch.empty(0, device=device)).raw_repr())
-    return frozenset(found)
 
 
 class DirectFunction(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 ``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
 registers its own for the CPU, and on CUDA it is ``triton_linear``. Elsewhere, and for what kernels
-do not take, it is ``grouped_linear``, the PyTorch fallback. Both can also be called by name.
+do not take, it is ``torch_linear``, the PyTorch fallback. Both can also be called by name.
 
 ``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
 a process that never built the layout. ``saved`` is the pre-activation for activations whose
@@ -26,7 +26,7 @@ from maskmoe_kernels.layout.serialized import layout_of
 from maskmoe_kernels.ops import triton_support as triton
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import check_count, check_like, check_linear
-from maskmoe_kernels.ops.masked_linear import torch_impl as grouped
+from maskmoe_kernels.ops.masked_linear import torch_impl
 
 _LIBRARY = torch.library.Library("maskmoe", "DEF")
 _FORWARD = (
@@ -37,7 +37,7 @@ _BACKWARD = (
     "(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, int layout, "
     "str activation, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
-OPS = ("masked_linear", "grouped_linear", "triton_linear")
+OPS = ("masked_linear", "torch_linear", "triton_linear")
 for _name in OPS:
     _LIBRARY.define(_name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.define(_name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
@@ -105,7 +105,7 @@ class _Implementation:
 
 
 def _triton(x: Tensor) -> Any:
-    return grouped if triton.obstacle(x.device) else triton_kernels()
+    return torch_impl if triton.unsupported_reason(x.device) else triton_kernels()
 
 
 @cache
@@ -179,12 +179,12 @@ def _rows(x: Tensor) -> int:
     return math.prod(map(int, x.shape[:-1]))
 
 
-_GROUPED = _Implementation(lambda x: grouped)
+_TORCH = _Implementation(lambda x: torch_impl)
 _TRITON = _Implementation(_triton)
 
 _LIBRARY.impl("plan_obstacle", _plan_obstacle, "CompositeExplicitAutograd")
 for _name in OPS:
-    _way = _TRITON if _name == "triton_linear" else _GROUPED
+    _way = _TRITON if _name == "triton_linear" else _TORCH
     _LIBRARY.impl(_name, _way.forward, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name + "_backward", _way.backward, "CompositeExplicitAutograd")
     torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)

@@ -374,12 +374,12 @@ def obstacle(
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
     if device.type == "cuda":
-        if native.CUDA_OBSTACLE is None and not named:
+        if native.CUDA_UNSUPPORTED_REASON is None and not named:
             return "its CUDA kernels have yet to meet a GPU; name them with backend='native'"
-        return native.CUDA_OBSTACLE
+        return native.CUDA_UNSUPPORTED_REASON
     if device.type != "cpu":
         return f"the weights are on {device}; fused networks run on the CPU and on NVIDIA GPUs"
-    return native.OBSTACLE or (choice.TOO_FINE if too_fine else None)
+    return native.UNSUPPORTED_REASON or (choice.TOO_FINE if too_fine else None)
 
 
 def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:

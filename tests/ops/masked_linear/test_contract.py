@@ -85,7 +85,7 @@ def test_opcheck_backward(name, activation, needs):
         torch.library.opcheck(torch.ops.maskmoe.masked_linear_backward, args)
 
 
-@pytest.mark.parametrize("backend", ["grouped", "reference"])  # those that take float64
+@pytest.mark.parametrize("backend", ["torch", "reference"])  # those that take float64
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_gradcheck(name, activation, backend):
@@ -189,8 +189,8 @@ def test_func_transforms_agree_with_autograd(name, activation):
 def test_func_transforms_refuse_a_backend_that_cannot():
     layout = LAYOUTS["hidden"]
     x, weight, bias = drawn(layout, 4)
-    with pytest.raises(mk.BackendError, match=r"'grouped'.*'reference'"):
-        torch.func.vmap(lambda x: mk.masked_linear(x, weight, bias, layout, backend="grouped"))(x)
+    with pytest.raises(mk.BackendError, match=r"'torch'.*'reference'"):
+        torch.func.vmap(lambda x: mk.masked_linear(x, weight, bias, layout, backend="torch"))(x)
 
 
 def test_functional_call_over_an_ensemble():
@@ -307,7 +307,7 @@ def test_every_layout_compiles(name, activation):
         torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_function_tells_layouts_apart(backend):
     """Of one shape they are, and of as many weights."""
@@ -469,7 +469,7 @@ def test_wrong_names_are_refused():
     inputs = drawn(layout, 3)
     with pytest.raises(mk.LayoutError, match=r"activation must be .*'gelu'.*got 'softplus'"):
         mk.masked_linear(*inputs, layout, "softplus")
-    with pytest.raises(mk.BackendError, match=r"backend must be .*'grouped'.*got 'cutlass'"):
+    with pytest.raises(mk.BackendError, match=r"backend must be .*'torch'.*got 'cutlass'"):
         mk.masked_linear(*inputs, layout, backend="cutlass")
     with pytest.raises(mk.LayoutError, match="softplus"):
         mk.MaskedLinear.from_layout(layout, activation="softplus")

@@ -35,7 +35,9 @@ WEIGHTINGS = ["selection", "deselection"]
 CUBE = mk.SubsetFamily.powerset({"a": 3, "b": 18, "c": 1})
 RAGGED = [[1, 7, 33, 16, 2, 5, 17], [16] * 7]
 
-pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 isas = st.sampled_from(native.isas() or [""])
 seeds = st.integers(0, 2**16)
 
@@ -341,7 +343,7 @@ def test_keeps_its_digits_where_tanh_saturates(confidence, scale):
             torch.testing.assert_close(a.double(), t, rtol=2e-5, atol=1e-6 * float(t.abs().max()))
 
 
-@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_what_a_mask_leaves_out_reaches_nothing(normalize, backend):
     torch.manual_seed(0)
@@ -592,7 +594,7 @@ def test_which_path_runs_and_why():
         (lambda n: n.double(), "float64"),
         (lambda n: n.layers[0].register_forward_pre_hook(lambda *a: None), "hook"),
         (lambda n: n.layers.__setitem__(0, torch.nn.Linear(22, 28)), "Linear"),
-        (lambda n: setattr(n.layers[0], "backend", "grouped"), "grouped"),
+        (lambda n: setattr(n.layers[0], "backend", "torch"), "torch"),
     ):
         other = copy.deepcopy(net)
         change(other)

@@ -34,7 +34,9 @@ ROWS = [1, 2, 15, 16, 17, 31, 33, 65, 300]
 FILLS = [torch.nan, torch.inf, -torch.inf, 3e38]
 EPS = torch.finfo(torch.bfloat16).eps
 
-pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 on_tiles = pytest.mark.skipif(not TILES, reason="no tiles here; `make emulate` has some")
 isas = st.sampled_from(ISAS or [""])
 widths = st.sampled_from(WIDTHS)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import NEEDS_INPUT, grad_before
-from maskmoe_kernels.ops.masked_linear import torch_impl as grouped
+from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import kernels, tune
 from maskmoe_kernels.ops.masked_linear.triton.configs import (
     Config,
@@ -80,7 +80,7 @@ def output(
     """As :func:`forward`, with ``None`` for what is not kept."""
     pair = products_of(layout)
     if x.dtype not in DTYPES or not pair.fits:
-        return grouped.forward(x, weight, bias, layout, activation, keep)
+        return torch_impl.forward(x, weight, bias, layout, activation, keep)
     y = x.new_empty((*x.shape[:-1], layout.out_features))
     z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
     if not y.numel():
@@ -124,7 +124,7 @@ def gradients(
     need_x, need_weight, need_bias = needs
     pair = products_of(layout)
     if x.dtype not in DTYPES or not pair.fits:
-        found = grouped.backward(grad_y, x, weight, saved, layout, activation, needs)
+        found = torch_impl.backward(grad_y, x, weight, saved, layout, activation, needs)
         return (
             found[0] if need_x else None,
             found[1] if need_weight else None,

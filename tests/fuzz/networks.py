@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops.selection.selection import rare_positive, selection
+from maskmoe_kernels.ops.selection import rare_positive, selection
 from tests.fuzz.cases import as_view, on_threads, run_cases
 from tests.fuzz.compare import (
     compare_gradients,

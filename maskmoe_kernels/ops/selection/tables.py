@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels._compat import constant_in_trace
-from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 _NAMES = ("subset_experts", "supersets_of", "superset_experts", "subsets_of", "has_superset")
@@ -23,14 +22,14 @@ def table(family: SubsetFamily, name: str, device: torch.device) -> Tensor:
     ``"has_superset"``: is expert j one of the first kind? ``(H,)`` bool.
     """
     _keep_tables(family, device)
-    return family._tables[f"fused {name}", device]
+    return family.caches.tables[f"fused {name}", device]
 
 
 @constant_in_trace
 def _keep_tables(family: SubsetFamily, device: torch.device) -> None:
     # A trace finds them then, as it finds any tensor: it could not build them.
     for name in _NAMES:
-        keep_table(family._tables, (f"fused {name}", device), partial(_build, family, name))
+        family.caches.table(f"fused {name}", device, partial(_build, family, name))
 
 
 def _build(family: SubsetFamily, name: str) -> Tensor:

@@ -16,7 +16,7 @@ BUILT := maskmoe_kernels/_build.json
 INSTALL := --disable-pip-version-check --no-input install -qq
 PIP   := $(PY) -m pip $(INSTALL)
 
-FUZZED := layers:100000 networks:30000 ops:100000 files:10000
+FUZZED := layers:100000 mlp:30000 ops:100000 files:10000
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest

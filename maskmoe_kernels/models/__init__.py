@@ -1,4 +1,4 @@
-"""Networks whose output is one logit per expert, and the black boxes they are measured against."""
+"""Models with one logit per expert, and the black boxes that they are compared with."""
 
 from maskmoe_kernels.models.gru import GRU, InterpretableGRU
 from maskmoe_kernels.models.mlp import InterpretableMLP

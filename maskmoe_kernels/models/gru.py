@@ -1,4 +1,4 @@
-"""The interpretable recurrent network over sessions of two halves, and the black box beside it."""
+"""The interpretable GRU over sessions of two halves, and the black box it is compared with."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ class GRU(SessionBlackBox):
         super().__init__(first_features, second_features)
         check_layers(layers)
         created: dict[str, Any] = {"device": device, "dtype": dtype}
-        # One nn.GRU a layer: the states of all layers are wanted where each session ends, and a
-        # deep nn.GRU returns those of its last layer only.
+        # One nn.GRU per layer: the states of all layers are needed where each session ends, and a
+        # deep nn.GRU returns the states of every step for its last layer only.
         self.encoder, self.decoder = (
             nn.ModuleList(
                 nn.GRU(features if k == 0 else width, width, batch_first=True, **created)

@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
-from maskmoe_kernels.nn.mlp import MaskedMLP, inputs_of
-from maskmoe_kernels.ops.masked_mlp import api as networks
-from maskmoe_kernels.ops.masked_mlp.api import Inputs, Layers
-from maskmoe_kernels.ops.selection.gem import check_labels, check_loss, gem_loss
-from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
-from maskmoe_kernels.ops.selection.selection import Confidence, check_confidence
+from maskmoe_kernels.nn.mlp import MaskedMLP
+from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
+from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
+from maskmoe_kernels.ops.selection.api import (
+    Mixture,
+    check_confidence,
+    check_loss,
+    gem_loss,
+    mixture,
+)
+from maskmoe_kernels.ops.selection.labels import check_labels
+from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
 class InterpretableMLP(nn.Module):
-    """All experts of a family as one network: expert i's logit is a function of S_i alone.
+    """All experts of a family as one masked MLP: expert i's logit is a function of S_i alone.
 
-    Expert i's loss moves expert i's parameters alone, although larger experts read its units.
+    With h_0 = x, and h_k^i the units of expert i in layer k (eq. 14)::
+
+        h_1^i = act(b_1^i + sum over groups n in S_i of W_1^in x_n)
+        h_k^i = act(b_k^i + sum over j with S_j a subset of S_i of W_k^ij h_(k-1)^j)
+        z_i   = the same with one unit and without act, in the last layer
+
+    The gradient of a hidden layer's input flows where i = j only. So expert i's loss moves expert
+    i's parameters alone, although experts on supersets of S_i read its units.
 
     Args:
         family: The subsets; the input is its groups side by side.
         hidden: Units per expert of each hidden layer; each entry an int, or one per expert.
         activation: Of the hidden layers; see :func:`masked_linear`.
-        input_layout: First layer's layout if not ``family.input_layout(hidden[0])``, for
-            instance one that routes the gradient to the smallest subsets only.
+        input_layout: Layout of the first layer, if it is not ``family.input_layout(hidden[0])``:
+            one that routes the gradient to the smallest subsets only, say.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
@@ -71,11 +85,16 @@ class InterpretableMLP(nn.Module):
         layouts = [default if input_layout is None else input_layout]
         layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         self.layers = MaskedMLP(layouts, activation, backend=backend, device=device, dtype=dtype)
+        self._make_table(self.layers[0].weight.device)
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
         """Input ``(*, family.in_features)`` to logits ``(*, H)``.
 
         :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
+
+        Raises:
+            LayoutError: A shape, dtype or device that does not fit.
+            BackendError: A named backend that cannot run; see :func:`masked_linear`.
         """
         logits: Tensor = self.layers(x)
         return logits
@@ -90,63 +109,73 @@ class InterpretableMLP(nn.Module):
         mask: Tensor | None = None,
         sharpness: float = 1.0,
     ) -> Tensor:
-        """``gem_loss(net(x), target, net.family, ...)``, in one pass where that can be done.
+        """``gem_loss(net(x), target, net.family, ...)``, in one pass where that is possible.
 
-        Loss and gradients are then computed together, a tile of rows at a time, and no
-        activation is kept for ``backward``. What a sample that ``mask`` leaves out holds, NaN
-        included, reaches no gradient.
+        In one pass, loss and gradients are computed together, a tile of rows at a time, and no
+        activation is kept for ``backward``. A sample that ``mask`` leaves out reaches no gradient,
+        whatever it holds, NaN included.
 
-        Whoever sees or changes the module's call, a hook or a ``forward`` of a subclass, is called:
-        the loss is then that of ``self(x)``. A module around this one is not: with
-        DistributedDataParallel, take the loss of ``parallel(x)``; with FSDP2, call
-        ``fully_shard(net)``, whose hooks are seen, or shard a module around it and register the
-        method of that module that computes the loss.
+        A hook of this module or a ``forward`` of a subclass is called: the loss is then that of
+        ``self(x)``. A module around this one is not called. So with DistributedDataParallel, take
+        the loss of ``parallel(x)``. With FSDP2, call ``fully_shard(net)``, whose hooks are called;
+        or shard a module around it, and register the method of that module that computes the loss.
 
         Args:
             x: As in ``forward``.
             target: y in {0, 1}, or its probability, ``(*,)``.
             confidence: See :func:`selection`.
-            weighting: See :func:`maskmoe_kernels.gem_loss`, as for the rest.
+            weighting: See :func:`maskmoe_kernels.gem_loss`, as for ``normalize``.
             normalize: What the weights are divided by.
             mask: ``(*,)`` bool, true where a sample counts.
             sharpness: See :func:`selection`.
 
+        Returns:
+            Scalar, float32 (float64 for float64 parameters).
+
         Raises:
             LayoutError: As :func:`maskmoe_kernels.gem_loss`.
-            BackendError: The parameters are sharded, and no module that knows it was called.
+            BackendError: The parameters are sharded, and no module that gathers them was called.
 
         Example:
-            >>> fully_shard(model)  # model.net is this network, model.loss calls its gem_loss
+            >>> fully_shard(model)  # model.net is this module, model.loss calls its gem_loss
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """
-        inputs = inputs_of(x)
-        check_loss(inputs.shape, target, confidence, weighting, normalize, mask, sharpness)
-        layers = self._fused(x)
-        if layers is None or not isinstance(confidence, str) or target.requires_grad:
-            if mask is not None:
-                x = inputs.joined().masked_fill(~mask.unsqueeze(-1), 0)
-                target = target.masked_fill(~mask, 0)
-            return gem_loss(
-                self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
+        shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
+        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
+        by_name = isinstance(confidence, str) and not target.requires_grad
+        call = self._fused(x) if by_name else None
+        if call is None:
+            return self._gem_loss_of_logits(
+                x, target, confidence, weighting, normalize, mask, sharpness
             )
+        options = (str(confidence), sharpness, weighting, normalize, mask)
+        is_proper_subset = self._is_proper_subset(call.weights[0].device)
         if not target.is_cpu:
             check_labels(target, mask)
         try:
-            return networks.masked_mlp_gem(
-                inputs,
-                layers,
-                target,
-                self._strict(target.device),
-                confidence,
-                sharpness,
-                weighting,
-                normalize,
-                mask,
-            )
+            return masked_mlp_gem(call, target, is_proper_subset, *options)
         except RuntimeError:
-            check_labels(target, mask)  # the op looks, too, and this says what to do
+            check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
+
+    def _gem_loss_of_logits(
+        self,
+        x: Tensor | Inputs,
+        target: Tensor,
+        confidence: Confidence,
+        weighting: str,
+        normalize: str | None,
+        mask: Tensor | None,
+        sharpness: float,
+    ) -> Tensor:
+        if mask is not None:
+            joined = x.joined() if isinstance(x, Inputs) else x
+            x = joined.masked_fill(~mask.unsqueeze(-1), 0)
+            target = target.masked_fill(~mask, 0)
+        return gem_loss(
+            self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
+        )
 
     @torch.no_grad()
     def predict(
@@ -158,23 +187,22 @@ class InterpretableMLP(nn.Module):
     ) -> Mixture:
         """Probability ``(*,)`` and attribution ``(*, H)`` (eq. 1); no gradient is recorded.
 
-        With ``missing="skip"``, a group that is missing in a row (NaN) silences the experts that
-        see it, and the others decide; see :func:`mixture`.
+        With ``missing="skip"``, experts that see a group that is missing in a row (NaN) are left
+        out of the mixture of that row; see :func:`mixture`.
 
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        layers = self._fused(x) if missing == "propagate" else None
-        if layers is None or not isinstance(confidence, str):
+        by_name = isinstance(confidence, str) and missing == "propagate"
+        call = self._fused(x) if by_name else None
+        if call is None:
             return mixture(self(x), self.family, confidence, sharpness, missing)
         check_confidence(confidence, sharpness)
-        strict = self._strict(layers.weights[0].device)
-        return Mixture(
-            *networks.masked_mlp_mixture(inputs_of(x), layers, strict, confidence, sharpness)
-        )
+        is_proper_subset = self._is_proper_subset(call.weights[0].device)
+        return Mixture(*masked_mlp_mixture(call, is_proper_subset, str(confidence), sharpness))
 
-    def _fused(self, x: Tensor | Inputs) -> Layers | None:
-        """The layers for one op that calls neither this module nor ``layers``; None: call them."""
+    def _fused(self, x: Tensor | Inputs) -> MLPCall | None:
+        """A call of one op that stands for this module's; None if the modules are to be called."""
         layers = self.layers
         if (
             interceptor_of_class(type(self), _FORWARD)
@@ -183,11 +211,27 @@ class InterpretableMLP(nn.Module):
             or interceptor_of_instance(layers)
         ):
             return None
-        return layers.fused(x)  # which asks for global hooks
+        return layers.fused(x)  # which looks for global hooks
 
-    def _strict(self, device: torch.device) -> Tensor:
-        on_cpu = device.type == "cpu"
-        return self.family.strict if on_cpu else self.family.table("is_proper_subset", device)
+    def _is_proper_subset(self, device: torch.device) -> Tensor:
+        """``family.strict`` on ``device``."""
+        if torch.compiler.is_dynamo_compiling():
+            with parameters_of_any_size():
+                size = self._subset_table.shape  # it is read here
+            del size
+        table = self._subset_table
+        return table if table.device == device else self._make_table(device)
+
+    def _make_table(self, device: torch.device) -> Tensor:
+        # A compiled call reads this attribute instead of the family: torch.compile guards on the
+        # value of a family, but not on that of a tensor, so one graph serves all families.
+        self._subset_table = self.family.table("is_proper_subset", device)
+        return self._subset_table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InterpretableMLP:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
+        self._make_table(next(self.parameters(), self._subset_table).device)
+        return self
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward

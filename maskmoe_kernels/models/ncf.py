@@ -1,4 +1,4 @@
-"""Neural collaborative filtering: the interpretable network, the black box, content only."""
+"""Neural collaborative filtering: the interpretable model, the black box, and content alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
-from maskmoe_kernels.nn.embedding import ContentEncoder, table_obstacle
+from maskmoe_kernels.nn.embedding import ContentEncoder, table_unsupported_reason
 from maskmoe_kernels.nn.interception import interceptor
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
-from maskmoe_kernels.ops.selection.gem import gem_loss
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
+from maskmoe_kernels.ops.selection.api import gem_loss
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class _Inputs(nn.Module):
         return torch.cat(parts, dim=-1)
 
     def parts(self, user: Tensor, item: Tensor, codes: Tensor, numeric: Tensor) -> Tensor | Inputs:
-        """What ``forward`` returns, or its parts where nobody watches the tables being read."""
+        """The parts of what ``forward`` returns; or that itself, if a hook, say, sees a look-up."""
         embeddings = [*self.content.embeddings.values(), self.user, self.item]
         if any(_watched(module) for module in (self, self.content, *embeddings)):
             gathered: Tensor = self(user, item, codes, numeric)
@@ -85,11 +85,11 @@ _FORWARDS = {cls: cls.forward for cls in (_Inputs, ContentEncoder)}
 
 
 def _watched(module: nn.Module | None) -> bool:
-    """Would its own call do more than its weights say?"""
+    """Does its call do more than can be read from its weights, or does anything see it?"""
     if module is None:
         return True
     forward = _FORWARDS.get(type(module))  # type: ignore[arg-type]
-    reason = table_obstacle(module) if forward is None else interceptor(module, forward)
+    reason = table_unsupported_reason(module) if forward is None else interceptor(module, forward)
     return reason is not None
 
 

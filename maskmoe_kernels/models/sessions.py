@@ -11,8 +11,8 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import block_sizes
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
-from maskmoe_kernels.ops.selection.selection import Confidence
+from maskmoe_kernels.ops.selection.api import Mixture, mixture
+from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
 def second_layout(
@@ -20,10 +20,10 @@ def second_layout(
 ) -> BlockLayout:
     """Input layout of the second half: experts x its groups, present iff the group is in S_i.
 
-    Experts are ordered by their whole subsets, in both halves: a unit of expert y in the decoder
-    holds what S_y sees of A as well, so expert x may read it iff S_y is inside S_x. The parts
-    of subsets that exist in B say less: {position, context} and {position, interaction} are both
-    {position} there, and by these parts alone each would read the other's context.
+    Experts are ordered by their whole subsets, in both halves. A unit of expert y in the decoder
+    also holds what S_y sees of A, so expert x may read it iff S_y is a subset of S_x. The groups of
+    a subset that exist in B are not enough to decide: {position, context} and {position,
+    interaction} are both {position} in B, and by that alone each would read the other's units.
 
     Args:
         family: Subsets of the groups of both halves.
@@ -56,7 +56,7 @@ def check_layers(layers: int) -> None:
 
 
 class SessionModel(nn.Module):
-    """A model of sessions: checks both halves and takes what is padding out of them.
+    """A model of sessions: checks both halves and sets padded steps to zero.
 
     Args:
         first_features: Width of A's steps.

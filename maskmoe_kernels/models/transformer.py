@@ -70,7 +70,7 @@ class DecoderBlock(nn.Module):
     """An encoder block with cross-attention to the first half between its two parts.
 
     ``x = norm(x + attention(x)); x = norm(x + cross(x, memory)); x = norm(x + feedforward(x))``.
-    Expert x reads expert y's memory iff S_y is inside S_x.
+    Expert x reads expert y's memory iff S_y is a subset of S_x.
 
     Args:
         family: The subsets, one expert each, of both halves.
@@ -264,5 +264,5 @@ class Transformer(SessionBlackBox):
 
 
 def _opened(padding: Tensor | None) -> Tensor | None:
-    # torch's attention gives NaN where all is padding; its zeros do no harm there.
+    # torch's attention gives NaN where all steps are padding. They hold zeros and may be seen.
     return None if padding is None else padding & ~padding.all(1, keepdim=True)

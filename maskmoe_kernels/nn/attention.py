@@ -19,31 +19,31 @@ from maskmoe_kernels.nn.stacked import StackedLinear
 class MaskedMultiheadAttention(nn.Module):
     """``nn.MultiheadAttention`` in which each head belongs to one expert (section 3.4.3).
 
-    Head h of expert i is ``softmax(q_h k_h^T / sqrt(d_h)) v_h``, where q, k and v of expert i
-    read the units of S_i and of its strict subsets, those of strict subsets behind a
-    stop-gradient; so does the output projection. Expert i's output is a function of S_i's
-    features alone. Queries, keys and values of all experts are one masked product.
+    Head h of expert i is ``softmax(q_h k_h^T / sqrt(d_h)) v_h``. The projections of expert i to q,
+    k, v and the output read the units of all experts on subsets of S_i; the units of proper
+    subsets are read behind a stop-gradient. So expert i's output is a function of S_i's features
+    alone. Queries, keys and values of all experts are one masked product.
 
     With ``kv_family`` it joins two families: keys and values of expert x of ``family`` read
-    expert y of ``kv_family`` iff S_y is inside S_x; the gradient goes to the same expert.
+    expert y of ``kv_family`` iff S_y is a subset of S_x; the gradient goes to the same expert.
 
     The call, its shapes and masks are those of ``nn.MultiheadAttention``, with these choices:
 
     - A padded step is absent. Keys and values there are set to zero before anything is computed,
-      so no value in them, NaN and infinity included, reaches another step or a gradient. Where
-      ``query is key``, that holds for the query too: the output at a padded step is then what a
-      zero vector would see, and means nothing. Only ``key_padding_mask`` says what is absent;
+      so no value in them, NaN and infinity included, reaches another step or a gradient. If
+      ``query is key``, the query is set to zero there too: the output at a padded step is then
+      that of a zero vector, and means nothing. Only ``key_padding_mask`` makes a step absent;
       a step hidden by ``attn_mask`` is multiplied by zero.
-    - A query that may see no step attends to nothing: its heads are zero and its output is the
-      bias of the output projection, where torch gives NaN.
+    - If a query may see no step, its heads are zero and its output is the bias of the output
+      projection, where torch gives NaN.
 
     Args:
         family: Experts of the query and of the output.
         width: Units per expert, of the query, the heads together and the output; an int, or one
             per expert.
         heads: Heads per expert; an int, or one per expert. The width must be a multiple.
-        kv_family: Experts of key and value, if they are another family's (or the same family's,
-            from another place).
+        kv_family: Experts of key and value, if these come from elsewhere: from another family, or
+            from another layer of the same family.
         kv_width: Units per expert of key and value; by default ``width``.
         dropout: Probability with which an attention weight is dropped in training.
         bias: Whether the projections have a bias.
@@ -240,7 +240,8 @@ class MaskedMultiheadAttention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Heads ``(N, heads, L, widest head)`` and, if wanted, the weights."""
         drop = self.dropout if self.training else 0.0
-        scale = self.head_dims[0] ** -0.5 if self._uniform else 1.0  # else it is in q already
+        # Heads of different widths were scaled by _split_heads.
+        scale = self.head_dims[0] ** -0.5 if self._uniform else 1.0
         weights = None
         if need_weights:
             weights = _weights(q * scale, k, mask, nothing)
@@ -262,9 +263,9 @@ class MaskedMultiheadAttention(nn.Module):
             return heads.transpose(1, 2)
         widest = max(self.head_dims)
         parts: Sequence[Tensor] = x.split_with_sizes(self.head_dims, -1)
-        if scale:  # each head by its own sqrt(d): one call for all heads has one scale
+        if scale:  # each head by its own sqrt(d): the call for all heads takes one scale
             parts = [part * part.shape[-1] ** -0.5 for part in parts]
-        # Zeros up to the widest head change no score.
+        # Heads are padded with zeros to the widest one, which changes no score.
         return torch.stack([F.pad(part, (0, widest - part.shape[-1])) for part in parts], 1)
 
     def _join_heads(self, heads: Tensor) -> Tensor:
@@ -301,10 +302,10 @@ def _hidden(mask: Tensor) -> Tensor:
 def _joined(
     padding: Tensor | None, attn_mask: Tensor | None, q: Tensor
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Both masks as one for scaled_dot_product_attention, and which queries see nothing.
+    """Both masks as one for scaled_dot_product_attention, and which queries see no step.
 
-    A query that sees nothing is given every step, so that its softmax is finite, and its heads
-    are set to zero afterwards: kernels disagree about a softmax over nothing.
+    torch's kernels disagree about a softmax over no steps. So a query that sees none is given all
+    of them, and its heads are set to zero afterwards.
     """
     masks = []
     if padding is not None:

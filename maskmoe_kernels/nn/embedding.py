@@ -56,21 +56,21 @@ class ContentEncoder(nn.Module):
         return torch.cat([*parts, self.project(numeric)], dim=-1)
 
     def project(self, numeric: Tensor) -> Tensor:
-        """The part of the vector that comes from ``(*, num_numeric)`` numbers, its last one."""
+        """The last columns of the vector, ``(*, numeric_width)``; arguments as in ``forward``."""
         return torch.tanh(self.numeric(numeric))
 
 
 def table_of(embedding: nn.Embedding) -> Tensor:
     """The rows of ``embedding``, ``(num_embeddings, embedding_dim)``, for :class:`Inputs`.
 
-    Rows that are read from the weight train as rows of a tensor do, the one at ``padding_idx``
-    included. So an embedding whose call does more than look rows up is refused.
+    All rows of a table train, also the one at ``padding_idx``. So an embedding whose call does more
+    than look rows up is refused.
 
     Raises:
         LayoutError: The embedding has ``padding_idx``, ``max_norm``, ``scale_grad_by_freq`` or
             ``sparse``, is of another class, or its call is seen or changed by a hook, say.
     """
-    reason = table_obstacle(embedding)
+    reason = table_unsupported_reason(embedding)
     if reason is not None:
         raise LayoutError(
             f"embedding must only look rows up to be read without its call, but {reason}; call it, "
@@ -79,8 +79,8 @@ def table_of(embedding: nn.Embedding) -> Tensor:
     return embedding.weight
 
 
-def table_obstacle(embedding: nn.Module) -> str | None:
-    """What a call of ``embedding`` does besides looking rows up, in words; None: nothing."""
+def table_unsupported_reason(embedding: nn.Module) -> str | None:
+    """What a call of ``embedding`` does besides looking rows up, in words; None if nothing."""
     if type(embedding) is not nn.Embedding:
         return f"it is a {type(embedding).__name__}"
     if embedding.padding_idx is not None:

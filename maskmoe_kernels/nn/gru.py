@@ -28,7 +28,7 @@ class MaskedGRUCell(nn.Module):
         n = tanh(W_n x + b_n + r * (U_n h + c_n))
         h' = (1 - z) * n + z * h
 
-    Expert i's gates read the states of S_i and of its strict subsets, those of strict subsets
+    Expert i's gates read the states of all experts on subsets of S_i, those of proper subsets
     behind a stop-gradient.
 
     Args:
@@ -102,12 +102,12 @@ _CELL_FORWARD = MaskedGRUCell.forward
 class MaskedGRU(nn.Module):
     """``nn.GRU`` of all experts: blind outside their subset, and each trained by its own loss.
 
-    The gates' inputs of a whole sequence are one masked product; each step is another one, and
-    element-wise functions. See :class:`MaskedGRUCell` for the equations. A cell whose call somebody
-    sees or changes, with a hook say, is called step by step instead.
+    One masked product computes the gates' input for a whole sequence; each step is another masked
+    product and element-wise functions. See :class:`MaskedGRUCell` for the equations. If a hook,
+    say, sees or changes the call of a cell, the cell is called step by step instead.
 
-    A padded step is absent, whatever it holds: the state passes it unchanged, and the output
-    there is zero.
+    A padded step is absent, whatever it holds: the state does not change there, and the output is
+    zero.
 
     Args:
         family: The subsets, one expert each.

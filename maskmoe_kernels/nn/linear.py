@@ -13,9 +13,9 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import plain_tensor
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.packing import (
-    degrees_obstacle,
-    mask_obstacle,
-    packing_obstacle,
+    degrees_mismatch,
+    mask_mismatch,
+    packing_mismatch,
     packing_state,
 )
 from maskmoe_kernels.ops.activations import activation_name
@@ -200,11 +200,12 @@ class MaskedLinear(nn.Module):
         """``(*, in_features)`` to ``(*, out_features)``."""
         if torch.compiler.is_dynamo_compiling():
             with parameters_of_any_size():
-                weight, bias = self.weight, self.bias
-                sizes = weight.shape, None if bias is None else bias.shape  # they are read here
+                weight, bias, handle = self.weight, self.bias, self._handle
+                tensors = weight, bias, handle.serialized, handle.numbers
+                sizes = [None if t is None else t.shape for t in tensors]  # they are read here
             del sizes
             return traced_masked_linear(
-                x, weight, bias, self._handle, lambda: self.layout, self.activation, self.backend
+                x, weight, bias, handle, lambda: self.layout, self.activation, self.backend
             )
         return masked_linear(x, self.weight, self.bias, self.layout, self.activation, self.backend)
 
@@ -240,7 +241,7 @@ class MaskedLinear(nn.Module):
                 )
                 state_dict[prefix + "weight"] = self.weight.detach()
         else:
-            reason = packing_obstacle(state_dict.get(key), self.layout.packing_id)
+            reason = packing_mismatch(state_dict.get(key), self.layout.packing_id)
             if reason is not None:
                 error_msgs.append(f"packing mismatch for {prefix}weight, by {key}: {reason}")
         if weight is None or weight.dim() == 2:
@@ -248,9 +249,9 @@ class MaskedLinear(nn.Module):
             # torch refuses any missing key, unless strict=False.
             state_dict[key] = self.get_extra_state()
         # Layers that keep a dense weight (zuko's, nflows', pyro's) save their mask beside it.
-        for name, obstacle in (("mask", mask_obstacle), ("degrees", degrees_obstacle)):
+        for name, mismatch in (("mask", mask_mismatch), ("degrees", degrees_mismatch)):
             value = state_dict.pop(prefix + name, None)
-            reason = None if value is None else obstacle(value, self.layout.mask())
+            reason = None if value is None else mismatch(value, self.layout.mask())
             if reason is not None:
                 error_msgs.append(f"{name} mismatch for {prefix}{name}: {reason}")
         super()._load_from_state_dict(

@@ -1,4 +1,4 @@
-"""Layer normalisation that stays inside each expert."""
+"""Layer normalisation of each expert's own units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 
 
 class ExpertNorm(nn.Module):
-    """Layer norm over each expert's own units: a norm over all of them would mix subsets.
+    """Layer norm over each expert's own units; a norm over all units would mix subsets.
 
     For expert i with units u, ``y_u = (x_u - mean_i) / sqrt(var_i + eps) * weight_u + bias_u``;
     mean and (biased) variance are over the units of expert i.

@@ -1,4 +1,4 @@
-"""What a checkpoint says about the order of a packed weight, and about the mask it belongs to."""
+"""Does a checkpoint's packed weight, mask or degrees belong to a layer's layout?"""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ _BITS = 64
 def packing_state(packing_id: int) -> Tensor:
     """The bits of a layout's ``packing_id`` as signs, ``(64,)`` float32.
 
-    State dicts are cast, averaged and scaled as a whole. A sign outlives that in every
-    floating-point type; an integer does not.
+    Users cast, average and scale whole state dicts. A sign survives that in every floating-point
+    type; an integer does not.
     """
     signs = [1.0 if packing_id >> bit & 1 else -1.0 for bit in range(_BITS)]
     return torch.tensor(signs, dtype=torch.float32, device="cpu")
 
 
-def packing_obstacle(state: Tensor | None, packing_id: int) -> str | None:
-    """Why a checkpoint's state does not stand for this packing, in words; None if it does.
+def packing_mismatch(state: Tensor | None, packing_id: int) -> str | None:
+    """Why a checkpoint's state is not that of this packing, in words; None if it is.
 
-    A checkpoint without it is for torch to refuse; one of shapes only has nothing in any order.
+    None also without a state, which torch itself reports as a missing key, and for a state on the
+    meta device, where the weight has no values either.
     """
     if state is None or state.is_meta:
         return None
@@ -30,7 +31,7 @@ def packing_obstacle(state: Tensor | None, packing_id: int) -> str | None:
         "the checkpoint's packed weight belongs to another layout; save dense_weight() of the "
         "layer it came from and load that."
     )
-    if found.numel() == 1:  # older checkpoints: the number itself, which wide types still tell
+    if found.numel() == 1:  # older checkpoints hold the number itself, exact in wide types only
         own = torch.tensor(packing_id, device="cpu").to(found.dtype)
         wide = found.dtype in (torch.int64, torch.float64, torch.float32)
         if wide and bool(found.reshape(()) == own):
@@ -45,7 +46,7 @@ def packing_obstacle(state: Tensor | None, packing_id: int) -> str | None:
     )
 
 
-def mask_obstacle(mask: Tensor, own: Tensor) -> str | None:
+def mask_mismatch(mask: Tensor, own: Tensor) -> str | None:
     """Why a checkpoint's mask is not ``own``, ``(out, in)`` bool, in words; None if it is."""
     if mask.shape != own.shape:
         return f"the checkpoint's is {tuple(mask.shape)}, this layer's {tuple(own.shape)}."
@@ -58,11 +59,11 @@ def mask_obstacle(mask: Tensor, own: Tensor) -> str | None:
     return None
 
 
-def degrees_obstacle(degrees: Tensor, own: Tensor) -> str | None:
+def degrees_mismatch(degrees: Tensor, own: Tensor) -> str | None:
     """Why units of these degrees, ``(out,)``, do not have the mask ``own``; None if they can.
 
-    Units of MADE see what has a lower degree: the higher a unit's, the more, and units of one
-    degree see the same.
+    A unit of MADE sees the inputs of lower degree. So a unit of higher degree sees all that one of
+    lower degree sees, and units of the same degree see the same.
     """
     if degrees.shape != own.shape[:1]:
         return f"the checkpoint's is {tuple(degrees.shape)}, this layer has {len(own)} units."

@@ -101,45 +101,6 @@ def check_exactly(
         )
 
 
-def check_parts(
-    x: Tensor | None,
-    tables: Sequence[Tensor],
-    ids: Sequence[Tensor],
-    parts: Sequence[int],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    layers: int,
-) -> None:
-    """Raise LayoutError unless the lists of a network's arguments fit each other."""
-    if not layers == len(weights) or len(biases) not in (0, layers) or not weights:
-        raise LayoutError(
-            f"a network of {layers} layers needs as many weights, and biases or none; got "
-            f"{len(weights)} and {len(biases)}"
-        )
-    if len(ids) != len(tables) or (x is None and not ids) or (x is not None and not x.dim()):
-        raise LayoutError(
-            f"a network reads x (*, columns), or tables with an id each; got {len(tables)} tables "
-            f"and {len(ids)} ids"
-        )
-    named = [part for part in parts if part >= 0]
-    columns, given = -sum(part for part in parts if part < 0), 0 if x is None else x.shape[-1]
-    missing = max(named, default=-1) >= len(tables)
-    if missing or len({*named}) < len(named) or columns != given:
-        raise LayoutError(
-            f"parts must name every column of x once and no table twice; got {list(parts)[:9]} "
-            f"for {given} columns and {len(tables)} tables"
-        )
-    shape = ids[0].shape if x is None else x.shape[:-1]
-    for t, (table, rows) in enumerate(zip(tables, ids, strict=True)):
-        if table.dim() != 2 or rows.dtype != torch.int64 or rows.shape != shape:
-            raise LayoutError(
-                f"tables[{t}] must be (rows, width) and its ids {tuple(shape)} int64, got "
-                f"{tuple(table.shape)} and {tuple(rows.shape)} {rows.dtype}"
-            )
-        if rows.device.type == "cpu" and rows.numel() and int(rows.min()) < 0:
-            raise LayoutError(f"ids[{t}] must be rows of its table, 0 or more, got {rows.min()}")
-
-
 def refuse_sharded(x: Tensor | None, *parameters: Tensor | None) -> None:
     """Raise BackendError if a parameter is a DTensor and ``x`` is none."""
     if _is_sharded(x):

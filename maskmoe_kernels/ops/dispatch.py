@@ -2,8 +2,8 @@
 
 Nothing else in the package decides this. An op is ``"masked_linear"``, ``"masked_mlp"`` (a whole
 network) or ``"selection"`` (selection, mixture and loss); its ``layout`` is a
-:class:`BlockLayout`, a sequence of them, or a :class:`SubsetFamily`; of the ``tensors`` that it is
-called with, the first one decides dtype and device. Without a layout (``None``), the answer is
+:class:`BlockLayout`, a :class:`LayoutChain`, or a :class:`SubsetFamily`; of the ``tensors`` that it
+is called with, the first one decides dtype and device. Without a layout (``None``), the answer is
 for one that every implementation takes.
 """
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from maskmoe_kernels._compat import constant_in_trace, outside_of_modes, transformed
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops import native, triton_support
@@ -79,7 +80,7 @@ class LayoutHandle:
 
 
 Layout = BlockLayout | LayoutHandle | None
-Layouts = Layout | Sequence[BlockLayout] | SubsetFamily
+Layouts = Layout | LayoutChain | SubsetFamily
 
 TOO_FINE = (
     "its layout has too many blocks of too few weights, more than 65,536 of less than 16 on "
@@ -116,9 +117,9 @@ def unsupported_reason(
         return f"x is {x.dtype}; convert it to a floating-point type first"
     if op == "selection":
         return _selection_reason(implementation, layout, x, confidence)
-    layouts = _layouts_of(layout)
     if op == "masked_mlp" and implementation == "native":
-        return _fused_mlp_reason(layouts, x)
+        return _fused_mlp_reason(layout, x)
+    layouts = _layouts_of(layout)
     return next(filter(None, (_linear_reason(implementation, of, x) for of in layouts)), None)
 
 
@@ -198,7 +199,10 @@ def _linear_reason(implementation: str, layout: Layout, x: Tensor) -> str | None
     return None
 
 
-def _fused_mlp_reason(layouts: Sequence[Layout], weight: Tensor) -> str | None:
+def _fused_mlp_reason(layout: Layouts, weight: Tensor) -> str | None:
+    chain = layout if isinstance(layout, LayoutChain) else None
+    if chain is not None and chain.mismatch is not None:
+        return chain.mismatch
     reason = _dtype_reason(weight, "the weights are")
     if reason is not None:
         return reason
@@ -209,7 +213,7 @@ def _fused_mlp_reason(layouts: Sequence[Layout], weight: Tensor) -> str | None:
             f"the weights are on {weight.device}; whole networks run as one op on the CPU and on "
             "NVIDIA GPUs"
         )
-    fine = next(filter(None, map(_fine_reason, layouts)), None)
+    fine = TOO_FINE if chain is not None and chain.too_fine else None
     return native.UNSUPPORTED_REASON or fine
 
 
@@ -237,7 +241,7 @@ def _layouts_of(layout: Layouts) -> Sequence[Layout]:
         return (layout,)
     if isinstance(layout, SubsetFamily):
         raise TypeError("a family is the layout of selection only")
-    return layout
+    return layout.layouts
 
 
 def _dtype_reason(x: Tensor, named: str = "x is") -> str | None:

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 
-FUZZERS = ("layers", "networks", "ops", "files")
+FUZZERS = ("layers", "mlp", "ops", "files")
 # Between two lines on progress.
 SECONDS = 20.0
 

@@ -5,7 +5,7 @@ import torch
 
 from tests.fuzz import layers
 from tests.fuzz.__main__ import main
-from tests.fuzz.drawn_networks import Case as NetworkCase
+from tests.fuzz.drawn_mlps import Case as MLPCase
 
 
 def test_says_in_one_line_that_there_is_no_fault(capsys, monkeypatch):
@@ -33,10 +33,10 @@ def test_lists_the_fuzzers_when_asked_for_another(capsys):
         main(["lairs"])
     said = capsys.readouterr().err
     assert "layers" in said
-    assert "networks" in said
+    assert "mlp" in said
 
 
-@pytest.mark.parametrize("kind", [layers.Case, NetworkCase])
+@pytest.mark.parametrize("kind", [layers.Case, MLPCase])
 def test_a_case_is_a_function_of_seed_and_number(kind):
     (one, other), _ = [[kind(5, 17), kind(5, 17)] for _ in (kind(5, 16), kind(6, 17))]
     assert str(one) == str(other)

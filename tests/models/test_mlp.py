@@ -1,4 +1,4 @@
-"""``InterpretableMLP``: blind, isolated, and equal to one small network per expert."""
+"""``InterpretableMLP``: blind, isolated, and equal to one small MLP per expert."""
 
 import copy
 import io
@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskmoe_kernels import (
     BlockLayout,
     InterpretableMLP,
     LayoutError,
+    MaskedLinear,
     SubsetFamily,
     gem_loss,
     mixture,
@@ -43,8 +45,8 @@ CUBE = SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})
 
 
 @st.composite
-def networks(draw, max_experts=8, dtype=torch.float32):
-    """A small network with ragged widths, its family, and a batch for it."""
+def mlps(draw, max_experts=8, dtype=torch.float32):
+    """A small MLP with ragged widths, its family, and a batch for it."""
     family = draw(families(max_experts))
     widths = st.lists(
         st.sampled_from([1, 2, 3, 7]), min_size=family.num_experts, max_size=family.num_experts
@@ -60,20 +62,20 @@ def networks(draw, max_experts=8, dtype=torch.float32):
 # --- What stays true of every module ---------------------------------------------------------
 
 
-@given(networks(max_experts=6))
+@given(mlps(max_experts=6))
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     assert_blind(net, x, family.visible_features())
     assert_arrives(net, x[0], family.visible_features())
 
 
-@given(networks(max_experts=12))
+@given(mlps(max_experts=12))
 def test_each_loss_moves_its_own_expert(case):
     net, family, x = case
     assert_gradient_isolated(net, x, family)
 
 
-@given(networks(dtype=torch.float64))
+@given(mlps(dtype=torch.float64))
 def test_jacobian_stays_inside_the_subset(case):
     net, family, x = case
     jacobian = torch.autograd.functional.jacobian(net, x[0])
@@ -87,7 +89,7 @@ def test_jacobian_fills_the_subset():
     assert torch.equal(jacobian != 0, CUBE.visible_features())
 
 
-# --- One plain network per expert ------------------------------------------------------------
+# --- One plain MLP per expert ------------------------------------------------------------
 
 
 class PerExpert(nn.Module):
@@ -149,8 +151,8 @@ class PerExpert(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@given(networks(max_experts=10, dtype=torch.float64), seeds)
-def test_equals_one_network_per_expert(case, seed):
+@given(mlps(max_experts=10, dtype=torch.float64), seeds)
+def test_equals_one_mlp_per_expert(case, seed):
     net, family, x = case
     plain = PerExpert(net, family, net.layers[0].activation)
     grad_z = torch.randn(
@@ -298,7 +300,7 @@ def test_errors_carry_the_values():
 
 
 class Explained(nn.Module):
-    """A network together with its mixture, as one graph."""
+    """An MLP together with its mixture, as one graph."""
 
     def __init__(self, activation="relu", width=4):
         super().__init__()
@@ -333,8 +335,60 @@ def test_compiles_whole_with_a_dynamic_batch():
 
 @pytest.mark.slow
 def test_compiles_whole_with_inductor():
-    """The network alone: what inductor calls are our ops, so this needs no C++ compiler."""
+    """The MLP alone: what inductor calls are our ops, so this needs no C++ compiler."""
     check_compiled(InterpretableMLP(CUBE, [13, 3]), "inductor")
+
+
+def swept_families(count):
+    """Families of many shapes, as a search over subsets draws them."""
+    for k in range(count):
+        groups = {name: 1 + (k + n) % 5 for n, name in enumerate("abcd"[: 2 + k % 3])}
+        subsets = {name: [name] for name in [*groups][: 1 + k % len(groups)]}
+        if k % 2 and len(groups) > 2:
+            subsets["ab"] = ["a", "b"]
+        yield SubsetFamily(groups, {**subsets, "all": [*groups]})
+
+
+ENTRIES = {
+    "forward": lambda net, x, y: net(x),
+    "gem_loss": lambda net, x, y: net.gem_loss(x, y, "smooth", normalize="sample"),
+    "predict": lambda net, x, y: torch.cat(net.predict(x)[1:]),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_one_graph_serves_every_family(entry):
+    """The first is compiled for its sizes, the second for all sizes."""
+    torch._dynamo.reset()
+    call, counter = ENTRIES[entry], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for k, family in enumerate(swept_families(20)):
+        torch.manual_seed(k)
+        net = InterpretableMLP(family, [3 + k % 4, 5 + k % 3])
+        assert net.layers.unsupported_reason() is None
+        x, y = torch.randn(7 + k % 2, family.in_features), torch.rand(7 + k % 2).round()
+        results = [compiled(net, x, y), call(net, x, y)]
+        torch.testing.assert_close(*results)
+        if entry != "predict":
+            cotangent, of = torch.randn_like(results[0]), [*net.parameters()]
+            grads = [torch.autograd.grad(value, of, cotangent) for value in results]
+            torch.testing.assert_close(*grads)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_compiled_call_sees_that_a_layer_was_replaced(entry):
+    torch._dynamo.reset()
+    net = InterpretableMLP(CUBE, [4, 3])
+    call = ENTRIES[entry]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(5, 6), torch.rand(5).round()
+    torch.testing.assert_close(compiled(net, x, y), call(net, x, y))
+    made = net.layers[1].layout
+    other = BlockLayout(made.row_sizes, made.col_sizes, torch.eye(7).bool())
+    net.layers[1] = MaskedLinear.from_layout(other, activation="relu")
+    assert "not made here" in net.layers.unsupported_reason()
+    torch.testing.assert_close(compiled(net, x, y), call(net, x, y))
 
 
 def exported(width):

@@ -232,7 +232,7 @@ PARTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["masked_mlp", "layered_mlp"])
+@pytest.mark.parametrize("name", ["masked_mlp", "torch_mlp"])
 @pytest.mark.parametrize("parts", PARTS, ids=str)
 def test_parts_name_what_is_there(network, name, parts):
     arguments, _ = network
@@ -240,7 +240,7 @@ def test_parts_name_what_is_there(network, name, parts):
         getattr(OPS, name)(*arguments[:3], parts, *arguments[4:], 7, "relu", False)
 
 
-@pytest.mark.parametrize("name", ["masked_mlp", "layered_mlp"])
+@pytest.mark.parametrize("name", ["masked_mlp", "torch_mlp"])
 def test_a_network_reads_columns_or_tables_or_both(network, name):
     (x, tables, ids, _, *rest), net = network
     op, given = getattr(OPS, name), torch.cat([tables[0][ids[0]], x], -1)
@@ -263,7 +263,7 @@ def test_a_network_reads_columns_or_tables_or_both(network, name):
             op(*inputs, *rest, 7, "relu", False)
 
 
-@pytest.mark.parametrize("name", [*LINEAR, "masked_mlp", "layered_mlp"])
+@pytest.mark.parametrize("name", [*LINEAR, "masked_mlp", "torch_mlp"])
 def test_the_number_of_units_is_the_layouts(network, name):
     """A traced program has it in its shapes: were it wrong, memory behind the result was read."""
     layout, (arguments, _) = made(3, 7, 2), network
@@ -276,7 +276,7 @@ def test_the_number_of_units_is_the_layouts(network, name):
             op(*given, wrong, "relu", False)
 
 
-@pytest.mark.parametrize("name", ["masked_mlp", "layered_mlp"])
+@pytest.mark.parametrize("name", ["masked_mlp", "torch_mlp"])
 def test_ids_are_rows_of_their_table(network, name):
     arguments, _ = network
     for bad in (-1, 6, 2**62, -(2**63)):
@@ -362,7 +362,7 @@ def test_what_kernels_do_not_take_falls_back_everywhere():
     assert layout.too_fine
     assert not net.layers[0].layout.too_fine
     x, y = torch.randn(3, 22), torch.tensor([0.0, 1.0, 1.0])
-    assert "too many blocks of too few weights" in net.layers.obstacle()
+    assert "too many blocks of too few weights" in net.layers.unsupported_reason()
     assert "layer by layer: its layout has too many blocks" in repr(net)
     logits = net(x)
     torch.testing.assert_close(net.gem_loss(x, y), mk.gem_loss(logits, y, family))

@@ -7,19 +7,15 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialized_layout
-from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_linear import autograd, torch_impl
 from maskmoe_kernels.ops.masked_linear import schema as registration
+from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.api import OP_OF
-from maskmoe_kernels.ops.masked_mlp import api as networks_op
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
 from tests.ops.masked_linear.test_masked_linear import LAYOUTS, drawn, masked_linear, same_bits
 from tests.ops.runners import DEVICE, INTERPRETED, QUICK, select
 
 EVERY = [*itertools.product([False, True], repeat=3)]
 SOME = [needs for needs in EVERY if any(needs)]
 BACKENDS = sorted({runner.partition(" ")[0] for runner in QUICK} - {"reference"})
-FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 2, "c": 4})
 
 
 def op_of(backend):
@@ -53,10 +49,11 @@ def on(runners, names):
 
 @on(BACKENDS, ["hidden", "random"])
 def test_a_layer_asks_for_the_gradients_that_it_needs(name, runner, monkeypatch):
-    calls = spied(monkeypatch, autograd.BACKWARD, op_of(runner))
+    calls = spied(monkeypatch, registration.BACKWARD, op_of(runner))
     if runner == "triton":  # which is called without its op
         calls = spied(monkeypatch, vars(registration.triton_kernels()), "gradients")
     layout = LAYOUTS[name]
+    layout.caches.dispatch.clear()  # which keeps what an earlier call looked up
     for needs in SOME:
         x, weight, bias = drawn(layout, (2,), torch.float32)
         inputs = [t.requires_grad_(need) for t, need in zip((x, weight, bias), needs, strict=True)]
@@ -71,6 +68,7 @@ def test_a_layer_asks_for_the_gradients_that_it_needs(name, runner, monkeypatch)
     with torch.no_grad():
         mk.masked_linear(x, weight, None, layout, None, runner)
     assert not calls
+    layout.caches.dispatch.clear()
 
 
 @on([runner for runner in QUICK if runner != "reference"], ["hidden", "random", "nothing"])
@@ -80,14 +78,15 @@ def test_an_op_returns_the_gradients_that_are_asked_for(name, runner):
     x, weight, bias = drawn(layout, (5,), torch.float32)
     op = op_of(select(runner))
     plan = serialized_layout(layout, DEVICE)
-    y, z = FORWARD[op](x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
+    forward = registration.FORWARD[op]
+    y, z = forward(x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     call = (grad, x, weight, z, plan, layout.id, "gelu")
-    every = autograd.BACKWARD[op](*call, True, True, True)
+    every = registration.BACKWARD[op](*call, True, True, True)
     assert [g.numel() for g in every] == [x.numel(), weight.numel(), bias.numel()]
     for needs in EVERY:
         for found, whole, need in zip(
-            autograd.BACKWARD[op](*call, *needs), every, needs, strict=True
+            registration.BACKWARD[op](*call, *needs), every, needs, strict=True
         ):
             if not need:
                 assert found.numel() == 0
@@ -123,119 +122,6 @@ def test_flops_of_a_backward_are_those_of_what_it_needs():
     for x, w, b in EVERY:
         flops = registration._backward_flops(*given, None, plan, layout.id, "relu", x, w, b)
         assert flops == 12 * (x * layout.num_routed_weights + w * layout.num_weights)
-
-
-# --- Networks ----------------------------------------------------------------------------
-
-fused = pytest.mark.skipif(
-    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
-)
-
-
-def a_network():
-    """A network, its parts with two tables, and all tensors that may have a gradient."""
-    torch.manual_seed(0)
-    net = mk.InterpretableMLP(FAMILY, [5, 6], "tanh")
-    tables = [torch.randn(7, 3), torch.randn(8, 4)]
-    ids = [torch.randint(7, (9,)), torch.randint(8, (9,))]
-    x = torch.randn(9, 2)
-    return net, Inputs(x, tables, ids, (0, -2, 1))
-
-
-def parts_of(net, parts):
-    """x, the tables, the weights and biases."""
-    return [parts.x], [*parts.tables], [*net.parameters()]
-
-
-WAYS = {
-    "logits": lambda net, parts, y: mk.gem_loss(net(parts), y, FAMILY),
-    "loss": lambda net, parts, y: net.gem_loss(parts, y),
-}
-
-
-# Of group k (x, tables, parameters), the n-th tensor: does it want a gradient?
-WANTED = {
-    **{needs: lambda k, n, needs=needs: needs[k] for needs in EVERY},
-    "no bias": lambda k, n: k < 2 or n % 2 == 0,
-    "no weight": lambda k, n: k < 2 or n % 2 == 1,
-    "not the first table": lambda k, n: (k, n) != (1, 0),
-    "one bias": lambda k, n: (k, n) == (2, 3),
-}
-
-
-@fused
-@pytest.mark.parametrize("way", WAYS)
-def test_a_network_asks_for_the_gradients_that_it_needs(way, monkeypatch):
-    calls, real = [], networks_op._run
-
-    def spy(op, *args):
-        calls.append((op, args))
-        return real(op, *args)
-
-    monkeypatch.setattr(networks_op, "_run", spy)
-    net, parts = a_network()
-    y = torch.arange(9) % 2
-    groups = parts_of(net, parts)
-    every = [t for group in groups for t in group]
-    for t in every:
-        t.requires_grad_(True)
-    whole = torch.autograd.grad(WAYS[way](net, parts, y.float()), every)
-    for kind, wanted in WANTED.items():
-        flags = [[wanted(k, n) for n in range(len(group))] for k, group in enumerate(groups)]
-        for t, need in zip(every, itertools.chain(*flags), strict=True):
-            t.requires_grad_(need)
-            t.grad = None
-        del calls[:]
-        loss = WAYS[way](net, parts, y.float())
-        if not any(map(any, flags)):
-            assert not loss.requires_grad
-            continue
-        loss.backward()
-        op, args = calls[-1]
-        assert op is (networks_op._GEM if way == "loss" else networks_op._MLP_BACKWARD)
-        assert args[-3:] == tuple(map(any, flags)), kind
-        for t, need, expected in zip(every, itertools.chain(*flags), whole, strict=True):
-            assert torch.equal(t.grad, expected) if need else t.grad is None
-
-
-@fused
-@pytest.mark.parametrize("needs", EVERY)
-def test_the_ops_of_networks_return_what_is_asked_for(needs):
-    net, parts = a_network()
-    layers = net.layers.fused(parts)
-    given, tensors, _ = networks_op._given(parts, layers)
-    tensors = [t.detach() for t in tensors]
-    inputs, plans = given.inputs(parts.x, tensors), (given.plans, given.numbers)
-    groups = ([parts.x], tensors[:2], tensors[2:])
-    shapes = [t.shape for group, need in zip(groups, needs, strict=True) if need for t in group]
-    for name in ("masked_mlp", "layered_mlp"):
-        forward, backward = (getattr(torch.ops.maskmoe, name + end) for end in ("", "_backward"))
-        logits, saved = forward(*inputs, *plans, given.out_features, "tanh", True)
-        grads = backward(torch.ones_like(logits), *inputs, saved, *plans, "tanh", *needs)
-        assert [g.shape for g in grads] == shapes
-
-
-@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
-def test_layer_after_layer_computes_no_gradient_for_nothing(biases, monkeypatch):
-    calls = spied(monkeypatch, networks_op.BACKWARD, "masked_linear")
-    net, parts = a_network()
-    layers = networks_op.Layers(
-        [layer.weight.detach() for layer in net.layers],
-        [layer.bias.detach() for layer in net.layers if biases],
-        net.layers.layouts,
-        "tanh",
-    )
-    given, tensors, _ = networks_op._given(parts, layers)
-    inputs, plans = given.inputs(parts.x, tensors), (given.plans, given.numbers)
-    for needs in EVERY:
-        del calls[:]
-        torch.ops.maskmoe.layered_mlp_backward(
-            torch.ones(9, 7), *inputs, torch.empty(0, 0), *plans, "tanh", *needs
-        )
-        asked = [call[-3:] for call in calls]  # from the last layer to the first
-        first = needs[0] or needs[1]
-        of_bias = needs[2] and biases
-        assert asked == [(k > 0 or first, needs[2], of_bias) for k in (2, 1, 0)]
 
 
 # --- The sign of a zero ------------------------------------------------------------------

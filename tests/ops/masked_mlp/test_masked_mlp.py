@@ -1,4 +1,4 @@
-"""Networks in one pass: the definition layer by layer, blindness, determinism, loss and all."""
+"""MLPs in one pass: the definition layer by layer, blindness, determinism, loss and all."""
 
 import copy
 import itertools
@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
-from maskmoe_kernels.nn.mlp import inputs_of
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_mlp import api as networks_op
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
+from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
+from maskmoe_kernels.ops.masked_mlp.autograd import run
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
 from tests.arrival import assert_arrives, experts_of
 
@@ -43,8 +43,8 @@ seeds = st.integers(0, 2**16)
 
 
 @st.composite
-def networks(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
-    """A network that runs as one op, and a batch for it."""
+def mlps(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
+    """An MLP that runs as one op, and a batch for it."""
     family = draw(strategies.families(max_experts))
     count = family.num_experts
     width = st.sampled_from([1, 2, 7, 16, 33])
@@ -54,7 +54,7 @@ def networks(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
     native.set_isa(draw(isas))
     net = mk.InterpretableMLP(family, hidden, draw(st.sampled_from(ACTIVATIONS)))
     net = net.to(draw(st.sampled_from(dtypes)))
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
     x = torch.randn(draw(st.sampled_from(rows)), family.in_features)
     return net, family, x.to(net.layers[0].weight.dtype)
 
@@ -88,7 +88,7 @@ def same_bits(a, b):
 # --- The definition ------------------------------------------------------------------------------
 
 
-@given(networks(DTYPES), seeds)
+@given(mlps(DTYPES), seeds)
 def test_equals_the_layers_by_their_definition(case, seed):
     net, _, x = case
     torch.manual_seed(seed)
@@ -171,13 +171,13 @@ def test_the_cpu_knows_float32_only():
 # --- Laws ----------------------------------------------------------------------------------------
 
 
-@given(networks(DTYPES, max_experts=6, rows=(1, 15)))
+@given(mlps(DTYPES, max_experts=6, rows=(1, 15)))
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     assert_blind(net, x, family.visible_features())
 
 
-@given(networks(DTYPES, max_experts=6, rows=(1,)))
+@given(mlps(DTYPES, max_experts=6, rows=(1,)))
 def test_what_an_expert_sees_arrives(case):
     net, family, x = case
     visible = family.visible_features()
@@ -191,7 +191,7 @@ def test_what_an_expert_sees_arrives(case):
     assert_arrives(lambda x: net.predict(x).probability[:, None], x[0], somebody[:1])
 
 
-@given(networks(max_experts=8, rows=(1, 15)))
+@given(mlps(max_experts=8, rows=(1, 15)))
 def test_each_loss_moves_its_own_expert(case):
     net, family, x = case
     assert_gradient_isolated(net, x, family)
@@ -215,7 +215,7 @@ def test_the_same_bits_twice(normalize):
         assert same_bits(first, step(net, x, y, normalize=normalize))
 
 
-@given(networks(max_experts=6, rows=(1, 15)), st.sampled_from(WEIGHTINGS), st.booleans(), seeds)
+@given(mlps(max_experts=6, rows=(1, 15)), st.sampled_from(WEIGHTINGS), st.booleans(), seeds)
 def test_the_loss_of_an_expert_is_blind(case, weighting, layered, seed):
     """NaN spoils the gradients of experts that see it, and no bit of the others'."""
     net, family, x = case
@@ -296,7 +296,7 @@ def losses(case, definition, masked, wants_x, seed, **options):
     return *found, expected, noise
 
 
-@given(networks(DTYPES, max_experts=8), options_of_a_loss())
+@given(mlps(DTYPES, max_experts=8), options_of_a_loss())
 def test_equals_the_loss_of_its_logits(case, options):
     floor = 64 * torch.finfo(case[2].dtype).eps
     # Weights follow the logits' rounding: half-precision logits move the weights themselves.
@@ -321,8 +321,8 @@ def test_layers_that_route_between_experts_have_their_loss(rows, normalize):
     x, y = torch.randn(rows, 22), torch.rand(rows).round()
     plain = copy.deepcopy(net)
     plain.layers[0].register_forward_hook(lambda *args: None)
-    assert net.layers.obstacle() is None
-    assert plain.layers.obstacle() is not None
+    assert net.layers.unsupported_reason() is None
+    assert plain.layers.unsupported_reason() is not None
     expected = step(plain, x, y, normalize=normalize)
     for ours, theirs in zip(step(net, x, y, normalize=normalize), expected, strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
@@ -472,14 +472,14 @@ def check_tables(model, data, y, **options):
     true = copy.deepcopy(model).double()
     plain = copy.deepcopy(model)
     plain.experts.layers[0].register_forward_hook(lambda *args: None)
-    assert plain.experts.layers.obstacle() is not None
+    assert plain.experts.layers.unsupported_reason() is not None
     wide = (*data[:3], data[3].double())
     found = []
     for net, inputs in ((model, data), (plain, data), (true, wide)):
         loss = net.gem_loss(*inputs, y, **options)
         grads = torch.autograd.grad(loss, [*net.parameters()], materialize_grads=True)
         found.append([loss, *grads])
-    assert model.experts.layers.obstacle() is None
+    assert model.experts.layers.unsupported_reason() is None
     floor = 64 * torch.finfo(dtype).eps
     for a, b, t in zip(*found, strict=True):
         error, theirs = (a.double() - t).abs().max(), (b.double() - t).abs().max()
@@ -581,9 +581,9 @@ def test_flops_count_present_blocks():
     tables = [torch.randn(5, 3), torch.randn(9, 19)]
     ids = [torch.randint(len(table), (4, 6)) for table in tables]
     for inputs in (torch.randn(4, 6, CUBE.in_features), Inputs(None, tables, ids, (0, 1))):
-        layers = net.layers.fused(inputs)
+        call = net.layers.fused(inputs)
         with FlopCounterMode(display=False) as counter:  # its hooks would part a module's layers
-            networks_op.masked_mlp(inputs_of(inputs), layers)
+            masked_mlp(call)
         assert counter.get_total_flops() == 2 * 24 * weights
 
 
@@ -598,8 +598,8 @@ def test_which_path_runs_and_why():
     ):
         other = copy.deepcopy(net)
         change(other)
-        assert reason in other.layers.obstacle()
-        assert f"layer by layer: {other.layers.obstacle()}" in repr(other)
+        assert reason in other.layers.unsupported_reason()
+        assert f"layer by layer: {other.layers.unsupported_reason()}" in repr(other)
         x = torch.randn(3, 22, dtype=next(other.parameters()).dtype)
         torch.testing.assert_close(other(x), other.layers.layered(x))
 
@@ -617,7 +617,7 @@ def test_tensors_in_place_of_parameters_run_as_one_op(name):
             if key == name:
                 delattr(layer, key)
                 setattr(layer, key, view)
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
     of_flat, *of_others = torch.autograd.grad(net.gem_loss(x, y), [flat, *net.parameters()])
     ours = iter(of_flat.split([g.numel() for g in expected]))
     others = iter(of_others)
@@ -634,7 +634,7 @@ def test_some_of_its_layers_are_a_plain_sequence():
     assert type(part) is torch.nn.Sequential
     assert torch.equal(net.layers[2](part(x)), net.layers.layered(x))
     net.layers.append(torch.nn.Identity())
-    assert "3 layers and has 4" in net.layers.obstacle()
+    assert "3 layers and has 4" in net.layers.unsupported_reason()
     assert torch.equal(net(x), net.layers.layered(x))
 
 
@@ -648,7 +648,7 @@ def test_any_masks_one_after_the_other():
     x = torch.randn(7, 6)
     torch.testing.assert_close(made(x), made.layered(x))
     apart = mk.MaskedMLP([layouts[0], mk.BlockLayout.from_mask(torch.rand(3, 20) < 0.5)])
-    assert "not cut into the blocks" in apart.obstacle()
+    assert "not cut into the blocks" in apart.unsupported_reason()
     assert torch.equal(apart(x), apart.layered(x))
     with pytest.raises(mk.LayoutError, match=r"layouts\[0\] has 20 units, layouts\[1\] reads 6"):
         mk.MaskedMLP([layouts[0], layouts[0]])
@@ -700,7 +700,7 @@ def test_compiles_whole_with_loss_and_tables(backend):
 
 
 def op_arguments():
-    """What the ops take of a network with a table: inputs and parameters, plans, ids."""
+    """What the ops take of an MLP with a table: inputs and parameters, plans, ids."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [5, 6])
     plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
@@ -746,7 +746,7 @@ def test_without_kernels_it_runs_layer_after_layer():
     inputs, plans, numbers = op_arguments()
     grad = torch.randn(4, 7)
     found = []
-    for name in ("masked_mlp", "layered_mlp"):
+    for name in ("masked_mlp", "torch_mlp"):
         forward = getattr(torch.ops.maskmoe, name)
         backward = getattr(torch.ops.maskmoe, name + "_backward")
         logits, saved = forward(*inputs, plans, numbers, 7, "gelu", True)
@@ -807,10 +807,10 @@ def test_what_kernels_refuse_is_a_backend_error():
     def refuse(text):
         raise RuntimeError(text)
 
-    with pytest.raises(mk.BackendError, match=r"^the fused network needs 9 bytes.*backend=None"):
-        networks_op._run(refuse, "gem, x.cu:1, maskmoe: the fused network needs 9 bytes\nstack")
+    with pytest.raises(mk.BackendError, match=r"^the fused mlp needs 9 bytes.*backend=None"):
+        run(refuse, "gem, x.cu:1, maskmoe: the fused mlp needs 9 bytes\nstack")
     with pytest.raises(RuntimeError, match="something else"):
-        networks_op._run(refuse, "something else")
+        run(refuse, "something else")
 
 
 def test_a_callable_confidence_takes_the_layers():
@@ -853,7 +853,7 @@ def test_trains_like_the_layers_do():
 
 
 @given(
-    networks(DTYPES, max_experts=8),
+    mlps(DTYPES, max_experts=8),
     st.sampled_from(CONFIDENCES),
     st.sampled_from([1.0, 0.7, 3.0]),
 )
@@ -863,7 +863,7 @@ def test_predicts_what_the_mixture_of_its_logits_is(case, confidence, sharpness)
     with torch.no_grad():
         logits = copy.deepcopy(net).float()(x.float())
         theirs = mk.mixture(logits, family, confidence, sharpness)
-    # Tiles round activations between layers: see test_network_tiles.py.
+    # Tiles round activations between layers: see test_mlp_tiles.py.
     rounded = x.dtype == torch.bfloat16 and native.isa().startswith("amx")
     tolerance = {"rtol": 0, "atol": 0.1} if rounded else {"rtol": 1e-4, "atol": LEAST[confidence]}
     for a, b in zip(ours, theirs, strict=True):

@@ -9,7 +9,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import dense_oracle
 from tests.ops.masked_mlp.test_masked_mlp import CONFIDENCES, NORMALIZE, WEIGHTINGS, same_bits, step
 
@@ -27,7 +27,7 @@ PATHS = ["own", "waits", "twice"]
 
 
 def sure(left, dtype=torch.float32, hidden=(8, 4), isolated=True):
-    """A network whose expert "a" is so sure that it leaves ``left`` of every sample."""
+    """An MLP whose expert "a" is so sure that it leaves ``left`` of every sample."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(FAMILY, list(hidden), "tanh")
     with torch.no_grad():
@@ -42,7 +42,7 @@ def sure(left, dtype=torch.float32, hidden=(8, 4), isolated=True):
         other = mk.MaskedMLP(layouts, "tanh")
         other.load_state_dict(net.layers.state_dict(), strict=False)
         net.layers = other
-    assert net.layers.obstacle() is None
+    assert net.layers.unsupported_reason() is None
     return net.to(dtype)
 
 

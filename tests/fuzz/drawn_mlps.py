@@ -1,6 +1,6 @@
-"""Networks, batches and options of a loss, drawn for a case of ``networks``.
+"""Masked MLPs and batches, drawn for a case of ``tests.fuzz.mlp``.
 
-Networks come from a pool that the seed draws; a case takes a copy of one, on the same layouts, and
+MLPs come from a pool that the seed draws; a case takes a copy of one, on the same layouts, and
 gives it numbers of its own.
 """
 
@@ -11,7 +11,7 @@ from functools import cached_property, lru_cache
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops.masked_mlp.api import Inputs
+from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from tests.fuzz.cases import WIDTHS, Draw, as_view, draw_family, draw_isa, on_threads
 from tests.fuzz.definition import Definition, DenseLayer, sum_rounding
 
@@ -22,7 +22,7 @@ BACKENDS = (None,) * 8 + ("native", "torch", "reference")
 
 
 class Pooled:
-    """A network, and what its definition looks up."""
+    """An MLP, and what its definition looks up."""
 
     def __init__(self, draw):
         self.family = family = draw_family(draw)
@@ -49,7 +49,7 @@ def pooled(seed, index):
 
 
 class Case:
-    """A network and a batch for it."""
+    """An MLP and a batch for it."""
 
     def __init__(self, seed, number):
         self.draw = draw = Draw(seed, number)
@@ -75,7 +75,7 @@ class Case:
 
     def __str__(self):
         units = [list(layer.layout.row_sizes) for layer in self.net.layers]
-        how = self.net.layers.obstacle() or "as one op"
+        how = self.net.layers.unsupported_reason() or "as one op"
         return (
             f"{self.dtype}, {self.of.activation}, batch {tuple(self.shape)}, parts {self.order}, "
             f"{self.threads} threads, {how}, units {units}, {self.family!r}"
@@ -148,7 +148,7 @@ class Case:
 
     @property
     def input(self):
-        """For the network: a tensor, or parts."""
+        """For the MLP: a tensor, or parts."""
         if not self.tables:
             return self.x
         return Inputs(self.x, self.tables, self.ids, self.order)

@@ -62,12 +62,12 @@ def test_ids_tell_layouts_apart(a, b):
 
 @given(strategies.layouts(), st.integers(0, 2**16))
 def test_transposed_is_the_routed_map_turned(layout, seed):
-    turned, index = transposed_layout(layout)
-    assert torch.equal(turned.mask(), layout.grad_mask().T)
-    assert turned.num_weights == len(index) == layout.num_routed_weights
+    of, index = transposed_layout(layout)
+    assert torch.equal(of.mask(), layout.grad_mask().T)
+    assert of.num_weights == len(index) == layout.num_routed_weights
     weight = torch.randn(layout.num_weights, generator=torch.Generator().manual_seed(seed))
     expected = torch.where(layout.grad_mask(), layout.unpack(weight), 0.0).T
-    assert torch.equal(turned.unpack(weight[index]), expected)
+    assert torch.equal(of.unpack(weight[index]), expected)
 
 
 @given(strategies.layouts())
@@ -76,8 +76,8 @@ def test_transposed_twice_where_all_routes(layout):
         layout.row_sizes, layout.col_sizes, layout.present,
         row_order=layout.row_order, col_order=layout.col_order,
     )  # fmt: skip
-    turned, index = transposed_layout(full)
-    back, again = transposed_layout(turned)
+    of, index = transposed_layout(full)
+    back, again = transposed_layout(of)
     assert back == full
     assert torch.equal(index[again], torch.arange(full.num_weights))
 

@@ -69,7 +69,7 @@ def launched(monkeypatch):
         get_current_stream=lambda device: STREAM,
     )
     monkeypatch.setattr(driver, "_active", gpu)
-    names = ("forward", "finish", "backward", "total")
+    names = ("forward", "reduce_parts", "backward", "total")
     made = {name: Kernel(getattr(kernels, name), found) for name in names}
     monkeypatch.setattr(launch, "kernels", SimpleNamespace(**made))
     monkeypatch.setenv("MASKMOE_TUNE", "0")
@@ -169,7 +169,7 @@ def test_sums_of_split_tiles(launched, monkeypatch):
     for rows in (1, 16, 17):
         x, weight, bias = room(rows, 2048), room(long.num_weights), room(16, offset=1)
         launch.forward(x, weight, bias, long, "gelu", True)
-    assert [name for name, _ in chosen] == ["forward", "finish"] * 3
+    assert [name for name, _ in chosen] == ["forward", "reduce_parts"] * 3
 
 
 def calls(launched, count=1):

@@ -217,8 +217,9 @@ def _product(values: Tensor, family: SubsetFamily) -> Tensor:
     unknown = ~values.isfinite()
     with torch.autocast(device.type, enabled=False):
         found = values.masked_fill(unknown, 0) @ inverse
-        reached: Tensor = unknown.to(dtype) @ (inverse != 0).to(dtype) > 0
-    return found.masked_fill(reached, torch.nan)
+        reached = unknown.to(dtype) @ (inverse != 0).to(dtype) > 0
+    result: Tensor = found.masked_fill(reached, torch.nan)
+    return result
 
 
 def _inverse(family: SubsetFamily) -> Tensor:

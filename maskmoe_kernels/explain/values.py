@@ -35,7 +35,7 @@ def experts_last(logits: Tensor, family: SubsetFamily, dim: int | None) -> tuple
         dim = fits[0] if fits else -1
     if dim not in (-1, -2) or len(shape) < -dim or shape[dim] != experts:
         raise LayoutError(
-            f"logits must be (*, H), or (*, H, K) with dim=-2, one value per expert, H={experts}; got "
+            f"logits must be (*, H), or (*, H, K) one value per expert, H={experts}; got "
             f"{shape} and dim={dim!r}"
         )
     values = logits if logits.dtype == torch.float64 else logits.float()

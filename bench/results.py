@@ -41,7 +41,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def backend_on(device: str) -> str:
     """The backend that ``backend=None`` chooses for float32 on ``device``."""
-    return choose(None, torch.empty(0, device=device))
+    return choose("masked_linear", None, None, (torch.empty(0, device=device),))
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:

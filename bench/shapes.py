@@ -147,7 +147,7 @@ SUITES = {
         rounds=4,
         budget=0.2,
         slow=4.0,
-        without=("ours, triton", "ours, grouped"),  # ours is the former, the latter a fallback
+        without=("ours, triton", "ours, torch"),  # ours is the former, the latter a fallback
     ),
     # A GPU, everything: an hour or more.
     "gpu": Suite(

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor weight, std::optional<Tensor
         torch::stable::detail::from(bias),   torch::stable::detail::from(plan),
         torch::stable::detail::from(layout), torch::stable::detail::from(out_features),
         torch::stable::detail::from(activation), torch::stable::detail::from(keep)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::grouped_linear", "",
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::torch_linear", "",
                                                         stack.data(), TORCH_ABI_VERSION));
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
   }
@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_y, Tensor x, Tensor weig
         torch::stable::detail::from(plan),        torch::stable::detail::from(layout),
         torch::stable::detail::from(activation),  torch::stable::detail::from(need_x),
         torch::stable::detail::from(need_weight), torch::stable::detail::from(need_bias)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::grouped_linear_backward", "",
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::torch_linear_backward", "",
                                                         stack.data(), TORCH_ABI_VERSION));
     return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
             torch::stable::detail::to<Tensor>(stack[2])};

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels._compat import transformed
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.interception import (
@@ -19,7 +20,6 @@ from maskmoe_kernels.nn.interception import (
 )
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops.checks import PLAIN
-from maskmoe_kernels.ops.masked_linear.autograd import transformed
 from maskmoe_kernels.ops.masked_mlp import api as networks
 from maskmoe_kernels.ops.masked_mlp.api import Inputs, Layers
 

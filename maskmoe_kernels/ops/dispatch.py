@@ -1,62 +1,176 @@
-"""Which backend runs, and why another does not."""
+"""Which implementation of an op runs, and why another one cannot.
+
+Nothing else in the package decides this. An op is ``"masked_linear"``, ``"masked_mlp"`` (a whole
+network) or ``"selection"`` (selection, mixture and loss); its ``layout`` is a
+:class:`BlockLayout`, a sequence of them, or a :class:`SubsetFamily`; of the ``tensors`` that it is
+called with, the first one decides dtype and device. Without a layout (``None``), the answer is
+for one that every implementation takes.
+"""
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import constant_in_trace, outside_of_modes, transformed
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops import triton_support as triton
-from maskmoe_kernels.ops.triton_support.limits import DTYPES
+from maskmoe_kernels.layout.serialized import serialized_layout
+from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.ops import native, triton_support
+from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
 
-#: Fastest first; ``None`` takes the first that can run.
-BACKENDS: tuple[str, ...] = ("triton", "native", "grouped", "reference")
+#: Fastest first; ``backend=None`` takes the first that can run.
+BACKENDS: tuple[str, ...] = ("triton", "native", "torch", "reference")
 
 DESCRIPTIONS: dict[str, str] = {
     "triton": "Triton kernels for NVIDIA GPUs",
-    "native": "C++ kernels for the CPU",
-    "grouped": "PyTorch, one matrix product per run of present blocks",
+    "native": "C++ kernels for the CPU; CUDA C++ kernels for whole networks",
+    "torch": "PyTorch, one matrix product per run of present blocks",
     "reference": "plain differentiable PyTorch: slow, for double backward and torch.func",
 }
 
+#: Devices whose tensors go to Triton unasked. Its interpreter on the CPU is for tests: there
+#: ``masked_linear`` runs in it where it is named, and tests of ``selection`` add the CPU here.
+TRITON_DEVICES = {"cuda"}
 
-#: What ``layout.too_fine`` means to whom it stops.
+
+@dataclass(frozen=True)
+class LayoutHandle:
+    """What code that torch.compile traces reads of a layout: tensors, and nothing else.
+
+    A trace guards each Python number that it reads. This holds none that differs from layout to
+    layout, so that one graph serves all of them; a tensor's sizes become dynamic by themselves.
+
+    Attributes:
+        serialized: See :func:`serialized_layout`.
+        numbers: No values, shape ``(0, id, out_features)``, strides 0.
+        unfit: The implementations of ``masked_linear`` that do not take the layout.
+    """
+
+    serialized: Tensor
+    numbers: Tensor
+    unfit: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layout: BlockLayout, device: torch.device) -> LayoutHandle:
+        """The handle of ``layout`` on ``device``; make it before the trace."""
+        with outside_of_modes():
+            shape = (0, layout.id, layout.out_features)
+            numbers = torch.empty_strided(shape, (0, 0, 0), dtype=torch.uint8, device=device)
+        like = torch.empty(0, device=device)
+        unfit = [
+            name
+            for name in ("triton", "native")
+            if _linear_reason(name, None, like) is None
+            and _linear_reason(name, layout, like) is not None
+        ]
+        return cls(serialized_layout(layout, device), numbers, tuple(unfit))
+
+
+Layout = BlockLayout | LayoutHandle | None
+Layouts = Layout | Sequence[BlockLayout] | SubsetFamily
+
 TOO_FINE = (
     "its layout has too many blocks of too few weights, more than 65,536 of less than 16 on "
     "average: tables of them would be larger than the weights"
 )
+_NO_TILES = (
+    "its layout does not fit tiles: they would multiply more than twice what a dense product does"
+)
+_NOT_MEASURED = (
+    "its CUDA kernels are not chosen by themselves yet: of whole networks, only the toy was "
+    "measured on a GPU; name them with backend='native'"
+)
 
 
-def obstacle(name: str, x: Tensor, layout: BlockLayout | None = None) -> str | None:
-    """Why backend ``name`` cannot run on ``x``, in words for the user; None when it can.
+def unsupported_reason(
+    op: str,
+    implementation: str,
+    layout: Layouts,
+    tensors: Sequence[Tensor],
+    confidence: object = "abs",
+) -> str | None:
+    """Why ``implementation`` of ``op`` cannot run, in words for the user; None if it can.
 
-    Without a ``layout``: on one that every backend takes.
+    Args:
+        op: One of the three of this module.
+        implementation: A name of ``BACKENDS``. A network runs as one op with ``"native"``, and
+            layer by layer with the others.
+        layout: What the op is called with.
+        tensors: What the op is called with; the first one decides.
+        confidence: Of ``selection``, a name or a function.
     """
+    x = tensors[0]
     if not x.is_floating_point():
         return f"x is {x.dtype}; convert it to a floating-point type first"
-    if name == "triton":
-        return _dtype_obstacle(x) or triton.obstacle(x.device)
-    if name == "native":
-        if x.device.type not in ("cpu", "meta"):
-            return f"x is on {x.device}; these kernels are for the CPU"
-        fine = layout is not None and layout.too_fine
-        return _dtype_obstacle(x) or native.OBSTACLE or (TOO_FINE if fine else None)
-    return None
+    if op == "selection":
+        return _selection_reason(implementation, layout, x, confidence)
+    layouts = _layouts_of(layout)
+    if op == "masked_mlp" and implementation == "native":
+        return _fused_mlp_reason(layouts, x)
+    return next(filter(None, (_linear_reason(implementation, of, x) for of in layouts)), None)
 
 
-def _dtype_obstacle(x: Tensor) -> str | None:
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; these kernels compute in float32, bfloat16 and float16"
-    return None
+def reason_against(
+    op: str,
+    implementation: str,
+    backend: str | None,
+    layout: Layouts,
+    tensors: Sequence[Tensor],
+    confidence: object = "abs",
+) -> str | None:
+    """Why a call with ``backend`` does not run ``implementation``; None if it may.
+
+    Beside what cannot run, that is what was not asked for (another backend is named), and with
+    ``backend=None`` what nobody should get unasked.
+    """
+    if backend is not None and backend != implementation:
+        return f"backend {backend!r} was asked for"
+    device = tensors[0].device.type
+    if backend is None and implementation == "triton" and device not in TRITON_DEVICES:
+        return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
+    reason = unsupported_reason(op, implementation, layout, tensors, confidence)
+    if reason is None and backend is None and op == "masked_mlp" and implementation == "native":
+        return _NOT_MEASURED if device == "cuda" else None
+    return reason
+
+
+def choose(
+    op: str,
+    backend: str | None,
+    layout: Layouts,
+    tensors: Sequence[Tensor],
+    confidence: object = "abs",
+) -> str:
+    """The implementation to run: the named one, or with ``backend=None`` the fastest that can.
+
+    Raises:
+        BackendError: An unknown name, or a named backend that cannot run.
+    """
+    check_backend(backend)
+    if backend is not None:
+        reason = unsupported_reason(op, backend, layout, tensors, confidence)
+        if reason is not None:
+            raise BackendError(f"backend {backend!r} cannot run: {reason}")
+        return backend
+    # A network that runs as one op beats any that runs layer by layer.
+    order = ("native", "triton", "torch") if op == "masked_mlp" else BACKENDS
+    for name in order:
+        reason = reason_against(op, name, None, layout, tensors, confidence)
+        if reason is None:
+            return name
+    raise BackendError(f"no backend can run: {reason}")
 
 
 def check_backend(backend: str | None) -> None:
@@ -65,30 +179,107 @@ def check_backend(backend: str | None) -> None:
         raise BackendError(f"backend must be None or one of {list(BACKENDS)}, got {backend!r}")
 
 
-def choose(backend: str | None, x: Tensor, layout: BlockLayout | None = None) -> str:
-    """The backend to run on ``x``: the named one, or the fastest that can.
+# --- Reasons, one function an op -----------------------------------------------------------------
 
-    Raises:
-        BackendError: An unknown name, or a named backend that cannot run on ``x`` and ``layout``.
-    """
-    if backend is None:
-        # Triton's interpreter is a test bench: on the CPU, it runs where it is named.
-        for name in BACKENDS if x.is_cuda else BACKENDS[1:]:
-            if obstacle(name, x, layout) is None:
-                return name
-        raise BackendError(f"no backend can run: {obstacle(BACKENDS[-1], x)}")
-    check_backend(backend)
-    reason = obstacle(backend, x, layout)
+
+def _linear_reason(implementation: str, layout: Layout, x: Tensor) -> str | None:
+    if implementation == "triton":
+        reason = _dtype_reason(x) or _triton_reason(x.device)
+        return reason or (None if _tiles_fit(layout) else _NO_TILES)
+    if implementation == "native":
+        if x.device.type == "cuda":
+            return (
+                f"x is on {x.device}; single layers have C++ kernels for the CPU only (whole "
+                "networks have CUDA kernels too). backend='triton' is for NVIDIA GPUs"
+            )
+        if x.device.type not in ("cpu", "meta"):
+            return f"x is on {x.device}; these kernels are for the CPU"
+        return _dtype_reason(x) or native.UNSUPPORTED_REASON or _fine_reason(layout)
+    return None
+
+
+def _fused_mlp_reason(layouts: Sequence[Layout], weight: Tensor) -> str | None:
+    reason = _dtype_reason(weight, "the weights are")
     if reason is not None:
-        raise BackendError(f"backend {backend!r} cannot run: {reason}")
-    return backend
+        return reason
+    if weight.device.type == "cuda":
+        return native.CUDA_UNSUPPORTED_REASON
+    if weight.device.type != "cpu":
+        return (
+            f"the weights are on {weight.device}; whole networks run as one op on the CPU and on "
+            "NVIDIA GPUs"
+        )
+    fine = next(filter(None, map(_fine_reason, layouts)), None)
+    return native.UNSUPPORTED_REASON or fine
 
 
-def warn_of_fallback(name: str, x: Tensor, layout: BlockLayout) -> None:
-    """Say once why ``x`` takes the PyTorch path, if kernels for its device are not to be had."""
-    if name == "grouped" and _dtype_obstacle(x) is None and x.device.type in ("cpu", "cuda"):
+def _selection_reason(
+    implementation: str, family: Layouts, logits: Tensor, confidence: object
+) -> str | None:
+    if implementation == "native":
+        return "selection has no kernels of its own in C++; a whole network's are in its op"
+    if implementation != "triton":
+        return None
+    experts = family.num_experts if isinstance(family, SubsetFamily) else logits.shape[-1]
+    if logits.device.type not in TRITON_DEVICES:
+        return f"the logits are on {logits.device}; these kernels are for NVIDIA GPUs"
+    if experts > MAX_EXPERTS:
+        return f"there are {experts} experts; these kernels hold up to {MAX_EXPERTS}"
+    if not isinstance(confidence, str) or confidence not in CONFIDENCES:
+        return "the confidence is a function; these kernels know those that have a name"
+    if transformed():
+        return "torch.func transforms and forward-mode AD go through PyTorch"
+    return _dtype_reason(logits, "the logits are") or _triton_reason(logits.device)
+
+
+def _layouts_of(layout: Layouts) -> Sequence[Layout]:
+    if layout is None or isinstance(layout, (BlockLayout, LayoutHandle)):
+        return (layout,)
+    if isinstance(layout, SubsetFamily):
+        raise TypeError("a family is the layout of selection only")
+    return layout
+
+
+def _dtype_reason(x: Tensor, named: str = "x is") -> str | None:
+    if x.dtype not in DTYPES:
+        return f"{named} {x.dtype}; these kernels compute in float32, bfloat16 and float16"
+    return None
+
+
+def _fine_reason(layout: Layout) -> str | None:
+    if isinstance(layout, LayoutHandle):
+        return TOO_FINE if "native" in layout.unfit else None
+    return TOO_FINE if layout is not None and layout.too_fine else None
+
+
+@constant_in_trace
+def _triton_reason(device: torch.device) -> str | None:
+    return triton_support.unsupported_reason(device)
+
+
+def _tiles_fit(layout: Layout) -> bool:
+    if isinstance(layout, LayoutHandle):
+        return "triton" not in layout.unfit
+    return layout is None or _tiles_of_layout_fit(layout)
+
+
+@constant_in_trace
+def _tiles_of_layout_fit(layout: BlockLayout) -> bool:
+    # Imported where it can run only: importing Triton takes as long as importing torch.
+    products = importlib.import_module("maskmoe_kernels.ops.masked_linear.triton.products")
+    with outside_of_modes():
+        fits: bool = products.products_of(layout).fits
+    return fits
+
+
+# --- What the user is told -----------------------------------------------------------------------
+
+
+def warn_of_fallback(name: str, layout: BlockLayout, x: Tensor) -> None:
+    """Warn once if ``x`` takes the PyTorch path where its device could have kernels."""
+    if name == "torch" and _dtype_reason(x) is None and x.device.type in ("cpu", "cuda"):
         best = "triton" if x.is_cuda else "native"
-        reason = obstacle(best, x, layout)
+        reason = unsupported_reason("masked_linear", best, layout, (x,))
         _warn_once(f"masked_linear runs in plain PyTorch: no {best} kernels, {reason}")
 
 
@@ -97,11 +288,33 @@ def _warn_once(text: str) -> None:
     warnings.warn(text, stacklevel=5)
 
 
-def info() -> dict[str, Any]:
-    """Versions, and every backend with what it is and why it cannot run here (None: it can)."""
+class Info(dict[str, Any]):
+    """Facts by name; printed, a line each."""
+
+    def __repr__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
+    width = max(map(len, facts), default=0)
+    for name, value in facts.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{name}"
+            yield from _lines(value, indent + "  ")
+        else:
+            shown = "none" if value is None or value == {} else str(value)
+            yield f"{indent}{name:<{width}}  {shown}"
+
+
+def info() -> Info:
+    """Versions, and every backend with what it is and why it cannot run here (None: it can).
+
+    A dictionary, which prints as text.
+    """
     cuda = torch.cuda.is_available()
     probes = {"triton": torch.empty(0, device="cuda" if cuda else "cpu")}
-    return {
+    reason: Callable[..., str | None] = unsupported_reason
+    return Info({
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton")
         if importlib.util.find_spec("triton")
@@ -113,14 +326,16 @@ def info() -> dict[str, Any]:
         "cuda": torch.cuda.get_device_name() if cuda else None,
         "networks": {
             "description": "whole networks as one op, in C++ and CUDA",
-            "obstacle": native.OBSTACLE,
-            "cuda": native.CUDA_OBSTACLE,
+            "obstacle": native.UNSUPPORTED_REASON,
+            "cuda": native.CUDA_UNSUPPORTED_REASON,
         },
         "backends": {
             name: {
                 "description": DESCRIPTIONS[name],
-                "obstacle": obstacle(name, probes.get(name, torch.empty(0))),
+                "obstacle": reason(
+                    "masked_linear", name, None, (probes.get(name, torch.empty(0)),)
+                ),
             }
             for name in BACKENDS
         },
-    }
+    })  # fmt: skip

@@ -71,11 +71,11 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _reason = _load()
 #: Why the kernels cannot run on this machine at all; None when they can. (A constant: torch.compile
 #: reads it while it traces.)
-OBSTACLE: str | None = _reason or (
+UNSUPPORTED_REASON: str | None = _reason or (
     None if isas() else "there are no kernels for this processor (they need AVX2 or AVX-512)"
 )
 #: Why there are no C++ kernels for NVIDIA GPUs; None when there are.
-CUDA_OBSTACLE: str | None = _reason or (
+CUDA_UNSUPPORTED_REASON: str | None = _reason or (
     f"the extension was built without CUDA kernels: {build_record()['cuda']}"
     if build_record().get("cuda")
     else None

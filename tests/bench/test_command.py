@@ -83,10 +83,10 @@ def test_a_suite_leaves_contenders_out(tmp_path: Path, console: Console) -> None
     parsed = parse([*TINY, str(tmp_path), "--device", "cuda"], "bench")[1]
     names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
     assert {"ours", "QuACK", "floor gemm"} <= names
-    assert not names & {"ours, triton", "ours, grouped"}
-    parsed.contenders = ["ours, grouped"]
+    assert not names & {"ours, triton", "ours, torch"}
+    parsed.contenders = ["ours, torch"]
     names = {kind.name for kind in command._contenders(parsed, SUITES["gpu-quick"])}
-    assert names == {"ours", "ours, grouped"}
+    assert names == {"ours", "ours, torch"}
 
 
 def test_a_killed_run_loses_nothing_and_resumes(

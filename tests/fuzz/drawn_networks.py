@@ -18,7 +18,7 @@ from tests.fuzz.definition import Definition, DenseLayer, sum_rounding
 POOL = 250
 ACTIVATIONS = ("relu", "relu", "leaky_relu", "gelu", "tanh", "silu", None)
 DTYPES = (torch.float32,) * 6 + (torch.bfloat16,) * 2 + (torch.float16,) * 3 + (torch.float64,)
-BACKENDS = (None,) * 8 + ("native", "grouped", "reference")
+BACKENDS = (None,) * 8 + ("native", "torch", "reference")
 
 
 class Pooled:

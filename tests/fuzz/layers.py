@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import decode, encode
+from maskmoe_kernels.layout.serialized import deserialize, serialize
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.testing.agreement import _Floors
 from maskmoe_kernels.testing.oracle import _ACTIVATIONS, dense_algebra, dense_oracle
@@ -28,7 +28,7 @@ from tests.fuzz.compare import hold, same_bits
 
 POOL = 400
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
-BACKENDS = ("native", "native", None, "grouped", "reference")
+BACKENDS = ("native", "native", None, "torch", "reference")
 ACTIVATIONS = (None, "relu", "leaky_relu", "gelu", "tanh", "silu")
 # Their derivative at a non-finite z times a zero cotangent is zero, not NaN.
 FLAT = (None, "relu", "leaky_relu")
@@ -82,7 +82,7 @@ class Judge:
     def __init__(self, layout):
         self.layout = layout
         self.mask, self.routed = layout.mask(), layout.grad_mask()
-        for other in (decode(encode(layout)), pickle.loads(pickle.dumps(layout))):
+        for other in (deserialize(serialize(layout)), pickle.loads(pickle.dumps(layout))):
             if other != layout or other.id != layout.id or other.packing_id != layout.packing_id:
                 raise AssertionError(f"a copy of {layout} is another")
         self.index = layout.weight_index(torch.device("cpu"))
@@ -218,7 +218,7 @@ class Case:
         self.judge = judge(seed, draw.upto(POOL - 1))
         self.layout = layout = self.judge.layout
         self.dtype, self.backend = draw.pick(DTYPES), draw.pick(BACKENDS)
-        self.refused = self.dtype == torch.float64 or native.OBSTACLE is not None
+        self.refused = self.dtype == torch.float64 or native.UNSUPPORTED_REASON is not None
         self.activation = draw.pick(ACTIVATIONS)
         shape = leading(draw)
         # Threads for few rows have nothing to share, and cost more than the rest of the case.

@@ -26,7 +26,7 @@ from maskmoe_kernels.testing.strategies import families
 from tests.arrival import assert_arrives
 
 ROOT = Path(__file__).resolve().parents[2]
-BACKENDS = ("grouped", "reference")
+BACKENDS = ("torch", "reference")
 ACTIVATIONS = {
     None: nn.Identity(),
     "relu": nn.ReLU(),

@@ -220,7 +220,7 @@ def test_strict_gradient_is_that_of_the_smallest_expert():
                 torch.testing.assert_close(whole[name], alone[name])
 
 
-@pytest.mark.parametrize("backend", ["grouped", "reference"])
+@pytest.mark.parametrize("backend", ["torch", "reference"])
 def test_experts_learn_apart(backend):
     data = batch()
     strict = small("strict", backend)
@@ -234,7 +234,7 @@ def test_experts_learn_apart(backend):
 
 @pytest.mark.parametrize("embeddings", ["shared", "strict"])
 def test_backends_train_alike(embeddings):
-    models = [small(embeddings, backend, (12, 8)) for backend in ("grouped", "reference")]
+    models = [small(embeddings, backend, (12, 8)) for backend in ("torch", "reference")]
     models[1].load_state_dict(models[0].state_dict())
     before = copy.deepcopy(models[0].state_dict())
     data, target = batch((64,)), torch.rand(64).round()

@@ -8,13 +8,19 @@ import torch
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops import triton_support as triton
-from maskmoe_kernels.ops.dispatch import BACKENDS, obstacle
+from maskmoe_kernels.ops.dispatch import BACKENDS, unsupported_reason
 
 DEVICE = torch.device(os.environ.get("MASKMOE_TEST_DEVICE", "cpu"))
 #: What float32 on the CPU may name. Triton's interpreter is not there where a GPU is.
-ON_CPU = [name for name in BACKENDS if obstacle(name, torch.empty(0, device="cpu")) is None]
+ON_CPU = [
+    name
+    for name in BACKENDS
+    if unsupported_reason("masked_linear", name, None, (torch.empty(0, device="cpu"),)) is None
+]
 #: The interpreter takes a second where the others take a millisecond, and knows no bfloat16.
-INTERPRETED = ["triton"] if DEVICE.type == "cpu" and triton.obstacle(DEVICE) is None else []
+INTERPRETED = (
+    ["triton"] if DEVICE.type == "cpu" and triton.unsupported_reason(DEVICE) is None else []
+)
 QUICK = [
     *(["triton"] if DEVICE.type == "cuda" else [f"native {isa}" for isa in native.isas()]),
     *(name for name in BACKENDS if name not in ("native", "triton")),

@@ -15,7 +15,9 @@ from maskmoe_kernels.ops import native
 
 LIBRARY = Path(maskmoe_kernels.__file__).parent / "_C.abi3.so"
 
-pytestmark = pytest.mark.skipif(native.CUDA_OBSTACLE is not None, reason=f"{native.CUDA_OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.CUDA_UNSUPPORTED_REASON is not None, reason=f"{native.CUDA_UNSUPPORTED_REASON}"
+)
 
 #: Number type as the kernels' names have it, and the matrix instruction it has to come down to.
 TYPES = {

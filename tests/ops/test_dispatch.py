@@ -18,5 +18,5 @@ def test_info_knows_the_versions_and_every_backend():
     assert {name: told[name] for name in versions} == versions
     assert told["threads"] == torch.get_num_threads()
     assert list(told["backends"]) == list(BACKENDS)
-    for name in ("grouped", "reference"):  # PyTorch alone: they run wherever torch does
+    for name in ("torch", "reference"):  # PyTorch alone: they run wherever torch does
         assert told["backends"][name]["obstacle"] is None

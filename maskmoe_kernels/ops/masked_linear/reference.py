@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import constant_in_trace
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.ops._compat import constant_in_trace
 from maskmoe_kernels.ops.activations import FUNCTIONS
 
 

@@ -27,13 +27,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import layout_of, plan_of
+from maskmoe_kernels.layout.serialized import layout_of, serialized_layout
 from maskmoe_kernels.ops import dispatch as choice
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import PLAIN, check_count, check_parts, refuse_sharded
 from maskmoe_kernels.ops.masked_linear.api import autocast
-from maskmoe_kernels.ops.masked_linear.autograd import BACKWARD, FORWARD, differentiable_once
+from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
+from maskmoe_kernels.ops.masked_linear.schema import BACKWARD, FORWARD
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES, DTYPES
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
@@ -374,12 +375,12 @@ def obstacle(
     if dtype not in DTYPES:
         return f"the weights are {dtype}; fused networks compute in float32, bfloat16 and float16"
     if device.type == "cuda":
-        if native.CUDA_OBSTACLE is None and not named:
+        if native.CUDA_UNSUPPORTED_REASON is None and not named:
             return "its CUDA kernels have yet to meet a GPU; name them with backend='native'"
-        return native.CUDA_OBSTACLE
+        return native.CUDA_UNSUPPORTED_REASON
     if device.type != "cpu":
         return f"the weights are on {device}; fused networks run on the CPU and on NVIDIA GPUs"
-    return native.OBSTACLE or (choice.TOO_FINE if too_fine else None)
+    return native.UNSUPPORTED_REASON or (choice.TOO_FINE if too_fine else None)
 
 
 def masked_mlp(parts: Inputs, layers: Layers) -> Tensor:
@@ -518,7 +519,7 @@ def _given(parts: Inputs, layers: Layers) -> tuple[_Fixed, list[Tensor], bool]:
         [*parts.order],
         len(parts.tables),
         len(layers.weights),
-        [plan_of(layout, device) for layout in layers.layouts],
+        [serialized_layout(layout, device) for layout in layers.layouts],
         [layout.id for layout in layers.layouts],
         layers.layouts[-1].out_features,
         layers.activation,

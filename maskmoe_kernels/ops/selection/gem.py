@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskmoe_kernels._compat import func_transforms
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops.checks import PLAIN
-from maskmoe_kernels.ops.masked_linear.autograd import func_transforms
 from maskmoe_kernels.ops.selection import schema as fused
 from maskmoe_kernels.ops.selection.selection import (
     Confidence,

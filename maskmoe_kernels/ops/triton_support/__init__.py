@@ -14,7 +14,7 @@ import os
 import numpy as np
 import torch
 
-from maskmoe_kernels.ops._compat import constant_in_trace
+from maskmoe_kernels._compat import constant_in_trace
 
 #: The kernels run on the CPU, in Triton's interpreter.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -26,7 +26,7 @@ _MISSING = (
 )
 
 
-def _interpreter_obstacle(triton: str, numpy: str) -> str | None:
+def _interpreter_reason(triton: str, numpy: str) -> str | None:
     # Before 3.7, it takes arrays of one element for integers; numpy does so no longer from 2.4 on.
     if np.lib.NumpyVersion(triton) < "3.7.0" and np.lib.NumpyVersion(numpy) >= "2.4.0":
         return (
@@ -37,13 +37,13 @@ def _interpreter_obstacle(triton: str, numpy: str) -> str | None:
 
 
 _INTERPRETER = (
-    _interpreter_obstacle(importlib.metadata.version("triton"), np.__version__)
+    _interpreter_reason(importlib.metadata.version("triton"), np.__version__)
     if INTERPRETED and _MISSING is None
     else None
 )
 
 
-def obstacle(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``, in words for the user; None when they can."""
     if _MISSING is not None:
         return _MISSING

@@ -129,23 +129,23 @@ def tensors(rows: int = 8) -> tuple[Any, list[torch.Tensor]]:
 @pytest.mark.parametrize("name", ["custom_op", "triton_op"])
 def test_doors_lead_to_the_same(name: str, step: bool) -> None:
     layout, values = tensors(5 + step)
-    true = masked_linear(*values[:3], layout, ACTIVATION, "grouped")
-    door = Door(name, doors("grouped", layout)[name](), values, False, step)
-    _check(door, true, layout, "grouped", values)
+    true = masked_linear(*values[:3], layout, ACTIVATION, "torch")
+    door = Door(name, doors("torch", layout)[name](), values, False, step)
+    _check(door, true, layout, "torch", values)
     assert len(door.run()) == (4 if step else 1)
 
 
 def test_a_door_that_leads_elsewhere_is_refused() -> None:
     layout, values = tensors()
-    true = masked_linear(*values[:3], layout, ACTIVATION, "grouped")
+    true = masked_linear(*values[:3], layout, ACTIVATION, "torch")
     door = Door("wrong", lambda x, w, b: 1.1 * masked_linear(x, w, b, layout), values, False, True)
     with pytest.raises(AssertionError):
-        _check(door, true, layout, "grouped", values)
+        _check(door, true, layout, "torch", values)
 
 
 def test_samples_of_a_door() -> None:
     layout, values = tensors()
-    door = Door("plain", doors("grouped", layout)["plain function"](), values, False, False)
+    door = Door("plain", doors("torch", layout)["plain function"](), values, False, False)
     for _ in range(3):
         door.sample(4)
     report = door.report()
@@ -158,6 +158,6 @@ def test_samples_of_a_door() -> None:
 
 
 def test_the_functions_of_a_backend() -> None:
-    assert functions_of("grouped").__name__ == "maskmoe_kernels.ops.masked_linear.torch_impl"
+    assert functions_of("torch").__name__ == "maskmoe_kernels.ops.masked_linear.torch_impl"
     with pytest.raises(ModuleNotFoundError):
         functions_of("none")

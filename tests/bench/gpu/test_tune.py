@@ -20,7 +20,7 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import Config
 MODEL, OTHER = Config(64, 32, 32, 7, 4, 3), Config(32, 16, 16, 7, 4, 2)
 CASE = Case("toy3", 8, 16, "float32")
 interpreted = pytest.mark.skipif(
-    torch.cuda.is_available() or triton.obstacle(torch.device("cpu")) is not None,
+    torch.cuda.is_available() or triton.unsupported_reason(torch.device("cpu")) is not None,
     reason="needs Triton's interpreter",
 )
 

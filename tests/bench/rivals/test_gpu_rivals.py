@@ -32,7 +32,7 @@ from maskmoe_kernels.ops.dispatch import choose
 
 OBSTACLE = None  # why the Triton kernels cannot run on a CPU: here they may be interpreted
 try:
-    choose("triton", torch.empty(0))
+    choose("masked_linear", "triton", None, (torch.empty(0),))
 except BackendError as error:
     OBSTACLE = str(error)
 MIXED = SubsetFamily(

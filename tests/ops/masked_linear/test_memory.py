@@ -13,7 +13,9 @@ import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
 
 pytestmark = [
-    pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE)),
+    pytest.mark.skipif(
+        native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON)
+    ),
     pytest.mark.skipif(sys.platform != "linux", reason="memory is protected with Linux's calls"),
 ]
 

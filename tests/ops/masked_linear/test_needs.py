@@ -6,11 +6,10 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_linear import autograd
+from maskmoe_kernels.ops.masked_linear import autograd, torch_impl
 from maskmoe_kernels.ops.masked_linear import schema as registration
-from maskmoe_kernels.ops.masked_linear import torch_impl as grouped
 from maskmoe_kernels.ops.masked_linear.api import OP_OF
 from maskmoe_kernels.ops.masked_mlp import api as networks_op
 from maskmoe_kernels.ops.masked_mlp.api import Inputs
@@ -80,8 +79,8 @@ def test_an_op_returns_the_gradients_that_are_asked_for(name, runner):
     layout = LAYOUTS[name]
     x, weight, bias = drawn(layout, (5,), torch.float32)
     op = op_of(select(runner))
-    plan = plan_of(layout, DEVICE)
-    y, z = autograd.FORWARD[op](x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
+    plan = serialized_layout(layout, DEVICE)
+    y, z = FORWARD[op](x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     call = (grad, x, weight, z, plan, layout.id, "gelu")
     every = autograd.BACKWARD[op](*call, True, True, True)
@@ -101,15 +100,17 @@ def test_an_op_returns_the_gradients_that_are_asked_for(name, runner):
 def test_no_product_is_computed_for_nothing(monkeypatch):
     products = []
     for name in ("_multiply", "_grad_weight"):
-        real = getattr(grouped, name)
+        real = getattr(torch_impl, name)
         monkeypatch.setattr(
-            grouped, name, lambda *args, name=name, real=real: products.append(name) or real(*args)
+            torch_impl,
+            name,
+            lambda *args, name=name, real=real: products.append(name) or real(*args),
         )
     for needs in EVERY:
         x, weight, bias = drawn(LAYOUTS["hidden"], (2,), torch.float32)
-        y, _ = grouped.forward(x, weight, bias, LAYOUTS["hidden"], "relu", True)
+        y, _ = torch_impl.forward(x, weight, bias, LAYOUTS["hidden"], "relu", True)
         del products[:]
-        grouped.backward(y, x, weight, y, LAYOUTS["hidden"], "relu", needs)
+        torch_impl.backward(y, x, weight, y, LAYOUTS["hidden"], "relu", needs)
         assert products == ["_multiply"] * needs[0] + ["_grad_weight"] * needs[1]
 
 
@@ -117,7 +118,7 @@ def test_flops_of_a_backward_are_those_of_what_it_needs():
     layout = LAYOUTS["hidden"]
     shapes = ((6, layout.out_features), (6, layout.in_features), (layout.num_weights,))
     given = [torch.empty(shape, device="meta") for shape in shapes]
-    plan = plan_of(layout, torch.device("cpu"))
+    plan = serialized_layout(layout, torch.device("cpu"))
     assert layout.num_routed_weights < layout.num_weights
     for x, w, b in EVERY:
         flops = registration._backward_flops(*given, None, plan, layout.id, "relu", x, w, b)
@@ -126,7 +127,9 @@ def test_flops_of_a_backward_are_those_of_what_it_needs():
 
 # --- Networks ----------------------------------------------------------------------------
 
-fused = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+fused = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 
 
 def a_network():

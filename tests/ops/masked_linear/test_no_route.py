@@ -55,7 +55,7 @@ def test_whoever_asks_has_a_gradient(name, bias, runner):
                 assert v.grad is None
 
 
-@pytest.mark.parametrize("backend", [None, "native", "grouped", "reference"])
+@pytest.mark.parametrize("backend", [None, "native", "torch", "reference"])
 @pytest.mark.parametrize("asked", ["x", "weights", "all"])
 def test_a_network_that_routes_nothing_gives_its_input_zeros(backend, asked):
     family = mk.SubsetFamily.powerset({"a": 2, "b": 1})

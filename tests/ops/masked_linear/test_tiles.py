@@ -142,7 +142,7 @@ def layouts(draw):
     return mk.BlockLayout.from_mask(mask, routed)
 
 
-runners = st.sampled_from(NATIVE or ["grouped"])
+runners = st.sampled_from(NATIVE or ["torch"])
 seeds = st.integers(0, 2**16)
 
 

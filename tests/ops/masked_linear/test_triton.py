@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import transposed
+from maskmoe_kernels.layout.serialized import registered_layout, transposed_layout
 from maskmoe_kernels.ops import triton_support as package
-from maskmoe_kernels.ops.masked_linear import torch_impl as grouped
+from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import configs
 from maskmoe_kernels.ops.masked_linear.triton.configs import ALL, Config, candidates, slabs
 from maskmoe_kernels.ops.masked_linear.triton.tiles import cut
-from maskmoe_kernels.ops.triton_support import obstacle
+from maskmoe_kernels.ops.triton_support import unsupported_reason
 from maskmoe_kernels.testing import strategies
 from tests.ops.masked_linear.test_masked_linear import LAYOUTS
 from tests.ops.runners import DEVICE
@@ -24,7 +24,9 @@ triton = pytest.importorskip("triton")
 from maskmoe_kernels.ops.masked_linear.triton import launch, products, tune  # noqa: E402
 from maskmoe_kernels.ops.selection.triton import selection_kernels  # noqa: E402
 
-runnable = pytest.mark.skipif(obstacle(DEVICE) is not None, reason=str(obstacle(DEVICE)))
+runnable = pytest.mark.skipif(
+    unsupported_reason(DEVICE) is not None, reason=str(unsupported_reason(DEVICE))
+)
 CHAIN = mk.SubsetFamily(
     {f"g{n}": 1 for n in range(6)}, {f"first {k}": [f"g{n}" for n in range(k)] for k in range(1, 7)}
 )
@@ -70,7 +72,7 @@ def test_tiles_read_every_weight_once_and_nothing_else(layout, sizes):
 
 @given(strategies.layouts(), cuts)
 def test_the_turned_layout_reads_the_routed_weights(layout, sizes):
-    turned, index = transposed(layout)
+    turned, index = transposed_layout(layout)
     routed = layout.unpack(torch.arange(1.0, layout.num_weights + 1)) * layout.grad_mask()
     expected = {(f, u): int(routed[u, f]) - 1 for u, f in routed.nonzero().tolist()}
     found = positions(cut(turned, *sizes))
@@ -217,9 +219,9 @@ def test_every_way_to_cut_gives_the_same(way, monkeypatch):
         monkeypatch.setattr(module, "processors", lambda device: 40)
     monkeypatch.setattr(launch, "slabs", lambda rows, *_: 2)
     monkeypatch.setattr(products, "_SHORT", 1)
-    products._pairs.pop(RAGGED, None)
+    registered_layout(RAGGED).caches.derived.clear()
     ours = results(RAGGED, 140, "gelu", launch)
-    for a, b in zip(ours, results(RAGGED, 140, "gelu", grouped), strict=True):
+    for a, b in zip(ours, results(RAGGED, 140, "gelu", torch_impl), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -247,7 +249,7 @@ def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
         monkeypatch.setattr(products, "_SHORT", 1)
     family = mk.SubsetFamily.powerset({"a": 1, "b": 1, "c": 1})
     layout = family.hidden_layout([7, 5, 8, 6, 5, 8, 3], [7, 4, 8, 6, 5, 8, 3])
-    products._pairs.pop(layout, None)
+    registered_layout(layout).caches.derived.clear()
     generator = torch.Generator().manual_seed(0)
     shapes = [(40, layout.in_features), (layout.num_weights,), (layout.out_features,)]
     x, weight, bias = (torch.randn(s, generator=generator).to(DEVICE) for s in shapes)
@@ -263,7 +265,7 @@ def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
     reach = reach.to(DEVICE)
     assert reach.any()
     assert torch.equal(bits(found)[~reach], bits(clean)[~reach])
-    expected, _ = grouped.forward(dirty, weight, bias, layout, "none", False)
+    expected, _ = torch_impl.forward(dirty, weight, bias, layout, "none", False)
     torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-4, atol=1e-4)
     assert not found[reach].isfinite().any()
     # The same of grad_x, whose lanes are features and whose features are units.
@@ -273,7 +275,7 @@ def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
     needs = (True, False, False)
     of = (x, weight, clean, layout, "none", needs)
     clean_grad, bad_grad = (launch.backward(g, *of)[0] for g in (grad, dirty))
-    theirs = grouped.backward(dirty, *of)[0]
+    theirs = torch_impl.backward(dirty, *of)[0]
     torch.testing.assert_close(bad_grad, theirs, equal_nan=True, rtol=1e-4, atol=1e-4)
     same = theirs.isfinite()
     assert not same.all()
@@ -289,7 +291,7 @@ def test_long_tiles_are_split_where_rows_are_few(monkeypatch):
     layout = CHAIN.hidden_layout(64, 16)
     ours = results(layout, 5, "relu", launch)
     assert len(launched) == 1
-    for a, b in zip(ours, results(layout, 5, "relu", grouped), strict=True):
+    for a, b in zip(ours, results(layout, 5, "relu", torch_impl), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -337,7 +339,7 @@ def test_what_is_not_needed_is_empty(needs):
     weight = torch.randn(layout.num_weights)
     tensors = [t.to(DEVICE) for t in (grad_y, x, weight, grad_y)]
     ours = launch.backward(*tensors, layout, "tanh", needs)
-    for a, b in zip(ours, grouped.backward(*tensors, layout, "tanh", needs), strict=True):
+    for a, b in zip(ours, torch.backward(*tensors, layout, "tanh", needs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
@@ -374,9 +376,9 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "INTERPRETED", False)
     monkeypatch.setattr(tune, "microseconds", microseconds)
-    tune.forget()
+    products.forget()
     yield calls
-    tune.forget()
+    products.forget()
 
 
 OPTIONS = [WAYS["tall"], WAYS["wide"], WAYS["two parts in a program"]]
@@ -393,7 +395,7 @@ def test_the_fastest_is_kept_for_the_process_and_on_disk(measured, tmp_path):
     assert chosen() == OPTIONS[1]
     assert chosen(rows=127) == OPTIONS[1]  # as many bits: the same choice
     assert measured == [3]
-    tune.forget()  # a new process
+    products.forget()  # a new process
     assert chosen() == OPTIONS[1]
     assert measured == [3]
     (file,) = (tmp_path / "cache").iterdir()
@@ -409,7 +411,7 @@ def test_each_case_is_measured_for_itself(measured):
     assert measured == [3] * 5
     pairs = [(OPTIONS[0], OPTIONS[1]), (OPTIONS[1], OPTIONS[2])]
     assert chosen(options=pairs, kind="both") == pairs[1]
-    tune.forget()
+    products.forget()
     assert chosen(options=pairs, kind="both") == pairs[1]
     assert measured == [3] * 5 + [2]
 
@@ -419,7 +421,7 @@ def test_a_damaged_cache_is_measured_anew(measured, tmp_path, damage):
     chosen()
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(damage)
-    tune.forget()
+    products.forget()
     assert chosen() == OPTIONS[1]
     assert measured == [3, 3]
     assert json.loads(file.read_text())
@@ -427,7 +429,7 @@ def test_a_damaged_cache_is_measured_anew(measured, tmp_path, damage):
 
 def test_what_is_no_longer_proposed_is_measured_anew(measured):
     chosen()
-    tune.forget()
+    products.forget()
     assert chosen(options=OPTIONS[2:] + OPTIONS[:1]) == OPTIONS[0]
     assert measured == [3, 2]
 
@@ -460,15 +462,15 @@ def test_tables_are_not_made_during_a_capture(monkeypatch):
         results(layout, 3, "relu", launch)
 
 
-# --- Obstacles ---------------------------------------------------------------------------
+# --- Reasons -----------------------------------------------------------------------------
 
 
-def test_obstacles_say_what_is_missing(monkeypatch):
-    assert "for NVIDIA GPUs" in obstacle(torch.device("mps"))
+def test_reasons_say_what_is_missing(monkeypatch):
+    assert "for NVIDIA GPUs" in unsupported_reason(torch.device("mps"))
     monkeypatch.setattr("maskmoe_kernels.ops.triton_support._capability", lambda device: (7, 5))
-    assert "sm_75; the kernels need sm_80 or newer" in obstacle(torch.device("cuda"))
+    assert "sm_75; the kernels need sm_80 or newer" in unsupported_reason(torch.device("cuda"))
     monkeypatch.setattr("maskmoe_kernels.ops.triton_support._MISSING", "Triton is not installed")
-    assert obstacle(DEVICE) == "Triton is not installed"
+    assert unsupported_reason(DEVICE) == "Triton is not installed"
 
 
 @pytest.mark.parametrize(
@@ -481,30 +483,30 @@ def test_obstacles_say_what_is_missing(monkeypatch):
         ("3.10.0", "2.5.0", True),
     ],
 )
-def test_an_interpreter_that_numpy_stops_is_an_obstacle_in_words(triton, numpy, works):
+def test_an_interpreter_that_numpy_stops_is_a_reason_in_words(triton, numpy, works):
     """Named, it would end in a TypeError of numpy's."""
-    found = package._interpreter_obstacle(triton, numpy)
+    found = package._interpreter_reason(triton, numpy)
     assert (found is None) == works
     for word in () if works else (triton, numpy, "'numpy<2.4'"):
         assert word in found
 
 
-def test_the_interpreters_obstacle_reaches_every_door(monkeypatch):
+def test_the_interpreters_reason_reaches_every_call(monkeypatch):
     monkeypatch.setattr(package, "INTERPRETED", True)
     monkeypatch.setattr(package, "_INTERPRETER", "numpy stops the interpreter")
     x = torch.ones(1, 2)
     with pytest.raises(mk.BackendError, match="'triton' cannot run: numpy stops"):
-        mk.ops.dispatch.choose("triton", x)
+        mk.ops.dispatch.choose("masked_linear", "triton", None, (x,))
     with pytest.raises(mk.BackendError, match="cannot run: numpy stops"):
         selection_kernels.rows_of(x)
 
 
 def test_the_interpreter_runs_where_it_is_named_only():
     x = torch.ones(1, 2)
-    assert mk.ops.dispatch.choose(None, x) != "triton"
+    assert mk.ops.dispatch.choose("masked_linear", None, None, (x,)) != "triton"
 
 
 def test_float64_named_is_refused():
     x = torch.ones(1, 2, dtype=torch.float64)
     with pytest.raises(mk.BackendError, match=r"'triton' cannot run: x is torch\.float64"):
-        mk.ops.dispatch.choose("triton", x)
+        mk.ops.dispatch.choose("masked_linear", "triton", None, (x,))

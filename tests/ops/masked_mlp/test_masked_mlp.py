@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 from maskmoe_kernels.nn.mlp import inputs_of
 from maskmoe_kernels.ops import native
@@ -35,7 +35,9 @@ WEIGHTINGS = ["selection", "deselection"]
 CUBE = mk.SubsetFamily.powerset({"a": 3, "b": 18, "c": 1})
 RAGGED = [[1, 7, 33, 16, 2, 5, 17], [16] * 7]
 
-pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 isas = st.sampled_from(native.isas() or [""])
 seeds = st.integers(0, 2**16)
 
@@ -123,7 +125,7 @@ def test_activations_kept_or_computed_again_give_the_same_bits(activation):
     """At this size nothing is kept; a batch cut from it keeps them."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [16, 16], activation)
-    plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+    plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
     weights = [layer.weight.detach() for layer in net.layers]
     biases = [layer.bias.detach() for layer in net.layers]
@@ -341,7 +343,7 @@ def test_keeps_its_digits_where_tanh_saturates(confidence, scale):
             torch.testing.assert_close(a.double(), t, rtol=2e-5, atol=1e-6 * float(t.abs().max()))
 
 
-@pytest.mark.parametrize("backend", [None, "grouped", "reference"])
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_what_a_mask_leaves_out_reaches_nothing(normalize, backend):
     torch.manual_seed(0)
@@ -592,7 +594,7 @@ def test_which_path_runs_and_why():
         (lambda n: n.double(), "float64"),
         (lambda n: n.layers[0].register_forward_pre_hook(lambda *a: None), "hook"),
         (lambda n: n.layers.__setitem__(0, torch.nn.Linear(22, 28)), "Linear"),
-        (lambda n: setattr(n.layers[0], "backend", "grouped"), "grouped"),
+        (lambda n: setattr(n.layers[0], "backend", "torch"), "torch"),
     ):
         other = copy.deepcopy(net)
         change(other)
@@ -701,7 +703,7 @@ def op_arguments():
     """What the ops take of a network with a table: inputs and parameters, plans, ids."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [5, 6])
-    plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+    plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
     parameters = [
         [p.detach() for p in of]

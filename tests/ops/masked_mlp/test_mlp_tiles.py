@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.masked_mlp.api import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
@@ -34,7 +34,9 @@ ROWS = [1, 2, 15, 16, 17, 31, 33, 65, 300]
 FILLS = [torch.nan, torch.inf, -torch.inf, 3e38]
 EPS = torch.finfo(torch.bfloat16).eps
 
-pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 on_tiles = pytest.mark.skipif(not TILES, reason="no tiles here; `make emulate` has some")
 isas = st.sampled_from(ISAS or [""])
 widths = st.sampled_from(WIDTHS)
@@ -212,7 +214,7 @@ class Call:
 
     def __init__(self, net, x):
         self.activation = net.layers[0].activation
-        plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+        plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
         self.plans = plans, [layer.layout.id for layer in net.layers]
         weights = [layer.weight.detach() for layer in net.layers]
         biases = [layer.bias.detach() for layer in net.layers]

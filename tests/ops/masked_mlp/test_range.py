@@ -13,7 +13,9 @@ from maskmoe_kernels.ops.masked_mlp.api import Inputs
 from maskmoe_kernels.testing import dense_oracle
 from tests.ops.masked_mlp.test_masked_mlp import CONFIDENCES, NORMALIZE, WEIGHTINGS, same_bits, step
 
-pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=f"{native.OBSTACLE}")
+pytestmark = pytest.mark.skipif(
+    native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
+)
 
 FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 2})
 DENORMAL = 2.0**-149

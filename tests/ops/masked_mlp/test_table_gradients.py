@@ -31,7 +31,7 @@ def hooked(net):
 PATHS = {
     "one op": lambda: mk.InterpretableMLP(FAMILY, [8]),
     "hooked": lambda: hooked(mk.InterpretableMLP(FAMILY, [8])),
-    "grouped": lambda: mk.InterpretableMLP(FAMILY, [8], backend="grouped"),
+    "torch": lambda: mk.InterpretableMLP(FAMILY, [8], backend="torch"),
     "reference": lambda: mk.InterpretableMLP(FAMILY, [8], backend="reference"),
 }
 

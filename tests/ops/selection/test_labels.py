@@ -19,7 +19,7 @@ def of_net(target, **options):
 
 
 def of_layers(target, **options):
-    net = mk.InterpretableMLP(FAMILY, [4], backend="grouped")
+    net = mk.InterpretableMLP(FAMILY, [4], backend="torch")
     return net.gem_loss(torch.randn(ROWS, 5), target, **options)
 
 

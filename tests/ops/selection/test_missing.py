@@ -100,7 +100,7 @@ def test_has_a_gradient_where_experts_are_known():
     assert torch.equal(grad != 0, ~logits.isnan())
 
 
-@pytest.mark.parametrize("backend", [None, "native", "grouped", "reference"])
+@pytest.mark.parametrize("backend", [None, "native", "torch", "reference"])
 @pytest.mark.parametrize("sharpness", [1.0, 2.0])
 def test_predict_answers_rows_with_missing_groups(backend, sharpness):
     torch.manual_seed(0)

@@ -22,7 +22,7 @@ from tests.ops.selection import test_gem, test_mixture, test_selection
 from tests.ops.selection.definition import CONFIDENCES
 
 pytest.importorskip("triton")
-ON_CPU = backend.obstacle(torch.device("cpu"))  # None where the interpreter runs
+ON_CPU = backend.unsupported_reason(torch.device("cpu"))  # None where the interpreter runs
 runs = pytest.mark.skipif(
     ON_CPU is not None and not torch.cuda.is_available(), reason=f"no NVIDIA GPU, and {ON_CPU}"
 )

@@ -35,7 +35,7 @@ from maskmoe_kernels.ops.selection.triton.confidence import (
     sharpened_slopes,
     slopes,
 )
-from maskmoe_kernels.ops.triton_support import obstacle
+from maskmoe_kernels.ops.triton_support import unsupported_reason
 from maskmoe_kernels.ops.triton_support.device import on
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES, MAX_EXPERTS
 
@@ -267,7 +267,7 @@ def rows_of(logits: Tensor) -> Tensor:
     Raises:
         BackendError: The kernels do not run on this device.
     """
-    reason = None if logits.is_cuda else obstacle(logits.device)
+    reason = None if logits.is_cuda else unsupported_reason(logits.device)
     if reason is not None:
         raise BackendError(
             f"the Triton kernels cannot run: {reason}; move the logits to one, or set "

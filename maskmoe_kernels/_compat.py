@@ -1,0 +1,167 @@
+"""Every private API of torch that the package uses, each checked on torch 2.11 and 2.13.
+
+Nothing else in the package names a private attribute of torch: a new release of torch is checked
+here. (Triton's private launcher is in ``ops/triton_support/launcher.py``, with its versions.) The
+package's lowest layer holds this module, because layouts need it as well as ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+# 2.11, 2.13. Called when a module or global hook exists: torch.nn's own fast paths ask it.
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+
+# 2.11, 2.13. Leaves every mode of torch.overrides and of the dispatcher, FakeTensorMode included.
+from torch.utils._python_dispatch import _disable_current_modes
+
+# 2.11, 2.13. Instances are constants of a trace, compared by ``==``.
+from torch.utils._pytree import register_constant
+
+__all__ = [
+    "DISABLED_TORCH_FUNCTION",
+    "MODULE_CALL",
+    "MODULE_CALL_IMPL",
+    "any_autocast",
+    "constant_in_trace",
+    "forward_mode",
+    "func_transforms",
+    "has_any_global_hook",
+    "is_batched",
+    "is_fake",
+    "keeps_graph",
+    "outside_of_modes",
+    "parameters_of_any_size",
+    "plain_call",
+    "register_constant",
+    "transformed",
+]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def constant_in_trace(function: Function) -> Function:
+    """A trace calls ``function`` while it is made, and takes its result for a constant.
+
+    The same as ``torch.compiler.assume_constant_result``, which would import the compiler, and
+    with it Triton. (2.11, 2.13: the attribute that it sets.)
+    """
+    marked: Any = function
+    marked._dynamo_marked_constant = True
+    return function
+
+
+# --- Modes and transforms ------------------------------------------------------------------------
+
+#: Is autocast on for any device? (2.11, 2.13)
+any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
+# torch.compile does not show the transforms of a trace to the code that it traces, but it does to a
+# function that the trace calls as a constant.
+@constant_in_trace
+def func_transforms() -> bool:
+    """Is a torch.func transform active? (2.11, 2.13)"""
+    return torch._C._are_functorch_transforms_active()
+
+
+@constant_in_trace
+def forward_mode() -> bool:
+    """Is forward-mode AD active? (2.11, 2.13)"""
+    return forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """Is a torch.func transform or forward-mode AD active? The fused ops have rules for neither."""
+    return func_transforms() or forward_mode()
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Does a batch of ``torch.func.vmap`` or of ``is_grads_batched`` hide in it? (2.11, 2.13)"""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Is it a tensor of a trace, without values? (2.11, 2.13)"""
+    return isinstance(tensor, torch._subclasses.FakeTensor)
+
+
+def outside_of_modes() -> ExitStack:
+    """What runs in this context makes plain tensors, whatever mode is active.
+
+    No fake tensors of a trace; no inference tensors, which a later backward could not save; no
+    subclasses that a torch function mode makes. (2.11, 2.13)
+    """
+    stack = ExitStack()
+    stack.enter_context(_disable_current_modes())
+    stack.enter_context(torch._C.DisableTorchFunction())
+    stack.enter_context(torch.inference_mode(False))
+    return stack
+
+
+#: In a backward: will the graph be kept for another one? (2.11, 2.13)
+keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+# --- Who sees a call -----------------------------------------------------------------------------
+
+#: ``__torch_function__`` of a class that does not want to see torch's functions. (2.11, 2.13)
+DISABLED_TORCH_FUNCTION: Any = torch._C._disabled_torch_function_impl
+
+#: What torch made ``nn.Module.__call__``; others may replace it after this import. (2.11, 2.13)
+MODULE_CALL, MODULE_CALL_IMPL = nn.Module._wrapped_call_impl, nn.Module._call_impl
+
+# 2.11, 2.13. Looked up once: a look-up takes a measurable part of a small layer's call.
+_keys = torch._C._dispatch_keys
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_profiled = torch._C._autograd._profiler_enabled
+_traced = torch._C._get_tracing_state
+
+
+def plain_call(x: Tensor) -> bool:
+    """Is ``x`` values in memory, and does no mode, profiler or tracer watch the dispatcher?
+
+    Then a function that an op would call may be called without the op.
+    """
+    return (
+        _keys(x).raw_repr() in _dense(x.device)
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _profiled()
+        and _traced() is None
+    )
+
+
+@cache
+def _dense(device: torch.device) -> frozenset[int]:
+    """The dispatch keys of a plain tensor: no negation that is still to come, no wrapper."""
+    found = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found.append(_keys(torch.empty(0, device=device)).raw_repr())
+    return frozenset(found)
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@constant_in_trace
+def parameters_of_any_size() -> Any:
+    """A context for traced code: parameters first read in it may have dynamic sizes.
+
+    Dynamo gives each size of a parameter a graph of its own, and stops after eight. In this context
+    it treats a parameter as any tensor: a second size makes its sizes dynamic. (2.11, 2.13: the
+    proxy is what ``torch._dynamo.patch_dynamo_config`` returns, which refuses this option.)
+    """
+    from torch._dynamo import config, decorators
+
+    return decorators.DynamoConfigPatchProxy(config.patch(force_parameter_static_shapes=False))

@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import constant_in_trace
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.ops._compat import constant_in_trace
 
 _SHOWN = 5
 
@@ -127,10 +126,6 @@ def _made(family: SubsetFamily, has_base: bool) -> Game:
     )
 
 
-#: The games of families, by whether a base is given.
-_games: WeakKeyDictionary[SubsetFamily, dict[bool, Game]] = WeakKeyDictionary()
-
-
 @constant_in_trace
 def game_of(family: SubsetFamily, has_base: bool) -> Game:
     """The game of ``family``, made once.
@@ -141,10 +136,7 @@ def game_of(family: SubsetFamily, has_base: bool) -> Game:
     Raises:
         LayoutError: No value for the empty coalition, or two.
     """
-    games = _games.setdefault(family, {})
-    if has_base not in games:
-        games[has_base] = _made(family, has_base)
-    return games[has_base]
+    return family.caches.derive(f"game {has_base}", lambda: _made(family, has_base))
 
 
 def complete_game_of(family: SubsetFamily, has_base: bool) -> Game:

@@ -16,7 +16,6 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.explain.game import Game, complete_game_of, game_of
 from maskmoe_kernels.explain.regression import regression_weights, residual_weights
 from maskmoe_kernels.explain.values import experts_last
-from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 Base = float | Tensor | None
@@ -167,8 +166,9 @@ def _apply(
     weights: Callable[[], Tensor],
 ) -> Tensor:
     """``weights @ v`` for each sample, ``(*, rows of weights)``; the base is the last column."""
-    name = f"{key} {values.dtype}", values.device
-    table = keep_table(family._tables, name, lambda: weights().T.to(values.dtype))
+    table = family.caches.table(
+        f"{key} {values.dtype}", values.device, lambda: weights().T.to(values.dtype)
+    )
     experts = family.num_experts
     with torch.autocast(values.device.type, enabled=False):
         result = values @ table[:experts]
@@ -200,7 +200,7 @@ def _of_all_groups(of_players: Tensor, family: SubsetFamily, game: Game, dim: in
     shape = [*of_players.shape]
     shape[dim] = game.groups
     players = torch.tensor(game.players, dtype=torch.int64, device="cpu")
-    index = keep_table(family._tables, ("players", of_players.device), lambda: players)
+    index = family.caches.table("players", of_players.device, lambda: players)
     return of_players.new_zeros(shape).index_copy(dim, index, of_players)
 
 
@@ -210,9 +210,7 @@ def _of_all_groups(of_players: Tensor, family: SubsetFamily, game: Game, dim: in
 def _product(values: Tensor, family: SubsetFamily) -> Tensor:
     """Coefficients of any family, as a product with the inverse of its inclusion."""
     device, dtype = values.device, values.dtype
-    inverse = keep_table(
-        family._tables, (f"moebius {dtype}", device), lambda: _inverse(family).T.to(dtype)
-    )
+    inverse = family.caches.table(f"moebius {dtype}", device, lambda: _inverse(family).T.to(dtype))
     # A product with 0 would carry a NaN to experts that do not contain it.
     unknown = ~values.isfinite()
     with torch.autocast(device.type, enabled=False):
@@ -243,7 +241,7 @@ def _butterfly(values: Tensor, family: SubsetFamily, game: Game) -> Tensor:
     """The same for a power set: group by group, what it adds (fast Moebius transform)."""
     groups, device = game.groups, values.device
     code = (family.membership.long() << torch.arange(groups)).sum(1)
-    at = keep_table(family._tables, ("moebius order", device), lambda: code)
+    at = family.caches.table("moebius order", device, lambda: code)
     tree = values.new_zeros((*values.shape[:-1], 2**groups)).index_copy(-1, at, values)
     for group in range(groups):
         without, with_it = tree.unflatten(-1, (-1, 2, 2**group)).unbind(-2)

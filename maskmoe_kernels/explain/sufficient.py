@@ -9,7 +9,6 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.explain.values import experts_last
-from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 
@@ -64,9 +63,7 @@ def sufficient(
             gap = difference.amax(-2) - difference.amin(-2)
         else:
             gap = 2 * difference.abs()
-        size = keep_table(
-            family._tables, ("subset sizes", values.device), lambda: family.membership.sum(1)
-        )
+        size = family.caches.table("subset sizes", values.device, lambda: family.membership.sum(1))
         # By size, then by gap. The top expert suffices itself, unless it is NaN.
         fits = gap <= tolerance
         smallest = torch.where(fits, size, family.num_groups + 1).amin(-1, keepdim=True)

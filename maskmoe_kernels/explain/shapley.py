@@ -225,7 +225,7 @@ def _inverse(family: SubsetFamily) -> Tensor:
     order = family.membership.sum(1).argsort(stable=True)
     triangle = family.inclusion[order][:, order].double()
     eye = torch.eye(len(order), dtype=torch.float64, device="cpu")
-    solved = torch.linalg.solve_triangular(triangle, eye, upper=False, unitriangular=True)
+    solved: Tensor = torch.linalg.solve_triangular(triangle, eye, upper=False, unitriangular=True)
     back = order.argsort()
     return solved.round()[back][:, back]
 

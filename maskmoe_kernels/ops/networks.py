@@ -281,7 +281,7 @@ def _run(op: Any, *args: Any) -> Any:
     try:
         return op(*args)
     except RuntimeError as error:
-        found = re.search(r"maskmoe: (the fused network [^\n]*)", str(error))
+        found = re.search(r"maskmoe: (the fused mlp [^\n]*)", str(error))
         if found is None:
             raise
         raise BackendError(f"{found[1]} (leave the choice to backend=None)") from None

@@ -1,6 +1,6 @@
 """On a GPU: offsets past 2^31, CUDA graphs, streams, devices, the same bits under memory pressure.
 
-Where a test can be rehearsed on any machine it has a small twin that runs there.
+Where a test can be rehearsed on any machine, a small version of it runs there.
 """
 
 import random

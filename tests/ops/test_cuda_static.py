@@ -74,8 +74,8 @@ def instructions(kind, chip):
     }
 
 
-def walks(name):
-    """Is it one of the kernels that walk the network?"""
+def computes_tiles(name):
+    """Is it a kernel that takes tiles of rows through the layers?"""
     return any(phase in name for phase in RESIDENT)
 
 
@@ -84,7 +84,7 @@ def test_registers_suffice(chip):
     """Nothing is spilled, and as many blocks fit a processor as the kernel asks for."""
     for kind in TYPES:
         kernels = resources(kind, chip)
-        assert len([name for name in kernels if walks(name)]) == 2 * len(RESIDENT)
+        assert len([name for name in kernels if computes_tiles(name)]) == 2 * len(RESIDENT)
         for name, (registers, local) in kernels.items():
             assert local == 0, name
             for resident in (RESIDENT[phase][kind] for phase in RESIDENT if phase in name):
@@ -104,7 +104,7 @@ def test_machine_code():
             assert code, name
             used = [w for w in kinds if w.startswith(("ATOM", "RED", "LDL", "STL"))]
             assert not used, name
-            if walks(name):
+            if computes_tiles(name):
                 check_products(kind, name, kinds)
     for chip, name in [key for key in products if "4Tf32ELi32E" in key[1]]:
         # float32 multiplies high and low parts where Tf32 multiplies once. (Of high tiles, whose
@@ -118,5 +118,5 @@ def check_products(kind, name, kinds):
     assert any(word.startswith("LDG.E.128") for word in kinds), name
     if kind not in WIDE:
         assert any(word.startswith("LDSM.16.M88.4") for word in kinds), name
-        turned = any("LDSM.16.MT88.4" in word for word in kinds)
-        assert turned == ("Backward" in name), name
+        transposed = any("LDSM.16.MT88.4" in word for word in kinds)
+        assert transposed == ("Backward" in name), name

@@ -805,8 +805,8 @@ def test_what_kernels_refuse_is_a_backend_error():
     def refuse(text):
         raise RuntimeError(text)
 
-    with pytest.raises(mk.BackendError, match=r"^the fused network needs 9 bytes.*backend=None"):
-        networks_op._run(refuse, "gem, x.cu:1, maskmoe: the fused network needs 9 bytes\nstack")
+    with pytest.raises(mk.BackendError, match=r"^the fused mlp needs 9 bytes.*backend=None"):
+        networks_op._run(refuse, "gem, x.cu:1, maskmoe: the fused mlp needs 9 bytes\nstack")
     with pytest.raises(RuntimeError, match="something else"):
         networks_op._run(refuse, "something else")
 

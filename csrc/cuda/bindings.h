@@ -1,0 +1,74 @@
+// The signatures of the ops, for the GPU and for the host emulator. Their schemas stand in
+// maskmoe_kernels/ops.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+#include "cuda/masked_mlp/operators.h"
+
+namespace maskmoe::fused {
+
+inline Activation activation_named(const Text& name) {
+  constexpr std::array names{"none", "relu", "leaky_relu", "gelu", "tanh", "silu"};
+  return named_of<Activation>(names, name, "activation");
+}
+inline Confidence confidence_named(const Text& name) {
+  constexpr std::array names{"abs", "square", "smooth", "rare"};
+  return named_of<Confidence>(names, name, "confidence");
+}
+inline Weighting weighting_named(const Text& name) {
+  constexpr std::array names{"deselection", "selection"};
+  return named_of<Weighting>(names, name, "weighting");
+}
+inline Normalization normalization_named(const Text& name) {
+  constexpr std::array names{"none", "sample", "expert", "batch"};
+  return named_of<Normalization>(names, name, "normalization");
+}
+
+template <class Device>
+struct Bindings {
+  static std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tensors ids,
+                                            Integers parts, Tensors weights, Tensors biases,
+                                            Tensors plans, Integers layouts,
+                                            int64_t /*out_features*/, Text activation,
+                                            bool /*keep*/) {
+    return fused::forward<Device>({x, tables, ids, parts, weights, biases, plans, layouts,
+                                   activation_named(activation)});
+  }
+
+  static Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Tensors ids,
+                          Integers parts, Tensors weights, Tensors biases, Tensor /*saved*/,
+                          Tensors plans, Integers layouts, Text activation, bool need_x,
+                          bool need_tables, bool need_weights) {
+    return fused::backward<Device>({x, tables, ids, parts, weights, biases, plans, layouts,
+                                    activation_named(activation)},
+                                   grad_logits, {need_x, need_tables, need_weights});
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> mixture(
+      std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts, Tensors weights,
+      Tensors biases, Tensors plans, Integers layouts, Text activation, Tensor is_proper_subset,
+      Text confidence, double sharpness) {
+    return fused::mixture<Device>({x, tables, ids, parts, weights, biases, plans, layouts,
+                                   activation_named(activation)},
+                                  {is_proper_subset, confidence_named(confidence), sharpness,
+                                   true});
+  }
+
+  static Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
+                     Tensors weights, Tensors biases, Tensors plans, Integers layouts,
+                     Text activation, Tensor target, std::optional<Tensor> mask,
+                     Tensor is_proper_subset, Text confidence, double sharpness, Text weighting,
+                     Text normalize, bool need_x, bool need_tables, bool need_weights) {
+    return fused::gem<Device>(
+        {x, tables, ids, parts, weights, biases, plans, layouts, activation_named(activation)},
+        {target, mask, normalization_named(normalize)},
+        {is_proper_subset, confidence_named(confidence), sharpness,
+         weighting_named(weighting) == Weighting::kSelection},
+        {need_x, need_tables, need_weights});
+  }
+};
+
+}  // namespace maskmoe::fused

@@ -3,8 +3,8 @@
 //
 // Features of each group and units of each expert are padded to chunks of 16 columns, so that a
 // product never mixes columns that an expert sees with columns that it does not. One chunk of
-// outputs is the sum over the chunks that its expert sees: a Product. The last layer has one unit an
-// expert and is called the head; it takes no products. Kernels read these tables and never a
+// outputs is the sum over the chunks that its expert sees: a Product. The last layer has one unit
+// an expert and is called the head; it takes no products. Kernels read these tables and never a
 // layout. This header needs neither torch nor CUDA.
 #pragma once
 

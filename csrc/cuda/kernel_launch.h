@@ -1,5 +1,5 @@
-// Entry points and launches of the kernels, for the files that instantiate them: one for each number
-// type, so that they compile side by side.
+// Entry points and launches of the kernels, for the files that instantiate them: one for each
+// number type, so that they compile side by side.
 #pragma once
 
 #include <map>

@@ -2,8 +2,8 @@
 //
 // Bfloat16 and Float16 use mma.m16n8k16, Tf32 uses mma.m16n8k8. float32 uses the latter three times
 // (3xTF32): for the products of the high parts of both factors, and of each high with the other low
-// part. In the host emulator a lane holds the same values in the same places, and loops compute what
-// the instruction is defined to compute.
+// part. In the host emulator a lane holds the same values in the same places, and loops compute
+// what the instruction is defined to compute.
 #pragma once
 
 #include <type_traits>
@@ -18,7 +18,9 @@ struct Accumulator {
 };
 
 MASKMOE_DEVICE int accumulator_row(int lane, int n) { return lane / 4 + (n & 2) * 4; }
-MASKMOE_DEVICE int accumulator_column(int lane, int n) { return (n / 4) * 8 + lane % 4 * 2 + (n & 1); }
+MASKMOE_DEVICE int accumulator_column(int lane, int n) {
+  return (n / 4) * 8 + lane % 4 * 2 + (n & 1);
+}
 
 MASKMOE_DEVICE void clear(PerLane<Accumulator>& acc) {
   each_lane([&](int lane) {
@@ -109,8 +111,8 @@ struct Mma {
 #endif
   }
 
-  static MASKMOE_DEVICE void mma(PerLane<Accumulator>& acc, const PerLane<A>& a, const PerLane<B>& b,
-                                 int half) {
+  static MASKMOE_DEVICE void mma(PerLane<Accumulator>& acc, const PerLane<A>& a,
+                                 const PerLane<B>& b, int half) {
 #ifdef __CUDACC__
     float* c = acc[0].x + half * 4;
     const uint32_t* l = a[0].r;
@@ -256,8 +258,8 @@ struct WideMma {
 #endif
   }
 
-  static MASKMOE_DEVICE void mma(PerLane<Accumulator>& acc, const PerLane<A>& a, const PerLane<B>& b,
-                                 int step, int half) {
+  static MASKMOE_DEVICE void mma(PerLane<Accumulator>& acc, const PerLane<A>& a,
+                                 const PerLane<B>& b, int step, int half) {
 #ifdef __CUDACC__
     float* c = acc[0].x + half * 4;
     const float* l = a[0].x + step * 4;
@@ -274,7 +276,9 @@ struct WideMma {
       for (int n = 0; n < 4; ++n) {
         left[g + (n & 1) * 8][t + (n >> 1) * 4] = truncated(a[lane].x[step * 4 + n]);
       }
-      for (int n = 0; n < 2; ++n) right[t + n * 4][g] = truncated(b[lane].x[step * 4 + half * 2 + n]);
+      for (int n = 0; n < 2; ++n) {
+        right[t + n * 4][g] = truncated(b[lane].x[step * 4 + half * 2 + n]);
+      }
     }
     for (int lane = 0; lane < 32; ++lane) {
       for (int n = 0; n < 4; ++n) {

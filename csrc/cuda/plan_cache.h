@@ -26,8 +26,8 @@ struct DevicePlan {
         device(compiled.at(memory.data())) {}
 };
 
-// The layouts of an MLP, and the widths of the parts of its input. `serialized` is the layouts on the
-// device, `layout_ids` is what the library knows them by.
+// The layouts of an MLP, and the widths of the parts of its input. `serialized` is the layouts on
+// the device, `layout_ids` is what the library knows them by.
 struct PlanRequest {
   const Tensors& serialized;
   const Integers& layout_ids;

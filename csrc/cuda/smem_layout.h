@@ -34,7 +34,7 @@ struct SmemLayout {
   int32_t stride[kMaxLayers];
   int32_t dact_at[kMaxLayers];  // derivative of the activation that made this input; -1: not kept
   int64_t floats_at;            // in bytes: where the float32 begin
-  int64_t sums_at;              // in bytes: where the block's sums of weight gradients begin, if any
+  int64_t sums_at;              // in bytes: where the block's sums of gradients begin, if any
   int64_t first_shared_sum;     // index of the first of them; those before lie in global memory
   int64_t bytes;                // in all
 };

@@ -1,8 +1,8 @@
 // A thread block of kWarps warps: what the kernels are written in. The GPU runs it, or the emulator
 // on the host, where warps take turns and the lanes of a warp are a loop.
 //
-// A kernel is a sequence of phases (each_thread, each_warp) with barriers between them. Registers do
-// not survive a phase: what a later phase needs lies in shared or global memory.
+// A kernel is a sequence of phases (each_thread, each_warp) with barriers between them. Registers
+// do not survive a phase: what a later phase needs lies in shared or global memory.
 #pragma once
 
 #include <cstdint>

@@ -147,12 +147,12 @@ def check_gem(net, target, **options):
     eps = torch.finfo(net.weights[0].dtype).eps
     allowed = 2 * (plain_loss.double() - reference).abs() + 32 * eps * reference.abs() + 1e-7
     assert (loss.double() - reference).abs() <= allowed, (loss, reference)
-    for name, ours, theirs, truth in zip(names(net), grads, plain, exact, strict=True):
+    for name, ours, theirs, expected in zip(names(net), grads, plain, exact, strict=True):
         norm = torch.linalg.vector_norm
-        assert ours.shape == truth.shape
+        assert ours.shape == expected.shape
         assert ours.dtype == torch.float32
-        bound = 2 * norm(theirs.double() - truth) + 32 * eps * norm(truth) + 1e-12
-        assert norm(ours.double() - truth) <= bound, (name, options)
+        bound = 2 * norm(theirs.double() - expected) + 32 * eps * norm(expected) + 1e-12
+        assert norm(ours.double() - expected) <= bound, (name, options)
 
 
 def check_mixture(net, confidence="abs", sharpness=1.0):

@@ -14,6 +14,7 @@ import maskmoe_kernels
 from maskmoe_kernels.backends import native
 
 LIBRARY = Path(maskmoe_kernels.__file__).parent / "_C.abi3.so"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 pytestmark = pytest.mark.skipif(native.CUDA_OBSTACLE is not None, reason=f"{native.CUDA_OBSTACLE}")
 
@@ -120,3 +121,12 @@ def check_products(kind, name, kinds):
         assert any(word.startswith("LDSM.16.M88.4") for word in kinds), name
         transposed = any("LDSM.16.MT88.4" in word for word in kinds)
         assert transposed == ("Backward" in name), name
+
+
+@pytest.mark.skipif(not SOURCES.is_dir(), reason="the suite runs against an installed wheel")
+def test_one_place_sets_attributes_of_kernels():
+    """The function that ``raise_shared_memory_limit`` calls once for each kernel and device."""
+    texts = [path.read_text() for path in SOURCES.rglob("*") if path.is_file()]
+    assert sum(text.count("cudaFuncSetAttribute(") for text in texts) == 1
+    calls = sum(text.count("set_shared_memory_limit<") for text in texts)
+    assert calls == 1

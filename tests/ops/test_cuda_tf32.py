@@ -96,15 +96,15 @@ def test_errors_are_those_of_one_product(name):
     for what, *values in zip(
         ["logits", *names(net)], high, medium, plain, reference, sums, strict=True
     ):
-        three, one, theirs, truth, size = values
+        three, one, theirs, expected, size = values
         # Twice 2^-11 a product, forward and then backward.
-        assert_close_to_reference(what, one, theirs, truth, size, layers, False, eps=2.0**-11)
+        assert_close_to_reference(what, one, theirs, expected, size, layers, False, eps=2.0**-11)
         if what == f"bias {layers - 1}":
             assert torch.equal(one, three)  # the sum of what was given
             continue
-        error = norm(one.double() - truth) / norm(truth)
+        error = norm(one.double() - expected) / norm(expected)
         assert 3e-5 < error < 3e-3, (what, error)
-        assert error > 50 * norm(three.double() - truth) / norm(truth), what
+        assert error > 50 * norm(three.double() - expected) / norm(expected), what
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -120,11 +120,11 @@ def test_objective_and_mixture_follow_it_too(name):
 
     highest, high, medium = each_precision(ours)
     assert all(torch.equal(a, b) for a, b in zip(highest, high, strict=True))
-    truths = [exact_loss, *exact, *mixture]
+    references = [exact_loss, *exact, *mixture]
     what = ["loss", *names(net), *mixture._fields]
     norm = torch.linalg.vector_norm
-    for name_of, *values, truth in zip(what, high, medium, truths, strict=True):
-        three, one = (norm(value.double() - truth) / norm(truth) for value in values)
+    for name_of, *values, expected in zip(what, high, medium, references, strict=True):
+        three, one = (norm(value.double() - expected) / norm(expected) for value in values)
         assert one < 5e-3, name_of
         assert one > 20 * three, name_of
     with precision("medium"):

@@ -38,8 +38,8 @@ struct GemObjective {
   const float* scale;    // (experts,): of the gradients; null: not known before this launch
   const float* divisor;  // (experts,): of the weights; null: none
   const int32_t* rerun;  // the launch does nothing if this is 0; null: it always runs
-  float loss_scale;      // of every gradient in the kernel: a power of two, removed from the results
-  float* sums;           // (thread blocks, 2 experts + 1): losses, weights, samples; null: not needed
+  float loss_scale;      // a power of two that scales all gradients in the kernel, not the results
+  float* sums;           // (thread blocks, 2 experts + 1): losses, weights, samples; null: unused
   bool normalize_sample;  // divide the weights of a sample by their sum over the experts
 };
 

@@ -1,8 +1,8 @@
 // The backward kernel: a tile forward again, then backward.
 //
 // To recompute the activations costs one more product and no memory traffic: x is read once, and
-// only gradients are written. A layer's gradient before the activation overwrites the layer's values
-// as soon as the gradient of the weights has read them.
+// only gradients are written. A layer's gradient before the activation overwrites the layer's
+// values as soon as the gradient of the weights has read them.
 #pragma once
 
 #include "cuda/masked_mlp/gem_objective.h"
@@ -160,7 +160,8 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
 //   gradient_sums: (blocks, sums_size), each sum added up by one thread or warp; no atomics.
 //                  ReduceGradients adds the blocks in order: deterministic for one grid size
 //   gem.sums     : (blocks, 2 experts + 1), likewise
-//   grid         : as many blocks as the device runs at a time; block b computes tiles b, b + blocks, ...
+//   grid         : the blocks that the device runs at a time; block b computes tiles b, b + blocks,
+//                  b + 2 blocks, ...
 //   shared memory: the inputs of all layers, derivatives where they are kept, a LogitTile, and the
 //                  last of the gradient sums; see smem_layout
 template <class T, int kR>

@@ -9,9 +9,9 @@
 namespace maskmoe::fused {
 
 // Gradients between layers have the number type of the MLP. The smallest float16 is 2^-24, so the
-// gradients of a float16 loss are scaled by 2^8 on their way (those beyond 2^8 become infinite). And
-// a sum of weights below kMinDivisor divides its weights before they are multiplied with anything,
-// not after: 1 for float16, 2^-63 for the other types.
+// gradients of a float16 loss are scaled by 2^8 on their way (those beyond 2^8 become infinite).
+// And a sum of weights below kMinDivisor divides its weights before they are multiplied with
+// anything, not after: 1 for float16, 2^-63 for the other types.
 template <class T>
 constexpr bool kNarrowRange = false;
 template <>
@@ -47,7 +47,8 @@ MASKMOE_DEVICE WithComplement confidence_of(float z, Confidence name) {
     const float g = q * cube / (1.0f + cube) * (1.343f / 0.2401f);
     // t^4 (1 + q^3) - q^4 (1 + t^3) with t = 0.7 and t - q = 1 - p: see objectives.selection.
     const float factor = 0.343f + 0.49f * q + 0.7f * q * q + 1.343f * cube;
-    const float complement = g < 0.5f ? 1.0f - g : p.complement * factor / ((1.0f + cube) * 0.2401f);
+    const float complement =
+        g < 0.5f ? 1.0f - g : p.complement * factor / ((1.0f + cube) * 0.2401f);
     return {least(g, 1.0f), least(complement, 1.0f)};
   }
   const float t = tanhf(fabsf(z));
@@ -67,8 +68,8 @@ MASKMOE_DEVICE WithComplement confidence_of(float z, Confidence name) {
 MASKMOE_DEVICE WithComplement sharpened(WithComplement of, float power) {
   constexpr float kTiny = 1.17549435e-38f;
   if (of.value != of.value) return of;
-  const float log_value =
-      of.value < 0.5f ? logf(of.value < kTiny ? kTiny : of.value) : log1pf(-least(of.complement, 0.5f));
+  const float log_value = of.value < 0.5f ? logf(of.value < kTiny ? kTiny : of.value)
+                                          : log1pf(-least(of.complement, 0.5f));
   const float x = power * log_value;
   if (of.value < kTiny) return {0.0f, 1.0f};
   return {expf(x), least(-expm1f(x), 1.0f)};
@@ -84,7 +85,8 @@ MASKMOE_DEVICE Loss cross_entropy(float z, float y) {
   const WithComplement p = probability_of(z);
   const float negative = z > 0 ? 0.0f : z;
   // f (1 - y) - (1 - f) y = f - y, without cancellation where f is near y.
-  return {(1.0f - y) * (2.0f * z) - (2.0f * negative - log1pf(e)), p.value * (1.0f - y) - p.complement * y};
+  return {(1.0f - y) * (2.0f * z) - (2.0f * negative - log1pf(e)),
+          p.value * (1.0f - y) - p.complement * y};
 }
 
 }  // namespace maskmoe::fused

@@ -1,8 +1,8 @@
 // The forward kernel, and the steps of it that the other kernels share.
 //
 // A tile of rows stays in shared memory through all layers. A warp computes chunks of 16 units for
-// 16 or 32 rows (the plan's schedule gives warps equal work), as sums over the 16-column chunks that
-// the expert sees: inputs from shared memory, weights through L2 in the order of the matrix
+// 16 or 32 rows (the plan's schedule gives warps equal work), as sums over the 16-column chunks
+// that the expert sees: inputs from shared memory, weights through L2 in the order of the matrix
 // instruction. What an expert does not see is never read.
 #pragma once
 
@@ -294,7 +294,8 @@ MASKMOE_DEVICE void hidden_layers_forward(const Call& c, const Tile<T>& tile, in
 //   x, ids       : c.parts, each row read once
 //   weights      : as PackWeights leaves them; read rows / kR times, through L2
 //   logits       : (rows, experts), each element written once, by one thread: deterministic
-//   grid         : as many blocks as the device runs at a time; block b computes tiles b, b + blocks, ...
+//   grid         : the blocks that the device runs at a time; block b computes tiles b, b + blocks,
+//                  b + 2 blocks, ...
 //   shared memory: the inputs of two layers, (kR, padded columns) each; see smem_layout
 template <class T, int kR>
 struct Forward {

@@ -23,8 +23,8 @@ MASKMOE_DEVICE void add_loss_sums(const LogitTile& cells, int experts) {
   });
 }
 
-// The weight of every expert (section 3.3.2) into `weight`, its weighted loss into `complement`, the
-// gradient of its logit (eq. 4, eq. 7) into `logit`.
+// The weight of every expert (section 3.3.2) into `weight`, its weighted loss into `complement`,
+// the gradient of its logit (eq. 4, eq. 7) into `logit`.
 template <int kR>
 MASKMOE_DEVICE void gem_objective(const Call& c, const LogitTile& cells) {
   const GemObjective& gem = c.gem;

@@ -58,8 +58,8 @@ MASKMOE_DEVICE void store_sum(Float4* to, const PerLane<Accumulator>& sum,
 }
 
 // The gradient of a strip's weight blocks: columns of inputs times columns of units, over kR rows.
-// Sums of earlier tiles are loaded kAhead blocks before they are needed. prefetch(): called once the
-// first loads are on their way.
+// Sums of earlier tiles are loaded kAhead blocks before they are needed. prefetch(): called once
+// the first loads are on their way.
 template <class T, int kR, class F>
 MASKMOE_DEVICE void grad_strip(const Call& c, const GradientStrip& strip, const T* inputs,
                                int in_stride, const T* units, int out_stride,

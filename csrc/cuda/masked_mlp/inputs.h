@@ -27,8 +27,8 @@ inline bool float32_products_are_tf32() {
   StableIValue answer{};
   STD_TORCH_CHECK(
       torch_call_dispatcher("maskmoe::single_products", "", &answer, TORCH_ABI_VERSION) == 0,
-      "maskmoe: torch.get_float32_matmul_precision() fails, as it does where TF32 was set in torch's "
-      "old way and its new one; call torch.set_float32_matmul_precision and nothing else");
+      "maskmoe: torch.get_float32_matmul_precision() fails, as it does where TF32 was set in "
+      "torch's old way and its new one; call torch.set_float32_matmul_precision and nothing else");
   return torch::stable::detail::to<bool>(answer);
 }
 

@@ -114,7 +114,8 @@ class Launcher {
   template <template <class, int> class Kernel, class T>
   int64_t num_blocks() const {
     int64_t blocks = 0;
-    with_kernel<Kernel, T>([&](auto kernel) { blocks = blocks_of<typename decltype(kernel)::type>(); });
+    with_kernel<Kernel, T>(
+        [&](auto kernel) { blocks = blocks_of<typename decltype(kernel)::type>(); });
     return blocks;
   }
 

@@ -5,8 +5,9 @@
 
 namespace maskmoe::fused {
 
-// Writes alpha and the experts' shares, equal shares where all alphas are 0; leaves what each expert
-// adds to the prediction in `logit`. Threads walk (rows, experts) as it lies in memory.
+// Writes alpha and the experts' shares, equal shares where all alphas are 0; leaves what each
+// expert adds to the prediction in `logit`. Neighbouring threads write neighbouring elements of
+// (rows, experts).
 template <int kR>
 MASKMOE_DEVICE void store_shares(const Call& c, const LogitTile& cells, int64_t first) {
   const int experts = c.plan.experts;
@@ -24,9 +25,10 @@ MASKMOE_DEVICE void store_shares(const Call& c, const LogitTile& cells, int64_t 
 }
 
 //   x, ids, weights: as for Forward
-//   probability  : (rows,); alpha, share: (rows, experts); float32. Each element is written once, by
-//                  one thread, after sums in a fixed order: deterministic
-//   grid         : as many blocks as the device runs at a time; block b computes tiles b, b + blocks, ...
+//   probability  : (rows,) float32; alpha, share: (rows, experts) float32. Each element is written
+//                  once, by one thread, after sums in a fixed order: deterministic
+//   grid         : the blocks that the device runs at a time; block b computes tiles b, b + blocks,
+//                  b + 2 blocks, ...
 //   shared memory: the inputs of two layers and a LogitTile; see smem_layout
 template <class T, int kR>
 struct Mix {

@@ -150,7 +150,8 @@ class GemStep {
 
   // A first sweep, for the sums that divide. Where the input has a gradient, which adds up experts
   // with different divisors, a second sweep always follows, and only that computes gradients.
-  // Elsewhere the second sweep runs only if a sum is so small that it must divide the weights first.
+  // Elsewhere the second sweep runs only if a sum is so small that it must divide the weights
+  // first.
   void sweep_for_sums() {
     Call first = call_;
     first.need_grad_inputs = false;

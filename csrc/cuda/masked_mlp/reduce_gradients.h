@@ -26,7 +26,7 @@ MASKMOE_DEVICE Sum sum_in_order(const float* column, int64_t step, int64_t begin
 //   sums         : (num_sums, sums_size) float32
 //   weights      : of each layer, T, as the layout packs them; biases: likewise
 //   grid         : grid_size(warps * sums_size); a block computes 32 values at a time, one a lane,
-//                  and each warp adds an eighth of num_sums: few values still keep many threads busy
+//                  and each warp adds an eighth of num_sums, so that few values use many threads
 //   shared memory: (warps, 32) float32
 // A value is added up by eight threads and then by one, in a fixed order: deterministic.
 template <class T>

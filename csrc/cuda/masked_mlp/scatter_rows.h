@@ -1,7 +1,7 @@
 // The gradient of an embedding table: for each row, the sum over the samples that read it.
 //
-// Small tables (ScatterRows, ScatterSum): a block owns a span of table rows and reads a slice of the
-// samples; the slices' sums are added in order. Large tables (ScatterSorted), where every block
+// Small tables (ScatterRows, ScatterSum): a block owns a span of table rows and reads a slice of
+// the samples; the slices' sums are added in order. Large tables (ScatterSorted), where every block
 // would have to read all ids: the ids come sorted, and a warp adds up the samples of one id. A sum
 // has one thread, which adds samples in order; there are no atomics: deterministic.
 #pragma once

@@ -119,21 +119,24 @@ MASKMOE_DEVICE void grad_strip(const Call& c, const GradientStrip& strip, const 
 template <class T, int kR>
 MASKMOE_DEVICE void grad_weights(const Call& c, const Tile<T>& tile, int layer,
                                  const GradientSums& sums) {
+  const T* inputs = tile.inputs(c, layer);
+  const T* units = tile.inputs(c, layer + 1);
+  const int in_stride = c.smem.stride[layer], out_stride = c.smem.stride[layer + 1];
   const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(Pass::kGradient, layer, true);
   each_warp([&](int warp) {
     for (int n = bounds[warp]; n < bounds[warp + 1]; ++n) {
       const GradientStrip strip = c.plan.strips[c.plan.schedule[n]];
       auto prefetch_next = [&] {
-        if (sums.empty || n + 1 >= bounds[warp + 1]) return;
-        const GradientStrip next = c.plan.strips[c.plan.schedule[n + 1]];
-        const int64_t first = int64_t{kBlockSize} * next.block;
-        if (first < sums.first_shared) {
-          prefetch_l2(sums.in_global + first, 4 * kBlockSize * next.blocks);
+        if (!sums.empty && n + 1 < bounds[warp + 1]) {
+          const GradientStrip next = c.plan.strips[c.plan.schedule[n + 1]];
+          const int64_t first = int64_t{kBlockSize} * next.block;
+          if (first < sums.first_shared) {
+            prefetch_l2(sums.in_global + first, 4 * kBlockSize * next.blocks);
+          }
         }
       };
-      grad_strip<T, kR>(c, strip, tile.inputs(c, layer), c.smem.stride[layer],
-                        tile.inputs(c, layer + 1) + strip.chunk * kChunk, c.smem.stride[layer + 1],
-                        sums, prefetch_next);
+      grad_strip<T, kR>(c, strip, inputs, in_stride, units + strip.chunk * kChunk, out_stride, sums,
+                        prefetch_next);
     }
   });
 }

@@ -151,8 +151,9 @@ MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* f
           chunk = run.first, left = run.count;
         }
         multiply_chunk<T, kFragments>(from, stride, chunk, right[m], acc);
-        const int ahead = n + kAhead;
-        if (ahead < product.blocks) Mma<T>::load_weights(right[m], blocks + ahead * kBlockSize);
+        if (n + kAhead < product.blocks) {
+          Mma<T>::load_weights(right[m], blocks + (n + kAhead) * kBlockSize);
+        }
         ++chunk, --left;
       }
     }

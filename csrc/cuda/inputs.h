@@ -7,7 +7,9 @@
 #include <string>
 #include <vector>
 
-#include "checks.h"
+#include "common/checks.h"
+#include "common/mlp_inputs.h"
+#include "common/serialized_layout.h"
 #include "cuda/numbers.h"
 
 namespace maskmoe::fused {

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "../plan.h"
+#include "common/layout.h"
 
 namespace maskmoe::fused {
 

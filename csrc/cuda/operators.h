@@ -256,7 +256,7 @@ class Operator {
       }
       placed = std::make_shared<const Placed<Machine>>(encoded, sizes);
     }
-    Kept dropped;  // freed after the lock; see plan.cpp
+    Kept dropped;  // freed after the lock; see cpu/plan_cache.cpp
     const std::lock_guard<std::mutex> lock(mutex);
     std::vector<Kept>& all = known[key];
     if (all.size() >= kMostPlans) {  // never the last that has its tables

@@ -1,7 +1,7 @@
 // Activations and their gradients over an instruction-set policy `I` (simd_avx512.h, simd_avx2.h).
 //
 // Single precision, branch-free. Nothing here calls the standard library, and every function is a
-// template over `I`, so no symbol compiled for one instruction set can replace that of another's.
+// template over `I`, so no symbol compiled for one instruction set can replace that of another.
 // Coefficients are minimax fits in float64, then rounded to float one by one with the rest
 // refitted; each says its interval and its error before arithmetic rounds anything.
 #pragma once

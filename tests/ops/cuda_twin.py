@@ -23,7 +23,10 @@ from maskmoe_kernels.testing.oracle import dense_algebra
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
-SOURCES = ("plan.cpp", "cuda/network.cpp", "cuda/room.cpp", "cuda/twin.cc")
+SOURCES = (
+    "common/layout.cpp", "common/serialized_layout.cpp", "cuda/network.cpp", "cuda/room.cpp",
+    "cuda/twin.cc",
+)  # fmt: skip
 SHARED = 227 * 1024  # bytes a block may have on an H200
 
 
@@ -46,7 +49,7 @@ def obstacle():
         return f"no {call[0]} to compile the twin with"
     if not CSRC.is_dir():
         return f"no sources in {CSRC}: the suite runs against an installed wheel"
-    sources = sorted([*CSRC.glob("plan.*"), *CSRC.glob("*.h"), *(CSRC / "cuda").iterdir()])
+    sources = sorted([*(CSRC / "common").iterdir(), *(CSRC / "cuda").iterdir()])
     key = hashlib.sha256(repr((call, torch.__version__)).encode())
     for source in sources:
         key.update(source.read_bytes())

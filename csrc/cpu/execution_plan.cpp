@@ -43,7 +43,7 @@ Direction forward_of(const Layout& l, const std::vector<int64_t>* slots) {
   return d;
 }
 
-// Its inputs are the outputs of the forward, in the slots that those have.
+// Its inputs are the outputs of the forward, in their slots.
 Direction backward_of(const Layout& l, const Panels& forward) {
   Direction d{l.col_sizes, l.col_offsets, l.row_sizes, l.row_offsets, {}, {}, {}, {}, false,
               &forward.slots};
@@ -120,11 +120,11 @@ class Builder {
     out_.panels.push_back(panel);
   }
 
-  // Inputs [first, first + length) for the lanes in `mask`, as one segment with the last if both
-  // lie side by side.
+  // Adds inputs [first, first + length) for the lanes in `mask`; neighbours of the last segment
+  // are added to it.
   void add_segment(const Panel& panel, int64_t first, int64_t length, uint32_t mask) {
     if (d_.slots != nullptr) {
-      // Pieces of neighbouring slots.
+      // One segment for each run of neighbouring slots.
       const std::vector<int64_t>& slots = *d_.slots;
       for (int64_t end = first + length; first < end;) {
         int64_t n = 1;

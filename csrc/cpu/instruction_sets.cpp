@@ -11,7 +11,8 @@
 namespace maskmoe {
 namespace {
 
-// AMX: the processor has the tiles, the system keeps them across switches, and lets us use them.
+// Can AMX run? The processor must have it, the system must save its registers at context switches,
+// and this process needs a permission.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(MASKMOE_EMULATE_AMX)
   return true;
@@ -23,7 +24,7 @@ namespace {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBf16 | kTile)) return false;
   unsigned low, high;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  // Once for all threads, those that come later included.
+  // One permission covers all threads, later ones included.
   return !(~low & kState) && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
 #else
   return false;
@@ -33,8 +34,8 @@ namespace {
 struct Choice {
   const Kernels* kernels[8] = {};
   const char* names[9] = {};
-  // AMX runs where it is named only: its kernels are tested on emulated tiles, and have yet to meet
-  // real ones.
+  // AMX runs only where it is named: its kernels are tested on emulated tiles, not on a processor
+  // that has them.
   const Kernels* best = nullptr;
   const Kernels* chosen = nullptr;
   Choice() {

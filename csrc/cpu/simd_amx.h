@@ -17,8 +17,8 @@ constexpr int64_t kTileFloats = kTileRows * kTileBytes / 4;  // of a whole tile
 // Assembly, not _tile_*: those paste their arguments, so a register cannot be a template's, and
 // GCC's loads do not tell the compiler that they read memory.
 struct Tiles {
-  // Every register 16 by 64. Each thread has a configuration of its own, and it costs to keep one
-  // across a context switch: configure before the first tile of a task, release after the last.
+  // Every register 16 by 64. Each thread has a configuration of its own, and having one makes
+  // context switches slower: configure before the first tile of a task, release after the last.
   static void configure() {
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -62,7 +62,7 @@ struct Tiles {
     uint8_t bytes[16][64];
   };
 
-  // What the processor refuses, this refuses, too.
+  // Traps where the processor would raise a fault.
   static void configure() {
     if (configured()) __builtin_trap();
     for (int t = 0; t < 8; ++t) tile(t) = Tile{};

@@ -21,8 +21,8 @@ inline Dtype checked_dtype(const Checks& checks, const Tensor& t, const char* na
   }
   STD_TORCH_CHECK(false, checks.named(name, n), " is ",
                   torch::headeronly::toString(t.scalar_type()),
-                  "; the CPU kernels take float32, bfloat16 and float16. Convert it, or choose another "
-                  "backend: backend='torch'");
+                  "; the CPU kernels take float32, bfloat16 and float16. Convert it, or choose "
+                  "another backend: backend='torch'");
 }
 
 // An empty tensor of `like`'s dtype, or of another.

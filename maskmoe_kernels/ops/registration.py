@@ -1,8 +1,9 @@
 """Registered ops: schemas, implementations, fakes and FLOP formulas.
 
 ``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
-registers its own for the CPU, which refuse what they cannot run, and on CUDA it is ``triton_linear``.
-Elsewhere it is ``grouped_linear``, the PyTorch fallback. Both can also be called by name.
+registers its own for the CPU, which refuse what they cannot run, and on CUDA it is
+``triton_linear``. Elsewhere it is ``grouped_linear``, the PyTorch fallback. Both can also be called
+by name.
 
 ``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
 a process that never built the layout. ``saved`` is the pre-activation for activations whose

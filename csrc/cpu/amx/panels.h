@@ -1,4 +1,4 @@
-// What a panel sees, and its weights, as the tile instructions of AMX want them.
+// The inputs and weights of a panel in the form that the tile instructions of AMX read.
 //
 // Rows lie in lines of 32 slots, two vectors of lanes long: 16 rows of a line are one tile. A panel
 // sees `pieces`: halves of lines, of which it may see a part. Two pieces make a step. Weights are
@@ -14,7 +14,8 @@
 
 namespace maskmoe::amx {
 
-// Under a name of its own: what is compiled here for AMX stands in for nothing compiled elsewhere.
+// A type of its own: the linker must not take what is compiled here for AMX in place of what
+// another file compiled for AVX-512.
 struct Isa : avx512::Isa {};
 
 using E = Elements<Isa>;
@@ -37,7 +38,7 @@ struct Piece {
   uint32_t seen;
 };
 
-// Goes through the pieces of a panel. Inputs lie in ascending order, in a piece, too.
+// Iterates over the pieces of a panel. Inputs lie in ascending order, within a piece too.
 struct Pieces {
   const Segment *segment, *end;
   int64_t done = 0;  // of the segment
@@ -134,7 +135,7 @@ inline void pack_run(float* tile, const uint16_t* from, const Copy& copy, int64_
         add_bits(tile + row / 2 * L, row % 2 ? _mm512_slli_epi32(wide, 16) : wide);
       }
     } else {
-      // Inputs lie side by side: pairs are words already. Masked, nothing else is read.
+      // Inputs lie side by side, so pairs are words already. The mask keeps all others unread.
       const auto seen = static_cast<__mmask16>(lowest(count) << slot);
       __m512i rows[L];
       for (int64_t n = 0; n < L; ++n) {

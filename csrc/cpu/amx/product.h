@@ -1,8 +1,8 @@
 // Sums of 16 rows by 16 lanes, 32 inputs a step.
 //
-// Where the two pieces of a step are the halves of a line and seen as a whole, the tile is read
-// where it lies; else what is seen is copied between zeros: what is not seen must not be
-// multiplied, not even by zero.
+// Where the two pieces of a step are the halves of a line and all of both is seen, the tile is read
+// in place. Otherwise the inputs that are seen are copied and zeros put in place of the others: an
+// input that is not seen must not be multiplied, not even by zero.
 #pragma once
 
 #include "cpu/amx/panels.h"
@@ -56,7 +56,7 @@ inline void round_lines(float* to, const float* from, int64_t line, int64_t coun
   }
 }
 
-// And back.
+// The reverse of round_lines.
 inline void widen_lines(float* to, const float* from, int64_t line, int64_t count, int64_t rows) {
   for (int64_t n = 0; n < count; ++n, to += line) {
     const uint16_t* at = half(from, line, n);
@@ -64,7 +64,8 @@ inline void widen_lines(float* to, const float* from, int64_t line, int64_t coun
   }
 }
 
-// 16 rows of a step between zeros. `x`: the tile of lines, at the first row.
+// Copies 16 rows of a step, with zeros in place of what is not seen. `x`: the tile of lines, at the
+// first row.
 inline void copy_seen(float* to, const float* x, int64_t line, const Piece& a, const Piece& b) {
   const uint16_t *low = half(x, line, a.index), *high = half(x, line, b.index);
   const auto in_low = static_cast<__mmask16>(a.seen), in_high = static_cast<__mmask16>(b.seen);
@@ -195,7 +196,7 @@ inline int64_t multiply_scratch(const Needs& needs) {
 }
 
 // All panels on `rows` rows, from tiles of lines and of floats. `to(panel, row, rows, sums)` takes
-// what rows from `row` on have, 32 floats each.
+// the results of the rows from `row` on, 32 floats each.
 template <class To>
 void multiply(const PanelsView& view, const float* x, const float* floats, int64_t line,
               const float* buffer, const float* bias, const To& to, int64_t rows,

@@ -15,8 +15,8 @@ inline __m256i load_half(const uint16_t* slots) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(slots));
 }
 
-// x, every 32 rows of 16 slots as a tile: its rows are slots, its columns rows of x. Where there
-// is no row there are zeros, for the weights' sums go down the rows.
+// x, every 32 rows of 16 slots as a tile: its rows are slots, its columns rows of x. After the last
+// row there are zeros, because the sums go over all 32 rows.
 inline void transpose_lines(float* to, const float* x, int64_t line, int64_t count, int64_t rows) {
   for (int64_t n = 0; n < count; ++n) {
     const uint16_t* from = half(x, line, n);
@@ -106,8 +106,8 @@ float* end_sums(const Piece& piece, float* to, int64_t vectors, bool add,
   return to;
 }
 
-// Rows and columns of a dot product do not mix: slots and lanes that do not see each other are
-// computed as well, shared panels included, and never read.
+// Each sum of a dot product depends on its row and its column alone. Sums for slots and lanes that
+// do not see each other are computed as well, in shared panels too, and never read.
 inline void weight_sums(const PanelsView& view, const float* x, const float* g, int64_t rows,
                         float* grad_buffer, bool add, float* scratch) {
   const int64_t blocks = (rows + kBlock - 1) / kBlock, line = blocks * kTileFloats;

@@ -39,7 +39,7 @@ struct Elements {
     return load_as<D>(padded, 0);
   }
 
-  // `run` is a lambda over a dtype known to the compiler.
+  // Calls `run` with the dtype as a template argument.
   template <class F>
   static void with_dtype(Dtype dtype, const F& run) {
     switch (dtype) {
@@ -102,7 +102,7 @@ struct Elements {
     return static_cast<char*>(m.data) + row * m.stride * size;
   }
 
-  // Can results be written where the matrix has them?
+  // Can a kernel write float32 results straight to the matrix?
   static bool in_place(const Matrix& m) {
     return m.dtype == Dtype::kFloat32 && m.order == nullptr;
   }

@@ -23,9 +23,10 @@ struct LineTile {
     return n % 256 == 0 ? n + L : n;
   }
 
-  static constexpr int64_t kTogether = 8;  // rows that are copied side by side
+  static constexpr int64_t kTogether = 8;  // rows that are copied at a time
 
-  // What is at `column` of rows [row, row + rows), to one line of a tile; zeros after `count`.
+  // Copies `count` columns from `column` on, of rows [row, row + rows), to one line of a tile;
+  // zeros after them. `then(values, row)` is what is stored.
   template <Dtype D, class F>
   static void load_line(float* to, const Matrix& m, int64_t row, int64_t rows, int64_t column,
                         int64_t count, const F& then) {
@@ -39,7 +40,7 @@ struct LineTile {
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
-        // These columns of the rows after these.
+        // The same columns of the next rows.
         __builtin_prefetch(from + kTogether * step + column * (D == Dtype::kFloat32 ? 4 : 2));
         I::store(to, then(E::template load_as<D>(from, column), r));
       }
@@ -62,7 +63,7 @@ struct LineTile {
     });
   }
 
-  // Zeros in the rows of a tile that `mask` leaves out: what does not count may hold anything.
+  // Zeros in the rows of a tile that `mask` leaves out: such rows may hold anything, NaN included.
   static void clear_rows(float* tile, int64_t line, int64_t lines, const uint8_t* mask,
                          int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
@@ -71,7 +72,7 @@ struct LineTile {
     }
   }
 
-  // Rows of a tile of results that cannot be written in place.
+  // Floats from row to row of results that cannot be written in place.
   static int64_t row_stride(int64_t features) {
     const int64_t n = E::round_up(features, 16);
     return n % 128 == 0 ? n + 16 : n;

@@ -31,7 +31,7 @@ struct PackedWeights {
             E::load(at + k * width, from + k * copy.input_step, dtype, nullptr, copy.lanes);
           }
         } else {
-          float line[64];  // where lanes lie apart, inputs lie side by side
+          float line[64];  // where lanes lie apart, inputs are neighbours
           for (int64_t lane = 0; lane < copy.lanes; ++lane) {
             const uint16_t* from =
                 static_cast<const uint16_t*>(weight) + copy.packed + lane * copy.lane_step;

@@ -29,7 +29,7 @@ struct PanelProduct {
     int64_t y_stride;
     int64_t y_second;  // from the first vector of lanes to the second
     int32_t lanes;
-    bool whole;  // vectors are stored whole, lanes without an output being zero
+    bool whole;  // vectors are stored whole; lanes without an output hold zeros
     Activation activation;  // none, relu or leaky_relu
     const float* saved;     // where given, results are multiplied by the derivative that the
     Activation derivative;  // activation had there: relu or leaky_relu
@@ -85,7 +85,7 @@ struct PanelProduct {
     M last = I::mask(~0u >> (32 - (t.lanes - (N - 1) * L)));
     begin_sums(sum, t, last);
     const float* w = t.weight;
-    // Copies: the compiler must believe that a store could change what `t` refers to.
+    // Copies: the compiler must assume that a store can change what `t` refers to.
     const int64_t w_stride = t.weight_stride, y_stride = t.y_stride, line = t.line;
     const int64_t second = N == 2 ? t.y_second : 0;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
@@ -99,7 +99,7 @@ struct PanelProduct {
         left -= steps;
         const float* next = base + line + k * L;
         for (const float* end = x + steps; x != end; ++x, w += w_stride, next += L) {
-          if constexpr (N == 2) {  // large blocks: the next line's rows, and weights to come
+          if constexpr (N == 2) {  // large blocks: prefetch the next line's rows and weights
             __builtin_prefetch(next);
             __builtin_prefetch(w + kAhead * w_stride);
             __builtin_prefetch(w + kAhead * w_stride + L);
@@ -144,7 +144,7 @@ struct PanelProduct {
       }
     }
     if (t.whole) return;  // a tile stays in the cache
-    // The next tile's rows, which the machine does not foresee.
+    // The next tile's rows, which the hardware does not prefetch.
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r, y += y_stride) {
       __builtin_prefetch(y, 1);
@@ -189,8 +189,8 @@ struct PanelProduct {
   };
   static constexpr Products table{};
 
-  // `size` > 0 things in the fewest parts of at most `most`, all nearly equal. A division takes as
-  // long as a small tile, so there is one cut for many of them.
+  // Cuts `size` > 0 rows into the fewest parts of at most `most` rows, all nearly equal. A division
+  // takes as long as a small tile, so one cut serves all panels.
   struct Cut {
     uint32_t count, each, longer;  // the first `longer` parts have one more
     Cut(int64_t size, uint32_t most)

@@ -46,11 +46,11 @@ struct WeightSums {
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) sum[k][v] = I::zero();
     }
-    constexpr int kUnrolled = 4 / N;  // the loop itself would cost a tenth and more
+    constexpr int kUnrolled = 4 / N;  // the loop control would cost 10 % and more
     const float* x = s.x;
     const float* g = s.g;
     int64_t left = s.rows;
-    if (N == 2 && s.add) {  // large sums, which are needed when the rows are through
+    if (N == 2 && s.add) {  // large sums, which are read after the last row
 #pragma GCC unroll 16
       for (int input = 0; input < K; ++input) {
         __builtin_prefetch(s.to + input * s.to_stride, 1);
@@ -111,7 +111,7 @@ struct WeightSums {
       for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
         int64_t slot = view.segments[n].first;
         for (int64_t left = view.segments[n].length; left > 0;) {
-          // As far as the line goes, in nearly equal parts: without a division, as in Cut.
+          // To the end of the line, in nearly equal parts: as Cut, without a division.
           const int64_t here = E::min(left, L - slot % L);
           const int64_t inputs = here <= most ? here : here <= 2 * most ? (here + 1) / 2 : most;
           sums.x = x + slot / L * line + slot % L;
@@ -132,7 +132,8 @@ struct WeightSums {
       for (int64_t n = 0; n < panel.lanes; n += L, g += line) {
         const int64_t count = E::min(L, panel.lanes - n);
         const M stored = I::mask(~0u >> (32 - count));
-        V part[4] = {I::zero(), I::zero(), I::zero(), I::zero()};  // one would wait for itself
+        // Four sums: a single one would wait for each addition.
+        V part[4] = {I::zero(), I::zero(), I::zero(), I::zero()};
         int64_t r = 0;
         for (; r + 4 <= rows; r += 4) {
 #pragma GCC unroll 4

@@ -26,10 +26,10 @@ struct MlpHead {
     return n.gem == nullptr ? 0 : 6 * L * n.gem->selection.experts;
   }
 
-  // Before the first tile of a thread.
+  // Before a thread's first tile.
   static void begin(const Mlp& n, const Buffers& at, const GemSums& totals) {
     if (n.gem == nullptr) return;
-    // Lanes without an expert are computed on, and dropped: on values, not on what lay here.
+    // Lanes without an expert are computed too, and dropped; they must not hold old memory.
     const int64_t size = n.layers[n.depth - 1].panels.lines * at.line;
     for (int64_t k = 0; k < size; k += L) I::store(at.grads + k, I::zero());
     if (n.done > 0) return;
@@ -54,14 +54,14 @@ struct MlpHead {
     return n.unit_grads == nullptr ? nullptr : n.unit_grads + tile * n.units_stride;
   }
 
-  // From a tile to there, in lines.
+  // Copies the units' gradients from a tile to there.
   static void keep_units(const Mlp& n, const float* from, float* to, int64_t line, int64_t rows) {
     for (int64_t k = 0; k < n.layers[0].panels.lines; ++k, from += line, to += line) {
       for (int64_t at = 0; at < rows * L; at += L) I::store(to + at, I::load(from + at));
     }
   }
 
-  // And back to a tile, times the factors.
+  // Copies them back to a tile, times their factors.
   static void scale_units(const Mlp& n, const float* from, float* to, int64_t line, int64_t rows) {
     for (int64_t k = 0; k < n.layers[0].panels.lines; ++k, from += line, to += line) {
       const V scale = I::load(n.unit_scale + k * L);
@@ -168,8 +168,8 @@ struct MlpHead {
     }
   }
 
-  // Of L rows: what each expert weighs, and 1 - g in `rest`. `also` gets each expert's logits,
-  // those of them that are known (not NaN), and their odds, those of 0 for the others.
+  // For L rows: each expert's weight in `own`, and 1 - g in `rest`. `also` gets each expert's
+  // logits, which of them are known (not NaN), and their odds; unknown ones have the odds of 0.
   template <class F>
   static void select(const Selection& of, const Buffers& at, int64_t row, int64_t count, float* own,
                      float* rest, const F& also) {

@@ -2,8 +2,8 @@
 // layers, its loss, and back, while its activations stay in the cache.
 //
 // Activations lie in tiles of lines, as panels leave them; the next layer's segments count in their
-// slots. A chain of gradients stays within one expert, for only blocks on the diagonal route one,
-// but nothing here depends on that: what routes a gradient is in the transposed panels.
+// slots. Gradients usually stay within one expert, where only blocks on the diagonal route one, but
+// nothing here depends on that: the transposed panels hold the blocks that route a gradient.
 #pragma once
 
 #include "cpu/masked_linear/line_tile.h"
@@ -23,7 +23,7 @@ struct MaskedMlp {
   using V = typename I::V;
   static constexpr int L = I::kLanes;
 
-  // Where things of a tile lie; each in floats from the start of scratch or `saved`.
+  // Offsets of a tile's arrays, in floats from the start of scratch or `saved`.
   struct Places {
     int64_t line, total = 0, kept = 0;
     int64_t x, stage, logits, grads[2], head;
@@ -114,7 +114,7 @@ struct MaskedMlp {
     }
   };
 
-  static constexpr int64_t kAhead = 8;  // rows of tables lie anywhere: ask for them in time
+  static constexpr int64_t kAhead = 8;  // rows of tables are scattered: prefetch them
 
   static void prefetch(const char* from, int64_t bytes) {
     for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch(from + n);

@@ -1,9 +1,9 @@
 // masked_linear and its backward: tensors in, tensors out.
 
-#include "cpu/chain_of_call.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/masked_linear/masked_linear.h"
 #include "cpu/ops.h"
+#include "cpu/plan_lookup.h"
 #include "cpu/tensors.h"
 
 namespace maskmoe {

@@ -1,6 +1,6 @@
 #include "cpu/masked_mlp/arguments.h"
 
-#include "cpu/chain_of_call.h"
+#include "cpu/plan_lookup.h"
 
 namespace maskmoe {
 

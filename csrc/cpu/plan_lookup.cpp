@@ -1,4 +1,4 @@
-#include "cpu/chain_of_call.h"
+#include "cpu/plan_lookup.h"
 
 #include <array>
 #include <span>

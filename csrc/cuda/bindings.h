@@ -2,30 +2,14 @@
 // maskmoe_kernels/ops.
 #pragma once
 
-#include <array>
 #include <optional>
 #include <tuple>
 
+#include "common/names.h"
+#include "common/text.h"
 #include "cuda/masked_mlp/operators.h"
 
 namespace maskmoe::fused {
-
-inline Activation activation_named(const Text& name) {
-  constexpr std::array names{"none", "relu", "leaky_relu", "gelu", "tanh", "silu"};
-  return named_of<Activation>(names, name, "activation");
-}
-inline Confidence confidence_named(const Text& name) {
-  constexpr std::array names{"abs", "square", "smooth", "rare"};
-  return named_of<Confidence>(names, name, "confidence");
-}
-inline Weighting weighting_named(const Text& name) {
-  constexpr std::array names{"deselection", "selection"};
-  return named_of<Weighting>(names, name, "weighting");
-}
-inline Normalization normalization_named(const Text& name) {
-  constexpr std::array names{"none", "sample", "expert", "batch"};
-  return named_of<Normalization>(names, name, "normalization");
-}
 
 template <class Device>
 struct Bindings {

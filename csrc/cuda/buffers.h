@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "common/checks.h"
 #include "cuda/execution_plan.h"
 
 namespace maskmoe::fused {

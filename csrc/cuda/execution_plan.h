@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "plan.h"
+#include "common/layout.h"
 
 namespace maskmoe::fused {
 

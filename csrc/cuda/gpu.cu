@@ -2,7 +2,7 @@
 
 #include <dlfcn.h>
 
-#include "checks.h"
+#include "common/checks.h"
 
 namespace maskmoe::fused {
 

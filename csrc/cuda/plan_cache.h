@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/serialized_layout.h"
 #include "cuda/buffers.h"
 #include "cuda/execution_plan.h"
 
@@ -48,7 +49,7 @@ class PlanCache {
     static PlanCache& cache = *new PlanCache;  // never destroyed: at exit torch may be gone before
     const Integers key = key_of(device, request);
     const std::vector<Encoded> addresses = addresses_of(request.serialized);
-    if (Plan found = cache.find(key, [&](const Entry& e) { return e.is_from(addresses); })) {
+    if (Plan found = cache.find(key, [&](const Entry& e) { return e.addresses == addresses; })) {
       return found;
     }
     Contents contents;
@@ -72,13 +73,6 @@ class PlanCache {
     Tensors serialized;
     Contents contents;
     Plan plan;
-
-    bool is_from(const std::vector<Encoded>& others) const {
-      return std::equal(addresses.begin(), addresses.end(), others.begin(), others.end(),
-                        [](const Encoded& a, const Encoded& b) {
-                          return a.values == b.values && a.count == b.count;
-                        });
-    }
   };
 
   static Integers key_of(const Device& device, const PlanRequest& request) {

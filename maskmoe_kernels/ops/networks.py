@@ -7,7 +7,7 @@ then the input alone is read, and gradients alone are written.
 The input of a network is made of *parts*, side by side: ``p >= 0`` is a row of ``tables[p]``, the
 one that ``ids[p]`` names; ``p < 0`` are the next ``-p`` columns of ``x``.
 
-``masked_mlp`` without kernels is ``layered_mlp``, layer after layer by ``masked_linear``;
+``masked_mlp`` without kernels is ``layered_mlp``, layer after layer by the fastest op that runs it;
 ``masked_mlp_gem`` and ``masked_mlp_mixture`` have kernels or are not called: see :func:`obstacle`.
 """
 
@@ -33,7 +33,7 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.plan import layout_of, plan_of
 from maskmoe_kernels.ops.autograd import BACKWARD, FORWARD, differentiable_once
 from maskmoe_kernels.ops.checks import PLAIN, check_count, check_parts, refuse_sharded
-from maskmoe_kernels.ops.functional import autocast
+from maskmoe_kernels.ops.functional import OP_OF, autocast
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
 _INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
@@ -112,6 +112,11 @@ def _summed(grad: Tensor, ids: Tensor, count: int) -> Tensor:
     return grad.new_zeros(count, flat.shape[1]).index_add_(0, ids.reshape(-1), flat)
 
 
+def _linear_op(x: Tensor, layout: BlockLayout) -> str:
+    """The op that runs a layer: the C++ kernels refuse some dtypes and layouts."""
+    return OP_OF[choice.choose(None, x, layout)]
+
+
 def _through(
     h: Tensor,
     weights: Sequence[Tensor],
@@ -125,9 +130,10 @@ def _through(
     last = len(layouts) - 1
     for k, (weight, plan, layout) in enumerate(zip(weights, plans, layouts, strict=True)):
         act = "none" if k == last else activation
-        y, z = FORWARD["masked_linear"](
-            outputs[-1], weight, biases[k] if biases else None, plan, layout,
-            layout_of(layout, plan).out_features, act, True,
+        of = layout_of(layout, plan)
+        y, z = FORWARD[_linear_op(outputs[-1], of)](
+            outputs[-1], weight, biases[k] if biases else None, plan, layout, of.out_features, act,
+            True,
         )  # fmt: skip
         outputs.append(y)
         saved.append(z if act in NEEDS_INPUT or act == "none" else y)
@@ -177,7 +183,8 @@ def _layered_backward(
     grad, last = grad_logits, len(layouts) - 1
     grads: list[tuple[Tensor, Tensor]] = []
     for k in reversed(range(len(layouts))):
-        grad, *of_layer = BACKWARD["masked_linear"](
+        op = _linear_op(outputs[k], layout_of(layouts[k], plans[k]))
+        grad, *of_layer = BACKWARD[op](
             grad, outputs[k], weights[k], before[k], plans[k], layouts[k],
             "none" if k == last else activation, k > 0 or need_x or need_tables, need_weights,
             need_weights and bool(biases),

@@ -1,8 +1,9 @@
 """Registered ops: schemas, implementations, fakes and FLOP formulas.
 
 ``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
-registers its own for the CPU, and on CUDA it is ``triton_linear``. Elsewhere, and for what kernels
-do not take, it is ``grouped_linear``, the PyTorch fallback. Both can also be called by name.
+registers its own for the CPU, which refuse what they cannot run, and on CUDA it is
+``triton_linear``. Elsewhere it is ``grouped_linear``, the PyTorch fallback. Both can also be called
+by name.
 
 ``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
 a process that never built the layout. ``saved`` is the pre-activation for activations whose
@@ -41,11 +42,12 @@ for _name in OPS:
     _LIBRARY.define(_name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.define(_name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
 
-# What the kernels ask before they compile a layout that they have not met.
-_LIBRARY.define("plan_obstacle(Tensor plan, int layout) -> str")
+# The C++ kernels call it before they plan the execution of a layout that they have not met. It
+# returns the error: the dispatcher would lose the message of an exception.
+_LIBRARY.define("check_serialized_layout(Tensor plan, int layout) -> str")
 
 
-def _plan_obstacle(plan: Tensor, layout: int) -> str:
+def _check_serialized_layout(plan: Tensor, layout: int) -> str:
     try:
         layout_of(layout, plan)
     except LayoutError as error:
@@ -181,7 +183,7 @@ def _rows(x: Tensor) -> int:
 _GROUPED = _Implementation(lambda x: grouped)
 _TRITON = _Implementation(_triton)
 
-_LIBRARY.impl("plan_obstacle", _plan_obstacle, "CompositeExplicitAutograd")
+_LIBRARY.impl("check_serialized_layout", _check_serialized_layout, "CompositeExplicitAutograd")
 for _name in OPS:
     _way = _TRITON if _name == "triton_linear" else _GROUPED
     _LIBRARY.impl(_name, _way.forward, "CompositeExplicitAutograd")

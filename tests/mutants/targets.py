@@ -77,21 +77,27 @@ INTERPRETED = {"maskmoe_kernels/ops/objectives.py"}
 
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {
-    "csrc/cpu/masked_mlp.h": _NETWORKS,
-    "csrc/cpu/network_loss.h": _NETWORKS,
-    "csrc/cpu/networks.cpp": [*_NETWORKS, *_TRUST],
-    "csrc/cpu/sharing.h": [_LINEAR[0], *_NATIVE, *_NETWORKS],
+    "csrc/cpu/masked_mlp/*ops.cpp": [*_TRUST, *_NETWORKS],
+    "csrc/cpu/masked_mlp/arguments*": [*_TRUST, *_NETWORKS],
+    "csrc/cpu/masked_mlp/*.h": _NETWORKS,
+    "csrc/cpu/masked_mlp/*.cpp": [*_NETWORKS, *_TRUST],
+    "csrc/cpu/parallel.h": [_LINEAR[0], *_NATIVE, *_NETWORKS],
+    "csrc/cpu/gradient_sums.h": [_LINEAR[0], *_NATIVE, *_NETWORKS],
     "csrc/cpu/confidence.h": [
         "tests/models/test_mlp.py",
         "tests/ops/test_networks.py",
         "tests/ops/test_network_range.py",
     ],
-    "csrc/checks.h": [*_TRUST, "tests/ops/test_networks.py", _OPS[1]],
-    "csrc/networks.cpp": [*_TRUST, *_NETWORKS],
-    "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
-    "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
-    "csrc/registration.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
-    "csrc/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_NETWORKS, _OPS[1]],
+    "csrc/common/checks.h": [*_TRUST, "tests/ops/test_networks.py", _OPS[1]],
+    "csrc/common/mlp_inputs.h": [*_TRUST, "tests/ops/test_networks.py", _OPS[1]],
+    "csrc/common/*layout.*": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
+    "csrc/common/names.cpp": [*_TRUST, _OPS[0], *_NETWORKS],
+    "csrc/cpu/plan_lookup.cpp": [*_TRUST, _OPS[0], *_NATIVE, *_NETWORKS, _OPS[1]],
+    "csrc/cpu/*plan*": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_NETWORKS, _LIFETIMES],
+    "csrc/cpu/masked_linear/ops.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
+    "csrc/cpu/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_NETWORKS, _OPS[1]],
+    "csrc/cpu/amx/*": [_OPS[0], *_NATIVE, _NEEDS, *_NETWORKS],
+    "csrc/cpu/masked_linear/*": [_OPS[0], *_NATIVE, _NEEDS, *_NETWORKS],
     "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_NETWORKS],
 }
 #: Which C++ files need an instruction set, by pattern.

@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 TORCH = Path(torch.__file__).parent
 SOURCES = (
-    "plan.cpp",
+    "common/layout.cpp",
+    "common/names.cpp",
+    "common/serialized_layout.cpp",
     "cuda/execution_plan.cpp",
     "cuda/smem_layout.cpp",
     "cuda/host_emulator.cc",
@@ -46,8 +48,7 @@ def unsupported_reason():
         return f"no {call[0]} to compile the host emulator with"
     if not CSRC.is_dir():
         return f"no sources in {CSRC}: the suite runs against an installed wheel"
-    folders = [path for path in CSRC.iterdir() if path.is_dir() and path.name != "cpu"]
-    sources = [*CSRC.iterdir(), *(path for folder in folders for path in folder.rglob("*"))]
+    sources = [path for name in ("common", "cuda") for path in (CSRC / name).rglob("*")]
     key = hashlib.sha256(repr((call, torch.__version__)).encode())
     for source in sorted(filter(Path.is_file, sources)):
         key.update(source.read_bytes())

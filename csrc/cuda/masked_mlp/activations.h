@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/names.h"
+#include "common/names.h"
 #include "cuda/thread_block.h"
 
 namespace maskmoe::fused {

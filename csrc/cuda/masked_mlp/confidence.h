@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cuda/names.h"
+#include "common/names.h"
 #include "cuda/number_types.h"
 
 namespace maskmoe::fused {

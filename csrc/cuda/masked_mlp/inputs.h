@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "common/mlp_inputs.h"
 #include "cuda/masked_mlp/arguments.h"
 #include "cuda/plan_cache.h"
 

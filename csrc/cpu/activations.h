@@ -1,14 +1,14 @@
 // Activations and their gradients over an instruction-set policy `I` (simd_avx512.h, simd_avx2.h).
 //
 // Single precision, branch-free. Nothing here calls the standard library, and every function is a
-// template over `I`, so no symbol compiled for one instruction set can stand in for another's.
+// template over `I`, so no symbol compiled for one instruction set can replace that of another.
 // Coefficients are minimax fits in float64, then rounded to float one by one with the rest
 // refitted; each says its interval and its error before arithmetic rounds anything.
 #pragma once
 
-namespace maskmoe {
+#include "common/names.h"
 
-enum class Activation : int { kNone, kRelu, kLeakyRelu, kGelu, kTanh, kSilu };
+namespace maskmoe {
 
 // c0 + c1 x + c2 x^2 + ...
 template <class I>
@@ -136,7 +136,7 @@ inline typename I::V gelu(typename I::V z) {
 }
 
 template <class I>
-inline typename I::V gelu_slope(typename I::V z) {
+inline typename I::V gelu_dact(typename I::V z) {
   // |z|, but NaN for the infinities, as torch's inf * 0.
   auto a = I::min(I::set(kGeluTail), I::fma(z, I::zero(), absolute<I>(z)));
   // s = 0.3989 + P / Q on [0, 14.5]: relative error 2^-26.7. What a0 loses as a float matters
@@ -163,7 +163,7 @@ inline typename I::V sigmoid_divisor(typename I::V z) {
 
 // sig (1 + z (1 - sig)); NaN at the infinities, as in torch.
 template <class I>
-inline typename I::V silu_slope(typename I::V z) {
+inline typename I::V silu_dact(typename I::V z) {
   const auto one = I::set(1.0f);
   auto sig = I::div(one, sigmoid_divisor<I>(z));
   return I::mul(sig, I::fma(z, I::sub(one, sig), one));
@@ -199,12 +199,12 @@ inline typename I::V activation_grad(typename I::V grad_y, typename I::V saved) 
     auto positive = I::greater(saved, I::zero());
     return I::select(positive, grad_y, I::mul(grad_y, I::set(0.01f)));
   } else if constexpr (A == Activation::kGelu) {
-    return I::mul(grad_y, gelu_slope<I>(saved));
+    return I::mul(grad_y, gelu_dact<I>(saved));
   } else if constexpr (A == Activation::kTanh) {
     auto minus = I::xor_bits(saved, I::set(-0.0f));
     return I::mul(grad_y, I::fma(minus, saved, I::set(1.0f)));
   } else if constexpr (A == Activation::kSilu) {
-    return I::mul(grad_y, silu_slope<I>(saved));
+    return I::mul(grad_y, silu_dact<I>(saved));
   } else {
     return grad_y;
   }

@@ -1,15 +1,14 @@
 // Confidences over an instruction-set policy `I`, from the logit: g and 1 - g (section 3.3.1), and
 // what cross-entropy needs.
 //
-// Everything follows from e = exp(-2|z|): 1 - tanh|z| = 2e / (1 + e) does not cancel, so 1 - g keeps
-// its digits at saturation and a product over omega(i) needs no logarithm.
+// Everything follows from e = exp(-2|z|): 1 - tanh|z| = 2e / (1 + e) does not cancel, so 1 - g
+// keeps its digits at saturation and a product over omega(i) needs no logarithm.
 #pragma once
 
-#include "activations.h"
+#include "common/names.h"
+#include "cpu/activations.h"
 
 namespace maskmoe {
-
-enum class Confidence : int { kAbs, kSquare, kSmooth, kRare };
 
 // 2 atanh(w) for |w| <= 1/3: the first term left out is below 1e-9 of the sum.
 template <class I>
@@ -70,10 +69,10 @@ inline Confident<I> confidence(Confidence name, typename I::V z, const Odds<I>& 
     // threshold only.
     auto q = absolute<I>(I::sub(odds.p, I::set(0.3f)));
     auto cube = I::mul(I::mul(q, q), q);
-    auto below = I::add(one, cube);
-    g = I::mul(I::div(I::mul(q, cube), below), I::set(1.343f / 0.2401f));
+    auto divisor = I::add(one, cube);
+    g = I::mul(I::div(I::mul(q, cube), divisor), I::set(1.343f / 0.2401f));
     auto factor = polynomial<I>(q, 0.343f, 0.49f, 0.7f, 1.343f);
-    auto far = I::div(I::mul(odds.rest, factor), I::mul(below, I::set(0.2401f)));
+    auto far = I::div(I::mul(odds.rest, factor), I::mul(divisor, I::set(0.2401f)));
     rest = I::select(I::greater(I::set(0.5f), g), I::sub(one, g), far);
   } else {
     auto a = absolute<I>(z), u = I::mul(a, a);
@@ -89,10 +88,10 @@ inline Confident<I> confidence(Confidence name, typename I::V z, const Odds<I>& 
       g = I::mul(t, t);
       rest = I::mul(rest, I::add(one, t));
     } else {
-      auto square = I::mul(t, t), cube = I::mul(square, t), below = I::add(one, cube);
-      g = I::div(I::mul(I::add(cube, cube), t), below);
+      auto square = I::mul(t, t), cube = I::mul(square, t), divisor = I::add(one, cube);
+      g = I::div(I::mul(I::add(cube, cube), t), divisor);
       auto ratio = I::add(I::add(one, t), I::add(square, I::add(cube, cube)));
-      rest = I::mul(rest, I::div(ratio, below));
+      rest = I::mul(rest, I::div(ratio, divisor));
     }
   }
   return {I::min(g, one), I::min(rest, one)};

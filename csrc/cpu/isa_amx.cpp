@@ -1,6 +1,6 @@
 // bfloat16 on AMX. Everything else uses AVX-512.
-#include "amx_linear.h"
-#include "amx_mlp.h"
+#include "cpu/amx/masked_linear.h"
+#include "cpu/amx/masked_mlp.h"
 
 namespace maskmoe {
 
@@ -13,17 +13,17 @@ constexpr const char* kName = "amx";
 const Kernels kAmx = {kName,
                       amx::L,
                       amx::pack,
-                      amx::Float::unpack,
+                      amx::FloatWeights::unpack,
                       amx::forward_scratch,
                       amx::forward,
                       amx::backward_scratch,
                       amx::backward,
-                      amx::Float::add,
-                      amx::Float::load,
-                      amx::Float::store,
-                      amx::MLP::saved,
-                      amx::MLP::units,
-                      amx::MLP::scratch,
-                      amx::MLP::run};
+                      amx::E::add,
+                      amx::E::load,
+                      amx::E::store,
+                      amx::MaskedMlp::saved,
+                      amx::MaskedMlp::units,
+                      amx::MaskedMlp::scratch,
+                      amx::MaskedMlp::run};
 
 }  // namespace maskmoe

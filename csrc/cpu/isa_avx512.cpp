@@ -1,5 +1,5 @@
-#include "masked_mlp.h"
-#include "simd_avx512.h"
+#include "cpu/kernel_table.h"
+#include "cpu/simd_avx512.h"
 
 namespace maskmoe {
 const Kernels kAvx512 = kernels_of<avx512::Isa>("avx512");

@@ -1,12 +1,12 @@
-// What the driver and the code compiled for one instruction set agree on: plain structures only,
-// so that no inline function of a library is ever compiled for more than the baseline.
+// What the code compiled for one instruction set and the code that calls it agree on: plain
+// structures only, so that no inline function of a library is ever compiled for more than the
+// baseline.
 #pragma once
 
 #include <cstdint>
 
-#include "../plan.h"
-#include "activations.h"
-#include "confidence.h"
+#include "common/names.h"
+#include "cpu/panels.h"
 
 namespace maskmoe {
 
@@ -22,14 +22,6 @@ struct Matrix {
   const int64_t* order;
 };
 
-struct PanelsView {
-  const Panel* panels;
-  int64_t count;
-  int64_t lines;
-  const Segment* segments;
-  const Copy* copies;
-};
-
 // y = act(W x + b) on rows of one batch.
 struct Forward {
   PanelsView panels;
@@ -43,23 +35,24 @@ struct Forward {
 };
 
 // All gradients on rows of one batch. Weight gradients are written to `grad_weight` (panels at
-// `in_place` and beyond, packed order) and `grad_buffer` (all others), bias gradients in block order.
+// `in_place` and beyond, packed order) and `grad_buffer` (all others), bias gradients in block
+// order.
 struct Backward {
-  PanelsView panels, turned;  // turned: lanes are features, inputs are units
+  PanelsView panels, transposed;  // transposed: lanes are features, inputs are units
   Matrix grad_y, saved, x, grad_x;  // grad_x.data null: not wanted
-  const float* turned_buffer;
+  const float* transposed_buffer;
   Place in_place;
   bool need_weight, need_bias;
   Activation activation;
   int64_t tile_rows;
 };
 
-// --- Networks: layers one after the other on a tile of rows ------------------------------------
+// --- masked_mlp: layers one after the other on a tile of rows ---------------------------------
 
-struct NetworkLayer {
-  PanelsView panels, turned;
-  const float *weight, *buffer, *turned_buffer;  // as in Forward and Backward
-  const float* bias;                             // float32 in block order, or null
+struct MlpLayer {
+  PanelsView panels, transposed;
+  const float *weight, *buffer, *transposed_buffer;  // as in Forward and Backward
+  const float* bias;                                 // float32 in block order, or null
 };
 
 // Columns of the input: those of a matrix, or the row of a table that `ids` names.
@@ -73,9 +66,10 @@ struct Part {
 // How much each of H experts answers for a sample, from the logits (section 3.3.2).
 struct Selection {
   int64_t experts;
-  const int64_t* slots;               // of each logit, in the last layer's tile
-  const int64_t *inside, *inside_at;  // expert i's strict subsets: inside[inside_at[i] .. [i + 1])
-  const uint8_t* larger;              // has expert i a strict superset?
+  const int64_t* slots;         // of each logit, in the last layer's tile
+  // Strict subsets of expert i: subsets[subsets_at[i] .. subsets_at[i + 1]).
+  const int64_t *subsets, *subsets_at;
+  const uint8_t* has_superset;  // has expert i a strict superset?
   Confidence confidence;
   float sharpness;
   bool own;  // with the expert's own confidence: selection; else deselection
@@ -94,7 +88,7 @@ struct Gem {
 // The prediction and its attribution (eq. 1): (rows,), and (rows, experts) twice.
 struct Mixture {
   Selection selection;
-  float *probability, *alpha, *share;
+  float *probability, *alpha, *attribution;
 };
 
 // Sums over the rows of one thread, one entry an expert: of w BCE, and of w.
@@ -107,8 +101,8 @@ struct LayerSums {
   float *weight, *buffer, *bias;
 };
 
-struct Network {
-  const NetworkLayer* layers;
+struct Mlp {
+  const MlpLayer* layers;
   int64_t depth;
   Activation activation;  // of all layers but the last
   Place in_place;
@@ -117,11 +111,11 @@ struct Network {
   int64_t num_parts, in_features;
   const int64_t* in_order;  // feature at each position of the block order, or null
   int64_t rows, tile_rows;
-  int64_t done;           // rows of earlier calls: sums go on, and `grad_inputs` begins behind them
+  int64_t done;           // rows of earlier calls: sums go on, and `grad_inputs` begins after them
   const uint8_t* mask;    // which samples count; null: all
   float* saved;           // activations of all tiles, (tiles, saved_stride); null: not kept
   int64_t saved_stride;
-  float* unit_grads;      // of the first layer's units, of all tiles, (tiles, units_stride); or null
+  float* unit_grads;      // of the first layer's units, (tiles, units_stride); null: not kept
   int64_t units_stride;
   const float* unit_scale;  // factor of each of their slots: only `grad_inputs` are made, from them
   bool forward;           // else the activations are those in `saved`
@@ -155,12 +149,12 @@ struct Kernels {
   void (*load)(float* to, const void* from, Dtype, const int64_t* order, int64_t count);
   void (*store)(void* to, Dtype, const int64_t* order, const float* from, int64_t count);
   // Floats of a tile in `saved` and in `unit_grads`.
-  int64_t (*network_saved)(const Network&);
-  int64_t (*network_units)(const Network&);
-  int64_t (*network_scratch)(const Network&);
+  int64_t (*mlp_saved)(const Mlp&);
+  int64_t (*mlp_units)(const Mlp&);
+  int64_t (*mlp_scratch)(const Mlp&);
   // Tiles [begin, end) through all layers, and back if asked for; `sums` has a layer each.
-  void (*network)(const Network&, int64_t begin, int64_t end, const LayerSums* sums,
-                  const GemSums& gem, float* scratch);
+  void (*mlp)(const Mlp&, int64_t begin, int64_t end, const LayerSums* sums, const GemSums& gem,
+              float* scratch);
 };
 
 extern const Kernels kAvx2;

@@ -1,7 +1,7 @@
 """Do the tensors of a call fit its layouts? For the front ends, and for ops called by name.
 
 Shapes, dtypes and devices, which cost no look at a tensor's values. The C++ kernels check theirs in
-``csrc/checks.h``.
+``csrc/common/checks.h``.
 """
 
 from __future__ import annotations

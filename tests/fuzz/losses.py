@@ -10,7 +10,7 @@ from tests.fuzz.definition import SMALLEST
 
 CONFIDENCES = ("abs", "abs", "square", "smooth", "rare")
 NORMALIZE = (None, "sample", "expert", "expert", "batch")
-# Gradients wait to be divided by sums that are as large: kMayWait of csrc/cpu/networks.cpp.
+# Gradients wait to be divided by sums that are as large: kLeastSum of csrc/cpu/masked_mlp/gem.cpp.
 MAY_WAIT = 2.0**-63
 WEIGHTINGS = {"selection": selection, "deselection": deselection}
 

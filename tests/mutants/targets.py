@@ -147,21 +147,27 @@ INTERPRETED = {
 
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {
-    "csrc/cpu/masked_mlp.h": _MLP,
-    "csrc/cpu/network_loss.h": _MLP,
-    "csrc/cpu/networks.cpp": [*_MLP, *_TRUST],
-    "csrc/cpu/sharing.h": [_LINEAR[0], *_NATIVE, *_MLP],
+    "csrc/cpu/masked_mlp/*ops.cpp": [*_TRUST, *_MLP],
+    "csrc/cpu/masked_mlp/arguments*": [*_TRUST, *_MLP],
+    "csrc/cpu/masked_mlp/*.h": _MLP,
+    "csrc/cpu/masked_mlp/*.cpp": [*_MLP, *_TRUST],
+    "csrc/cpu/parallel.h": [_LINEAR[0], *_NATIVE, *_MLP],
+    "csrc/cpu/gradient_sums.h": [_LINEAR[0], *_NATIVE, *_MLP],
     "csrc/cpu/confidence.h": [
         "tests/models/test_mlp.py",
         "tests/ops/masked_mlp/test_masked_mlp.py",
         "tests/ops/masked_mlp/test_range.py",
     ],
-    "csrc/checks.h": [*_TRUST, "tests/ops/masked_mlp/test_masked_mlp.py", _OPS[1]],
-    "csrc/networks.cpp": [*_TRUST, *_MLP],
-    "csrc/plan.cpp": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
-    "csrc/plan.h": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
-    "csrc/registration.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
-    "csrc/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
+    "csrc/common/checks.h": [*_TRUST, "tests/ops/masked_mlp/test_masked_mlp.py", _OPS[1]],
+    "csrc/common/mlp_inputs.h": [*_TRUST, "tests/ops/masked_mlp/test_masked_mlp.py", _OPS[1]],
+    "csrc/common/*layout.*": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
+    "csrc/common/names.cpp": [*_TRUST, _OPS[0], *_MLP],
+    "csrc/cpu/plan_lookup.cpp": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
+    "csrc/cpu/*plan*": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
+    "csrc/cpu/masked_linear/ops.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
+    "csrc/cpu/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
+    "csrc/cpu/amx/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
+    "csrc/cpu/masked_linear/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
     "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
 }
 #: Which C++ files need an instruction set, by pattern.

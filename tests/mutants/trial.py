@@ -93,7 +93,7 @@ def build(chosen: dict[int, Mutant]) -> tuple[Path, set[int]]:
             mine = [(n, each) for n, each in left.items() if each.file == file]
             text = path.read_text()
             texts[file] = cpp_operators.switched(text, mine) if mine else text
-        texts["csrc/mutants.cpp"] = cpp_operators.DEFINITION
+        texts["csrc/common/mutants.cpp"] = cpp_operators.DEFINITION
         _write(tree, texts)
         done = subprocess.run(
             [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "."],

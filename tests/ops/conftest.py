@@ -15,9 +15,9 @@ def _threads_and_isa_stay():
 
 
 @pytest.fixture
-def usual_machine():
-    """The host twin runs on the machine that it stands for; the next test starts afresh."""
-    from tests.ops.cuda_twin import configure  # which compiles the twin
+def default_device():
+    """The host emulator with the settings of the GPU it stands for; the next test starts afresh."""
+    from tests.ops.host_emulator import configure  # which compiles the emulator
 
     configure()
     yield

@@ -1,4 +1,4 @@
-"""Networks that the fused kernels are tested on, and what holds for all of them."""
+"""MLPs that the fused kernels are tested on, and what holds for all of them."""
 
 import itertools
 from dataclasses import replace
@@ -7,7 +7,8 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.testing.oracle import dense_algebra
-from tests.ops.cuda_twin import configure, draw, hold
+from tests.ops.cuda_mlps import assert_close_to_reference, draw
+from tests.ops.host_emulator import configure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "gelu", "tanh", "silu")
@@ -48,7 +49,7 @@ def permuted():
     return mk.BlockLayout(plain.row_sizes, plain.col_sizes, plain.present, col_order=order)
 
 
-NETWORKS = {
+MLPS = {
     "toy": lambda rows, *a, **k: draw(TOY, [16, 16], rows, *a, **k),
     "ragged": lambda rows, *a, **k: draw(PRIOR, [[5, 16, 17, 40, 1], 16], rows, *a, **k),
     "chain": lambda rows, *a, **k: draw(CHAIN, [33, [1, 2, 3], 16], rows, *a, **k),
@@ -71,10 +72,10 @@ NETWORKS = {
 
 
 def away_from_kinks(net):
-    """The same network in float32 without rows that have a unit too near to a kink of relu.
+    """The same MLP in float32 without rows that have a unit too near to a kink of relu.
 
-    There the sign is luck, and it changes all of a row's gradient; such rows become copies of one
-    that has none. In 16 bits the bounds are wider than that.
+    There rounding decides the sign, which changes all of a row's gradient. Such rows are replaced
+    by copies of one that has no such unit. In 16 bits the bounds are wide enough for them.
     """
     if net.activation not in ("relu", "leaky_relu") or net.weights[0].dtype != torch.float32:
         return net
@@ -117,11 +118,13 @@ def check(net, rows):
     exact = net.to(torch.float64)
     magnitude, magnitudes = net.magnitudes(cotangent)
     layers, kinked = len(net.layouts), net.activation in ("relu", "leaky_relu")
-    hold("logits", net.forward(), net.dense(), exact.dense(), magnitude, layers, False)
+    assert_close_to_reference(
+        "logits", net.forward(), net.dense(), exact.dense(), magnitude, layers, False
+    )
     ours = net.backward(cotangent)
     plain, reference = net.dense_backward(cotangent), exact.dense_backward(cotangent.double())
     for what in zip(names(net), ours, plain, reference, magnitudes, strict=True):
-        hold(*what, layers, kinked)
+        assert_close_to_reference(*what, layers, kinked)
 
 
 def targets(rows, seed=2):
@@ -144,12 +147,12 @@ def check_gem(net, target, **options):
     eps = torch.finfo(net.weights[0].dtype).eps
     allowed = 2 * (plain_loss.double() - reference).abs() + 32 * eps * reference.abs() + 1e-7
     assert (loss.double() - reference).abs() <= allowed, (loss, reference)
-    for name, ours, theirs, truth in zip(names(net), grads, plain, exact, strict=True):
+    for name, ours, theirs, expected in zip(names(net), grads, plain, exact, strict=True):
         norm = torch.linalg.vector_norm
-        assert ours.shape == truth.shape
+        assert ours.shape == expected.shape
         assert ours.dtype == torch.float32
-        bound = 2 * norm(theirs.double() - truth) + 32 * eps * norm(truth) + 1e-12
-        assert norm(ours.double() - truth) <= bound, (name, options)
+        bound = 2 * norm(theirs.double() - expected) + 32 * eps * norm(expected) + 1e-12
+        assert norm(ours.double() - expected) <= bound, (name, options)
 
 
 def check_mixture(net, confidence="abs", sharpness=1.0):
@@ -186,7 +189,7 @@ def check_order(net, rows):
     """The same bits twice, and with threads from last to first."""
     configure(blocks=1)
     expected, again = everything(net, rows), everything(net, rows)
-    configure(blocks=1, backwards=True)
+    configure(blocks=1, reverse=True)
     for a, b, c in zip(expected, again, everything(net, rows), strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)

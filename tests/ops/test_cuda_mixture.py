@@ -1,4 +1,4 @@
-"""Prediction and attribution by the kernels for the GPU, run by their twin on the host."""
+"""Prediction and attribution by the CUDA kernels, run by the host emulator."""
 
 import itertools
 
@@ -14,46 +14,47 @@ from maskmoe_kernels.layout import chain
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.masked_mlp import api
 from maskmoe_kernels.testing import strategies
-from tests.ops import cuda_twin
+from tests.ops import host_emulator
 from tests.ops.cuda_cases import (
     ACTIVATIONS,
     CONFIDENCES,
     DTYPES,
     MANY,
-    NETWORKS,
+    MLPS,
     POWER,
     PRIOR,
     check_mixture,
     check_own_logits,
 )
-from tests.ops.cuda_twin import configure, draw
+from tests.ops.cuda_mlps import draw
+from tests.ops.host_emulator import configure
 
-REASON = cuda_twin.obstacle()
+REASON = host_emulator.unsupported_reason()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.usefixtures("usual_machine"),
+    pytest.mark.usefixtures("default_device"),
 ]
 SHARPNESS = (0.7, 1.0, 2.5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network(name, dtype):
-    number = list(NETWORKS).index(name)
-    net = NETWORKS[name](130, ACTIVATIONS[number % len(ACTIVATIONS)], dtype)
-    for processors in (1, 1000):
-        configure(processors=processors)
+@pytest.mark.parametrize("name", MLPS)
+def test_every_mlp(name, dtype):
+    number = list(MLPS).index(name)
+    net = MLPS[name](130, ACTIVATIONS[number % len(ACTIVATIONS)], dtype)
+    for multiprocessors in (1, 1000):
+        configure(multiprocessors=multiprocessors)
         check_mixture(net, CONFIDENCES[number % 4], SHARPNESS[number % 3])
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 33, (3, 0), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_rows(rows, dtype):
-    check_mixture(NETWORKS["ncf"](rows, "gelu", dtype), "rare")
+    check_mixture(MLPS["ncf"](rows, "gelu", dtype), "rare")
 
 
 @given(strategies.families(max_experts=8), st.data())
-def test_drawn_networks(family, data):
+def test_drawn_mlps(family, data):
     widths = st.lists(
         st.sampled_from([1, 2, 7, 16, 17]),
         min_size=family.num_experts,
@@ -88,7 +89,7 @@ def test_the_mixture_of_its_own_logits(confidence, sharpness, shift):
 @pytest.mark.parametrize("sharpness", SHARPNESS)
 @pytest.mark.parametrize("confidence", ["abs", "square", "smooth"])
 def test_where_nobody_is_confident_all_count_alike(confidence, sharpness):
-    net = NETWORKS["eight"](20, "relu")
+    net = MLPS["eight"](20, "relu")
     net = net.with_leaves([net.x, *(torch.zeros_like(leaf) for leaf in net.leaves[1:])])
     probability, alpha, share = net.mixture(confidence, sharpness)
     assert torch.equal(probability, torch.full((20,), 0.5))
@@ -129,10 +130,12 @@ def test_a_probability_is_at_most_one():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_same_bits_however_rows_are_cut(dtype):
-    net = NETWORKS["permuted"](150, "gelu", dtype)
+    net = MLPS["permuted"](150, "gelu", dtype)
     expected = net.mixture("smooth", 2.5)
-    for blocks, processors, backwards in itertools.product((1, 3, 100), (1, 1000), (False, True)):
-        configure(blocks, processors, backwards=backwards)
+    for blocks, multiprocessors, reverse in itertools.product(
+        (1, 3, 100), (1, 1000), (False, True)
+    ):
+        configure(blocks, multiprocessors, reverse=reverse)
         for a, b in zip(net.mixture("smooth", 2.5), expected, strict=True):
             assert torch.equal(a, b)
 
@@ -142,7 +145,8 @@ def test_the_same_bits_however_rows_are_cut(dtype):
 
 def test_predicts_with_these_kernels(monkeypatch):
     """And what does not fit is refused before a launch."""
-    monkeypatch.setattr(api, "MIXTURE", torch.ops.maskmoe_twin.masked_mlp_mixture.default)
+    emulated = torch.ops.maskmoe_host_emulator.masked_mlp_mixture.default
+    monkeypatch.setattr(api, "MIXTURE", emulated)
     torch.manual_seed(0)
     net = mk.InterpretableMLP(POWER, [16, 5], backend="native")
     x = torch.randn(4, 9, POWER.in_features)

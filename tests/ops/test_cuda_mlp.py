@@ -1,7 +1,8 @@
-"""The kernels of the fused networks for the GPU, run by their twin on the host."""
+"""The CUDA kernels of fused MLPs, run by the host emulator."""
 
 import itertools
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.testing import strategies
-from tests.ops import cuda_twin
+from tests.ops import host_emulator
 from tests.ops.cuda_cases import (
     ACTIVATIONS,
     CONFIDENCES,
     DTYPES,
-    NETWORKS,
+    MLPS,
     NORMALIZE,
     POWER,
     TOY,
@@ -31,47 +32,48 @@ from tests.ops.cuda_cases import (
     names,
     targets,
 )
-from tests.ops.cuda_twin import configure, draw
+from tests.ops.cuda_mlps import draw
+from tests.ops.host_emulator import configure
 
-REASON = cuda_twin.obstacle()
+REASON = host_emulator.unsupported_reason()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.usefixtures("usual_machine"),
+    pytest.mark.usefixtures("default_device"),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network(name, dtype):
-    activation = ACTIVATIONS[list(NETWORKS).index(name) % len(ACTIVATIONS)]
-    check(NETWORKS[name](130, activation, dtype), 130)
+@pytest.mark.parametrize("name", MLPS)
+def test_every_mlp(name, dtype):
+    activation = ACTIVATIONS[list(MLPS).index(name) % len(ACTIVATIONS)]
+    check(MLPS[name](130, activation, dtype), 130)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation(activation, dtype):
-    check(NETWORKS["ragged"](70, activation, dtype, seed=3), 70)
+    check(MLPS["ragged"](70, activation, dtype, seed=3), 70)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 15, 16, 17, 63, 64, 65, 200, (3, 0), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_number_of_rows(rows, dtype):
-    check(NETWORKS["ncf"](rows, "gelu", dtype), rows)
+    check(MLPS["ncf"](rows, "gelu", dtype), rows)
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 100])
-@pytest.mark.parametrize("processors", [1, 1000])
-def test_every_number_of_blocks_and_height_of_tiles(blocks, processors):
+@pytest.mark.parametrize("multiprocessors", [1, 1000])
+def test_every_number_of_blocks_and_height_of_tiles(blocks, multiprocessors):
     """Rows have the same bits however they are cut; sums over rows differ by rounding."""
-    net = NETWORKS["powerset"](300, "tanh")
+    net = MLPS["powerset"](300, "tanh")
     expected = net.forward()
-    configure(blocks, processors)
+    configure(blocks, multiprocessors)
     assert torch.equal(net.forward(), expected)
     check(net, 300)
 
 
 @given(strategies.families(max_experts=8), st.data())
-def test_drawn_networks(family, data):
+def test_drawn_mlps(family, data):
     widths = st.lists(
         st.sampled_from([1, 2, 7, 15, 16, 17, 40]),
         min_size=family.num_experts,
@@ -90,22 +92,22 @@ def test_drawn_networks(family, data):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_order_of_threads_does_not_matter(name, dtype):
     """Between barriers no thread waits for another: last to first gives the same bits."""
-    check_order(NETWORKS[name](150, "gelu", dtype), 150)
+    check_order(MLPS[name](150, "gelu", dtype), 150)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["toy", "eight"])
 def test_it_does_not_matter_what_stays_in_shared_memory(name, dtype):
     """No partial gradient, those of biases, some blocks' or all: the same bits."""
-    net = NETWORKS[name](150, "relu", dtype)
+    net = MLPS[name](150, "relu", dtype)
     target, _ = targets(150)
-    configure(processors=1000, shared=512)
+    configure(multiprocessors=1000, shared=512)
     with pytest.raises(RuntimeError, match="bytes of shared memory") as refusal:
         net.gem(target)
     least = int(re.search(r"needs (\d+) bytes", str(refusal.value))[1])
     found = []
-    for more in [*range(0, 40_000, 4000), cuda_twin.SHARED - least]:
-        configure(processors=1000, shared=least + more)
+    for more in [*range(0, 40_000, 4000), host_emulator.SHARED - least]:
+        configure(multiprocessors=1000, shared=least + more)
         found.append(net.gem(target)[1])
     for grads in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], grads, strict=True))
@@ -113,7 +115,7 @@ def test_it_does_not_matter_what_stays_in_shared_memory(name, dtype):
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
 def test_only_what_is_needed(needs):
-    net = NETWORKS["ncf"](70, "silu")
+    net = MLPS["ncf"](70, "silu")
     cotangent = cotangent_of(net, 70)
     everything = net.backward(cotangent)
     wanted = [needs[0]] + [needs[1]] * 4 + [needs[2]] * 6
@@ -127,8 +129,8 @@ def test_only_what_is_needed(needs):
 
 
 def test_x_as_it_lies():
-    """A slice of a wider matrix, a turned one, and one of higher dimension."""
-    net = NETWORKS["powerset"](64, "relu")
+    """A slice of a wider matrix, a transposed one, and one of higher dimension."""
+    net = MLPS["powerset"](64, "relu")
     expected = net.forward()
     wide = torch.full((64, 50), torch.nan)
     wide[:, 9 : 9 + 34] = net.x
@@ -143,7 +145,7 @@ def test_x_as_it_lies():
 
 def test_rows_that_lie_far_apart(tmp_path):
     """Row 2 of x begins beyond element 2^31 (of a file with holes: nothing is that large)."""
-    net = NETWORKS["toy"](3, "relu", torch.float16)
+    net = MLPS["toy"](3, "relu", torch.float16)
     step = 2**30 + 2**29
     file = np.memmap(tmp_path / "x", dtype=np.float16, mode="w+", shape=(2 * step + 5,))
     x = torch.from_numpy(file).as_strided((3, 5), (step, 1))
@@ -155,7 +157,7 @@ def test_rows_that_lie_far_apart(tmp_path):
         assert torch.equal(a, b)
 
 
-# --- Laws ----------------------------------------------------------------------------------
+# --- Invariants ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fill", [torch.nan, -torch.inf, 3e4])
@@ -163,14 +165,14 @@ def test_rows_that_lie_far_apart(tmp_path):
 @pytest.mark.parametrize("name", ["ragged", "eight", "no hidden"])
 def test_unseen_values_reach_nobody(name, dtype, fill):
     """Forward, backward and objective keep their bits where a group is not seen."""
-    configure(processors=1000)
-    check_blind(NETWORKS[name](18, "tanh", dtype), 18, fill)
+    configure(multiprocessors=1000)
+    check_blind(MLPS[name](18, "tanh", dtype), 18, fill)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_an_expert_moves_its_own_parameters_only(activation, dtype):
-    check_isolated(NETWORKS["powerset"](70, activation, dtype), 70)
+    check_isolated(MLPS["powerset"](70, activation, dtype), 70)
 
 
 def test_padding_stays_zero_beside_infinities():
@@ -227,10 +229,10 @@ def test_tables_of_every_size(dtype):
 
 
 def test_ids_beyond_a_table_read_nothing():
-    net = NETWORKS["ncf"](20, "relu")
+    net = MLPS["ncf"](20, "relu")
     ids = [i.clone() for i in net.ids]
     ids[2][3], ids[2][5] = 40, -1
-    wrong = cuda_twin.replace(net, ids=ids)
+    wrong = replace(net, ids=ids)
     logits, expected = wrong.forward(), net.forward()
     rows = torch.zeros(20, dtype=torch.bool)
     rows[[3, 5]] = True
@@ -248,7 +250,7 @@ def test_ids_beyond_a_table_write_nothing():
     ids = [i.clone() for i in net.ids]
     for n, rows in enumerate((9, 70000)):
         ids[n][[3, 5, 7]] = torch.tensor([rows, -1, 10**12])
-    ours = cuda_twin.replace(net, ids=ids).backward(cotangent)
+    ours = replace(net, ids=ids).backward(cotangent)
     expected = net.backward(cotangent.index_fill(0, torch.tensor([3, 5, 7]), 0))
     for a, b in zip(ours[:2], expected[:2], strict=True):
         assert torch.equal(a, b)
@@ -261,7 +263,7 @@ def test_ids_beyond_a_table_write_nothing():
 @pytest.mark.parametrize("weighting", ["selection", "deselection"])
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_every_objective(confidence, weighting, normalize):
-    configure(processors=1000)
+    configure(multiprocessors=1000)
     net = draw(POWER, [16], 40, "tanh")
     target, mask = targets(40)
     options = {"confidence": confidence, "weighting": weighting, "normalize": normalize}
@@ -270,9 +272,9 @@ def test_every_objective(confidence, weighting, normalize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_the_objective_of_every_network(name, dtype):
-    net = NETWORKS[name](70, "silu", dtype)
+@pytest.mark.parametrize("name", MLPS)
+def test_the_objective_of_every_mlp(name, dtype):
+    net = MLPS[name](70, "silu", dtype)
     target, mask = targets(70)
     check_gem(net, target, mask=mask, normalize="sample")
     check_gem(net, target, normalize="expert", weighting="deselection")
@@ -282,7 +284,7 @@ def test_the_objective_of_every_network(name, dtype):
 @pytest.mark.parametrize("name", ["ragged", "ncf"])
 def test_one_phase_or_two(name, normalize):
     """Without the input's gradient the scale comes last; the same gradients."""
-    net = NETWORKS[name](150, "gelu")
+    net = MLPS[name](150, "gelu")
     target, mask = targets(150)
     loss, everything = net.gem(target, mask, normalize=normalize)
     alone, grads = net.gem(target, mask, normalize=normalize, needs=(False, False, True))
@@ -296,12 +298,12 @@ def test_one_phase_or_two(name, normalize):
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_samples_that_do_not_count_reach_nothing(normalize):
-    net = NETWORKS["ncf"](90, "tanh")
+    net = MLPS["ncf"](90, "tanh")
     target, mask = targets(90)
     x, spoiled = net.x.clone(), target.clone()
     x[~mask], spoiled[~mask] = torch.nan, torch.inf
     ids = [i.masked_fill(~mask, 10**12) for i in net.ids]
-    other = cuda_twin.replace(net.with_leaves([x, *net.leaves[1:]]), ids=ids)
+    other = replace(net.with_leaves([x, *net.leaves[1:]]), ids=ids)
     loss, grads = net.gem(target, mask, normalize=normalize)
     masked_loss, masked_grads = other.gem(spoiled, mask, normalize=normalize)
     assert torch.equal(loss, masked_loss)
@@ -312,7 +314,7 @@ def test_samples_that_do_not_count_reach_nothing(normalize):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize("rows", [0, 5])
 def test_no_sample_at_all(rows, normalize):
-    net = NETWORKS["ncf"](rows, "relu")
+    net = MLPS["ncf"](rows, "relu")
     target, mask = torch.ones(rows), torch.zeros(rows, dtype=torch.bool)
     loss, grads = net.gem(target, mask, normalize=normalize)
     assert loss == 0
@@ -322,7 +324,7 @@ def test_no_sample_at_all(rows, normalize):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_weights_that_are_all_zero(normalize):
     """Logits of 0 select nobody: the sums that divide are 0, and divide by 1."""
-    net = NETWORKS["eight"](20, "relu")
+    net = MLPS["eight"](20, "relu")
     net = net.with_leaves([net.x, *(torch.zeros_like(leaf) for leaf in net.leaves[1:])])
     loss, grads = net.gem(torch.ones(20), normalize=normalize)
     assert loss == 0
@@ -332,7 +334,7 @@ def test_weights_that_are_all_zero(normalize):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 def test_sums_of_many_blocks(normalize):
     """Every warp adds up those of 19 blocks, the last one of fewer; there are 127 sums."""
-    configure(blocks=150, processors=1000)
+    configure(blocks=150, multiprocessors=1000)
     groups = dict.fromkeys("abcdefg", 1)
     net = draw(mk.SubsetFamily.powerset(groups, max_size=3), [], 2400, "none")
     assert net.family.num_experts == 63
@@ -344,7 +346,7 @@ def test_sums_of_many_blocks(normalize):
 def test_samples_are_counted_wherever_the_mask_begins(start):
     """In words where it is aligned; 20001 samples are more than a block reads at once."""
     rows = 20001
-    net = NETWORKS["no hidden"](rows, "none")
+    net = MLPS["no hidden"](rows, "none")
     target, mask = targets(rows + start)
     check_gem(net, target[start:], mask=mask[start:])
 
@@ -352,7 +354,7 @@ def test_samples_are_counted_wherever_the_mask_begins(start):
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_saturated_logits(confidence):
     """Products over strict subsets keep their digits where 1 - g is no longer 1 minus g."""
-    net = NETWORKS["no hidden"](60, "none")
+    net = MLPS["no hidden"](60, "none")
     strong = net.with_leaves([net.x * 2, *net.leaves[1:-1], net.biases[0] + 9])
     target, _ = targets(60)
     for sharpness in (0.3, 1.0, 3.0):
@@ -366,7 +368,7 @@ def test_saturated_logits(confidence):
 
 
 def test_too_little_shared_memory():
-    net = NETWORKS["eight"](20, "gelu")
+    net = MLPS["eight"](20, "gelu")
     configure(shared=4096)
     with pytest.raises(RuntimeError, match=r"needs \d+ bytes of shared memory .* has 4096 a block"):
         net.forward()
@@ -377,27 +379,40 @@ def test_too_little_shared_memory():
         net.backward(cotangent_of(net, 20))
 
 
-def test_networks_that_are_none():
+def test_unsupported_mlps():
     net = draw(TOY, [16] * 16, 4)
     with pytest.raises(RuntimeError, match="17 layers, and at most 16"):
         net.forward()
     wide = draw(TOY, [16], 4)
     layouts = [wide.layouts[0], TOY.hidden_layout(16, 2)]
-    bad = cuda_twin.replace(
-        wide, layouts=layouts, weights=[wide.weights[0], wide.weights[1].repeat(2)]
-    )
+    bad = replace(wide, layouts=layouts, weights=[wide.weights[0], wide.weights[1].repeat(2)])
     with pytest.raises(RuntimeError, match="ends in an expert of 2 units"):
         bad.forward()
     hidden = TOY.hidden_layout(16, 1)
     everywhere = mk.BlockLayout(hidden.row_sizes, hidden.col_sizes, hidden.present)
-    bad = cuda_twin.replace(wide, layouts=[wide.layouts[0], everywhere])
+    bad = replace(wide, layouts=[wide.layouts[0], everywhere])
     with pytest.raises(RuntimeError, match="layer 1 routes a gradient beside the diagonal"):
         bad.forward()
-    bad = cuda_twin.replace(wide, weights=[wide.weights[0], wide.weights[1][:-1]])
+    bad = replace(wide, weights=[wide.weights[0], wide.weights[1][:-1]])
     with pytest.raises(RuntimeError, match=r"weights\[1\] must hold 80 values"):
         bad.forward()
     with pytest.raises(RuntimeError, match="takes float32, bfloat16 and float16"):
         wide.to(torch.float64).forward()
+
+
+# --- Launches ------------------------------------------------------------------------------
+
+
+def test_a_kernel_is_allowed_more_shared_memory_once():
+    """Above 48 KiB a kernel needs permission: for its first launch, not for every one."""
+    net = MLPS["eight"](70, "gelu")
+    cotangent = cotangent_of(net, 70)
+    net.backward(cotangent)
+    allowed = host_emulator.shared_memory_limits_set()
+    assert allowed >= 1
+    for _ in range(2):
+        net.backward(cotangent)
+    assert host_emulator.shared_memory_limits_set() == allowed
 
 
 # --- On a GPU ------------------------------------------------------------------------------
@@ -406,17 +421,17 @@ def test_networks_that_are_none():
 def on_gpu(net):
     if not torch._C._dispatch_has_kernel_for_dispatch_key("maskmoe::masked_mlp", "CUDA"):
         pytest.skip("the extension was built without CUDA")
-    return cuda_twin.replace(net, device="cuda")
+    return replace(net, device="cuda")
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("rows", [1, 65, 5000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_every_network_on_the_gpu(name, dtype, rows):
-    """What the twin is held to, and the same bits twice."""
-    activation = ACTIVATIONS[list(NETWORKS).index(name) % len(ACTIVATIONS)]
-    net = on_gpu(away_from_kinks(NETWORKS[name](rows, activation, dtype)))
+@pytest.mark.parametrize("name", MLPS)
+def test_every_mlp_on_the_gpu(name, dtype, rows):
+    """The bounds that the emulator is held to, and the same bits twice."""
+    activation = ACTIVATIONS[list(MLPS).index(name) % len(ACTIVATIONS)]
+    net = on_gpu(away_from_kinks(MLPS[name](rows, activation, dtype)))
     check(net, rows)
     target, mask = targets(rows)
     cotangent = cotangent_of(net, rows)
@@ -434,15 +449,15 @@ def test_every_network_on_the_gpu(name, dtype, rows):
 @pytest.mark.parametrize("name", ["ragged", "eight", "no hidden"])
 @pytest.mark.parametrize("fill", [torch.nan, -torch.inf, 3e4])
 def test_unseen_values_reach_nobody_on_the_gpu(name, dtype, fill):
-    check_blind(on_gpu(NETWORKS[name](70, "tanh", dtype)), 70, fill)
+    check_blind(on_gpu(MLPS[name](70, "tanh", dtype)), 70, fill)
 
 
 @pytest.mark.cuda
 def test_a_captured_step():
     """A CUDA graph replays the objective on new values; its first call was outside."""
-    net = on_gpu(NETWORKS["ncf"](256, "relu"))
+    net = on_gpu(MLPS["ncf"](256, "relu"))
     target, _ = targets(256)
-    arguments, samples = net.arguments(), net.there((target, None, net.family.strict))
+    arguments, samples = net.arguments(), net.on_device((target, None, net.family.strict))
     options = ("abs", 1.0, "selection", "expert", True, True, True)
 
     def step():

@@ -1,4 +1,4 @@
-"""The loss of the CUDA networks where numbers end, on the host twin: small weights, float16."""
+"""The GEM loss of CUDA MLPs at the limits of number types: small weights, float16; emulated."""
 
 import math
 
@@ -6,14 +6,15 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from tests.ops import cuda_twin
+from tests.ops import host_emulator
 from tests.ops.cuda_cases import DTYPES, NORMALIZE, TOY, targets
-from tests.ops.cuda_twin import configure, draw
+from tests.ops.cuda_mlps import draw
+from tests.ops.host_emulator import configure
 
-REASON = cuda_twin.obstacle()
+REASON = host_emulator.unsupported_reason()
 pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
-    pytest.mark.usefixtures("usual_machine"),
+    pytest.mark.usefixtures("default_device"),
 ]
 DENORMAL = 2.0**-149
 NEEDS = {"weights": (False, False, True), "all": (True, True, True)}
@@ -73,8 +74,8 @@ def test_small_float16_gradients_keep_their_digits(normalize):
     target, mask = targets(2000)
     _, grads = net.gem(target, mask, normalize=normalize)
     exact = net.to(torch.float64).dense_gem(target, mask=mask, normalize=normalize)[1]
-    for ours, truth in zip(by_expert(net, grads), by_expert(net, exact), strict=True):
-        assert (ours - truth).norm() <= 4e-3 * truth.norm()
+    for ours, expected in zip(by_expert(net, grads), by_expert(net, exact), strict=True):
+        assert (ours - expected).norm() <= 4e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("needs", NEEDS)
@@ -94,7 +95,7 @@ def test_small_weights_of_others_move_no_bit(needs):
 @pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("left", [1e-3, 1e-40])
 def test_a_second_sweep_starts_its_sums_anew(left, blocks):
-    """The same network twice over, one with gradients of x: there the second sweep always runs."""
+    """The same MLP twice, once with gradients of x: then the second sweep always runs."""
     configure(blocks=blocks)
     net = sure(left, 300, torch.float32)
     target, _ = targets(300)

@@ -14,6 +14,7 @@ import maskmoe_kernels
 from maskmoe_kernels.ops import native
 
 LIBRARY = Path(maskmoe_kernels.__file__).parent / "_C.abi3.so"
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 
 pytestmark = pytest.mark.skipif(
     native.CUDA_UNSUPPORTED_REASON is not None, reason=f"{native.CUDA_UNSUPPORTED_REASON}"
@@ -76,8 +77,8 @@ def instructions(kind, chip):
     }
 
 
-def walks(name):
-    """Is it one of the kernels that walk the network?"""
+def computes_tiles(name):
+    """Is it a kernel that takes tiles of rows through the layers?"""
     return any(phase in name for phase in RESIDENT)
 
 
@@ -86,7 +87,7 @@ def test_registers_suffice(chip):
     """Nothing is spilled, and as many blocks fit a processor as the kernel asks for."""
     for kind in TYPES:
         kernels = resources(kind, chip)
-        assert len([name for name in kernels if walks(name)]) == 2 * len(RESIDENT)
+        assert len([name for name in kernels if computes_tiles(name)]) == 2 * len(RESIDENT)
         for name, (registers, local) in kernels.items():
             assert local == 0, name
             for resident in (RESIDENT[phase][kind] for phase in RESIDENT if phase in name):
@@ -106,7 +107,7 @@ def test_machine_code():
             assert code, name
             used = [w for w in kinds if w.startswith(("ATOM", "RED", "LDL", "STL"))]
             assert not used, name
-            if walks(name):
+            if computes_tiles(name):
                 check_products(kind, name, kinds)
     for chip, name in [key for key in products if "4Tf32ELi32E" in key[1]]:
         # float32 multiplies high and low parts where Tf32 multiplies once. (Of high tiles, whose
@@ -120,5 +121,14 @@ def check_products(kind, name, kinds):
     assert any(word.startswith("LDG.E.128") for word in kinds), name
     if kind not in WIDE:
         assert any(word.startswith("LDSM.16.M88.4") for word in kinds), name
-        turned = any("LDSM.16.MT88.4" in word for word in kinds)
-        assert turned == ("Backward" in name), name
+        transposed = any("LDSM.16.MT88.4" in word for word in kinds)
+        assert transposed == ("Backward" in name), name
+
+
+@pytest.mark.skipif(not SOURCES.is_dir(), reason="the suite runs against an installed wheel")
+def test_one_place_sets_attributes_of_kernels():
+    """The function that ``raise_shared_memory_limit`` calls once for each kernel and device."""
+    texts = [path.read_text() for path in SOURCES.rglob("*") if path.is_file()]
+    assert sum(text.count("cudaFuncSetAttribute(") for text in texts) == 1
+    calls = sum(text.count("set_shared_memory_limit<") for text in texts)
+    assert calls == 1

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.testing import assert_close_to_oracle, strategies
 
@@ -117,6 +118,19 @@ def test_float64_named_is_refused_and_unnamed_is_computed():
         mk.masked_linear(x, weight, bias, layout, backend="native")
     y = mk.masked_linear(x, weight, bias, layout)
     torch.testing.assert_close(y, mk.masked_linear(x, weight, bias, layout, backend="torch"))
+
+
+def test_an_op_called_by_name_refuses_float64_and_names_the_remedy():
+    layout = LAYOUTS["full vectors"]
+    x, weight, bias, grad_y = (t.double() for t in drawn(layout, 4))
+    fixed = serialized_layout(layout, x.device), layout.id
+    said = r"x is Double; .* float16\. Convert it, or choose another backend: backend='torch'"
+    ops = torch.ops.maskmoe
+    with pytest.raises(RuntimeError, match=f"masked_linear: {said}"):
+        ops.masked_linear(x, weight, bias, *fixed, layout.out_features, "relu", True)
+    needs = (True, True, True)
+    with pytest.raises(RuntimeError, match=f"masked_linear_backward: {said}"):
+        ops.masked_linear_backward(grad_y, x, weight, grad_y, *fixed, "relu", *needs)
 
 
 def test_as_many_dimensions_as_torch_has():

@@ -373,7 +373,24 @@ def test_what_kernels_do_not_take_falls_back_everywhere():
     for name in ["native"] if native.UNSUPPORTED_REASON is None else []:
         with pytest.raises(mk.BackendError, match=r"'native' cannot run: .* too many blocks"):
             mk.masked_linear(h, weight, None, layout, backend=name)
-    # A program that names the op all the same gets the numbers.
-    plan = serialized_layout(layout, CPU)
-    y = OPS.masked_linear(h, weight, None, plan, layout.id, layout.out_features, "none", False)[0]
+    # A program that names the op all the same is told what to choose instead.
+    call = (
+        h,
+        weight,
+        None,
+        serialized_layout(layout, CPU),
+        layout.id,
+        layout.out_features,
+        "none",
+        False,
+    )
+    y = OPS.torch_linear(*call)[0]
     torch.testing.assert_close(y, mk.masked_linear(h, weight, None, layout, backend="torch"))
+    if native.UNSUPPORTED_REASON is None:
+        for _ in range(2):  # a refusal is not kept
+            with pytest.raises(
+                RuntimeError,
+                match=r"masked_linear: layout 0 has too many blocks of too few weights: \d+ blocks "
+                r".* choose another backend: backend='torch'",
+            ):
+                OPS.masked_linear(*call)

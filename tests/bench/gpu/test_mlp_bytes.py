@@ -1,4 +1,4 @@
-"""The counted bytes of the CUDA networks follow the sizes that the kernels ask for."""
+"""The counted bytes of the CUDA MLPs follow the sizes that the kernels ask for."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import torch
 from bench.gpu import mlp_bytes
 from bench.gpu.mlp_bytes import BLOCK, LIMIT, Shape, estimate
 from bench.networks.mlp_training import NAMES
-from tests.ops import cuda_twin
-from tests.ops.cuda_cases import NETWORKS
+from tests.ops import host_emulator
+from tests.ops.cuda_cases import MLPS
 
-REASON = cuda_twin.obstacle()
+REASON = host_emulator.unsupported_reason()
 
 
 @pytest.fixture
 def machine() -> Iterator[None]:
     yield
-    cuda_twin.configure()
+    host_emulator.configure()
 
 
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
 @pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", MLPS)
 def test_a_tile_is_as_large_as_the_kernels_say(name: str, dtype: torch.dtype) -> None:
-    net = NETWORKS[name](40, "relu", dtype)
-    cuda_twin.configure(shared=64)
+    net = MLPS[name](40, "relu", dtype)
+    host_emulator.configure(shared=64)
     with pytest.raises(RuntimeError, match="bytes of shared memory") as refusal:
         net.gem(torch.zeros(40))
     match = re.search(r"needs (\d+) bytes of shared memory for (\d+) rows", str(refusal.value))

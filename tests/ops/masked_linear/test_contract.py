@@ -59,30 +59,36 @@ def x_of(*rows):
 # --- Registered ops ----------------------------------------------------------------------
 
 
+# The C++ kernels refuse float64.
+OPS = [("masked_linear", torch.float32), ("torch_linear", torch.float64)]
+
+
+@pytest.mark.parametrize(("op", "dtype"), OPS)
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_opcheck_forward(name, keep, activation):
+def test_opcheck_forward(name, keep, activation, op, dtype):
     layout = LAYOUTS[name]
     for rows in [(2, 2), (0,)]:
-        x, weight, bias = drawn(layout, *rows)
+        x, weight, bias = drawn(layout, *rows, dtype=dtype)
         plan = serialized_layout(layout, x.device)
         for b in (bias, None):
             args = (x, weight, b, plan, layout.id, layout.out_features, activation, keep)
-            torch.library.opcheck(torch.ops.maskmoe.masked_linear, args)
+            torch.library.opcheck(getattr(torch.ops.maskmoe, op), args)
 
 
+@pytest.mark.parametrize(("op", "dtype"), OPS)
 @pytest.mark.parametrize("needs", [(True, True, True), (False, True, False), (True, False, True)])
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_opcheck_backward(name, activation, needs):
+def test_opcheck_backward(name, activation, needs, op, dtype):
     layout = LAYOUTS[name]
     for rows in [(2, 2), ()]:
-        x, weight, _ = drawn(layout, *rows)
+        x, weight, _ = drawn(layout, *rows, dtype=dtype)
         grad_y = torch.randn(*rows, layout.out_features, dtype=x.dtype)
         plan = serialized_layout(layout, x.device)
         args = (grad_y, x, weight, torch.randn_like(grad_y), plan, layout.id, activation, *needs)
-        torch.library.opcheck(torch.ops.maskmoe.masked_linear_backward, args)
+        torch.library.opcheck(getattr(torch.ops.maskmoe, op + "_backward"), args)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])  # those that take float64
@@ -486,11 +492,11 @@ def test_a_plan_is_enough():
     expected = dense_oracle(x, weight, bias, layout)
     other = serialized_layout(LAYOUTS["wide"], x.device)
     del layout
-    op = torch.ops.maskmoe.masked_linear
-    with pytest.raises((mk.LayoutError, RuntimeError), match="describes layout"):
-        op(x, weight, bias, other, number, out, "none", False)
-    for dtype in (torch.float64, torch.float32):
+    for name, dtype in reversed(OPS):
         x, weight, bias, expected = (t.to(dtype) for t in (x, weight, bias, expected))
+        op = getattr(torch.ops.maskmoe, name)
+        with pytest.raises((mk.LayoutError, RuntimeError), match="plan describes layout"):
+            op(x, weight, bias, other, number, out, "none", False)
         y = op(x, weight, bias, plan, number, out, "none", False)[0]
         torch.testing.assert_close(y, expected)
 

@@ -29,7 +29,7 @@ from tests.ops.runners import RUNNERS
 HEADERS = Path(__file__).resolve().parents[3] / "csrc" / "cpu"
 SOURCE = """
 #define MASKMOE_EMULATE_AMX
-#include "amx.h"
+#include "simd_amx.h"
 using maskmoe::amx::Tiles;
 extern "C" void dot(float* c, const uint16_t* a, const uint16_t* b, int64_t stride) {
   Tiles::configure();
@@ -54,7 +54,7 @@ ROWS = [1, 2, 15, 16, 17, 31, 32, 33, 65, 300]
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     compiler = shutil.which("c++")
-    if compiler is None or not (HEADERS / "amx.h").is_file():
+    if compiler is None or not (HEADERS / "simd_amx.h").is_file():
         pytest.skip("needs a C++ compiler and the sources")
     folder = tmp_path_factory.mktemp("tiles")
     (folder / "dot.cpp").write_text(SOURCE)

@@ -756,6 +756,20 @@ def test_without_kernels_it_runs_layer_after_layer():
         torch.testing.assert_close(a, b)
 
 
+def test_in_float64_the_op_refuses_and_layer_after_layer_runs():
+    inputs, plans, numbers = op_arguments()
+    x, tables, ids, parts, weights, biases = inputs
+    double = [
+        x.double(), [t.double() for t in tables], ids, parts, [w.double() for w in weights],
+        [b.double() for b in biases],
+    ]  # fmt: skip
+    ops, rest = torch.ops.maskmoe, (plans, numbers, 7, "gelu", True)
+    with pytest.raises(RuntimeError, match=r"masked_mlp: weights\[0\] is Double; .*='torch'"):
+        ops.masked_mlp(*double, *rest)
+    expected = ops.masked_mlp(*inputs, *rest)[0]
+    torch.testing.assert_close(ops.layered_mlp(*double, *rest)[0].float(), expected)
+
+
 @pytest.mark.slow
 def test_an_exported_program_runs_without_the_extension(tmp_path):
     torch.manual_seed(0)

@@ -1,0 +1,93 @@
+#include "cpu/instruction_sets.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include <cstring>
+
+namespace maskmoe {
+namespace {
+
+// Can AMX run? The processor must have it, the system must save its registers at context switches,
+// and this process needs a permission.
+[[maybe_unused]] bool may_use_tiles() {
+#if defined(MASKMOE_EMULATE_AMX)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kXsaveOn = 1u << 27, kState = 3u << 17;
+  constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kXsaveOn)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || ~d & (kBf16 | kTile)) return false;
+  unsigned low, high;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  // One permission covers all threads, later ones included.
+  return !(~low & kState) && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+struct Choice {
+  const Kernels* kernels[8] = {};
+  const char* names[9] = {};
+  // AMX runs only where it is named: its kernels are tested on emulated tiles, not on a processor
+  // that has them.
+  const Kernels* best = nullptr;
+  const Kernels* chosen = nullptr;
+  Choice() {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+#ifndef MASKMOE_NO_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+#ifndef MASKMOE_NO_AMX
+      if (may_use_tiles()) kernels[n++] = &kAmx;
+#endif
+      kernels[n++] = &kAvx512;
+    }
+#endif
+#ifndef MASKMOE_NO_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      kernels[n++] = &kAvx2;
+    }
+#endif
+#endif
+    for (int i = 0; i < n; ++i) names[i] = kernels[i]->name;
+    best = n > 1 && std::strncmp(names[0], "amx", 3) == 0 ? kernels[1] : kernels[0];
+    chosen = best;
+  }
+};
+
+Choice& choice() {
+  static Choice the;
+  return the;
+}
+
+}  // namespace
+
+const Kernels* kernels() { return choice().chosen; }
+
+const char* const* isas() { return choice().names; }
+
+bool set_isa(const char* name) {
+  Choice& c = choice();
+  if (*name == '\0') {
+    c.chosen = c.best;
+    return true;
+  }
+  for (int i = 0; c.kernels[i] != nullptr; ++i) {
+    if (std::strcmp(c.kernels[i]->name, name) == 0) {
+      c.chosen = c.kernels[i];
+      return true;
+    }
+  }
+  return false;
+}
+
+}  // namespace maskmoe

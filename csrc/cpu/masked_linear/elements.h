@@ -1,0 +1,117 @@
+// Values of any dtype, to and from float32, for one instruction set `I` (simd_*.h).
+#pragma once
+
+#include "cpu/kernels.h"
+
+namespace maskmoe {
+
+template <class I>
+struct Elements {
+  using V = typename I::V;
+  static constexpr int L = I::kLanes;
+
+  static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+  static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  static float widen(const void* p, Dtype dtype, int64_t n) {
+    float one[L];
+    if (dtype == Dtype::kFloat32) return static_cast<const float*>(p)[n];
+    uint16_t padded[L] = {static_cast<const uint16_t*>(p)[n]};
+    I::store(one, dtype == Dtype::kBfloat16 ? I::load_bf16(padded) : I::load_fp16(padded));
+    return one[0];
+  }
+
+  template <Dtype D>
+  static V load_as(const void* p, int64_t n) {
+    if constexpr (D == Dtype::kFloat32) return I::load(static_cast<const float*>(p) + n);
+    if constexpr (D == Dtype::kBfloat16) return I::load_bf16(static_cast<const uint16_t*>(p) + n);
+    if constexpr (D == Dtype::kFloat16) return I::load_fp16(static_cast<const uint16_t*>(p) + n);
+  }
+
+  // The last, partial vector of a row, then zeros; memory after the row is not touched.
+  template <Dtype D>
+  static V load_tail(const void* p, int64_t n, int64_t count) {
+    if constexpr (D == Dtype::kFloat32) {
+      return I::load(static_cast<const float*>(p) + n, I::mask((1u << count) - 1));
+    }
+    uint16_t padded[L] = {};
+    for (int64_t k = 0; k < count; ++k) padded[k] = static_cast<const uint16_t*>(p)[n + k];
+    return load_as<D>(padded, 0);
+  }
+
+  // Calls `run` with the dtype as a template argument.
+  template <class F>
+  static void with_dtype(Dtype dtype, const F& run) {
+    switch (dtype) {
+      case Dtype::kFloat32: run.template operator()<Dtype::kFloat32>(); break;
+      case Dtype::kBfloat16: run.template operator()<Dtype::kBfloat16>(); break;
+      case Dtype::kFloat16: run.template operator()<Dtype::kFloat16>(); break;
+    }
+  }
+
+  static void store_as(void* p, Dtype dtype, int64_t n, V a) {
+    switch (dtype) {
+      case Dtype::kFloat32: I::store(static_cast<float*>(p) + n, a); break;
+      case Dtype::kBfloat16: I::store_bf16(static_cast<uint16_t*>(p) + n, a); break;
+      default: I::store_fp16(static_cast<uint16_t*>(p) + n, a);
+    }
+  }
+
+  static void store_tail(void* p, Dtype dtype, int64_t n, int64_t count, V a) {
+    if (dtype == Dtype::kFloat32) {
+      I::store(static_cast<float*>(p) + n, a, I::mask((1u << count) - 1));
+      return;
+    }
+    uint16_t padded[L];
+    dtype == Dtype::kBfloat16 ? I::store_bf16(padded, a) : I::store_fp16(padded, a);
+    for (int64_t k = 0; k < count; ++k) static_cast<uint16_t*>(p)[n + k] = padded[k];
+  }
+
+  static void load(float* to, const void* from, Dtype dtype, const int64_t* order, int64_t count) {
+    if (order != nullptr) {
+      for (int64_t n = 0; n < count; ++n) to[n] = widen(from, dtype, order[n]);
+      return;
+    }
+    with_dtype(dtype, [&]<Dtype D>() {
+      int64_t n = 0;
+      for (; n + L <= count; n += L) I::store(to + n, load_as<D>(from, n));
+      if (n < count) {
+        I::store(to + n, load_tail<D>(from, n, count - n), I::mask((1u << (count - n)) - 1));
+      }
+    });
+  }
+
+  static void store(void* to, Dtype dtype, const int64_t* order, const float* from,
+                    int64_t count) {
+    if (order != nullptr) {
+      for (int64_t n = 0; n < count; ++n) {
+        V one = I::set(from[n]);
+        store_tail(to, dtype, order[n], 1, one);
+      }
+      return;
+    }
+    int64_t n = 0;
+    for (; n + L <= count; n += L) store_as(to, dtype, n, I::load(from + n));
+    if (n < count) {
+      store_tail(to, dtype, n, count - n, I::load(from + n, I::mask((1u << (count - n)) - 1)));
+    }
+  }
+
+  static void* row_of(const Matrix& m, int64_t row) {
+    const int64_t size = m.dtype == Dtype::kFloat32 ? 4 : 2;
+    return static_cast<char*>(m.data) + row * m.stride * size;
+  }
+
+  // Can a kernel write float32 results straight to the matrix?
+  static bool in_place(const Matrix& m) {
+    return m.dtype == Dtype::kFloat32 && m.order == nullptr;
+  }
+
+  static void add(float* into, const float* from, int64_t count) {
+    int64_t n = 0;
+    for (; n + L <= count; n += L) I::store(into + n, I::add(I::load(into + n), I::load(from + n)));
+    for (; n < count; ++n) into[n] += from[n];
+  }
+};
+
+}  // namespace maskmoe

@@ -1,0 +1,11 @@
+// The kernels for float32, and those that do not depend on a number type.
+
+#include "cuda/kernel_launch.h"
+
+namespace maskmoe::fused {
+
+MASKMOE_INSTANTIATE_ALL(float)
+MASKMOE_INSTANTIATE(CountSamples)
+MASKMOE_INSTANTIATE(ReduceLoss)
+
+}  // namespace maskmoe::fused

@@ -1,0 +1,48 @@
+// Activations and their derivatives, in float32.
+#pragma once
+
+#include <cmath>
+
+#include "common/names.h"
+#include "cuda/thread_block.h"
+
+namespace maskmoe::fused {
+
+// Does the derivative follow from the activation's value alone?
+constexpr bool follows_from_value(Activation a) {
+  return a != Activation::kGelu && a != Activation::kSilu;
+}
+
+MASKMOE_DEVICE float sigmoid(float z) {
+  const float e = expf(-fabsf(z));
+  return (z < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+MASKMOE_DEVICE float activate(float z, Activation a) {
+  if (a == Activation::kGelu) return 0.5f * z * (1.0f + erff(z * 0.70710678f));
+  if (a == Activation::kSilu) return z * sigmoid(z);
+  if (a == Activation::kTanh) return tanhf(z);
+  if (a == Activation::kRelu) return z <= 0 ? 0.0f : z;  // NaN stays
+  if (a == Activation::kLeakyRelu) return z > 0 ? z : 0.01f * z;
+  return z;
+}
+
+// The derivative at z, of GELU and SiLU: it does not follow from their value.
+MASKMOE_DEVICE float activation_derivative(float z, Activation a) {
+  if (a == Activation::kGelu) {
+    const float bell = 0.39894228f * expf(-0.5f * z * z);
+    return 0.5f * (1.0f + erff(z * 0.70710678f)) + (bell == 0 ? 0.0f : z * bell);
+  }
+  const float s = sigmoid(z);
+  return s * (1.0f + z * (1.0f - s));
+}
+
+// The gradient before an activation, from the gradient after it and the activation's value.
+MASKMOE_DEVICE float grad_before_activation(float gradient, float value, Activation a) {
+  if (a == Activation::kTanh) return gradient * (1.0f - value * value);
+  if (a == Activation::kRelu) return value <= 0 ? 0.0f : gradient;
+  if (a == Activation::kLeakyRelu) return value > 0 ? gradient : 0.01f * gradient;
+  return gradient;
+}
+
+}  // namespace maskmoe::fused

@@ -38,6 +38,7 @@ __all__ = [
     "is_fake",
     "keeps_graph",
     "outside_of_modes",
+    "parameters_of_any_size",
     "plain_call",
     "register_constant",
     "transformed",
@@ -148,3 +149,19 @@ def _dense(device: torch.device) -> frozenset[int]:
         with torch.inference_mode(inference):
             found.append(_keys(torch.empty(0, device=device)).raw_repr())
     return frozenset(found)
+
+
+# --- torch.compile -------------------------------------------------------------------------------
+
+
+@constant_in_trace
+def parameters_of_any_size() -> Any:
+    """A context for traced code: parameters first read in it may have dynamic sizes.
+
+    Dynamo gives each size of a parameter a graph of its own, and stops after eight. In this context
+    it treats a parameter as any tensor: a second size makes its sizes dynamic. (2.11, 2.13: the
+    proxy is what ``torch._dynamo.patch_dynamo_config`` returns, which refuses this option.)
+    """
+    from torch._dynamo import config, decorators
+
+    return decorators.DynamoConfigPatchProxy(config.patch(force_parameter_static_shapes=False))

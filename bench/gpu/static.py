@@ -37,6 +37,7 @@ from triton.compiler import ASTSource
 from bench.layers.counts import count
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.families import FAMILIES
+from maskmoe_kernels.layout.serialized import registered_layout
 from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, products
 from maskmoe_kernels.ops.selection.triton import gem_kernels, selection_kernels
 
@@ -180,12 +181,12 @@ def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
         **{name: _Recorder(getattr(kernels, name), kept) for name in names}
     )
     products.processors = launch.processors = lambda device: PROCESSORS
-    products._pairs.clear()
+    registered_layout(layout).caches.derived.clear()
     torch.set_float32_matmul_precision(shape.precision)
     choose = launch.tune.choose
     if every:
         launch.tune.choose = _all_of
-    launch.tune.forget()
+    products.forget()
     try:
         with torch.device("meta"):
             x = torch.empty(shape.batch, layout.in_features, dtype=dtype)
@@ -413,7 +414,7 @@ def _work(layout: BlockLayout, constants: dict[str, Any], name: str, batch: int)
     if name == "forward":
         entries = batch * tiles.chunk_walks * tiles.depth
         return entries * tiles.lanes, 2 * (entries + batch * layout.out_features)
-    turned = pair.turned.cut(constants["XN"], constants["XK"])
+    turned = pair.transposed.cut(constants["XN"], constants["XK"])
     of_x = batch * turned.chunk_walks * turned.depth
     items = tiles.weight_items(constants["F"]).shape[0]
     of_w = batch * items * (constants["F"] + 2 * tiles.lanes)

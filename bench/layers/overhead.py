@@ -29,7 +29,6 @@ from bench.layers.ratios import quartiles
 from maskmoe_kernels import BlockLayout, masked_linear
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
-from maskmoe_kernels.ops.masked_linear.autograd import FORWARD
 
 NAME = "overhead.json"
 ACTIVATION = "relu"  # whose derivative needs the output alone
@@ -70,13 +69,11 @@ def _registered(backend: str, layout: BlockLayout) -> Layer:
     """The library's own op, without the front end's checks."""
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        result: Tensor = FORWARD[op](
-            x, weight, bias, plan, layout.id, layout.out_features, ACTIVATION, False
-        )[0]
+        result: Tensor = run.forward(x, weight, bias, *run.of_forward, ACTIVATION, False)[0]
         return result
 
-    key = next(key for key in layout.routes if key[0] == backend)
-    op, plan, _ = layout.routes[key]
+    key = next(key for key in layout.caches.dispatch if key[0] == backend)
+    run, _ = layout.caches.dispatch[key]
     return layer
 
 
@@ -185,7 +182,7 @@ def measure(
     tensors = [(torch.randn(s, generator=generator) / 4).to(device) for s in shapes]
     for leaf in tensors[:3]:
         leaf.requires_grad_()
-    true = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills layout.routes
+    true = masked_linear(*tensors[:3], layout, ACTIVATION, backend)  # fills layout.caches.dispatch
     records: list[dict[str, Any]] = []
     ready: list[tuple[int, Door]] = []
     for name, make in doors(backend, layout).items():

@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import register_constant
 
+from maskmoe_kernels._compat import register_constant
 from maskmoe_kernels.errors import LayoutError
-
-if TYPE_CHECKING:
-    from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.layout.arguments import (
+    block_sizes,
+    bool_matrix,
+    permutation,
+    refuse_absent_routes,
+)
+from maskmoe_kernels.layout.caches import Caches
+from maskmoe_kernels.layout.mask_classes import mask_classes
 
 # Counts changes of the order inside packed weights; see BlockLayout.
 PACKING_VERSION = 2
@@ -31,6 +35,15 @@ MANY_BLOCKS = 1 << 16
 MOST_FEATURES = 2**31 - 1
 # Up to this many units a side, a dense product is so cheap that nobody needs a warning.
 SMALL_SIDE = 256
+
+
+class NamedSubsets(Protocol):
+    """What :meth:`BlockLayout.between` asks of a family: subsets of groups, both by name."""
+
+    @property
+    def groups(self) -> Mapping[str, int]: ...
+    @property
+    def subsets(self) -> Mapping[str, Sequence[str]]: ...
 
 
 class BlockLayout:
@@ -72,12 +85,12 @@ class BlockLayout:
         self.row_sizes = block_sizes("row_sizes", row_sizes, len(list(row_sizes)))
         self.col_sizes = block_sizes("col_sizes", col_sizes, len(list(col_sizes)))
         shape = (len(self.row_sizes), len(self.col_sizes))
-        self.present = _bool_matrix("present", present, shape)
+        self.present = bool_matrix("present", present, shape)
         self.routes_grad = (
-            self.present if routes_grad is None else _bool_matrix("routes_grad", routes_grad, shape)
+            self.present if routes_grad is None else bool_matrix("routes_grad", routes_grad, shape)
         )
         if not self.routes_all:
-            _refuse_absent_routes(self.routes_grad, self.present, "block")
+            refuse_absent_routes(self.routes_grad, self.present, "block")
         self.row_offsets: tuple[int, ...] = tuple(accumulate(self.row_sizes, initial=0))
         self.col_offsets: tuple[int, ...] = tuple(accumulate(self.col_sizes, initial=0))
         self.out_features: int = self.row_offsets[-1]
@@ -87,8 +100,8 @@ class BlockLayout:
                 f"a layout has at most {MOST_FEATURES} units and features, got "
                 f"{self.out_features} and {self.in_features}"
             )
-        self.row_order = _order("row_order", row_order, self.out_features)
-        self.col_order = _order("col_order", col_order, self.in_features)
+        self.row_order = permutation("row_order", row_order, self.out_features)
+        self.col_order = permutation("col_order", col_order, self.in_features)
         exact = torch.float32 if self.in_features < 2**24 else torch.float64
         fan_in = self.present.to(exact) @ torch.tensor(self.col_sizes, dtype=exact, device="cpu")
         #: Visible input features of each row block, R integers: its fan-in.
@@ -104,16 +117,17 @@ class BlockLayout:
         self.packing_id: int = self._packing_digest()
         #: 63-bit digest of the content; equal layouts have equal ids, on every machine.
         self.id: int = self._digest()
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
-        #: (backend, dtype, device) of a call to the op and plan that serve it; see ops/.
-        self.routes: dict[tuple[str | None, torch.dtype, torch.device], Any] = {}
-        self._registered: BlockLayout | None = None  # see layout/plan.py
+        #: What is computed from this layout once; it goes when the layout goes.
+        self.caches = Caches()
+        #: The layout that stands for all with this content, if that is another one; see
+        #: ``serialized``, which sets it.
+        self._registered: BlockLayout | None = None
 
     @classmethod
     def between(
         cls,
-        rows: SubsetFamily,
-        cols: SubsetFamily,
+        rows: NamedSubsets,
+        cols: NamedSubsets,
         row_width: int | Sequence[int],
         col_width: int | Sequence[int],
     ) -> BlockLayout:
@@ -147,12 +161,13 @@ class BlockLayout:
         present = ((~member_r).float() @ member_c.float().T) == 0
         equal = present & (((~member_c).float() @ member_r.float().T).T == 0)
         same_name = (
-            torch.tensor([[a == b for b in cols.names] for a in rows.names], device="cpu") & present
+            torch.tensor([[a == b for b in cols.subsets] for a in rows.subsets], device="cpu")
+            & present
         )
         routes = torch.where(same_name.any(0), same_name, equal)
         return cls(
-            block_sizes("row_width", row_width, rows.num_experts),
-            block_sizes("col_width", col_width, cols.num_experts),
+            block_sizes("row_width", row_width, len(rows.subsets)),
+            block_sizes("col_width", col_width, len(cols.subsets)),
             present,
             routes,
         )
@@ -175,35 +190,20 @@ class BlockLayout:
             LayoutError: Not a two-dimensional mask of zeros and ones with at least one row and
                 column, or ``grad_mask`` true where ``mask`` is false.
         """
-        seen = _mask_array("mask", mask)
-        routed = seen if grad_mask is None else _mask_array("grad_mask", grad_mask)
-        if routed.shape != seen.shape:
-            raise LayoutError(
-                f"grad_mask must have the shape of mask, {seen.shape}, got {routed.shape}"
-            )
-        if routed is not seen:
-            _refuse_absent_routes(torch.from_numpy(routed), torch.from_numpy(seen), "entry")
-        masks = [seen] if routed is seen else [seen, routed]
-        row_class, row_order = _classes(
-            np.concatenate([np.packbits(m, axis=1) for m in masks], axis=1), seen.sum(1)
-        )
-        col_class, col_order = _classes(
-            np.concatenate([np.packbits(_turned(m), axis=1) for m in masks], axis=1), seen.sum(0)
-        )
-        rows = [int(members[0]) for members in row_class]
-        cols = [int(members[0]) for members in col_class]
+        found = mask_classes(mask, grad_mask)
         layout = cls(
-            [len(members) for members in row_class],
-            [len(members) for members in col_class],
-            torch.from_numpy(_pick(seen, rows, cols)),
-            None if routed is seen else torch.from_numpy(_pick(routed, rows, cols)),
-            row_order=row_order,
-            col_order=col_order,
+            found.row_sizes,
+            found.col_sizes,
+            found.present,
+            found.routes_grad,
+            row_order=found.row_order,
+            col_order=found.col_order,
         )
-        if not layout.has_blocks and min(seen.shape) > SMALL_SIDE:
+        if not layout.has_blocks and min(layout.out_features, layout.in_features) > SMALL_SIDE:
             warnings.warn(
-                f"this {seen.shape[0]} x {seen.shape[1]} mask has {len(rows)} distinct rows and "
-                f"{len(cols)} distinct columns, so its blocks hold "
+                f"this {layout.out_features} x {layout.in_features} mask has "
+                f"{len(found.row_sizes)} distinct rows and {len(found.col_sizes)} distinct "
+                "columns, so its blocks hold "
                 f"{layout.num_weights / max(layout.num_blocks, 1):.1f} weights on average: it is "
                 "computed exactly, by a dense product, and no faster than one",
                 stacklevel=2,
@@ -238,7 +238,7 @@ class BlockLayout:
     def too_fine(self) -> bool:
         """Are there so many blocks of so few weights that a kernel's tables would outweigh them?
 
-        Compiled kernels do not take such a layout; who chooses what runs asks here.
+        Compiled kernels do not take such a layout; see ``ops/dispatch.py``.
         """
         return self.num_blocks > MANY_BLOCKS and not self.has_blocks
 
@@ -292,7 +292,7 @@ class BlockLayout:
 
     def table(self, name: str, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
         """A table of this layout, built by ``build()`` once and kept on each ``device``."""
-        return keep_table(self._tables, (name, device), build)
+        return self.caches.table(name, device, build)
 
     def pack(self, dense: Tensor) -> Tensor:
         """Keep the present blocks of ``dense`` ``(out, in)``: ``(num_weights,)``. Differentiable.
@@ -388,26 +388,6 @@ class BlockLayout:
 register_constant(BlockLayout)
 
 
-def keep_table(
-    tables: dict[tuple[str, torch.device], Tensor],
-    key: tuple[str, torch.device],
-    build: Callable[[], Tensor],
-) -> Tensor:
-    """``build()`` on the key's device, from ``tables`` if it is there already."""
-    if key not in tables:
-        if torch.compiler.is_dynamo_compiling():  # a trace holds it in its graph
-            return build().to(key[1])
-        # A table outlives the call that needs it first: no fake tensor of a trace, and no
-        # inference tensor, which a later backward could not save.
-        with (
-            _disable_current_modes(),
-            torch._C.DisableTorchFunction(),
-            torch.inference_mode(False),
-        ):
-            tables[key] = build().to(key[1], copy=True)
-    return tables[key]
-
-
 def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b or (a is not None and b is not None and torch.equal(a, b))
 
@@ -430,129 +410,3 @@ def _rebuild(
     return BlockLayout(
         row_sizes, col_sizes, present, routes_grad, row_order=row_order, col_order=col_order
     )
-
-
-def block_sizes(argument: str, sizes: int | Sequence[int], count: int) -> tuple[int, ...]:
-    """``sizes`` as ``count`` integers of at least 1; an int is repeated.
-
-    Raises:
-        LayoutError: Not integers, below 1, none at all, or not ``count`` of them.
-    """
-    try:
-        if isinstance(sizes, (str, bool)):
-            raise TypeError
-        listed = (
-            [operator.index(size) for size in sizes]
-            if isinstance(sizes, (Sequence, Tensor, np.ndarray))
-            else [operator.index(sizes)] * count
-        )
-    except TypeError:
-        raise LayoutError(
-            f"{argument} must be an integer or a sequence of integers, got {sizes!r}"
-        ) from None
-    if len(listed) != count:
-        raise LayoutError(f"{argument} must have {count} entries, got {len(listed)}: {listed}")
-    if not listed or min(listed) < 1:
-        raise LayoutError(f"{argument} must hold integers of at least 1, got {listed}")
-    return tuple(listed)
-
-
-def plain_tensor(argument: str, value: Tensor) -> Tensor:
-    """``value`` as a dense tensor on the CPU, sparse tensors and nested sequences included.
-
-    Raises:
-        LayoutError: ``value`` is no tensor of numbers whose values are known.
-    """
-    if not isinstance(value, Tensor):
-        try:  # as_tensor would follow ``with torch.device("meta")``
-            return torch.tensor(value, device="cpu")
-        except (TypeError, ValueError, RuntimeError):
-            raise LayoutError(
-                f"{argument} must be a tensor or an array of numbers, got {value!r:.80}"
-            ) from None
-    kinds = {
-        "a nested tensor": value.is_nested,
-        "a quantized tensor": value.is_quantized,
-        "a meta tensor, which has no values": value.is_meta,
-        "a complex tensor": value.is_complex(),
-    }
-    for kind, given in kinds.items():
-        if given:
-            raise LayoutError(f"{argument} must be a plain tensor of numbers, got {kind}")
-    value = value.detach()
-    return (value if value.layout == torch.strided else value.to_dense()).cpu()
-
-
-def _bool_matrix(argument: str, value: Tensor, shape: tuple[int, int]) -> Tensor:
-    matrix = plain_tensor(argument, value)
-    if matrix.dtype != torch.bool or tuple(matrix.shape) != shape:
-        raise LayoutError(
-            f"{argument} must be a bool matrix of row blocks x column blocks, {shape}, got "
-            f"{matrix.dtype} {tuple(matrix.shape)}"
-        )
-    return matrix.clone(memory_format=torch.contiguous_format)
-
-
-def _refuse_absent_routes(routed: Tensor, present: Tensor, what: str) -> None:
-    wrong = (routed & ~present).nonzero()
-    if wrong.numel():
-        raise LayoutError(
-            f"a gradient cannot flow through an absent {what}, but {len(wrong)} are routed and "
-            f"absent, the first at (row, column) {tuple(wrong[0].tolist())}"
-        )
-
-
-def _order(argument: str, order: Tensor | None, size: int) -> Tensor | None:
-    if order is None:
-        return None
-    order = plain_tensor(argument, order).to(torch.int64)
-    if not torch.equal(order.sort().values, torch.arange(size, device="cpu")):
-        raise LayoutError(f"{argument} must be a permutation of 0..{size - 1}")
-    if torch.equal(order, torch.arange(size, device="cpu")):
-        return None
-    return order.clone()
-
-
-def _mask_array(argument: str, mask: Tensor) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    array = plain_tensor(argument, mask)
-    if array.dim() != 2 or 0 in array.shape:
-        raise LayoutError(
-            f"{argument} must be (out, in) with at least one row and one column, got "
-            f"{tuple(array.shape)}"
-        )
-    if array.dtype != torch.bool:
-        if not ((array == 0) | (array == 1)).all():
-            raise LayoutError(f"{argument} must hold booleans or zeros and ones")
-        array = array.bool()
-    return array.contiguous().numpy()
-
-
-def _turned(mask: np.ndarray[Any, np.dtype[np.bool_]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return torch.from_numpy(mask).t().contiguous().numpy()  # torch transposes in blocks: 20x
-
-
-def _pick(
-    mask: np.ndarray[Any, np.dtype[np.bool_]], rows: list[int], cols: list[int]
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return mask if len(rows) * len(cols) == mask.size else mask[np.ix_(rows, cols)]
-
-
-def _classes(
-    signatures: np.ndarray[Any, np.dtype[np.uint8]], visible: np.ndarray[Any, Any]
-) -> tuple[list[np.ndarray[Any, np.dtype[np.int64]]], Tensor | None]:
-    """Members of each class of equal signatures, and the order that puts them side by side.
-
-    Args:
-        signatures: ``(units, bytes)``; equal rows are one class.
-        visible: Number of true entries of each unit, ``(units,)``.
-    """
-    numbers: dict[bytes, int] = {}
-    label = np.array([numbers.setdefault(row.tobytes(), len(numbers)) for row in signatures])
-    starts = np.flatnonzero(np.r_[True, label[1:] != label[:-1]])
-    if len(starts) <= 2 * len(numbers):
-        # Equal neighbours already form few blocks: no unit has to move.
-        return np.split(np.arange(len(label)), starts[1:]), None
-    members = np.split(np.argsort(label, kind="stable"), np.cumsum(np.bincount(label))[:-1])
-    # Widest first: where masks are nested (MADE), each unit then sees one run of features.
-    members.sort(key=lambda units: (-int(visible[units[0]]), int(units[0])))
-    return members, torch.from_numpy(np.concatenate(members))

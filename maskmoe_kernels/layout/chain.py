@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 
 
 class LayoutChain:
@@ -54,7 +54,7 @@ class LayoutChain:
         return found
 
     def _serialize(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
-        layouts = [plan_of(layout, device) for layout in self.layouts]
+        layouts = [serialized_layout(layout, device) for layout in self.layouts]
         return layouts, [layout.id for layout in self.layouts]
 
     def __len__(self) -> int:

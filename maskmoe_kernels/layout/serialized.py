@@ -1,14 +1,14 @@
 """A layout as one integer tensor: what a registered op is given, on any device, and can rebuild.
 
-Plan, int64, one dimension::
+A serialized layout, int64, one dimension::
 
     version, R, C, has_row_order, has_col_order,
     row_sizes (R), col_sizes (C), present (R * C bits), routes_grad (R * C bits),
     row_order (out), col_order (in)
 
-Bits are packed 32 to an entry, lowest first. A plan is built once per layout and device. A call
-names a layout by its id and its plan, and the plan is what counts: the tensor that was built here
-is known by itself, so no call reads it back from a device; any other, of a loaded program say, is
+Bits are packed 32 to an entry, lowest first. It is made once per layout and device. A call names a
+layout by its id and by this tensor, and the tensor is what counts: one that was made here is known
+by its identity, so that no call reads it back from a device; any other, of a loaded program say, is
 read once, and refused if its content is not what the id says.
 """
 
@@ -24,17 +24,18 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from maskmoe_kernels._compat import is_fake
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 
-PLAN_VERSION = 1
+FORMAT_VERSION = 1
 _HEADER = 5
 _WORD = 32
 
-#: One layout of each content that has a plan. (Two contents with one id: the first.)
+#: One layout of each content that was serialized. (Two contents with one id: the first.)
 _known: WeakValueDictionary[int, BlockLayout] = WeakValueDictionary()
-#: What each plan describes. A plan that belongs to a layout does not keep it alive; what was read
-#: from a plan lives as long as that.
+#: What each tensor describes. One that belongs to a layout does not keep it alive; a layout that
+#: was read from a tensor lives as long as that.
 _read: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _forgets: list[Callable[[int], None]] = []
 
@@ -49,53 +50,61 @@ def _forget(layout_id: int) -> None:
         forget(layout_id)
 
 
-def plan_of(layout: BlockLayout, device: torch.device) -> Tensor:
-    """The plan of ``layout`` on ``device``, which equal layouts share; built on first use."""
-    key = ("plan", device)
-    plan = layout._tables.get(key)
-    if plan is None:
+def serialized_layout(layout: BlockLayout, device: torch.device) -> Tensor:
+    """``layout`` serialized, on ``device``; equal layouts share it. It is made on first use."""
+    tables, key = layout.caches.tables, ("serialized", device)
+    serialized = tables.get(key)
+    if serialized is None:
         if torch.compiler.is_dynamo_compiling():
             raise BackendError(
-                "torch.compile cannot build the plan of a layout; call masked_linear once on this "
-                "device before compiling it (MaskedLinear has its plan from the start)"
+                "torch.compile cannot serialize a layout; call masked_linear once on this device "
+                "before compiling it (MaskedLinear has done so from the start)"
             )
-        registered = _registered(layout)
-        if registered is not layout:  # a layout that held itself would wait for the collector
-            layout._registered = registered
-            plan = layout._tables[key] = plan_of(registered, device)
-            return plan
-        plan = layout.table("plan", device, lambda: encode(layout))
-        _read[plan] = ref(layout)
+        registered = registered_layout(layout)
+        if registered is not layout:
+            serialized = tables[key] = serialized_layout(registered, device)
+            return serialized
+        serialized = layout.table("serialized", device, lambda: serialize(layout))
+        _read[serialized] = ref(layout)
         finalize(layout, _forget, layout.id).atexit = False
-    return plan
+    return serialized
+
+
+def registered_layout(layout: BlockLayout) -> BlockLayout:
+    """The layout that stands for all with the content of this one: caches are filled on it."""
+    if layout._registered is not None:
+        return layout._registered
+    registered = _registered(layout)
+    if registered is not layout:  # a layout that held itself would wait for the collector
+        layout._registered = registered
+    return registered
 
 
 def _registered(layout: BlockLayout) -> BlockLayout:
-    """The layout that stands for all with the content of this one."""
     registered = _known.setdefault(layout.id, layout)
     return registered if registered == layout else layout
 
 
-def layout_of(layout_id: int, plan: Tensor) -> BlockLayout:
-    """The layout that ``plan`` describes, which has to be the one with ``layout_id``.
+def layout_of(layout_id: int, serialized: Tensor) -> BlockLayout:
+    """The layout that ``serialized`` describes, which has to be the one with ``layout_id``.
 
     Raises:
-        LayoutError: Not a plan, or that of another layout.
+        LayoutError: Not a serialized layout, or another one.
     """
-    known = _read.get(plan)
+    known = _read.get(serialized)
     layout: BlockLayout | None = None if known is None else known()
     if layout is not None and layout.id == layout_id:
         return layout
-    if plan.device.type == "meta" or isinstance(plan, torch._subclasses.FakeTensor):
-        return _unread(layout_id, plan)
-    layout = decode(plan)
+    if serialized.device.type == "meta" or is_fake(serialized):
+        return _unread(layout_id, serialized)
+    layout = deserialize(serialized)
     if layout.id != layout_id:
         raise LayoutError(
-            f"plan describes layout {layout.id}, but the call names {layout_id}; pass a plan "
-            "from plan_of(layout, device)"
+            f"the serialized layout describes layout {layout.id}, but the call names {layout_id}; "
+            "pass serialized_layout(layout, device)"
         )
     layout = _registered(layout)
-    _read[plan] = partial(_itself, layout)
+    _read[serialized] = partial(_itself, layout)
     return layout
 
 
@@ -103,22 +112,22 @@ def _itself(layout: BlockLayout) -> BlockLayout:
     return layout
 
 
-def _unread(layout_id: int, plan: Tensor) -> BlockLayout:
-    """The layout of a plan that has no values: who asks computes none, only counts."""
-    layout = _known.get(layout_id)
-    if layout is None or plan.shape != encode(layout).shape:
+def _unread(layout_id: int, serialized: Tensor) -> BlockLayout:
+    """The layout of a tensor that has no values: the caller computes nothing, it only counts."""
+    layout = _known.get(int(layout_id))
+    if layout is None or serialized.shape != serialize(layout).shape:
         raise LayoutError(
-            f"layout {layout_id} is not known, and the plan has no values to read it from; call "
-            "plan_of(layout, device) first"
+            f"layout {layout_id} is not known, and its tensor has no values to read it from; call "
+            "serialized_layout(layout, device) first"
         )
     return layout
 
 
-def encode(layout: BlockLayout) -> Tensor:
-    """``layout`` as a plan on the CPU."""
+def serialize(layout: BlockLayout) -> Tensor:
+    """``layout`` as a tensor on the CPU."""
     orders = [order for order in (layout.row_order, layout.col_order) if order is not None]
     header = [
-        PLAN_VERSION,
+        FORMAT_VERSION,
         len(layout.row_sizes),
         len(layout.col_sizes),
         int(layout.row_order is not None),
@@ -133,24 +142,28 @@ def encode(layout: BlockLayout) -> Tensor:
     return torch.cat(parts)
 
 
-def decode(plan: Tensor) -> BlockLayout:
-    """The layout that ``plan`` was built from.
+def deserialize(serialized: Tensor) -> BlockLayout:
+    """The layout that :func:`serialize` made ``serialized`` from.
 
     Raises:
-        LayoutError: Not a plan, or one of another version.
+        LayoutError: Not a serialized layout, or one of another version.
     """
-    values = plan.detach().cpu()
+    values = serialized.detach().cpu()
     if values.dim() != 1 or values.dtype != torch.int64 or values.numel() < _HEADER:
         raise LayoutError(
-            f"plan must be a one-dimensional int64 tensor, got {values.dtype} {tuple(values.shape)}"
+            "a serialized layout must be a one-dimensional int64 tensor, got "
+            f"{values.dtype} {tuple(values.shape)}"
         )
     version, rows, cols, has_row_order, has_col_order = values[:_HEADER].tolist()
-    if version != PLAN_VERSION:
+    if version != FORMAT_VERSION:
         raise LayoutError(
-            f"plan has version {version}, this library reads version {PLAN_VERSION}; export again"
+            f"the serialized layout has version {version}, this library reads version "
+            f"{FORMAT_VERSION}; export again"
         )
     if rows < 1 or cols < 1 or _HEADER + rows + cols > values.numel():
-        raise LayoutError(f"plan names {rows} x {cols} blocks, it holds {values.numel()} entries")
+        raise LayoutError(
+            f"the serialized layout names {rows} x {cols} blocks, it holds {values.numel()} entries"
+        )
     row_sizes, col_sizes = (
         part.tolist() for part in values[_HEADER : _HEADER + rows + cols].split([rows, cols])
     )
@@ -163,7 +176,9 @@ def decode(plan: Tensor) -> BlockLayout:
         sum(col_sizes) if has_col_order else 0,
     ]
     if sum(sizes) != values.numel() or min(sizes) < 0:
-        raise LayoutError(f"plan should hold {sum(sizes)} entries, it holds {values.numel()}")
+        raise LayoutError(
+            f"the serialized layout should hold {sum(sizes)} entries, it holds {values.numel()}"
+        )
     _, present, routes, row_order, col_order = values.split(sizes)
     layout = BlockLayout(
         row_sizes,
@@ -173,19 +188,21 @@ def decode(plan: Tensor) -> BlockLayout:
         row_order=row_order if has_row_order else None,
         col_order=col_order if has_col_order else None,
     )
-    if not torch.equal(encode(layout), values):
-        raise LayoutError("plan has bits or flags that stand for nothing; export again")
+    if not torch.equal(serialize(layout), values):
+        raise LayoutError(
+            "the serialized layout has bits or flags that stand for nothing; export again"
+        )
     return layout
 
 
-def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
+def transposed_layout(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
     """The map that grad_x walks: routed blocks only, rows and columns exchanged.
 
     Returns:
         The layout, and for each of its packed weights the position in ``layout``'s packed
         weights, ``(routed weights,)`` int64.
     """
-    turned = BlockLayout(
+    transposed = BlockLayout(
         layout.col_sizes,
         layout.row_sizes,
         layout.routes_grad.T,
@@ -196,7 +213,7 @@ def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
     # Where block (i, j) starts among the features that row block i sees.
     start = (layout.present * sizes).cumsum(1) - sizes
     pieces: list[Any] = []
-    for j, rows in enumerate(turned.row_blocks()):
+    for j, rows in enumerate(transposed.row_blocks()):
         feature = np.arange(layout.col_sizes[j])[:, None]
         for_unit = [
             layout.weight_offsets[i]
@@ -205,10 +222,10 @@ def transposed(layout: BlockLayout) -> tuple[BlockLayout, Tensor]:
             for i in rows
         ]
         if for_unit:
-            # Packed order of the turned map: its fan-in is the units, its units the features.
+            # Packed order of the transposed map: its fan-in is the units, its units the features.
             pieces.append(np.concatenate(for_unit, axis=1).T.ravel())
     index = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    return turned, torch.from_numpy(index)
+    return transposed, torch.from_numpy(index)
 
 
 def _words(blocks: Tensor) -> Tensor:

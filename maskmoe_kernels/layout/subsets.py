@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import register_constant
 
+from maskmoe_kernels._compat import register_constant
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes, keep_table
+from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.layout.caches import Caches
 
 Width = int | Sequence[int]
 
@@ -52,8 +54,9 @@ class SubsetFamily:
             name: self._checked_subset(name, members) for name, members in subsets.items()
         }
         self._refuse_equal_subsets()
-        self._tables: dict[tuple[str, torch.device], Tensor] = {}
-        for name in ("strict", "has_larger"):  # now: torch.compile finds tables, it builds none
+        #: What is computed from this family once; it goes when the family goes.
+        self.caches = Caches()
+        for name in ("strict", "has_larger"):  # torch.compile finds tables, it builds none
             self.table(name, torch.device("cpu"))
 
     def _checked_subset(self, name: str, members: Iterable[str]) -> tuple[str, ...]:
@@ -140,7 +143,7 @@ class SubsetFamily:
 
     @cached_property
     def inclusion(self) -> Tensor:
-        """Entry (i, j): is S_j inside or equal to S_i? ``(H, H)``, bool (eq. 14)."""
+        """Entry (i, j): is S_j a subset of S_i? ``(H, H)``, bool (eq. 14)."""
         return subset_of(self.membership, self.membership)
 
     @cached_property
@@ -161,12 +164,16 @@ class SubsetFamily:
         return [(names[j], names[i]) for i, j in nearest.nonzero().tolist()]
 
     def rank(self) -> Tensor:
-        """Length of the longest chain of strict subsets below each expert, ``(H,)``, int64."""
+        """Length of the longest chain of proper subsets of each expert's, ``(H,)``, int64."""
+        return self._rank
+
+    @cached_property
+    def _rank(self) -> Tensor:
         rank = torch.zeros(self.num_experts, dtype=torch.int64, device="cpu")
         for i in self.membership.sum(1).argsort(stable=True).tolist():
-            below = rank[self.strict[i]]
-            if below.numel():
-                rank[i] = below.max() + 1
+            subsets = rank[self.strict[i]]
+            if subsets.numel():
+                rank[i] = subsets.max() + 1
         return rank
 
     def visible_features(self) -> Tensor:
@@ -175,15 +182,15 @@ class SubsetFamily:
         return self.membership.repeat_interleave(widths, dim=1)
 
     def table(self, name: str, device: torch.device) -> Tensor:
-        """A table of this family kept on ``device``: ``"strict"`` in float64, ``"inside"`` in bool,
-        ``"has_larger"``.
+        """A table of this family kept on ``device``: ``"strict"`` in float64,
+        ``"is_proper_subset"``, which is the same in bool, or ``"has_larger"``.
         """
-        made = {
+        build = {
             "strict": lambda: self.strict.double(),
-            "inside": lambda: self.strict,
+            "is_proper_subset": lambda: self.strict,
             "has_larger": lambda: self.has_larger,
         }
-        return keep_table(self._tables, (name, device), made[name])
+        return self.caches.table(name, device, build[name])
 
     def input_layout(self, width: Width, *, strict: bool = False) -> BlockLayout:
         """Experts x groups: block (i, n) is present iff X_n is in S_i.
@@ -198,8 +205,8 @@ class SubsetFamily:
         routes = member
         if strict:
             # Not smallest for group n: some strict subset of S_i contains n already.
-            below = self.strict.to(torch.float32) @ member.to(torch.float32)
-            routes = member & ~below.bool()
+            in_subsets = self.strict.to(torch.float32) @ member.to(torch.float32)
+            routes = member & ~in_subsets.bool()
         return BlockLayout(
             block_sizes("width", width, self.num_experts),
             list(self.groups.values()),
@@ -254,6 +261,6 @@ register_constant(SubsetFamily)
 
 
 def subset_of(rows: Tensor, cols: Tensor) -> Tensor:
-    """Entry (i, j): is the set ``cols[j]`` inside or equal to ``rows[i]``? Both ``(_, N)`` bool."""
+    """Entry (i, j): is the set ``cols[j]`` a subset of ``rows[i]``? Both ``(_, N)`` bool."""
     outside = (~rows).to(torch.float32) @ cols.to(torch.float32).T
     return outside == 0

@@ -206,7 +206,7 @@ class InterpretableMLP(nn.Module):
 
     def _is_proper_subset(self, device: torch.device) -> Tensor:
         on_cpu = device.type == "cpu"
-        return self.family.strict if on_cpu else self.family.table("inside", device)
+        return self.family.strict if on_cpu else self.family.table("is_proper_subset", device)
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
 from maskmoe_kernels.ops.selection.selection import Confidence

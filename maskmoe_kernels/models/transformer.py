@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.models.sessions import (
     SessionBlackBox,

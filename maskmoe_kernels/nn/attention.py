@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout, block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.stacked import StackedLinear

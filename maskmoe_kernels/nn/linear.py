@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import BlockLayout, plain_tensor
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.arguments import plain_tensor
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.packing import (
     degrees_obstacle,
     mask_obstacle,
@@ -18,8 +19,8 @@ from maskmoe_kernels.nn.packing import (
     packing_state,
 )
 from maskmoe_kernels.ops.activations import activation_name
-from maskmoe_kernels.ops.dispatch import check_backend
-from maskmoe_kernels.ops.masked_linear.api import masked_linear
+from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend
+from maskmoe_kernels.ops.masked_linear.api import masked_linear, traced_masked_linear
 
 
 class MaskedLinear(nn.Module):
@@ -95,21 +96,24 @@ class MaskedLinear(nn.Module):
         else:
             self.register_parameter("bias", None)
         self.reset_parameters()
-        self._make_plan()
+        self._make_handle()
 
-    def _make_plan(self) -> None:
-        # torch.compile can find a plan but not build one; so it exists before the first call,
-        # wherever the parameters go.
-        plan_of(self.layout, self.weight.device)
+    def _make_handle(self) -> None:
+        # torch.compile finds it but cannot make it; so it exists before the first call, wherever
+        # the parameters go.
+        self._handle = LayoutHandle.of(self.layout, self.weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
-        self._make_plan()
+        self._make_handle()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handle"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._make_plan()
+        self._make_handle()
 
     @classmethod
     def from_layout(
@@ -194,6 +198,14 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
+        if torch.compiler.is_dynamo_compiling():
+            with parameters_of_any_size():
+                weight, bias = self.weight, self.bias
+                sizes = weight.shape, None if bias is None else bias.shape  # they are read here
+            del sizes
+            return traced_masked_linear(
+                x, weight, bias, self._handle, lambda: self.layout, self.activation, self.backend
+            )
         return masked_linear(x, self.weight, self.bias, self.layout, self.activation, self.backend)
 
     def get_extra_state(self) -> Tensor:
@@ -244,7 +256,7 @@ class MaskedLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        self._make_plan()  # ``assign=True`` may have moved the parameters
+        self._make_handle()  # ``assign=True`` may have moved the parameters
 
     def extra_repr(self) -> str:
         """Sizes, blocks and density, for ``print(layer)``."""

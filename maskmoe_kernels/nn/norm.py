@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
@@ -60,13 +60,13 @@ class StackedLinear(MaskedLinear):
         layer._rows = len(layout.row_sizes)
         layer._units = layout.out_features
         layer._runs = {(a, b): _repeated(layout, b - a) for a, b in runs}
-        layer._make_plan()
+        layer._make_handle()
         return layer
 
-    def _make_plan(self) -> None:
-        super()._make_plan()
+    def _make_handle(self) -> None:
+        super()._make_handle()
         for layout in self._runs.values():
-            plan_of(layout, self.weight.device)
+            serialized_layout(layout, self.weight.device)
 
     def run(self, x: Tensor, first: int, last: int) -> Tensor:
         """Maps ``first`` to ``last - 1`` alone: ``(*, (last - first) * layout.out_features)``.

@@ -54,6 +54,11 @@ def _explain(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout
         raise LayoutError(
             f"bias must be (out_features,) = ({layout.out_features},), got {tuple(bias.shape)}"
         )
+    check_places(x, weight, bias)
+
+
+def check_places(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise LayoutError unless all have one dtype and device."""
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and (other.dtype != x.dtype or other.device != x.device):
             raise LayoutError(

@@ -15,16 +15,18 @@ import importlib.util
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskmoe_kernels._compat import constant_in_trace, transformed
+from maskmoe_kernels._compat import constant_in_trace, outside_of_modes, transformed
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops import native, triton_support
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
@@ -43,7 +45,42 @@ DESCRIPTIONS: dict[str, str] = {
 #: ``masked_linear`` runs in it where it is named, and tests of ``selection`` add the CPU here.
 TRITON_DEVICES = {"cuda"}
 
-Layouts = BlockLayout | LayoutChain | SubsetFamily | None
+
+@dataclass(frozen=True)
+class LayoutHandle:
+    """What code that torch.compile traces reads of a layout: tensors, and nothing else.
+
+    A trace guards each Python number that it reads. This holds none that differs from layout to
+    layout, so that one graph serves all of them; a tensor's sizes become dynamic by themselves.
+
+    Attributes:
+        serialized: See :func:`serialized_layout`.
+        numbers: No values, shape ``(0, id, out_features)``, strides 0.
+        unfit: The implementations of ``masked_linear`` that do not take the layout.
+    """
+
+    serialized: Tensor
+    numbers: Tensor
+    unfit: tuple[str, ...]
+
+    @classmethod
+    def of(cls, layout: BlockLayout, device: torch.device) -> LayoutHandle:
+        """The handle of ``layout`` on ``device``; make it before the trace."""
+        with outside_of_modes():
+            shape = (0, layout.id, layout.out_features)
+            numbers = torch.empty_strided(shape, (0, 0, 0), dtype=torch.uint8, device=device)
+        like = torch.empty(0, device=device)
+        unfit = [
+            name
+            for name in ("triton", "native")
+            if _linear_reason(name, None, like) is None
+            and _linear_reason(name, layout, like) is not None
+        ]
+        return cls(serialized_layout(layout, device), numbers, tuple(unfit))
+
+
+Layout = BlockLayout | LayoutHandle | None
+Layouts = Layout | LayoutChain | SubsetFamily
 
 TOO_FINE = (
     "its layout has too many blocks of too few weights, more than 65,536 of less than 16 on "
@@ -101,13 +138,12 @@ def reason_against(
     """
     if backend is not None and backend != implementation:
         return f"backend {backend!r} was asked for"
+    device = tensors[0].device.type
+    if backend is None and implementation == "triton" and device not in TRITON_DEVICES:
+        return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
     reason = unsupported_reason(op, implementation, layout, tensors, confidence)
-    if reason is None and backend is None:
-        device = tensors[0].device.type
-        if implementation == "triton" and device not in TRITON_DEVICES:
-            return "Triton's interpreter is for tests; name it with backend='triton'"
-        if op == "masked_mlp" and implementation == "native" and device == "cuda":
-            return _NOT_MEASURED
+    if reason is None and backend is None and op == "masked_mlp" and implementation == "native":
+        return _NOT_MEASURED if device == "cuda" else None
     return reason
 
 
@@ -147,10 +183,10 @@ def check_backend(backend: str | None) -> None:
 # --- Reasons, one function an op -----------------------------------------------------------------
 
 
-def _linear_reason(implementation: str, layout: BlockLayout | None, x: Tensor) -> str | None:
+def _linear_reason(implementation: str, layout: Layout, x: Tensor) -> str | None:
     if implementation == "triton":
         reason = _dtype_reason(x) or _triton_reason(x.device)
-        return reason or (None if layout is None or _tiles_fit(layout) else _NO_TILES)
+        return reason or (None if _tiles_fit(layout) else _NO_TILES)
     if implementation == "native":
         if x.device.type == "cuda":
             return (
@@ -200,8 +236,8 @@ def _selection_reason(
     return _dtype_reason(logits, "the logits are") or _triton_reason(logits.device)
 
 
-def _layouts_of(layout: Layouts) -> Sequence[BlockLayout | None]:
-    if layout is None or isinstance(layout, BlockLayout):
+def _layouts_of(layout: Layouts) -> Sequence[Layout]:
+    if layout is None or isinstance(layout, (BlockLayout, LayoutHandle)):
         return (layout,)
     if isinstance(layout, SubsetFamily):
         raise TypeError("a family is the layout of selection only")
@@ -214,8 +250,10 @@ def _dtype_reason(x: Tensor, named: str = "x is") -> str | None:
     return None
 
 
-def _fine_reason(layout: BlockLayout | None) -> str | None:
-    return None if layout is None or not layout.too_fine else TOO_FINE
+def _fine_reason(layout: Layout) -> str | None:
+    if isinstance(layout, LayoutHandle):
+        return TOO_FINE if "native" in layout.unfit else None
+    return TOO_FINE if layout is not None and layout.too_fine else None
 
 
 @constant_in_trace
@@ -223,11 +261,18 @@ def _triton_reason(device: torch.device) -> str | None:
     return triton_support.unsupported_reason(device)
 
 
+def _tiles_fit(layout: Layout) -> bool:
+    if isinstance(layout, LayoutHandle):
+        return "triton" not in layout.unfit
+    return layout is None or _tiles_of_layout_fit(layout)
+
+
 @constant_in_trace
-def _tiles_fit(layout: BlockLayout) -> bool:
+def _tiles_of_layout_fit(layout: BlockLayout) -> bool:
     # Imported where it can run only: importing Triton takes as long as importing torch.
     products = importlib.import_module("maskmoe_kernels.ops.masked_linear.triton.products")
-    fits: bool = products.products_of(layout).fits
+    with outside_of_modes():
+        fits: bool = products.products_of(layout).fits
     return fits
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import decode, encode
+from maskmoe_kernels.layout.serialized import deserialize, serialize
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.testing.assertions import _Floors
 from maskmoe_kernels.testing.oracle import _ACTIVATIONS, dense_algebra, dense_oracle
@@ -82,7 +82,7 @@ class Judge:
     def __init__(self, layout):
         self.layout = layout
         self.mask, self.routed = layout.mask(), layout.grad_mask()
-        for other in (decode(encode(layout)), pickle.loads(pickle.dumps(layout))):
+        for other in (deserialize(serialize(layout)), pickle.loads(pickle.dumps(layout))):
             if other != layout or other.id != layout.id or other.packing_id != layout.packing_id:
                 raise AssertionError(f"a copy of {layout} is another")
         self.index = layout.weight_index(torch.device("cpu"))

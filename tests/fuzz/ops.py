@@ -19,7 +19,7 @@ from functools import cache
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import encode, plan_of
+from maskmoe_kernels.layout.serialized import serialize, serialized_layout
 from maskmoe_kernels.ops import triton_support as triton
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def large():
     most = 2**31 - 1
     none = torch.zeros(1, 1, dtype=torch.bool)
     made = [mk.BlockLayout([most], [4], none), mk.BlockLayout([4], [most], none)]
-    return [(encode(layout), layout.id) for layout in made]
+    return [(serialize(layout), layout.id) for layout in made]
 
 
 def normal(*shape):
@@ -80,7 +80,7 @@ def linear_calls():
     calls = []
     for number, layout in enumerate(layouts()):
         for activation in ("none", "relu", "gelu"):
-            fixed = {"plan": plan_of(layout, CPU), "layout": layout.id}
+            fixed = {"plan": serialized_layout(layout, CPU), "layout": layout.id}
             x, grad = normal(5, layout.in_features), normal(5, layout.out_features)
             weight, bias = normal(layout.num_weights), normal(layout.out_features)
             forward = {
@@ -115,7 +115,7 @@ def networks():
                 "ids": [torch.arange(6), torch.arange(6) % 4], "parts": [0, -2, 1, -1],
             }  # fmt: skip
         plans = {
-            "plans": [plan_of(layer.layout, CPU) for layer in net.layers],
+            "plans": [serialized_layout(layer.layout, CPU) for layer in net.layers],
             "layouts": [layer.layout.id for layer in net.layers],
         }
         yield family, net, {**inputs, "weights": weights, "biases": biases}, plans
@@ -222,7 +222,7 @@ def spoilt_plan(draw, plan):
     """A plan that was tampered with, or that of another layout."""
     how = draw.randrange(8)
     if how == 0:
-        return plan_of(draw.choice(layouts()), CPU)
+        return serialized_layout(draw.choice(layouts()), CPU)
     if how == 1:
         return draw.choice(large())[0].clone()
     if how == 2:

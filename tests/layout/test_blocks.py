@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.blocks import PACKING_VERSION
-from maskmoe_kernels.layout.serialized import plan_of, transposed
+from maskmoe_kernels.layout.serialized import serialized_layout, transposed_layout
 from maskmoe_kernels.testing import strategies
 
 seeds = st.integers(0, 2**16)
@@ -284,9 +284,9 @@ def test_layouts_are_built_on_the_cpu_whatever_the_default_device():
             for layout in layouts
             for table in (
                 layout.weight_index(torch.device("cpu")),
-                plan_of(layout, torch.device("cpu")),
-                transposed(layout)[0].mask(),
-                transposed(layout)[1],
+                serialized_layout(layout, torch.device("cpu")),
+                transposed_layout(layout)[0].mask(),
+                transposed_layout(layout)[1],
                 layout.mask(),
                 layout.grad_mask(),
                 torch.tensor(layout.num_routed_weights, device="cpu"),

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import decode, encode, layout_of, plan_of, transposed
+from maskmoe_kernels.layout.serialized import (
+    deserialize,
+    layout_of,
+    serialize,
+    serialized_layout,
+    transposed_layout,
+)
 from maskmoe_kernels.testing import strategies
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -22,21 +28,21 @@ CPU = torch.device("cpu")
 
 @given(strategies.layouts())
 def test_decode_inverts_encode(layout):
-    plan = encode(layout)
+    plan = serialize(layout)
     assert (plan.dtype, plan.dim()) == (torch.int64, 1)
-    again = decode(plan)
+    again = deserialize(plan)
     assert again == layout
     assert torch.equal(again.mask(), layout.mask())
     assert torch.equal(again.grad_mask(), layout.grad_mask())
     weight = torch.randn(layout.num_weights)
     assert torch.equal(again.unpack(weight), layout.unpack(weight))
-    assert torch.equal(encode(again), plan)
+    assert torch.equal(serialize(again), plan)
 
 
 @given(strategies.layouts())
 def test_a_plan_is_built_once(layout):
-    plan = plan_of(layout, CPU)
-    assert plan_of(layout, CPU) is plan
+    plan = serialized_layout(layout, CPU)
+    assert serialized_layout(layout, CPU) is plan
     assert layout_of(layout.id, plan) == layout
     with pytest.raises(mk.LayoutError, match="one-dimensional int64"):  # no id stands for content
         layout_of(layout.id, torch.zeros(0, dtype=torch.int64))
@@ -48,7 +54,7 @@ def test_ids_tell_layouts_apart(a, b):
         (a.row_sizes, a.col_sizes) == (b.row_sizes, b.col_sizes)
         and torch.equal(a.mask(), b.mask())
         and torch.equal(a.grad_mask(), b.grad_mask())
-        and torch.equal(encode(a), encode(b))
+        and torch.equal(serialize(a), serialize(b))
     )
     assert (a.id == b.id) == same
     assert 0 <= a.id < 2**63
@@ -56,7 +62,7 @@ def test_ids_tell_layouts_apart(a, b):
 
 @given(strategies.layouts(), st.integers(0, 2**16))
 def test_transposed_is_the_routed_map_turned(layout, seed):
-    turned, index = transposed(layout)
+    turned, index = transposed_layout(layout)
     assert torch.equal(turned.mask(), layout.grad_mask().T)
     assert turned.num_weights == len(index) == layout.num_routed_weights
     weight = torch.randn(layout.num_weights, generator=torch.Generator().manual_seed(seed))
@@ -70,39 +76,39 @@ def test_transposed_twice_where_all_routes(layout):
         layout.row_sizes, layout.col_sizes, layout.present,
         row_order=layout.row_order, col_order=layout.col_order,
     )  # fmt: skip
-    turned, index = transposed(full)
-    back, again = transposed(turned)
+    turned, index = transposed_layout(full)
+    back, again = transposed_layout(turned)
     assert back == full
     assert torch.equal(index[again], torch.arange(full.num_weights))
 
 
 @given(strategies.layouts())
 def test_damaged_plans_are_refused(layout):
-    plan = encode(layout)
+    plan = serialize(layout)
     for damaged, message in [
         (plan[:-1], "it holds"),
         (torch.cat([plan, plan[:1]]), "it holds"),
         (plan[:3], "one-dimensional int64"),
-        (plan[:5], "plan names"),
+        (plan[:5], "names"),
         (plan.double(), r"int64 tensor, got torch\.float64"),
         (plan[None], "one-dimensional"),
         (torch.cat([plan[:1] + 1, plan[1:]]), "version 2, this library reads version 1"),
     ]:
         with pytest.raises(mk.LayoutError, match=message):
-            decode(damaged)
+            deserialize(damaged)
 
 
 def test_what_stands_for_nothing_is_refused():
     """Of two plans of one layout a program could hold either, and which is a question of bytes."""
     layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2).bool(), row_order=torch.arange(5).flip(0))
-    plan = encode(layout)
+    plan = serialize(layout)
     sizes = 5 + 2 + 2  # header, row sizes, column sizes; then a word of each mask
     for at, value in ((3, 2), (3, -1), (4, 2), (sizes, 1 << 4), (sizes + 1, 1 << 62)):
         odd = plan.clone()
         odd[at] += value
         with pytest.raises(mk.LayoutError, match=r"stand for nothing|should hold"):
-            decode(odd)
-    assert decode(plan) == layout
+            deserialize(odd)
+    assert deserialize(plan) == layout
 
 
 def test_a_forgotten_layout_is_decoded_and_a_wrong_plan_refused():
@@ -110,10 +116,10 @@ def test_a_forgotten_layout_is_decoded_and_a_wrong_plan_refused():
         return mk.BlockLayout([size, 2], [3, 5], torch.tensor([[1, 0], [1, 1]]).bool())
 
     layout, other = build(11), build(12)
-    number, plan, wrong = layout.id, encode(layout), encode(other)
+    number, plan, wrong = layout.id, serialize(layout), serialize(other)
     del layout
     gc.collect()
-    with pytest.raises(mk.LayoutError, match=f"plan describes layout {other.id}.*{number}"):
+    with pytest.raises(mk.LayoutError, match=f"describes layout {other.id}.*{number}"):
         layout_of(number, wrong)
     assert layout_of(number, plan) == build(11)
 
@@ -134,14 +140,14 @@ def test_ids_are_the_same_in_every_process():
 def test_a_dead_twin_does_not_take_the_registration_with_it() -> None:
     layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2, dtype=torch.bool))
     twin = pickle.loads(pickle.dumps(layout))
-    plan = plan_of(layout, torch.device("cpu"))
-    assert plan_of(twin, torch.device("cpu")) is plan
+    plan = serialized_layout(layout, torch.device("cpu"))
+    assert serialized_layout(twin, torch.device("cpu")) is plan
     number = layout.id
     del twin
     gc.collect()
     assert layout_of(number, plan) is layout  # not decoded: on a GPU that waits for the device
     twin = pickle.loads(pickle.dumps(layout))
-    assert plan_of(twin, torch.device("cpu")) is plan
+    assert serialized_layout(twin, torch.device("cpu")) is plan
     registered = weakref.ref(layout)
     del layout
     gc.collect()

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.testing.oracle import dense_algebra
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -136,7 +136,7 @@ class Network:
 
     def arguments(self):
         """What every op takes."""
-        plans = [plan_of(layout, torch.device(self.device)) for layout in self.layouts]
+        plans = [serialized_layout(layout, torch.device(self.device)) for layout in self.layouts]
         ids = [layout.id for layout in self.layouts]
         given = (self.x, self.tables, self.ids, self.parts, self.weights, self.biases)
         return (*self.there(given), plans, ids, self.activation)

@@ -167,9 +167,11 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_on_a_gpu_the_kernels_predict_where_they_are_named(named, monkeypatch):
-    monkeypatch.setattr(native, "CUDA_OBSTACLE", None)
+    monkeypatch.setattr(native, "CUDA_UNSUPPORTED_REASON", None)
     # Tables go to the device itself, which need not be there.
-    monkeypatch.setattr(networks, "plan_of", lambda layout, device: torch.empty(0, device=device))
+    monkeypatch.setattr(
+        networks, "serialized_layout", lambda layout, device: torch.empty(0, device=device)
+    )
     monkeypatch.setattr(
         mk.SubsetFamily, "table", lambda self, _, device: self.strict.new_empty(3, 3, device=device)
     )

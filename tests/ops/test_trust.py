@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import encode, layout_of, plan_of
+from maskmoe_kernels.layout.serialized import layout_of, serialize, serialized_layout
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.dispatch import choose
 from maskmoe_kernels.testing import dense_oracle
@@ -46,8 +46,8 @@ def expected(layout):
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_plan_that_was_tampered_with_is_refused_and_changes_nothing(name, known):
     layout = made(3, 7, 2)
-    before = call(name, layout, plan_of(layout, CPU)) if known else expected(layout)
-    plan = encode(layout)
+    before = call(name, layout, serialized_layout(layout, CPU)) if known else expected(layout)
+    plan = serialize(layout)
     for at in range(plan.numel()):
         for value in (int(plan[at]) + 1, 0, -1, 2**31, 2**62, -(2**63)):
             tampered = plan.clone()
@@ -62,21 +62,24 @@ def test_a_plan_that_was_tampered_with_is_refused_and_changes_nothing(name, know
     for other in (plan.double(), plan[None], plan.int(), plan.repeat(2)):
         with pytest.raises(REFUSED):
             call(name, layout, other)
-    after = call(name, layout, plan_of(layout, CPU))
+    after = call(name, layout, serialized_layout(layout, CPU))
     torch.testing.assert_close(after, before)
-    assert torch.equal(after, call(name, layout, encode(layout)))
+    assert torch.equal(after, call(name, layout, serialize(layout)))
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_a_plan_under_the_id_of_another_is_refused(name):
     layout, other = made(3, 7, 2), made(2, 7, 3)
-    call(name, layout, plan_of(layout, CPU)), call(name, other, plan_of(other, CPU))
-    with pytest.raises(REFUSED, match="plan describes layout"):
-        call(name, layout, plan_of(layout, CPU), other.id)
-    with pytest.raises(REFUSED, match="plan describes layout"):
-        call(name, layout, plan_of(other, CPU))
-    torch.testing.assert_close(call(name, layout, plan_of(layout, CPU)), expected(layout))
-    torch.testing.assert_close(call(name, other, plan_of(other, CPU)), expected(other))
+    (
+        call(name, layout, serialized_layout(layout, CPU)),
+        call(name, other, serialized_layout(other, CPU)),
+    )
+    with pytest.raises(REFUSED, match="describes layout"):
+        call(name, layout, serialized_layout(layout, CPU), other.id)
+    with pytest.raises(REFUSED, match="describes layout"):
+        call(name, layout, serialized_layout(other, CPU))
+    torch.testing.assert_close(call(name, layout, serialized_layout(layout, CPU)), expected(layout))
+    torch.testing.assert_close(call(name, other, serialized_layout(other, CPU)), expected(other))
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -89,11 +92,13 @@ def test_two_contents_of_one_id_are_two_layouts(name, monkeypatch):
     assert layouts[0] == made(3, 7, 2)
     for _ in range(2):
         for layout in layouts:
-            torch.testing.assert_close(call(name, layout, plan_of(layout, CPU)), expected(layout))
+            torch.testing.assert_close(
+                call(name, layout, serialized_layout(layout, CPU)), expected(layout)
+            )
             y = mk.masked_linear(*drawn(layout), layout)
             torch.testing.assert_close(y, expected(layout))
-            assert layout_of(layout.id, plan_of(layout, CPU)) is layout
-            assert layout_of(layout.id, encode(layout)) == layout
+            assert layout_of(layout.id, serialized_layout(layout, CPU)) is layout
+            assert layout_of(layout.id, serialize(layout)) == layout
     if native.UNSUPPORTED_REASON is None:
         native._extension.forget(12345)
 
@@ -101,11 +106,11 @@ def test_two_contents_of_one_id_are_two_layouts(name, monkeypatch):
 @pytest.mark.parametrize("name", LINEAR)
 def test_what_was_read_is_not_read_again(name):
     """A plan that is changed after its first call is what it was then."""
-    layout, plan = made(5, 1, 4), encode(made(5, 1, 4))
+    layout, plan = made(5, 1, 4), serialize(made(5, 1, 4))
     before = call(name, layout, plan)
     plan.fill_(2**40)
     assert torch.equal(call(name, layout, plan), before)
-    assert torch.equal(call(name, layout, encode(layout)), before)
+    assert torch.equal(call(name, layout, serialize(layout)), before)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -114,10 +119,10 @@ def test_a_claim_of_many_features_takes_no_memory(name):
     most = mk.BlockLayout([2**31 - 1], [4], none)
     x, weight = torch.zeros(2, 4), torch.zeros(0)
     with pytest.raises((*REFUSED, MemoryError)):
-        getattr(OPS, name)(x, weight, None, encode(most), most.id, 3, "none", False)
+        getattr(OPS, name)(x, weight, None, serialize(most), most.id, 3, "none", False)
     with pytest.raises(mk.LayoutError, match="at most 2147483647 units and features"):
         mk.BlockLayout([2**31 - 1, 1], [4], none.expand(2, 1))
-    plan = encode(most)
+    plan = serialize(most)
     plan[5] = 2**40
     with pytest.raises(REFUSED, match="at most"):
         getattr(OPS, name)(x, weight, None, plan, 1, 3, "none", False)
@@ -125,7 +130,12 @@ def test_a_claim_of_many_features_takes_no_memory(name):
 
 def test_a_program_outlives_the_layout_that_it_was_made_with():
     layout = made(6, 3, 3)
-    inputs, plan, number, truth = drawn(layout), plan_of(layout, CPU), layout.id, expected(layout)
+    inputs, plan, number, truth = (
+        drawn(layout),
+        serialized_layout(layout, CPU),
+        layout.id,
+        expected(layout),
+    )
     out = layout.out_features
     for name in LINEAR:
         getattr(OPS, name)(*inputs, plan, number, out, "none", False)
@@ -163,7 +173,7 @@ def spoilt(t):
 def test_each_tensor_of_a_layer_is_checked(activation):
     layout = made(3, 9, 17)
     x, weight, bias = drawn(layout)
-    fixed = plan_of(layout, CPU), layout.id
+    fixed = serialized_layout(layout, CPU), layout.id
     forward = [x, weight, bias, *fixed, layout.out_features, activation, True]
     y, z = OPS.masked_linear(*forward)
     saved = z if activation == "gelu" else y
@@ -191,7 +201,7 @@ def test_each_tensor_of_a_layer_is_checked(activation):
 def test_a_bias_fits_the_units_and_not_the_features(name):
     layout = made(3, 7, 2)
     x, weight, _ = drawn(layout)
-    op, plan = getattr(OPS, name), plan_of(layout, CPU)
+    op, plan = getattr(OPS, name), serialized_layout(layout, CPU)
     assert layout.in_features != layout.out_features
     for features in (1, layout.in_features, layout.out_features + 1):
         with pytest.raises(REFUSED, match="bias"):
@@ -208,7 +218,7 @@ def network():
     family = mk.SubsetFamily.powerset({"a": 3, "b": 5, "c": 2})
     torch.manual_seed(0)
     net = mk.InterpretableMLP(family, [5, 6])
-    plans = [plan_of(layer.layout, CPU) for layer in net.layers]
+    plans = [serialized_layout(layer.layout, CPU) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
     parameters = [[getattr(layer, name).detach() for layer in net.layers] for name in
                   ("weight", "bias")]  # fmt: skip
@@ -257,7 +267,7 @@ def test_a_network_reads_columns_or_tables_or_both(network, name):
 def test_the_number_of_units_is_the_layouts(network, name):
     """A traced program has it in its shapes: were it wrong, memory behind the result was read."""
     layout, (arguments, _) = made(3, 7, 2), network
-    linear = *drawn(layout), plan_of(layout, CPU), layout.id
+    linear = *drawn(layout), serialized_layout(layout, CPU), layout.id
     right, given = (layout.out_features, linear) if name in LINEAR else (7, arguments)
     op = getattr(OPS, name)
     assert op(*given, right, "relu", False)[0].shape[-1] == right
@@ -364,6 +374,6 @@ def test_what_kernels_do_not_take_falls_back_everywhere():
         with pytest.raises(mk.BackendError, match=r"'native' cannot run: .* too many blocks"):
             mk.masked_linear(h, weight, None, layout, backend=name)
     # A program that names the op all the same gets the numbers.
-    plan = plan_of(layout, CPU)
+    plan = serialized_layout(layout, CPU)
     y = OPS.masked_linear(h, weight, None, plan, layout.id, layout.out_features, "none", False)[0]
     torch.testing.assert_close(y, mk.masked_linear(h, weight, None, layout, backend="torch"))

@@ -1,32 +1,39 @@
-"""The functional front end: checks, autocast, transforms, then one op."""
+"""The function that users call: checks, autocast, transforms, then one op."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maskmoe_kernels._compat import any_autocast, constant_in_trace, forward_mode, func_transforms
-from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels._compat import (
+    any_autocast,
+    constant_in_trace,
+    forward_mode,
+    func_transforms,
+)
+from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import plan_of
-from maskmoe_kernels.ops.activations import activation_name
-from maskmoe_kernels.ops.checks import PLAIN, check_linear, refuse_sharded
-from maskmoe_kernels.ops.dispatch import choose, warn_of_fallback
+from maskmoe_kernels.layout.serialized import registered_layout, serialized_layout
+from maskmoe_kernels.ops.activations import FUNCTIONS, activation_name
+from maskmoe_kernels.ops.checks import PLAIN, check_linear, check_places, refuse_sharded
+from maskmoe_kernels.ops.dispatch import LayoutHandle, choose, warn_of_fallback
 from maskmoe_kernels.ops.masked_linear import reference
 from maskmoe_kernels.ops.masked_linear.autograd import (
     APPLY,
-    FORWARD,
     MaskedLinearFunction,
+    Run,
+    direct_run,
+    registered_run,
+    unwatched,
 )
-from maskmoe_kernels.ops.masked_linear.direct import DIRECT, unwatched
 from maskmoe_kernels.ops.masked_linear.schema import triton_kernels
 
-# The op behind a backend; the reference is none. ``masked_linear`` takes a device's own kernels.
+# The op behind a backend; the reference has none. ``masked_linear`` is the device's own kernels.
 OP_OF = {"native": "masked_linear", "triton": "masked_linear", "torch": "torch_linear"}
 
 
@@ -48,7 +55,8 @@ def masked_linear(
         x: Activations, ``(*, in_features)``.
         weight: Packed blocks, ``(layout.num_weights,)``; see ``layout.pack``.
         bias: ``(out_features,)`` or ``None``.
-        layout: Which blocks exist and which route a gradient.
+        layout: Which blocks exist and which route a gradient. (torch.compile makes a graph for
+            each; a :class:`MaskedLinear` shares one among all.)
         activation: ``None``, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"gelu"``, ``"tanh"``
             or ``"silu"``.
         backend: ``None`` chooses the fastest; ``"reference"`` supports double backward.
@@ -61,72 +69,115 @@ def masked_linear(
         BackendError: The named backend cannot run, forward-mode AD was asked for, or the
             parameters are DTensors.
     """
-    name = "none" if activation is None else activation_name(activation)
+    name = "none" if activation is None else activation
+    if name not in FUNCTIONS:
+        activation_name(activation)
     if any_autocast():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
     compiling = torch.compiler.is_compiling()
-    route = None if compiling else layout.routes.get((backend, x.dtype, x.device))
-    op, plan, kernels = route or _route(backend, x, layout, keep=not compiling)
+    runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
+    registered, direct = runs or _runs(backend, x, layout, keep=not compiling)
     if forward_mode():
         _refuse_forward_ad(x, weight, bias)
     if func_transforms():
         _refuse_transform(backend)
-        if backend is None:
-            _warn_of_transform()
-        op = None
-    if op is None:
+        registered = None
+    if registered is None:
         return reference.masked_linear(x, weight, bias, layout, name)
-    graph = torch.is_grad_enabled() and (
+    if direct is not None and unwatched(x, weight, bias):
+        registered = direct
+    if torch.is_grad_enabled() and (
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    if kernels is not None and unwatched(x, weight, bias):
-        registered = layout._registered or layout
-        direct: Tensor = (
-            DIRECT(x, weight, bias, (kernels, registered, name, op, plan))
-            if graph
-            else kernels.output(x, weight, bias, registered, name, False)[0]
-        )
-        return direct
-    if graph:
+    ):
         apply: Any = MaskedLinearFunction.apply if compiling else APPLY
-        y: Tensor = apply(x, weight, bias, (plan, layout.id, layout.out_features, name, op))
+        y: Tensor = apply(x, weight, bias, (registered, name))
         return y
-    result: Tensor = FORWARD[op](
-        x, weight, bias, plan, layout.id, layout.out_features, name, False
-    )[0]
+    result: Tensor = registered[0](x, weight, bias, *registered[2], name, False)[0]
     return result
 
 
-def _route(
+def _runs(
     backend: str | None, x: Tensor, layout: BlockLayout, keep: bool
-) -> tuple[str | None, Tensor, Any]:
-    """The op, the plan, and kernels that may also be called as such.
+) -> tuple[Run | None, Run | None]:
+    """What such a call runs as an op (None: the reference), and as kernels called directly.
 
-    The choice is the same for every call on a layout with these three; small layers feel what it
-    costs.
+    The choice is the same for every call on a layout with these three: it is kept.
     """
     name = choose("masked_linear", backend, layout, (x,))
-    op = OP_OF.get(name)
-    if name == "triton" and not x.is_cuda:  # the interpreter
-        op = "triton_linear"
-    direct = keep and name == "triton"
-    route = op, plan_of(layout, x.device), triton_kernels() if direct else None
+    registered = direct = None
+    if name != "reference":
+        op = "triton_linear" if name == "triton" and not x.is_cuda else OP_OF[name]
+        serialized = serialized_layout(layout, x.device)
+        registered = registered_run(op, serialized, layout.id, layout.out_features)
+        if keep and name == "triton":
+            direct = direct_run(triton_kernels(), registered_layout(layout), registered)
     if keep:
         if backend is None:
             warn_of_fallback(name, layout, x)
-        layout.routes[backend, x.dtype, x.device] = route
-    return route
+        layout.caches.dispatch[backend, x.dtype, x.device] = registered, direct
+    return registered, direct
+
+
+def traced_masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    handle: LayoutHandle,
+    layout: Callable[[], BlockLayout],
+    activation: str | None,
+    backend: str | None,
+) -> Tensor:
+    """:func:`masked_linear` for code that torch.compile traces: one graph serves all layouts.
+
+    It reads tensors and no number of the layout, so shapes are checked by the op when it runs.
+
+    Args:
+        x: As there.
+        weight: As there.
+        bias: As there.
+        handle: Of the layout.
+        layout: Gives the layout itself, for what needs it: the reference, and other devices.
+        activation: As there.
+        backend: As there.
+    """
+    name = activation_name(activation)
+    if any_autocast():
+        x, weight, bias = autocast(x.device.type, (x, weight, bias))
+    if handle.serialized.device != x.device or func_transforms() or forward_mode():
+        return masked_linear(x, weight, bias, layout(), activation, backend)
+    if type(weight) not in PLAIN or type(bias) not in PLAIN:
+        refuse_sharded(x, weight, bias)
+    if x.dim() == 0 or not x.is_floating_point():
+        raise LayoutError(f"x must be floating-point, (*, in_features), got {x.dtype} {x.shape}")
+    check_places(x, weight, bias)
+    chosen = choose("masked_linear", backend, handle, (x,))
+    if chosen == "reference":
+        return reference.masked_linear(x, weight, bias, layout(), name)
+    op = "triton_linear" if chosen == "triton" and not x.is_cuda else OP_OF[chosen]
+    _, layout_id, out_features = handle.numbers.shape
+    run = registered_run(op, handle.serialized, layout_id, out_features)
+    if torch.is_grad_enabled() and (
+        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        apply: Any = MaskedLinearFunction.apply
+        y: Tensor = apply(x, weight, bias, (run, name))
+        return y
+    result: Tensor = run.forward(x, weight, bias, *run.of_forward, name, False)[0]
+    return result
 
 
 def _refuse_transform(backend: str | None) -> None:
+    """Under torch.func's transforms the reference runs, for which the ops have no rules."""
     if backend not in (None, "reference"):
         raise BackendError(
             f"backend {backend!r} does not support torch.func transforms; use "
             "backend='reference' or leave the choice open with backend=None"
         )
+    if backend is None:
+        _warn_of_transform()
 
 
 @constant_in_trace
@@ -134,7 +185,7 @@ def _warn_of_transform() -> None:
     warnings.warn(
         "torch.func transforms run masked_linear on the reference backend, which is slow; "
         "pass backend='reference' to say that you know",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

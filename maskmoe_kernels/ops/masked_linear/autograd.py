@@ -1,21 +1,75 @@
-"""The routed gradient: one registered op forward, one backward."""
+"""The routed gradient: one call forward, one backward.
+
+What is called is a registered op; or, for kernels of a GPU, the kernels' own functions where nobody
+watches the dispatcher. The dispatcher and what belongs to an op (its checks, its outputs that are
+always tensors) take longer than a small layer's kernels.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import plain_call
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
-from maskmoe_kernels.ops.masked_linear.schema import OPS
+from maskmoe_kernels.ops.checks import PLAIN
+from maskmoe_kernels.ops.masked_linear.schema import BACKWARD, FORWARD
 
-# Attribute look-ups on torch.ops cost as much as small layers do.
-FORWARD = {name: getattr(torch.ops.maskmoe, name).default for name in OPS}
-BACKWARD = {name: getattr(torch.ops.maskmoe, name + "_backward").default for name in OPS}
+
+class Run(NamedTuple):
+    """What a call runs, and what that is given between the tensors and the activation."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    of_forward: tuple[Any, ...]
+    of_backward: tuple[Any, ...]
+
+
+def registered_run(op: str, serialized: Tensor, layout: int, out_features: int) -> Run:
+    """The registered op and its backward."""
+    return Run(FORWARD[op], BACKWARD[op], (serialized, layout, out_features), (serialized, layout))
+
+
+def direct_run(kernels: Any, layout: BlockLayout, registered: Run) -> Run:
+    """The kernels of a GPU, for tensors that are :func:`unwatched`."""
+    return Run(kernels.output, _direct_gradients, (layout,), (layout, kernels, registered))
+
+
+def unwatched(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Would the op's kernel get just these tensors, and nobody notice that it was called?"""
+    return (
+        type(x) in PLAIN
+        and type(weight) in PLAIN
+        and type(bias) in PLAIN
+        and plain_call(x)
+        and not weight.is_neg()
+        and (bias is None or not bias.is_neg())
+    )
+
+
+def _direct_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    saved: Tensor,
+    layout: BlockLayout,
+    kernels: Any,
+    registered: Run,
+    activation: str,
+    *needs: bool,
+) -> Any:
+    # A hook may have given other tensors back than were saved.
+    if unwatched(grad_y, weight) and type(x) in PLAIN and type(saved) in PLAIN:
+        return kernels.gradients(grad_y, x, weight, saved, layout, activation, needs)
+    return registered.backward(
+        grad_y, x, weight, saved, *registered.of_backward, activation, *needs
+    )
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -24,22 +78,17 @@ class MaskedLinearFunction(torch.autograd.Function):
     grad_x is not the derivative of the forward wherever a block is present but not routed: the
     stop-gradient is work not done.
 
-    What has no gradient comes as one argument: small layers feel every one.
+    What has no gradient comes as one argument: each argument takes time that small layers show.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        fixed: tuple[Tensor, int, int, str, str],
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: tuple[Run, str]
     ) -> Tensor:
         """Output ``(*, out_features)``; keeps x, the weight and what the derivative needs."""
-        plan, layout, out_features, activation, op = fixed
+        run, activation = fixed
         y: Tensor
-        z: Tensor
-        y, z = FORWARD[op](x, weight, bias, plan, layout, out_features, activation, True)
+        y, z = run[0](x, weight, bias, *run[2], activation, True)
         saved = z if activation in NEEDS_INPUT or activation == "none" else y
         ctx.save_for_backward(x, weight, saved, bias)
         ctx.fixed = fixed
@@ -49,12 +98,14 @@ class MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
         x, weight, saved, bias = ctx.saved_tensors
-        plan, layout, _, activation, op = ctx.fixed
+        run, activation = ctx.fixed
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        if saved is None:
+            saved = grad_y  # which nobody reads
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            grad_x, grad_weight, grad_bias = BACKWARD[op](
-                grad_y, x, weight, saved, plan, layout, activation, need_x, need_weight, need_bias
+            grad_x, grad_weight, grad_bias = run[1](
+                grad_y, x, weight, saved, *run[3], activation, need_x, need_weight, need_bias
             )
         grads = (
             grad_x if need_x else None,
@@ -64,8 +115,8 @@ class MaskedLinearFunction(torch.autograd.Function):
         return (*(once(grads, grad_y, x, weight, bias) if graph else grads), None)
 
 
-# Function.apply looks for torch.func's wrappers first, which small layers feel; the front end has
-# sent those to another backend already. torch 2.11 traces the name ``apply`` alone.
+# Function.apply looks for torch.func's wrappers first, which takes a while; the front end has sent
+# those to another backend already. torch 2.11 traces the name ``apply`` alone.
 APPLY: Any = super(torch.autograd.Function, MaskedLinearFunction).apply
 
 

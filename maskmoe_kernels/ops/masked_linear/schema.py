@@ -1,11 +1,12 @@
 """Registered ops: schemas, implementations, fakes and FLOP formulas.
 
-``masked_linear`` takes the kernels of the tensors' device where there are any: the C++ extension
-registers its own for the CPU, and on CUDA it is ``triton_linear``. Elsewhere, and for what kernels
-do not take, it is ``torch_linear``, the PyTorch fallback. Both can also be called by name.
+A forward and a backward op each: ``masked_linear`` is what :mod:`ops.dispatch` chooses for the
+device, ``torch_linear`` and ``triton_linear`` are one implementation each. The C++ extension
+registers ``masked_linear`` for the CPU; it calls ``torch_linear`` where its kernels cannot run. All
+can be called by name.
 
-``layout`` is the layout's id; ``plan`` describes it fully, so that an exported program works in
-a process that never built the layout. ``saved`` is the pre-activation for activations whose
+``layout`` is the layout's id; ``serialized`` describes it fully, so that an exported program works
+in a process that never built the layout. ``saved`` is the pre-activation for activations whose
 derivative needs it, otherwise the output.
 """
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -22,61 +22,64 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import layout_of
-from maskmoe_kernels.ops import triton_support as triton
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import check_count, check_like, check_linear
+from maskmoe_kernels.ops.dispatch import choose
 from maskmoe_kernels.ops.masked_linear import torch_impl
 
 _LIBRARY = torch.library.Library("maskmoe", "DEF")
+# The id is a SymInt: the code that torch.compile traces is the same for every layout.
 _FORWARD = (
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor plan, int layout, SymInt out_features, "
-    "str activation, bool keep) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor serialized, SymInt layout, "
+    "SymInt out_features, str activation, bool keep) -> (Tensor, Tensor)"
 )
 _BACKWARD = (
-    "(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor plan, int layout, "
+    "(Tensor grad_y, Tensor x, Tensor weight, Tensor saved, Tensor serialized, SymInt layout, "
     "str activation, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)"
 )
-OPS = ("masked_linear", "torch_linear", "triton_linear")
-for _name in OPS:
-    _LIBRARY.define(_name + _FORWARD, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.define(_name + "_backward" + _BACKWARD, tags=(torch.Tag.pt2_compliant_tag,))
+#: Op to the backend that it is; ``None``: what dispatch chooses for the device.
+OPS: dict[str, str | None] = {
+    "masked_linear": None,
+    "torch_linear": "torch",
+    "triton_linear": "triton",
+}
 
-# What the kernels ask before they compile a layout that they have not met.
-_LIBRARY.define("plan_obstacle(Tensor plan, int layout) -> str")
-
-
-def _plan_obstacle(plan: Tensor, layout: int) -> str:
-    try:
-        layout_of(layout, plan)
-    except LayoutError as error:
-        return str(error)
-    return ""
+# --- Implementations -----------------------------------------------------------------------------
 
 
 class _Implementation:
-    """The op and its backward on one way to compute them: ``of(x)`` gives its two functions."""
+    """An op and its backward, by the functions of a module: ``torch_impl`` or Triton's."""
 
-    def __init__(self, of: Callable[[Tensor], Any]) -> None:
-        self._of = of
+    def __init__(self, backend: str | None) -> None:
+        self._backend, self._name = backend, f"op {backend}"
+
+    def _module(self, layout: BlockLayout, x: Tensor) -> Any:
+        kept, key = layout.caches.dispatch, (self._name, x.dtype, x.device)
+        module = kept.get(key)
+        if module is None:
+            name = choose("masked_linear", self._backend, layout, (x,))
+            module = kept[key] = triton_kernels() if name == "triton" else torch_impl
+        return module
 
     def forward(
         self,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        plan: Tensor,
+        serialized: Tensor,
         layout: int,
         out_features: int,
         activation: str,
         keep: bool,
     ) -> tuple[Tensor, Tensor]:
         # A loaded program calls the op as such, with weights that may still require a gradient.
-        of = layout_of(layout, plan)
+        of = layout_of(layout, serialized)
         check_linear(x, weight, bias, of)
         check_count("out_features", out_features, of.out_features)
         with torch.no_grad():
-            y, z = self._of(x).forward(x, weight, bias, of, activation, keep)
+            y, z = self._module(of, x).forward(x, weight, bias, of, activation, keep)
         return y, z
 
     def backward(
@@ -85,43 +88,47 @@ class _Implementation:
         x: Tensor,
         weight: Tensor,
         saved: Tensor,
-        plan: Tensor,
+        serialized: Tensor,
         layout: int,
         activation: str,
-        need_x: bool,
-        need_weight: bool,
-        need_bias: bool,
+        *needs: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        needs = (need_x, need_weight, need_bias)
-        of = layout_of(layout, plan)
+        of = layout_of(layout, serialized)
         check_linear(x, weight, None, of)
         check_like("grad_y", grad_y, x, of.out_features)
         if activation != "none":
             check_like("saved", saved, x, of.out_features)
-        grads: tuple[Tensor, Tensor, Tensor] = self._of(x).backward(
+        grads: tuple[Tensor, Tensor, Tensor] = self._module(of, x).backward(
             grad_y, x, weight, saved, of, activation, needs
         )
         return grads
 
 
-def _triton(x: Tensor) -> Any:
-    return torch_impl if triton.unsupported_reason(x.device) else triton_kernels()
-
-
 @cache
 def triton_kernels() -> Any:
-    """The Triton backend, which can run.
+    """The module of Triton's launches, where they can run.
 
-    Importing Triton costs as much as importing torch does: on the first call, not before.
+    Importing Triton takes as long as importing torch: the first call does it.
     """
     return importlib.import_module("maskmoe_kernels.ops.masked_linear.triton.launch")
+
+
+def _layout_error(serialized: Tensor, layout: int) -> str:
+    try:
+        layout_of(layout, serialized)
+    except LayoutError as error:
+        return str(error)
+    return ""
+
+
+# --- Fakes ---------------------------------------------------------------------------------------
 
 
 def _forward_fake(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    plan: Tensor,
+    serialized: Tensor,
     layout: int,
     out_features: int,
     activation: str,
@@ -136,7 +143,7 @@ def _backward_fake(
     x: Tensor,
     weight: Tensor,
     saved: Tensor,
-    plan: Tensor,
+    serialized: Tensor,
     layout: int,
     activation: str,
     need_x: bool,
@@ -150,6 +157,9 @@ def _backward_fake(
     )
 
 
+# --- FLOPs ---------------------------------------------------------------------------------------
+
+
 def _forward_flops(
     x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
 ) -> int:
@@ -161,7 +171,7 @@ def _backward_flops(
     x: Tensor,
     weight: Tensor,
     saved: Tensor,
-    plan: Tensor,
+    serialized: Tensor,
     layout: int,
     activation: str,
     need_x: bool,
@@ -171,7 +181,7 @@ def _backward_flops(
     out_val: Any = None,
     **kwargs: Any,
 ) -> int:
-    routed = layout_of(layout, plan).num_routed_weights if need_x else 0
+    routed = layout_of(layout, serialized).num_routed_weights if need_x else 0
     return 2 * _rows(x) * (routed + need_weight * weight.numel())
 
 
@@ -179,19 +189,23 @@ def _rows(x: Tensor) -> int:
     return math.prod(map(int, x.shape[:-1]))
 
 
-_TORCH = _Implementation(lambda x: torch_impl)
-_TRITON = _Implementation(_triton)
+# --- Registration --------------------------------------------------------------------------------
 
-_LIBRARY.impl("plan_obstacle", _plan_obstacle, "CompositeExplicitAutograd")
-for _name in OPS:
-    _way = _TRITON if _name == "triton_linear" else _TORCH
-    _LIBRARY.impl(_name, _way.forward, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name + "_backward", _way.backward, "CompositeExplicitAutograd")
-    torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)
-    torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
-    _flops = register_flop_formula(getattr(torch.ops.maskmoe, _name), get_raw=True)
-    _flops(_forward_flops)
-    _flops = register_flop_formula(getattr(torch.ops.maskmoe, _name + "_backward"), get_raw=True)
-    _flops(_backward_flops)
-_LIBRARY.impl("masked_linear", _TRITON.forward, "CUDA")
-_LIBRARY.impl("masked_linear_backward", _TRITON.backward, "CUDA")
+for _name, _backend in OPS.items():
+    _of = _Implementation(_backend)
+    for _op, _schema, _run, _fake, _flops in (
+        (_name, _FORWARD, _of.forward, _forward_fake, _forward_flops),
+        (_name + "_backward", _BACKWARD, _of.backward, _backward_fake, _backward_flops),
+    ):
+        _LIBRARY.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(_op, _run, "CompositeExplicitAutograd")
+        torch.library.register_fake("maskmoe::" + _op, _fake, lib=_LIBRARY)
+        register_flop_formula(getattr(torch.ops.maskmoe, _op), get_raw=True)(_flops)
+
+# The C++ kernels ask this before they compile a layout that they have not met.
+_LIBRARY.define("layout_error(Tensor serialized, int layout) -> str")
+_LIBRARY.impl("layout_error", _layout_error, "CompositeExplicitAutograd")
+
+#: Op by name: looking one up in torch.ops takes as long as a small layer.
+FORWARD = {name: getattr(torch.ops.maskmoe, name).default for name in OPS}
+BACKWARD = {name: getattr(torch.ops.maskmoe, name + "_backward").default for name in OPS}

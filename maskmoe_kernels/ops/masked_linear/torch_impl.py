@@ -1,4 +1,4 @@
-"""The PyTorch fallback: one matrix product per run of present blocks, absent blocks skipped.
+"""PyTorch alone: one matrix product per run of present blocks, absent blocks skipped.
 
 Neighbouring present blocks of a row block form a *run*, a strided view that BLAS reads in
 place; nothing is gathered and nothing unseen is multiplied. In float32 and float64 the runs of
@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import transposed
+from maskmoe_kernels.layout.serialized import transposed_layout
 from maskmoe_kernels.ops.activations import FUNCTIONS, NEEDS_INPUT, grad_before
 
 # A product call costs about as much as this many weights' share of a dense product.
@@ -42,15 +41,8 @@ class _Schedule:
     dense: bool
 
 
-_schedules: WeakKeyDictionary[BlockLayout, _Schedule] = WeakKeyDictionary()
-_transposes: WeakKeyDictionary[BlockLayout, tuple[BlockLayout, Tensor]] = WeakKeyDictionary()
-
-
 def _schedule(layout: BlockLayout) -> _Schedule:
-    schedule = _schedules.get(layout)
-    if schedule is None:
-        schedule = _schedules[layout] = _build_schedule(layout)
-    return schedule
+    return layout.caches.derive("torch schedule", lambda: _build_schedule(layout))
 
 
 def _build_schedule(layout: BlockLayout) -> _Schedule:
@@ -71,10 +63,8 @@ def _build_schedule(layout: BlockLayout) -> _Schedule:
 
 
 def _transposed(layout: BlockLayout, device: torch.device) -> tuple[BlockLayout, Tensor]:
-    turned = _transposes.get(layout)
-    if turned is None:
-        turned = _transposes[layout] = transposed(layout)
-    return turned[0], layout.table("transposed", device, lambda: turned[1])
+    of, index = layout.caches.derive("transposed", lambda: transposed_layout(layout))
+    return of, layout.table("transposed", device, lambda: index)
 
 
 def forward(
@@ -108,8 +98,8 @@ def backward(
     grad_z = grad_before(grad_y, saved, activation).reshape(-1, layout.out_features)
     grad_x, grad_weight, grad_bias = (x.new_empty(0) for _ in range(3))
     if needs[0]:
-        turned, index = _transposed(layout, x.device)
-        grad_x = _multiply(grad_z, weight.index_select(0, index), None, turned).view(x.shape)
+        of, index = _transposed(layout, x.device)
+        grad_x = _multiply(grad_z, weight.index_select(0, index), None, of).view(x.shape)
     if needs[1]:
         grad_weight = _grad_weight(grad_z, x.reshape(-1, layout.in_features), layout)
     if needs[2]:

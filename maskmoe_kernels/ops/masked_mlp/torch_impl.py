@@ -11,7 +11,7 @@ from torch import Tensor
 from maskmoe_kernels.layout.serialized import layout_of
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import check_count
-from maskmoe_kernels.ops.masked_linear.autograd import BACKWARD, FORWARD
+from maskmoe_kernels.ops.masked_linear.schema import BACKWARD, FORWARD
 from maskmoe_kernels.ops.masked_mlp.checks import check_arguments
 
 

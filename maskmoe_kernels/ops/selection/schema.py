@@ -17,7 +17,6 @@ from torch import Tensor
 
 from maskmoe_kernels._compat import constant_in_trace, transformed
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.blocks import keep_table
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops import triton_support as backend
 from maskmoe_kernels.ops.checks import check_exactly, check_name
@@ -168,8 +167,7 @@ def _device_obstacle(device: torch.device) -> str | None:
 def _keep_tables(family: SubsetFamily, device: torch.device) -> None:
     # The trace then finds the tables as it finds any other.
     for name in ("smaller", "above", "bigger", "below", "larger"):
-        key = (f"fused {name}", device)
-        keep_table(family._tables, key, partial(_build, family, name))
+        family.caches.table(f"fused {name}", device, partial(_build, family, name))
 
 
 def table(family: SubsetFamily, name: str, device: torch.device) -> Tensor:
@@ -180,7 +178,7 @@ def table(family: SubsetFamily, name: str, device: torch.device) -> Tensor:
     are above (below) it, ``(count, H)`` uint8. ``"larger"``: ``family.has_larger``.
     """
     _keep_tables(family, device)
-    return family._tables[f"fused {name}", device]
+    return family.caches.tables[f"fused {name}", device]
 
 
 def _build(family: SubsetFamily, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops.dispatch import BACKENDS
 from maskmoe_kernels.testing import assert_close_to_oracle, dense_oracle
 from tests.ops.runners import ON_CPU
@@ -66,7 +66,7 @@ def test_opcheck_forward(name, keep, activation):
     layout = LAYOUTS[name]
     for rows in [(2, 2), (0,)]:
         x, weight, bias = drawn(layout, *rows)
-        plan = plan_of(layout, x.device)
+        plan = serialized_layout(layout, x.device)
         for b in (bias, None):
             args = (x, weight, b, plan, layout.id, layout.out_features, activation, keep)
             torch.library.opcheck(torch.ops.maskmoe.masked_linear, args)
@@ -80,7 +80,7 @@ def test_opcheck_backward(name, activation, needs):
     for rows in [(2, 2), ()]:
         x, weight, _ = drawn(layout, *rows)
         grad_y = torch.randn(*rows, layout.out_features, dtype=x.dtype)
-        plan = plan_of(layout, x.device)
+        plan = serialized_layout(layout, x.device)
         args = (grad_y, x, weight, torch.randn_like(grad_y), plan, layout.id, activation, *needs)
         torch.library.opcheck(torch.ops.maskmoe.masked_linear_backward, args)
 
@@ -482,12 +482,12 @@ def test_a_plan_is_enough():
     """The op rebuilds a layout it has not met, and refuses a plan that is not its own."""
     layout = mk.BlockLayout([2, 3], [4, 1], torch.tensor([[1, 0], [1, 1]]).bool())
     x, weight, bias = drawn(layout, 3)
-    plan, number, out = plan_of(layout, x.device).clone(), layout.id, layout.out_features
+    plan, number, out = serialized_layout(layout, x.device).clone(), layout.id, layout.out_features
     expected = dense_oracle(x, weight, bias, layout)
-    other = plan_of(LAYOUTS["wide"], x.device)
+    other = serialized_layout(LAYOUTS["wide"], x.device)
     del layout
     op = torch.ops.maskmoe.masked_linear
-    with pytest.raises((mk.LayoutError, RuntimeError), match="plan describes layout"):
+    with pytest.raises((mk.LayoutError, RuntimeError), match="describes layout"):
         op(x, weight, bias, other, number, out, "none", False)
     for dtype in (torch.float64, torch.float32):
         x, weight, bias, expected = (t.to(dtype) for t in (x, weight, bias, expected))

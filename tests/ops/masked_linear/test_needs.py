@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops.masked_linear import autograd, torch_impl
 from maskmoe_kernels.ops.masked_linear import schema as registration
 from maskmoe_kernels.ops.masked_linear.api import OP_OF
@@ -75,8 +75,8 @@ def test_an_op_returns_the_gradients_that_are_asked_for(name, runner):
     layout = LAYOUTS[name]
     x, weight, bias = drawn(layout, (5,), torch.float32)
     op = op_of(select(runner))
-    plan = plan_of(layout, DEVICE)
-    y, z = autograd.FORWARD[op](x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
+    plan = serialized_layout(layout, DEVICE)
+    y, z = FORWARD[op](x, weight, bias, plan, layout.id, layout.out_features, "gelu", True)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     call = (grad, x, weight, z, plan, layout.id, "gelu")
     every = autograd.BACKWARD[op](*call, True, True, True)
@@ -114,7 +114,7 @@ def test_flops_of_a_backward_are_those_of_what_it_needs():
     layout = LAYOUTS["hidden"]
     shapes = ((6, layout.out_features), (6, layout.in_features), (layout.num_weights,))
     given = [torch.empty(shape, device="meta") for shape in shapes]
-    plan = plan_of(layout, torch.device("cpu"))
+    plan = serialized_layout(layout, torch.device("cpu"))
     assert layout.num_routed_weights < layout.num_weights
     for x, w, b in EVERY:
         flops = registration._backward_flops(*given, None, plan, layout.id, "relu", x, w, b)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import transposed
+from maskmoe_kernels.layout.serialized import registered_layout, transposed_layout
 from maskmoe_kernels.ops import triton_support as package
 from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import configs
@@ -72,7 +72,7 @@ def test_tiles_read_every_weight_once_and_nothing_else(layout, sizes):
 
 @given(strategies.layouts(), cuts)
 def test_the_turned_layout_reads_the_routed_weights(layout, sizes):
-    turned, index = transposed(layout)
+    turned, index = transposed_layout(layout)
     routed = layout.unpack(torch.arange(1.0, layout.num_weights + 1)) * layout.grad_mask()
     expected = {(f, u): int(routed[u, f]) - 1 for u, f in routed.nonzero().tolist()}
     found = positions(cut(turned, *sizes))
@@ -219,7 +219,7 @@ def test_every_way_to_cut_gives_the_same(way, monkeypatch):
         monkeypatch.setattr(module, "processors", lambda device: 40)
     monkeypatch.setattr(launch, "slabs", lambda rows, *_: 2)
     monkeypatch.setattr(products, "_SHORT", 1)
-    products._pairs.pop(RAGGED, None)
+    registered_layout(RAGGED).caches.derived.clear()
     ours = results(RAGGED, 140, "gelu", launch)
     for a, b in zip(ours, results(RAGGED, 140, "gelu", torch_impl), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
@@ -249,7 +249,7 @@ def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
         monkeypatch.setattr(products, "_SHORT", 1)
     family = mk.SubsetFamily.powerset({"a": 1, "b": 1, "c": 1})
     layout = family.hidden_layout([7, 5, 8, 6, 5, 8, 3], [7, 4, 8, 6, 5, 8, 3])
-    products._pairs.pop(layout, None)
+    registered_layout(layout).caches.derived.clear()
     generator = torch.Generator().manual_seed(0)
     shapes = [(40, layout.in_features), (layout.num_weights,), (layout.out_features,)]
     x, weight, bias = (torch.randn(s, generator=generator).to(DEVICE) for s in shapes)
@@ -376,9 +376,9 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setenv("MASKMOE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "INTERPRETED", False)
     monkeypatch.setattr(tune, "microseconds", microseconds)
-    tune.forget()
+    products.forget()
     yield calls
-    tune.forget()
+    products.forget()
 
 
 OPTIONS = [WAYS["tall"], WAYS["wide"], WAYS["two parts in a program"]]
@@ -395,7 +395,7 @@ def test_the_fastest_is_kept_for_the_process_and_on_disk(measured, tmp_path):
     assert chosen() == OPTIONS[1]
     assert chosen(rows=127) == OPTIONS[1]  # as many bits: the same choice
     assert measured == [3]
-    tune.forget()  # a new process
+    products.forget()  # a new process
     assert chosen() == OPTIONS[1]
     assert measured == [3]
     (file,) = (tmp_path / "cache").iterdir()
@@ -411,7 +411,7 @@ def test_each_case_is_measured_for_itself(measured):
     assert measured == [3] * 5
     pairs = [(OPTIONS[0], OPTIONS[1]), (OPTIONS[1], OPTIONS[2])]
     assert chosen(options=pairs, kind="both") == pairs[1]
-    tune.forget()
+    products.forget()
     assert chosen(options=pairs, kind="both") == pairs[1]
     assert measured == [3] * 5 + [2]
 
@@ -421,7 +421,7 @@ def test_a_damaged_cache_is_measured_anew(measured, tmp_path, damage):
     chosen()
     (file,) = (tmp_path / "cache").iterdir()
     file.write_text(damage)
-    tune.forget()
+    products.forget()
     assert chosen() == OPTIONS[1]
     assert measured == [3, 3]
     assert json.loads(file.read_text())
@@ -429,7 +429,7 @@ def test_a_damaged_cache_is_measured_anew(measured, tmp_path, damage):
 
 def test_what_is_no_longer_proposed_is_measured_anew(measured):
     chosen()
-    tune.forget()
+    products.forget()
     assert chosen(options=OPTIONS[2:] + OPTIONS[:1]) == OPTIONS[0]
     assert measured == [3, 2]
 

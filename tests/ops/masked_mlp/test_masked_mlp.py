@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
@@ -125,7 +125,7 @@ def test_activations_kept_or_computed_again_give_the_same_bits(activation):
     """At this size nothing is kept; a batch cut from it keeps them."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [16, 16], activation)
-    plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+    plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
     weights = [layer.weight.detach() for layer in net.layers]
     biases = [layer.bias.detach() for layer in net.layers]
@@ -703,7 +703,7 @@ def op_arguments():
     """What the ops take of a network with a table: inputs and parameters, plans, ids."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [5, 6])
-    plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+    plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
     numbers = [layer.layout.id for layer in net.layers]
     parameters = [
         [p.detach() for p in of]

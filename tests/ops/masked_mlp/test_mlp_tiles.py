@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.serialized import plan_of
+from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
@@ -214,7 +214,7 @@ class Call:
 
     def __init__(self, net, x):
         self.activation = net.layers[0].activation
-        plans = [plan_of(layer.layout, torch.device("cpu")) for layer in net.layers]
+        plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
         self.plans = plans, [layer.layout.id for layer in net.layers]
         weights = [layer.weight.detach() for layer in net.layers]
         biases = [layer.bias.detach() for layer in net.layers]

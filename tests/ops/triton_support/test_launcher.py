@@ -76,9 +76,9 @@ def launched(monkeypatch):
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, it warns
     for module in (launch, products):
         monkeypatch.setattr(module, "processors", lambda device: 132)
-    tune.forget()
+    products.forget()
     yield found
-    tune.forget()
+    products.forget()
 
 
 def ordinary():
@@ -231,7 +231,7 @@ def test_a_forgotten_choice_is_made_anew(launched, monkeypatch):
     monkeypatch.setattr(tune, "choose", watched)
     calls(launched)
     assert seen == []
-    tune.forget()
+    products.forget()
     calls(launched, 2)
     assert seen == ["forward"]
 

@@ -1,6 +1,6 @@
 """Launches: which tables, which configuration, how much workspace; then the kernels.
 
-Workspace beside the outputs, from torch's allocator: the routed weights once more (turned, for
+Workspace beside the outputs, from torch's allocator: the routed weights once more (transposed, for
 grad_x); grad_z, where it is formed first; float32 partial sums of grad_W and grad_b, at most
 ``configs.WORKSPACE`` bytes; and where small batches meet long row blocks, float32 partial sums of
 those rows' outputs.
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import NEEDS_INPUT, grad_before
-from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import kernels, tune
 from maskmoe_kernels.ops.masked_linear.triton.configs import (
     Config,
@@ -30,7 +29,6 @@ from maskmoe_kernels.ops.masked_linear.triton.products import Pair, Product, pro
 from maskmoe_kernels.ops.triton_support import INTERPRETED
 from maskmoe_kernels.ops.triton_support.device import is_current, on, processors
 from maskmoe_kernels.ops.triton_support.launcher import Launch
-from maskmoe_kernels.ops.triton_support.limits import DTYPES
 
 _C = TypeVar("_C")
 #: torch's float32_matmul_precision to that of a float32 product here.
@@ -79,8 +77,6 @@ def output(
 ) -> tuple[Tensor, Tensor | None]:
     """As :func:`forward`, with ``None`` for what is not kept."""
     pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
-        return torch_impl.forward(x, weight, bias, layout, activation, keep)
     y = x.new_empty((*x.shape[:-1], layout.out_features))
     z = torch.empty_like(y) if keep and activation in NEEDS_INPUT else None
     if not y.numel():
@@ -123,13 +119,6 @@ def gradients(
     """As :func:`backward`, with ``None`` for what is not needed."""
     need_x, need_weight, need_bias = needs
     pair = products_of(layout)
-    if x.dtype not in DTYPES or not pair.fits:
-        found = torch_impl.backward(grad_y, x, weight, saved, layout, activation, needs)
-        return (
-            found[0] if need_x else None,
-            found[1] if need_weight else None,
-            found[2] if need_bias else None,
-        )
     empty = not x.numel()
     new = x.new_zeros if empty else x.new_empty
     grad_x = new(x.shape) if need_x else None
@@ -157,7 +146,9 @@ def gradients(
 
             def options() -> list[tuple[Config, Config]]:
                 of_weight = pair.forward.options(matrix, precision, gradient=True)
-                return gradient_options(of_weight, pair.turned.options(matrix, precision), x.dtype)
+                return gradient_options(
+                    of_weight, pair.transposed.options(matrix, precision), x.dtype
+                )
 
             def made(config: tuple[Config, Config]) -> _Backward:
                 return _Backward(pair, config, matrix, stride, activation, needs, precision)
@@ -287,7 +278,7 @@ class _Backward:
                 kernels.form, (triton.cdiv(size, _FORMED),), size, ACT=activation, SIZE=_FORMED
             )
             activation = "none"
-        t, turned = pair.forward.tiles(w, device), pair.turned.tiles(of_x, device)
+        t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
         features = w.features or item_features(layout, t, x.dtype, precision)
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
@@ -302,8 +293,8 @@ class _Backward:
 
         def multiply(of_weight: bool, of_input: bool) -> Launch:
             num_items = len(items) if of_weight else 0
-            parts = len(turned.parts) if of_input else 0
-            sums_of_w, sums_of_x = features * t.lanes, of_x.rows * turned.lanes
+            parts = len(xt.parts) if of_input else 0
+            sums_of_w, sums_of_x = features * t.lanes, of_x.rows * xt.lanes
             # The derivative of 128 rows takes more warps.
             many = (of_weight and sums_of_w >= 8192) or (of_input and of_x.rows >= 128)
             warps = 8 if many else of_x.warps
@@ -312,18 +303,18 @@ class _Backward:
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
-                turned.parts, turned.tiles, turned.units, turned.features, turned.bases,
-                turned.strides, rows, slab_rows, stride, layout.in_features,
+                xt.parts, xt.tiles, xt.units, xt.features, xt.bases,
+                xt.strides, rows, slab_rows, stride, layout.in_features,
                 layout.out_features, layout.num_weights, num_items, parts,
                 ACT=activation, BIAS=bias, PRECISION=precision,
                 R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
                 FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
-                XM=of_x.rows, XN=turned.lanes, XK=turned.depth, XPARTS=of_x.parts,
-                XSHARED=turned.shared, XFEATURE_GRAIN=turned.feature_grain,
-                XUNIT_GRAIN=turned.unit_grain, XWEIGHT_GRAIN=turned.weight_grain,
+                XM=of_x.rows, XN=xt.lanes, XK=xt.depth, XPARTS=of_x.parts,
+                XSHARED=xt.shared, XFEATURE_GRAIN=xt.feature_grain,
+                XUNIT_GRAIN=xt.unit_grain, XWEIGHT_GRAIN=xt.weight_grain,
                 OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
                 maxnreg=(
-                    registers(turned, largest, warps, x.dtype, True) if of_input else None
+                    registers(xt, largest, warps, x.dtype, True) if of_input else None
                 ),
             )  # fmt: skip
 
@@ -344,7 +335,7 @@ class _Backward:
         grad_weight: Tensor | None,
         grad_bias: Tensor | None,
     ) -> None:
-        turned = weight if self._index is None else weight.index_select(0, self._index)
+        xt = weight if self._index is None else weight.index_select(0, self._index)
         if grad_x is None:
             grad_x = self._nothing
         if grad_weight is None:
@@ -360,7 +351,7 @@ class _Backward:
             of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
             of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
         for multiply in self._multiply:
-            multiply(self._device, grad_y, saved, x, turned, grad_x, of_weight, of_bias)
+            multiply(self._device, grad_y, saved, x, xt, grad_x, of_weight, of_bias)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 

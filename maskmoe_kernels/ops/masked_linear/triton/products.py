@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.layout.serialized import transposed
+from maskmoe_kernels.layout.serialized import registered_layout, transposed_layout
 from maskmoe_kernels.ops.masked_linear.triton.configs import Config, candidates
 from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles, cut
 from maskmoe_kernels.ops.triton_support.device import is_capturing, processors
@@ -92,25 +92,29 @@ class Product:
 
 
 class Pair:
-    """The products of a layer: forward, and turned for grad_x.
+    """The products of a layer: forward, and transposed for grad_x.
 
     Attributes:
         forward: The layout's.
-        turned: Of its routed blocks, rows and columns exchanged.
+        transposed: Of its routed blocks, rows and columns exchanged.
         fits: Whether tiles are worth their padding.
         jobs: What was made ready for a call, by all that it depends on; ``launch`` fills it.
+        chosen: Configurations by kind of call and device; ``tune`` fills it.
     """
 
     def __init__(self, layout: BlockLayout) -> None:
         self.forward = Product(layout)
-        self._turned, self._index = transposed(layout)
-        self.turned = Product(self._turned)
+        self._transposed_layout, self._index = transposed_layout(layout)
+        self.transposed = Product(self._transposed_layout)
         self.jobs: dict[Hashable, Callable[..., None]] = {}
-        self.fits = layout.num_weights < 2**31 and all(map(_fits, (self.forward, self.turned)))
+        self.chosen: dict[tuple[str, torch.device], Any] = {}
+        products = self.forward, self.transposed
+        self.fits = layout.num_weights < 2**31 and all(map(_fits, products))
+        _pairs.add(self)
 
     def index(self, device: torch.device) -> Tensor:
-        """Where the weights of the turned layout stand among the layer's, on ``device``."""
-        return self.turned._on(("index", device), lambda: self._index.to(device))
+        """Where the weights of the transposed layout stand among the layer's, on ``device``."""
+        return self.transposed._on(("index", device), lambda: self._index.to(device))
 
     def keep(self, case: Hashable, job: Callable[..., None]) -> None:
         """Keep ``job`` for further calls of this kind; batches of ever new sizes fill no memory."""
@@ -119,21 +123,21 @@ class Pair:
         self.jobs[case] = job
 
 
-_pairs: WeakKeyDictionary[BlockLayout, Pair] = WeakKeyDictionary()
+# All that live, for ``forget``; each belongs to a layout.
+_pairs: WeakSet[Pair] = WeakSet()
 
 
 def products_of(layout: BlockLayout) -> Pair:
-    """The products of ``layout``, made on first use."""
-    pair = _pairs.get(layout)
-    if pair is None:
-        pair = _pairs[layout] = Pair(layout)
-    return pair
+    """The products of ``layout``, made on first use, and shared by equal layouts."""
+    registered = registered_layout(layout)
+    return registered.caches.derive("triton", lambda: Pair(registered))
 
 
-def forget_jobs() -> None:
-    """Make every job ready anew."""
-    for pair in _pairs.values():
+def forget() -> None:
+    """Choose each configuration, and make each job ready, anew."""
+    for pair in _pairs:
         pair.jobs.clear()
+        pair.chosen.clear()
 
 
 def _fits(product: Product) -> bool:

@@ -19,13 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.ops.masked_linear.triton.products import forget_jobs
+from maskmoe_kernels.ops.masked_linear.triton.products import products_of
 from maskmoe_kernels.ops.triton_support import INTERPRETED
 from maskmoe_kernels.ops.triton_support.device import is_capturing
 
@@ -33,8 +32,6 @@ _T = TypeVar("_T")
 _ROUNDS = 7
 # A sample lasts about this long, in milliseconds: shorter ones measure the launch.
 _SAMPLE = 0.2
-
-_chosen: WeakKeyDictionary[BlockLayout, dict[tuple[str, torch.device], Any]] = WeakKeyDictionary()
 
 
 def choose(
@@ -56,7 +53,7 @@ def choose(
         run: Computes with one of them; called again and again when it is measured.
     """
     key = f"{kind} {layout.id} {rows.dtype} {precision} {rows.shape[0].bit_length()}"
-    known = _chosen.setdefault(layout, {})
+    known = products_of(layout).chosen
     chosen: _T | None = known.get((key, rows.device))
     if chosen is None:
         choices = options()
@@ -66,12 +63,6 @@ def choose(
             chosen = _recalled(key, rows.device, choices) or _measured(key, rows, choices, run)
         known[key, rows.device] = chosen
     return chosen
-
-
-def forget() -> None:
-    """Choose anew from now on; what is on disk stays."""
-    _chosen.clear()
-    forget_jobs()
 
 
 def _may_measure() -> bool:

@@ -46,16 +46,13 @@ class LayoutChain:
 
     def serialized(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
         """The serialized layouts on ``device``, and their ids; built on first use."""
-        if torch.compiler.is_dynamo_compiling():  # a trace guards on what it finds in a cache
-            return self._serialize(device)
         found = self._serialized.get(device)
         if found is None:
-            found = self._serialized[device] = self._serialize(device)
+            found = self._serialized[device] = (
+                [serialized_layout(layout, device) for layout in self.layouts],
+                [layout.id for layout in self.layouts],
+            )
         return found
-
-    def _serialize(self, device: torch.device) -> tuple[list[Tensor], list[int]]:
-        layouts = [serialized_layout(layout, device) for layout in self.layouts]
-        return layouts, [layout.id for layout in self.layouts]
 
     def __len__(self) -> int:
         return len(self.layouts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class InterpretableMLP(nn.Module):
         layouts = [default if input_layout is None else input_layout]
         layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
         self.layers = MaskedMLP(layouts, activation, backend=backend, device=device, dtype=dtype)
+        self._make_table(self.layers[0].weight.device)
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
         """Input ``(*, family.in_features)`` to logits ``(*, H)``.
@@ -142,10 +143,11 @@ class InterpretableMLP(nn.Module):
                 x, target, confidence, weighting, normalize, mask, sharpness
             )
         options = (str(confidence), sharpness, weighting, normalize, mask)
+        is_proper_subset = self._is_proper_subset(call.weights[0].device)
         if not target.is_cpu:
             check_labels(target, mask)
         try:
-            return masked_mlp_gem(call, target, self._is_proper_subset(target.device), *options)
+            return masked_mlp_gem(call, target, is_proper_subset, *options)
         except RuntimeError:
             check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
@@ -205,8 +207,20 @@ class InterpretableMLP(nn.Module):
         return layers.fused(x)  # which looks for global hooks
 
     def _is_proper_subset(self, device: torch.device) -> Tensor:
-        on_cpu = device.type == "cpu"
-        return self.family.strict if on_cpu else self.family.table("is_proper_subset", device)
+        """``family.strict`` on ``device``."""
+        table = self._subset_table
+        return table if table.device == device else self._make_table(device)
+
+    def _make_table(self, device: torch.device) -> Tensor:
+        # A compiled call reads this attribute instead of the family: torch.compile guards on the
+        # value of a family, but not on that of a tensor, so one graph serves all families.
+        self._subset_table = self.family.table("is_proper_subset", device)
+        return self._subset_table
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InterpretableMLP:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
+        self._make_table(next(self.parameters(), self._subset_table).device)
+        return self
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import transformed
+from maskmoe_kernels._compat import parameters_of_any_size, transformed
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -87,6 +87,23 @@ class MaskedMLP(nn.Sequential):
         )
         self.layouts = chain.layouts
         self._chain = chain
+        self._serialize()
+
+    def _serialize(self) -> None:
+        # torch.compile finds serialized layouts but cannot make them; so they exist before the
+        # first call, wherever the parameters go.
+        first = next(self.parameters(), None)
+        if first is not None:
+            self._chain.serialized(first.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
+        self._serialize()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._serialize()
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
         """Input ``(*, in_features)`` of the first layer to ``(*, out_features)`` of the last.
@@ -125,7 +142,8 @@ class MaskedMLP(nn.Sequential):
         """
         if transformed():
             return None
-        found = self._arguments()
+        tracing = torch.compiler.is_dynamo_compiling()
+        found = self._arguments(tracing)
         if isinstance(found, str):
             return None
         weights, biases, activation = found
@@ -133,19 +151,27 @@ class MaskedMLP(nn.Sequential):
         fits = given is None or (given.dtype == like.dtype and given.device == like.device)
         if not fits and not torch.is_autocast_enabled(like.device.type):
             return None  # the first layer says what does not fit
+        if tracing:
+            layers: list[Any] = [*self._modules.values()]
+            handles = [layer._handle for layer in layers]
+            return MLPCall.traced(x, weights, biases, handles, activation)
         return MLPCall.of(x, weights, biases, self._chain, activation)
 
-    def _arguments(self) -> tuple[list[Tensor], list[Tensor], str] | str:
+    def _arguments(self, tracing: bool = False) -> tuple[list[Tensor], list[Tensor], str] | str:
         """Weights, biases and activation of the layers as one op; or why they are not one."""
         layers: list[Any] = [*self._modules.values()]
-        if len(layers) != len(self.layouts):
-            return f"it was made with {len(self.layouts)} layers and has {len(layers)}"
+        if len(layers) != len(self._chain):
+            return f"it was made with {len(self._chain)} layers and has {len(layers)}"
+        if tracing:
+            _read_sizes(layers)
         first, last = layers[0], layers[-1]
         backend: str | None = None
         weights: list[Tensor] = []
         biases: list[Tensor] = []
-        for layer, layout in zip(layers, self.layouts, strict=True):
-            if type(layer) is not MaskedLinear or layer.layout is not layout:
+        for k, layer in enumerate(layers):
+            if type(layer) is not MaskedLinear or not (
+                self._has_layout(layer, k) if tracing else layer.layout is self.layouts[k]
+            ):
                 return f"a layer is a {type(layer).__name__} that was not made here"
             reason = interceptor_of_instance(layer)
             if reason is not None:
@@ -172,15 +198,22 @@ class MaskedMLP(nn.Sequential):
         reason = (
             interceptor_of_all()
             or interceptor_of_class(MaskedLinear, _LAYER_FORWARD)
-            or self._reason_against_kernels(backend, weights)
+            or self._reason_against_kernels(backend, weights, tracing)
         )
         if reason is not None:
             return reason
         return weights, biases, (first.activation if first is not last else None) or "none"
 
-    def _reason_against_kernels(self, backend: str | None, weights: list[Tensor]) -> str | None:
+    def _has_layout(self, layer: MaskedLinear, k: int) -> bool:
+        """Is ``layer`` on the k-th layout? Traces compare tensors, so that one graph serves all."""
+        serialized = layer._handle.serialized
+        return serialized is self._chain.serialized(serialized.device)[0][k]
+
+    def _reason_against_kernels(
+        self, backend: str | None, weights: list[Tensor], tracing: bool
+    ) -> str | None:
         chain, like = self._chain, weights[0]
-        if torch.compiler.is_compiling():
+        if tracing:  # a trace guards on what it finds in a cache
             return reason_against("masked_mlp", "native", backend, chain, weights)
         key = backend, like.dtype, like.device
         if key not in chain.dispatch_cache:
@@ -192,3 +225,13 @@ class MaskedMLP(nn.Sequential):
         """How the layers run, for ``print(mlp)``."""
         reason = self.unsupported_reason()
         return "runs as one op" if reason is None else f"runs layer by layer: {reason}"
+
+
+def _read_sizes(layers: Iterable[nn.Module]) -> None:
+    """Let parameters have dynamic sizes in the trace that calls this."""
+    with parameters_of_any_size():
+        for layer in layers:
+            for parameter in layer._parameters.values():
+                if parameter is not None:
+                    sizes = parameter.shape
+    del sizes

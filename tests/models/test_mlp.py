@@ -12,11 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from maskmoe_kernels import (
     BlockLayout,
     InterpretableMLP,
     LayoutError,
+    MaskedLinear,
     SubsetFamily,
     gem_loss,
     mixture,
@@ -335,6 +337,58 @@ def test_compiles_whole_with_a_dynamic_batch():
 def test_compiles_whole_with_inductor():
     """The network alone: what inductor calls are our ops, so this needs no C++ compiler."""
     check_compiled(InterpretableMLP(CUBE, [13, 3]), "inductor")
+
+
+def swept_families(count):
+    """Families of many shapes, as a search over subsets draws them."""
+    for k in range(count):
+        groups = {name: 1 + (k + n) % 5 for n, name in enumerate("abcd"[: 2 + k % 3])}
+        subsets = {name: [name] for name in [*groups][: 1 + k % len(groups)]}
+        if k % 2 and len(groups) > 2:
+            subsets["ab"] = ["a", "b"]
+        yield SubsetFamily(groups, {**subsets, "all": [*groups]})
+
+
+ENTRIES = {
+    "forward": lambda net, x, y: net(x),
+    "gem_loss": lambda net, x, y: net.gem_loss(x, y, "smooth", normalize="sample"),
+    "predict": lambda net, x, y: torch.cat(net.predict(x)[1:]),
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_one_graph_serves_every_family(entry):
+    """The first is compiled for its sizes, the second for all sizes."""
+    torch._dynamo.reset()
+    call, counter = ENTRIES[entry], CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for k, family in enumerate(swept_families(20)):
+        torch.manual_seed(k)
+        net = InterpretableMLP(family, [3 + k % 4, 5 + k % 3])
+        assert net.layers.unsupported_reason() is None
+        x, y = torch.randn(7 + k % 2, family.in_features), torch.rand(7 + k % 2).round()
+        results = [compiled(net, x, y), call(net, x, y)]
+        torch.testing.assert_close(*results)
+        if entry != "predict":
+            cotangent, of = torch.randn_like(results[0]), [*net.parameters()]
+            grads = [torch.autograd.grad(value, of, cotangent) for value in results]
+            torch.testing.assert_close(*grads)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_compiled_call_sees_that_a_layer_was_replaced(entry):
+    torch._dynamo.reset()
+    net = InterpretableMLP(CUBE, [4, 3])
+    call = ENTRIES[entry]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x, y = torch.randn(5, 6), torch.rand(5).round()
+    torch.testing.assert_close(compiled(net, x, y), call(net, x, y))
+    made = net.layers[1].layout
+    other = BlockLayout(made.row_sizes, made.col_sizes, torch.eye(7).bool())
+    net.layers[1] = MaskedLinear.from_layout(other, activation="relu")
+    assert "not made here" in net.layers.unsupported_reason()
+    torch.testing.assert_close(compiled(net, x, y), call(net, x, y))
 
 
 def exported(width):

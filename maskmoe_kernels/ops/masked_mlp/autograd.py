@@ -77,7 +77,7 @@ def _backward(
 ) -> list[Tensor | None]:
     call = ctx.call.with_tensors(x, tensors)
     found = run(
-        BACKWARD, grad_logits, *call[:6], saved, call.layouts, call.layout_ids, call.activation,
+        BACKWARD, grad_logits, *call[:6], saved, call.serialized, call.layouts, call.activation,
         *call.needs(needs),
     )  # fmt: skip
     grads: list[Tensor | None] = call.gradients(found, needs)

@@ -12,8 +12,9 @@ from torch import Tensor
 from maskmoe_kernels._compat import any_autocast
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.chain import LayoutChain
+from maskmoe_kernels.ops.dispatch import LayoutHandle
 from maskmoe_kernels.ops.masked_linear.api import autocast
-from maskmoe_kernels.ops.masked_mlp.checks import check_inputs, check_parameters
+from maskmoe_kernels.ops.masked_mlp.checks import check_inputs, check_places, check_weights
 from maskmoe_kernels.ops.masked_mlp.torch_impl import gather
 
 
@@ -69,8 +70,8 @@ class MLPCall(NamedTuple):
     parts: Sequence[int]
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
-    layouts: Sequence[Tensor]
-    layout_ids: Sequence[int]
+    serialized: Sequence[Tensor]
+    layouts: Sequence[int]
     out_features: int
     activation: str
 
@@ -96,33 +97,63 @@ class MLPCall(NamedTuple):
             LayoutError: A shape, dtype or device that does not fit.
             BackendError: The weights are DTensors and the input is not.
         """
-        if isinstance(inputs, Inputs):
-            x, tables, ids = inputs.x, [*inputs.tables], [*inputs.ids]
-            parts = [*inputs.order]
-        else:
-            x, tables, ids = inputs, [], []
-            parts = [-inputs.shape[-1]] if inputs.dim() else []
+        x, tables, ids, parts = _parts_of(inputs)
         device = weights[0].device
         if any_autocast():
-            (x,) = autocast(device.type, (x,))
-            tables, weights, biases = (
-                autocast(device.type, of) for of in (tables, weights, biases)
-            )
-        check_parameters(x, tables, weights, biases, chain.layouts)
+            x, tables, weights, biases = _autocast(device.type, x, tables, weights, biases)
+        check_places(x, tables, weights, biases)
+        check_weights(x, weights, chain.layouts)
         check_inputs(x, tables, ids, parts, chain.in_features)
-        layouts, layout_ids = chain.serialized(device)
+        serialized, layouts = chain.serialized(device)
         return cls(
-            x, tables, ids, parts, weights, biases, layouts, layout_ids, chain.out_features,
+            x, tables, ids, parts, weights, biases, serialized, layouts, chain.out_features,
+            activation or "none",
+        )  # fmt: skip
+
+    @classmethod
+    def traced(
+        cls,
+        inputs: Tensor | Inputs,
+        weights: list[Tensor],
+        biases: list[Tensor],
+        handles: Sequence[LayoutHandle],
+        activation: str | None = None,
+    ) -> MLPCall:
+        """:meth:`of` for code that torch.compile traces: one graph serves all layouts.
+
+        It reads tensors and no number of a layout, so the op checks the shapes when it runs.
+
+        Args:
+            inputs: As there.
+            weights: As there.
+            biases: As there.
+            handles: Of the layers' layouts.
+            activation: As there.
+
+        Raises:
+            LayoutError: Dtypes or devices that differ.
+        """
+        x, tables, ids, parts = _parts_of(inputs)
+        if any_autocast():
+            device = weights[0].device.type
+            x, tables, weights, biases = _autocast(device, x, tables, weights, biases)
+        check_places(x, tables, weights, biases)
+        check_inputs(x, tables, ids, parts, None)
+        return cls(
+            x, tables, ids, parts, weights, biases,
+            [handle.serialized for handle in handles],
+            [handle.numbers.shape[1] for handle in handles],
+            handles[-1].numbers.shape[2],
             activation or "none",
         )  # fmt: skip
 
     def with_tensors(self, x: Tensor | None, tensors: Sequence[Tensor]) -> MLPCall:
         """The same call of other tensors: tables, weights and biases, one after the other."""
         first = len(self.ids)
-        last = first + len(self.layout_ids)
+        last = first + len(self.layouts)
         return MLPCall(
             x, tensors[:first], self.ids, self.parts, tensors[first:last], tensors[last:],
-            self.layouts, self.layout_ids, self.out_features, self.activation,
+            self.serialized, self.layouts, self.out_features, self.activation,
         )  # fmt: skip
 
     def needs(self, needs: Sequence[bool]) -> tuple[bool, bool, bool]:
@@ -144,3 +175,23 @@ class MLPCall(NamedTuple):
             grad = next(rest) if (need_tables if k < len(self.ids) else need_parameters) else None
             grads.append(grad if needed else None)
         return grads
+
+
+def _parts_of(
+    inputs: Tensor | Inputs,
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[int]]:
+    """The input as the first four arguments of the ops."""
+    if isinstance(inputs, Inputs):
+        return inputs.x, [*inputs.tables], [*inputs.ids], [*inputs.order]
+    return inputs, [], [], [-inputs.shape[-1]] if inputs.dim() else []
+
+
+def _autocast(
+    device: str,
+    x: Tensor | None,
+    tables: list[Tensor],
+    weights: list[Tensor],
+    biases: list[Tensor],
+) -> tuple[Tensor | None, list[Tensor], list[Tensor], list[Tensor]]:
+    (x,) = autocast(device, (x,))
+    return x, autocast(device, tables), autocast(device, weights), autocast(device, biases)

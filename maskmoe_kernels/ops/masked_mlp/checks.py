@@ -23,8 +23,8 @@ def check_arguments(
 ) -> None:
     """Raise LayoutError unless the lists of an op's arguments fit each other.
 
-    For ops that are called by name; :func:`check_inputs` and :func:`check_parameters` are for the
-    functions in ``api.py``, which know the layouts.
+    For ops that are called by name; the other checks are for calls of the functions in
+    ``api.py``.
     """
     if not num_layers == len(weights) or len(biases) not in (0, num_layers) or not weights:
         raise LayoutError(
@@ -55,22 +55,27 @@ def check_arguments(
             raise LayoutError(f"ids[{t}] must be rows of its table, 0 or more, got {rows.min()}")
 
 
-def check_parameters(
+def check_places(
     x: Tensor | None,
     tables: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    layouts: Sequence[BlockLayout],
 ) -> None:
-    """Raise LayoutError unless all are of one dtype and device, and weights fit their layouts.
-
-    Raises:
-        BackendError: A weight is a DTensor and ``x`` is not.
-    """
+    """Raise LayoutError unless all have one dtype and device."""
     dtype, device = weights[0].dtype, weights[0].device
     for tensor in (x, *tables, *weights, *biases):
         if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
             _refuse_mixture(x, tables, weights, biases)
+
+
+def check_weights(
+    x: Tensor | None, weights: Sequence[Tensor], layouts: Sequence[BlockLayout]
+) -> None:
+    """Raise LayoutError unless each weight is packed as its layout says.
+
+    Raises:
+        BackendError: A weight is a DTensor and ``x`` is not.
+    """
     for layout, weight in zip(layouts, weights, strict=True):
         if type(weight) not in PLAIN:
             refuse_sharded(x, weight)
@@ -101,11 +106,14 @@ def check_inputs(
     tables: Sequence[Tensor],
     ids: Sequence[Tensor],
     parts: Sequence[int],
-    in_features: int,
+    in_features: int | None,
 ) -> None:
-    """Raise LayoutError unless the parts of an input have ``in_features`` columns in all."""
+    """Raise LayoutError unless the parts of an input have ``in_features`` columns in all.
+
+    None for ``in_features`` leaves the number to the op.
+    """
     if not tables:
-        if x is None or x.dim() == 0 or x.shape[-1] != in_features:
+        if x is None or x.dim() == 0 or in_features not in (None, x.shape[-1]):
             got = None if x is None else tuple(x.shape)
             raise LayoutError(
                 f"x must be (*, in_features) with in_features={in_features}, got {got}"
@@ -121,7 +129,7 @@ def check_inputs(
     columns = -sum(part for part in parts if part < 0)
     given = 0 if x is None else x.shape[-1]
     widths = [tables[part].shape[1] for part in parts if part >= 0]
-    if columns != given or columns + sum(widths) != in_features:
+    if columns != given or in_features not in (None, columns + sum(widths)):
         raise LayoutError(
             f"the parts of the input must have in_features={in_features} columns in all, got "
             f"{columns} of an x with {given} and tables with {widths}"

@@ -5,8 +5,8 @@ Arguments that every op takes:
 - ``x``, ``tables``, ``ids``, ``parts``: the input, in parts side by side. A part ``p >= 0`` is the
   rows of ``tables[p]`` at ``ids[p]``; a part ``p < 0`` is the next ``-p`` columns of ``x``.
 - ``weights``, ``biases``: one tensor per layer; ``biases`` may be empty.
-- ``layouts``, ``layout_ids``: the serialized layout of each layer, and its id. A serialized layout
-  describes its layer in full, so an exported program works in a process that never built it.
+- ``serialized``, ``layouts``: the serialized layout of each layer, and its id. The first describes
+  the layer in full, so an exported program works in a process that never built the layout.
 - ``activation``: of all layers but the last, which has none.
 
 The C++ extension registers kernels of the four ``masked_mlp`` ops for the CPU and for CUDA.
@@ -25,9 +25,10 @@ from torch.utils.flop_counter import register_flop_formula
 from maskmoe_kernels.ops.masked_mlp import torch_impl
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
-_INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts"
+# Widths and ids of layouts are SymInts: torch.compile then traces the same for all layouts.
+_INPUT = "Tensor? x, Tensor[] tables, Tensor[] ids, SymInt[] parts"
 _PARAMETERS = "Tensor[] weights, Tensor[] biases"
-_LAYOUTS = "Tensor[] layouts, int[] layout_ids"
+_LAYOUTS = "Tensor[] serialized, SymInt[] layouts"
 _NEEDS = "bool need_x, bool need_tables, bool need_weights"
 _CONFIDENCE = "str confidence, float sharpness"
 _MLPS = ("masked_mlp", "torch_mlp")

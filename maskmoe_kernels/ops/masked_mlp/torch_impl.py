@@ -55,17 +55,17 @@ def forward(
     parts: list[int],
     weights: list[Tensor],
     biases: list[Tensor],
-    layouts: list[Tensor],
-    layout_ids: list[int],
+    serialized: list[Tensor],
+    layouts: list[int],
     out_features: int,
     activation: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Logits ``(*, out_features)``, and an empty tensor: backward computes activations again."""
-    check_arguments(x, tables, ids, parts, weights, biases, len(layout_ids))
+    check_arguments(x, tables, ids, parts, weights, biases, len(layouts))
     with torch.no_grad():
         h = gather(x, tables, ids, parts)
-        logits = _layers(h, weights, biases, layouts, layout_ids, activation)[0][-1]
+        logits = _layers(h, weights, biases, serialized, layouts, activation)[0][-1]
     check_count("out_features", out_features, logits.shape[-1])
     return logits, logits.new_empty((0, 0), dtype=torch.float32)
 
@@ -79,22 +79,22 @@ def backward(
     weights: list[Tensor],
     biases: list[Tensor],
     saved: Tensor,
-    layouts: list[Tensor],
-    layout_ids: list[int],
+    serialized: list[Tensor],
+    layouts: list[int],
     activation: str,
     need_x: bool,
     need_tables: bool,
     need_weights: bool,
 ) -> list[Tensor]:
     """Gradients of what is needed: x, then the tables, then the weights and the biases."""
-    check_arguments(x, tables, ids, parts, weights, biases, len(layout_ids))
+    check_arguments(x, tables, ids, parts, weights, biases, len(layouts))
     h = gather(x, tables, ids, parts)
-    outputs, saved_by_layer = _layers(h, weights, biases, layouts, layout_ids, activation)
-    grad, last = grad_logits, len(layout_ids) - 1
+    outputs, saved_by_layer = _layers(h, weights, biases, serialized, layouts, activation)
+    grad, last = grad_logits, len(layouts) - 1
     grads: list[tuple[Tensor, Tensor]] = []
-    for k in reversed(range(len(layout_ids))):
+    for k in reversed(range(len(layouts))):
         grad, *of_layer = BACKWARD["masked_linear"](
-            grad, outputs[k], weights[k], saved_by_layer[k], layouts[k], layout_ids[k],
+            grad, outputs[k], weights[k], saved_by_layer[k], serialized[k], layouts[k],
             "none" if k == last else activation, k > 0 or need_x or need_tables, need_weights,
             need_weights and bool(biases),
         )  # fmt: skip
@@ -110,18 +110,18 @@ def _layers(
     h: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    layouts: Sequence[Tensor],
-    layout_ids: Sequence[int],
+    serialized: Sequence[Tensor],
+    layouts: Sequence[int],
     activation: str,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The input of every layer and the logits; and what the derivative of each layer needs."""
     outputs, saved = [h], []
-    last = len(layout_ids) - 1
-    for k, (weight, layout, layout_id) in enumerate(zip(weights, layouts, layout_ids, strict=True)):
+    last = len(layouts) - 1
+    for k, (weight, content, layout) in enumerate(zip(weights, serialized, layouts, strict=True)):
         act = "none" if k == last else activation
         y, z = FORWARD["masked_linear"](
-            outputs[-1], weight, biases[k] if biases else None, layout, layout_id,
-            layout_of(layout_id, layout).out_features, act, True,
+            outputs[-1], weight, biases[k] if biases else None, content, layout,
+            layout_of(layout, content).out_features, act, True,
         )  # fmt: skip
         outputs.append(y)
         saved.append(z if act in NEEDS_INPUT or act == "none" else y)

@@ -194,7 +194,7 @@ std::tuple<Tensor, Tensor> forward(std::optional<Tensor> x, Tensors tables, Tens
         from(x),      from(tables), from(ids),     from(parts),        from(weights),   from(biases),
         from(plans),  from(layouts), from(out_features), from(activation), from(keep)};
     STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("maskmoe::torch_mlp", "", stack.data(), TORCH_ABI_VERSION));
+        torch_call_dispatcher("maskmoe::layered_mlp", "", stack.data(), TORCH_ABI_VERSION));
     return {torch::stable::detail::to<Tensor>(stack[0]),
             torch::stable::detail::to<Tensor>(stack[1])};
   }
@@ -226,7 +226,7 @@ Tensors backward(Tensor grad_logits, std::optional<Tensor> x, Tensors tables, Te
         from(grad_logits), from(x),       from(tables),     from(ids),     from(parts),
         from(weights),     from(biases),  from(saved),      from(plans),   from(layouts),
         from(activation),  from(need_x),  from(need_tables), from(need_weights)};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::torch_mlp_backward", "",
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("maskmoe::layered_mlp_backward", "",
                                                         stack.data(), TORCH_ABI_VERSION));
     return torch::stable::detail::to<Tensors>(stack[0]);
   }

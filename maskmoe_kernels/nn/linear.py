@@ -13,9 +13,9 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import plain_tensor
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.packing import (
-    degrees_obstacle,
-    mask_obstacle,
-    packing_obstacle,
+    degrees_mismatch,
+    mask_mismatch,
+    packing_mismatch,
     packing_state,
 )
 from maskmoe_kernels.ops.activations import activation_name
@@ -240,7 +240,7 @@ class MaskedLinear(nn.Module):
                 )
                 state_dict[prefix + "weight"] = self.weight.detach()
         else:
-            reason = packing_obstacle(state_dict.get(key), self.layout.packing_id)
+            reason = packing_mismatch(state_dict.get(key), self.layout.packing_id)
             if reason is not None:
                 error_msgs.append(f"packing mismatch for {prefix}weight, by {key}: {reason}")
         if weight is None or weight.dim() == 2:
@@ -248,9 +248,9 @@ class MaskedLinear(nn.Module):
             # torch refuses any missing key, unless strict=False.
             state_dict[key] = self.get_extra_state()
         # Layers that keep a dense weight (zuko's, nflows', pyro's) save their mask beside it.
-        for name, obstacle in (("mask", mask_obstacle), ("degrees", degrees_obstacle)):
+        for name, mismatch in (("mask", mask_mismatch), ("degrees", degrees_mismatch)):
             value = state_dict.pop(prefix + name, None)
-            reason = None if value is None else obstacle(value, self.layout.mask())
+            reason = None if value is None else mismatch(value, self.layout.mask())
             if reason is not None:
                 error_msgs.append(f"{name} mismatch for {prefix}{name}: {reason}")
         super()._load_from_state_dict(

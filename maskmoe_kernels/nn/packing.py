@@ -18,7 +18,7 @@ def packing_state(packing_id: int) -> Tensor:
     return torch.tensor(signs, dtype=torch.float32, device="cpu")
 
 
-def packing_obstacle(state: Tensor | None, packing_id: int) -> str | None:
+def packing_mismatch(state: Tensor | None, packing_id: int) -> str | None:
     """Why a checkpoint's state is not that of this packing, in words; None if it is.
 
     None also without a state, which torch itself reports as a missing key, and for a state on the
@@ -46,7 +46,7 @@ def packing_obstacle(state: Tensor | None, packing_id: int) -> str | None:
     )
 
 
-def mask_obstacle(mask: Tensor, own: Tensor) -> str | None:
+def mask_mismatch(mask: Tensor, own: Tensor) -> str | None:
     """Why a checkpoint's mask is not ``own``, ``(out, in)`` bool, in words; None if it is."""
     if mask.shape != own.shape:
         return f"the checkpoint's is {tuple(mask.shape)}, this layer's {tuple(own.shape)}."
@@ -59,7 +59,7 @@ def mask_obstacle(mask: Tensor, own: Tensor) -> str | None:
     return None
 
 
-def degrees_obstacle(degrees: Tensor, own: Tensor) -> str | None:
+def degrees_mismatch(degrees: Tensor, own: Tensor) -> str | None:
     """Why units of these degrees, ``(out,)``, do not have the mask ``own``; None if they can.
 
     A unit of MADE sees the inputs of lower degree. So a unit of higher degree sees all that one of

@@ -1,4 +1,4 @@
-"""A network in float64 dense algebra, with what rounding may do to each of its numbers.
+"""An MLP in float64 dense algebra, with what rounding may do to each of its numbers.
 
 Each bound is the usual first-order one: of a sum of products, some roundings of the sum of their
 absolute values, and what its terms bring along.
@@ -34,7 +34,7 @@ class DenseLayer:
 
 
 class Definition:
-    """Forward on ``x`` ``(rows, in)`` float64, finite; ``eps`` is a rounding inside the network.
+    """Forward on ``x`` ``(rows, in)`` float64, finite; ``eps`` is a rounding inside the MLP.
 
     Attributes:
         logits: ``(rows, out)``, float64.

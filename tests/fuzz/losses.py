@@ -1,4 +1,4 @@
-"""The loss of a drawn network, held to its definition, once and in every step of a training."""
+"""The loss of a drawn MLP, held to its definition, once and in every step of a training."""
 
 import torch
 

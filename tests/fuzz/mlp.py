@@ -1,7 +1,7 @@
-"""Random networks: logits, mixtures and losses as one op, layer by layer and by their definition.
+"""Random MLPs: logits, mixtures and losses as one op, layer by layer and by their definition.
 
 Also hooks, checkpoints, transforms, refusals, large families, and training runs. As for layers,
-networks come from a pool that the seed draws: cases share its layouts and what is kept for them.
+MLPs come from a pool that the seed draws: cases share its layouts and what is kept for them.
 """
 
 import copy
@@ -44,7 +44,7 @@ def run(cases: int, seed: int = 0, start: int = 0) -> None:
 
 
 def check(seed, number):
-    """One network; what is asked of it is drawn, too."""
+    """One MLP; what is asked of it is drawn, too."""
     case = Case(seed, number)
     what = _KINDS[int(np.searchsorted(_SHARES, case.draw.bits.random(), side="right"))]
     try:
@@ -154,7 +154,7 @@ def moved(case, defined, function, relative, least):
     return true, off.nan_to_num(1e300, 1e300)
 
 
-# --- What else a network is asked ----------------------------------------------------------------
+# --- What else an MLP is asked ----------------------------------------------------------------
 
 _HOOKS = {
     "forward": lambda m, f: m.register_forward_hook(lambda *args: f()),

@@ -98,8 +98,8 @@ def linear_calls():
     return calls
 
 
-def networks():
-    """Inputs and parameters, plans and ids of networks, with and without tables."""
+def mlps():
+    """Inputs and parameters, plans and ids of MLPs, with and without tables."""
     family = mk.SubsetFamily.powerset({"a": 3, "b": 5, "c": 2})
     torch.manual_seed(0)
     for hidden, tables in (([5, 6], True), ([4], False), ([], False)):
@@ -122,10 +122,10 @@ def networks():
 
 
 @cache
-def network_calls():
+def mlp_calls():
     calls = []
-    kept = []  # networks: their layouts have to live as long as the calls
-    for family, net, inputs, plans in networks():
+    kept = []  # MLPs: their layouts have to live as long as the calls
+    for family, net, inputs, plans in mlps():
         kept.append(net)
         needs = {"need_x": True, "need_tables": True, "need_weights": True}
         strict = {"strict": family.strict.clone(), "confidence": "abs", "sharpness": 1.0}
@@ -312,7 +312,7 @@ def strided(draw, t):
 @cache
 def all_calls():
     """Ops by name with their honest calls. The interpreter of Triton is slow: it gets its share."""
-    compiled = [*linear_calls(), *network_calls()[0]]
+    compiled = [*linear_calls(), *mlp_calls()[0]]
     slow = [call for call in compiled if call[0].startswith("triton")]
     fast = [call for call in compiled if not call[0].startswith("triton")]
     return fast, [*slow, *objective_calls()]

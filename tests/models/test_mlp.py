@@ -1,4 +1,4 @@
-"""``InterpretableMLP``: blind, isolated, and equal to one small network per expert."""
+"""``InterpretableMLP``: blind, isolated, and equal to one small MLP per expert."""
 
 import copy
 import io
@@ -45,8 +45,8 @@ CUBE = SubsetFamily.powerset({"a": 2, "b": 3, "c": 1})
 
 
 @st.composite
-def networks(draw, max_experts=8, dtype=torch.float32):
-    """A small network with ragged widths, its family, and a batch for it."""
+def mlps(draw, max_experts=8, dtype=torch.float32):
+    """A small MLP with ragged widths, its family, and a batch for it."""
     family = draw(families(max_experts))
     widths = st.lists(
         st.sampled_from([1, 2, 3, 7]), min_size=family.num_experts, max_size=family.num_experts
@@ -62,20 +62,20 @@ def networks(draw, max_experts=8, dtype=torch.float32):
 # --- What stays true of every module ---------------------------------------------------------
 
 
-@given(networks(max_experts=6))
+@given(mlps(max_experts=6))
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     assert_blind(net, x, family.visible_features())
     assert_arrives(net, x[0], family.visible_features())
 
 
-@given(networks(max_experts=12))
+@given(mlps(max_experts=12))
 def test_each_loss_moves_its_own_expert(case):
     net, family, x = case
     assert_gradient_isolated(net, x, family)
 
 
-@given(networks(dtype=torch.float64))
+@given(mlps(dtype=torch.float64))
 def test_jacobian_stays_inside_the_subset(case):
     net, family, x = case
     jacobian = torch.autograd.functional.jacobian(net, x[0])
@@ -89,7 +89,7 @@ def test_jacobian_fills_the_subset():
     assert torch.equal(jacobian != 0, CUBE.visible_features())
 
 
-# --- One plain network per expert ------------------------------------------------------------
+# --- One plain MLP per expert ------------------------------------------------------------
 
 
 class PerExpert(nn.Module):
@@ -151,8 +151,8 @@ class PerExpert(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@given(networks(max_experts=10, dtype=torch.float64), seeds)
-def test_equals_one_network_per_expert(case, seed):
+@given(mlps(max_experts=10, dtype=torch.float64), seeds)
+def test_equals_one_mlp_per_expert(case, seed):
     net, family, x = case
     plain = PerExpert(net, family, net.layers[0].activation)
     grad_z = torch.randn(
@@ -300,7 +300,7 @@ def test_errors_carry_the_values():
 
 
 class Explained(nn.Module):
-    """A network together with its mixture, as one graph."""
+    """An MLP together with its mixture, as one graph."""
 
     def __init__(self, activation="relu", width=4):
         super().__init__()
@@ -335,7 +335,7 @@ def test_compiles_whole_with_a_dynamic_batch():
 
 @pytest.mark.slow
 def test_compiles_whole_with_inductor():
-    """The network alone: what inductor calls are our ops, so this needs no C++ compiler."""
+    """The MLP alone: what inductor calls are our ops, so this needs no C++ compiler."""
     check_compiled(InterpretableMLP(CUBE, [13, 3]), "inductor")
 
 

@@ -13,7 +13,7 @@ FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 4})
 
 
 class Model(nn.Module):
-    """A network inside of what is sharded."""
+    """An MLP inside of what is sharded."""
 
     def __init__(self, net):
         super().__init__()
@@ -23,7 +23,7 @@ class Model(nn.Module):
         return self.net.gem_loss(x, y)
 
 
-def network():
+def mlp():
     torch.manual_seed(0)
     return mk.InterpretableMLP(FAMILY, [8, 8]), torch.randn(6, 7), torch.rand(6).round()
 
@@ -56,10 +56,10 @@ def check(net, parameters, call, alone, x, y):
 
 @pytest.mark.parametrize("registered", [False, True])
 @pytest.mark.parametrize("part", ["net", "layers", "sequence"])
-def test_a_sharded_network_has_its_loss_and_prediction(one_process, part, registered):
+def test_a_sharded_mlp_has_its_loss_and_prediction(one_process, part, registered):
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    alone, x, y = network()
+    alone, x, y = mlp()
     net = copy.deepcopy(alone)
     _, parameters = sharded(part, net)
     if registered:
@@ -71,7 +71,7 @@ def test_a_sharded_network_has_its_loss_and_prediction(one_process, part, regist
 def test_a_module_around_it_registers_its_own_method(one_process):
     from torch.distributed.fsdp import register_fsdp_forward_method
 
-    alone, x, y = network()
+    alone, x, y = mlp()
     net = copy.deepcopy(alone)
     model, parameters = sharded("around", net)
     for call in (

@@ -197,7 +197,7 @@ def data():
     return torch.randn(ROWS, FAMILY.in_features), torch.rand(ROWS).round()
 
 
-def network():
+def mlp():
     torch.manual_seed(0)
     return mk.InterpretableMLP(FAMILY, [8, 8])
 
@@ -234,7 +234,7 @@ def same(ours, theirs):
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("kind", IN_A_SEQUENCE)
 def test_a_layer_is_seen_as_in_a_plain_sequence(kind, entry):
-    net = network()
+    net = mlp()
     plain = nn.Sequential(*(copy.deepcopy(layer) for layer in net.layers))
     logs = [], []
     for sequence, log in zip((net.layers, plain), logs, strict=True):
@@ -253,7 +253,7 @@ def test_a_layer_is_seen_as_in_a_plain_sequence(kind, entry):
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("register", GLOBAL)
 def test_global_hooks_see_every_layer(register, entry):
-    net = network()
+    net = mlp()
     plain = nn.Sequential(*(copy.deepcopy(layer) for layer in net.layers))
     logs = [], []
     for log, (of_net, layers) in zip(logs, ((net, None), (None, plain)), strict=True):
@@ -278,7 +278,7 @@ def test_global_hooks_see_every_layer(register, entry):
 @pytest.mark.parametrize(("owner", "name"), [(mk.MaskedLinear, "forward"), (nn.Module, "__call__")])
 def test_patched_classes_are_called(monkeypatch, owner, name, entry):
     """As profilers and tracers patch them."""
-    net, log = network(), []
+    net, log = mlp(), []
     monkeypatch.setattr(owner, name, around(getattr(owner, name), log))
     results(entry, net, None)
     layers = 3 if name == "forward" else 3 + 1 + 1
@@ -289,8 +289,8 @@ def test_patched_classes_are_called(monkeypatch, owner, name, entry):
 @pytest.mark.parametrize("entry", ENTRIES)
 @pytest.mark.parametrize("of", ["net", "layers"])
 @pytest.mark.parametrize("kind", [*ON_A_MODULE, "subclass"])
-def test_the_network_and_its_layers_are_seen(kind, of, entry):
-    net, log = network(), []
+def test_the_mlp_and_its_layers_are_seen(kind, of, entry):
+    net, log = mlp(), []
     expected, grads = results(entry, net, None), [p.grad for p in net.parameters()]
     net.zero_grad()
     module = net if of == "net" else net.layers
@@ -308,7 +308,7 @@ def test_the_network_and_its_layers_are_seen(kind, of, entry):
 
 
 def test_layers_may_be_another_module():
-    net = network()
+    net = mlp()
     x, y = data()
     expected = net(x), net.gem_loss(x, y), net.predict(x).probability
     net.layers = nn.Sequential(*net.layers)
@@ -318,7 +318,7 @@ def test_layers_may_be_another_module():
 @pytest.mark.parametrize("kind", ON_A_LAYER)
 @pytest.mark.filterwarnings("ignore")
 def test_says_why_layers_run_one_by_one(kind):
-    net = network()
+    net = mlp()
     ON_A_LAYER[kind](net.layers[1], [])
     fused = "__call__" in kind or "hook of a parameter" in kind or "accumulation" in kind
     assert (net.layers.unsupported_reason() is None) == fused
@@ -326,7 +326,7 @@ def test_says_why_layers_run_one_by_one(kind):
 
 
 def test_hooks_that_are_gone_cost_nothing():
-    net = network()
+    net = mlp()
     net.layers[0].register_forward_hook(recorder([])).remove()
     forward = net.layers[0].forward
     net.layers[0].forward = forward
@@ -337,9 +337,9 @@ def test_hooks_that_are_gone_cost_nothing():
 
 
 @pytest.mark.parametrize("kind", ["forward hook", "forward"])
-def test_a_compiled_network_sees_them(kind):
+def test_a_compiled_mlp_sees_them(kind):
     torch._dynamo.reset()
-    net = network()
+    net = mlp()
     ON_A_MODULE[kind](net.layers[1], [])
     net.layers[1].register_forward_hook(lambda module, args, y: 2 * y)
     x, _ = data()
@@ -352,7 +352,7 @@ def test_a_graph_of_modules_has_the_layers():
         def is_leaf_module(self, module, name):
             return isinstance(module, mk.MaskedLinear)
 
-    graph = Tracer().trace(network())
+    graph = Tracer().trace(mlp())
     assert [n.target for n in graph.nodes if n.op == "call_module"] == [
         f"layers.{k}" for k in range(3)
     ]
@@ -360,7 +360,7 @@ def test_a_graph_of_modules_has_the_layers():
 
 @pytest.mark.parametrize("entry", ["__call__", "gem_loss"])
 def test_parameters_from_outside_and_checkpoints_keep_one_op(entry):
-    net = network()
+    net = mlp()
     x, y = data()
     call = (lambda n, *args: n(*args)) if entry == "__call__" else (lambda n, *a: n.gem_loss(*a))
     args = (x,) if entry == "__call__" else (x, y)

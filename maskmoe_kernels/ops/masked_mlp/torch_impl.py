@@ -1,4 +1,4 @@
-"""A masked MLP in PyTorch: gather the input, then one ``masked_linear`` op per layer."""
+"""A masked MLP layer after layer: gather the input, then call the fastest op for each layer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import layout_of
 from maskmoe_kernels.ops.activations import NEEDS_INPUT
 from maskmoe_kernels.ops.checks import check_count
+from maskmoe_kernels.ops.dispatch import choose
+from maskmoe_kernels.ops.masked_linear.api import OP_OF
 from maskmoe_kernels.ops.masked_linear.schema import BACKWARD, FORWARD
 from maskmoe_kernels.ops.masked_mlp.checks import check_arguments
 
@@ -93,7 +96,8 @@ def backward(
     grad, last = grad_logits, len(layouts) - 1
     grads: list[tuple[Tensor, Tensor]] = []
     for k in reversed(range(len(layouts))):
-        grad, *of_layer = BACKWARD["masked_linear"](
+        op = _linear_op(outputs[k], layout_of(layouts[k], serialized[k]))
+        grad, *of_layer = BACKWARD[op](
             grad, outputs[k], weights[k], saved_by_layer[k], serialized[k], layouts[k],
             "none" if k == last else activation, k > 0 or need_x or need_tables, need_weights,
             need_weights and bool(biases),
@@ -119,13 +123,19 @@ def _layers(
     last = len(layouts) - 1
     for k, (weight, content, layout) in enumerate(zip(weights, serialized, layouts, strict=True)):
         act = "none" if k == last else activation
-        y, z = FORWARD["masked_linear"](
-            outputs[-1], weight, biases[k] if biases else None, content, layout,
-            layout_of(layout, content).out_features, act, True,
+        of = layout_of(layout, content)
+        y, z = FORWARD[_linear_op(outputs[-1], of)](
+            outputs[-1], weight, biases[k] if biases else None, content, layout, of.out_features,
+            act, True,
         )  # fmt: skip
         outputs.append(y)
         saved.append(z if act in NEEDS_INPUT or act == "none" else y)
     return outputs, saved
+
+
+def _linear_op(x: Tensor, layout: BlockLayout) -> str:
+    """The op that runs a layer: kernels refuse some dtypes and layouts."""
+    return OP_OF[choose("masked_linear", None, layout, (x,))]
 
 
 def grad_inputs(

@@ -1,4 +1,4 @@
-"""Networks in one pass: the definition layer by layer, blindness, determinism, loss and all."""
+"""MLPs in one pass: the definition layer by layer, blindness, determinism, loss and all."""
 
 import copy
 import itertools
@@ -43,8 +43,8 @@ seeds = st.integers(0, 2**16)
 
 
 @st.composite
-def networks(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
-    """A network that runs as one op, and a batch for it."""
+def mlps(draw, dtypes=(torch.float32,), max_experts=9, rows=(0, 1, 15, 40)):
+    """An MLP that runs as one op, and a batch for it."""
     family = draw(strategies.families(max_experts))
     count = family.num_experts
     width = st.sampled_from([1, 2, 7, 16, 33])
@@ -88,7 +88,7 @@ def same_bits(a, b):
 # --- The definition ------------------------------------------------------------------------------
 
 
-@given(networks(DTYPES), seeds)
+@given(mlps(DTYPES), seeds)
 def test_equals_the_layers_by_their_definition(case, seed):
     net, _, x = case
     torch.manual_seed(seed)
@@ -171,13 +171,13 @@ def test_the_cpu_knows_float32_only():
 # --- Laws ----------------------------------------------------------------------------------------
 
 
-@given(networks(DTYPES, max_experts=6, rows=(1, 15)))
+@given(mlps(DTYPES, max_experts=6, rows=(1, 15)))
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     assert_blind(net, x, family.visible_features())
 
 
-@given(networks(DTYPES, max_experts=6, rows=(1,)))
+@given(mlps(DTYPES, max_experts=6, rows=(1,)))
 def test_what_an_expert_sees_arrives(case):
     net, family, x = case
     visible = family.visible_features()
@@ -191,7 +191,7 @@ def test_what_an_expert_sees_arrives(case):
     assert_arrives(lambda x: net.predict(x).probability[:, None], x[0], somebody[:1])
 
 
-@given(networks(max_experts=8, rows=(1, 15)))
+@given(mlps(max_experts=8, rows=(1, 15)))
 def test_each_loss_moves_its_own_expert(case):
     net, family, x = case
     assert_gradient_isolated(net, x, family)
@@ -215,7 +215,7 @@ def test_the_same_bits_twice(normalize):
         assert same_bits(first, step(net, x, y, normalize=normalize))
 
 
-@given(networks(max_experts=6, rows=(1, 15)), st.sampled_from(WEIGHTINGS), st.booleans(), seeds)
+@given(mlps(max_experts=6, rows=(1, 15)), st.sampled_from(WEIGHTINGS), st.booleans(), seeds)
 def test_the_loss_of_an_expert_is_blind(case, weighting, layered, seed):
     """NaN spoils the gradients of experts that see it, and no bit of the others'."""
     net, family, x = case
@@ -296,7 +296,7 @@ def losses(case, definition, masked, wants_x, seed, **options):
     return *found, expected, noise
 
 
-@given(networks(DTYPES, max_experts=8), options_of_a_loss())
+@given(mlps(DTYPES, max_experts=8), options_of_a_loss())
 def test_equals_the_loss_of_its_logits(case, options):
     floor = 64 * torch.finfo(case[2].dtype).eps
     # Weights follow the logits' rounding: half-precision logits move the weights themselves.
@@ -700,7 +700,7 @@ def test_compiles_whole_with_loss_and_tables(backend):
 
 
 def op_arguments():
-    """What the ops take of a network with a table: inputs and parameters, plans, ids."""
+    """What the ops take of an MLP with a table: inputs and parameters, plans, ids."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(CUBE, [5, 6])
     plans = [serialized_layout(layer.layout, torch.device("cpu")) for layer in net.layers]
@@ -807,8 +807,8 @@ def test_what_kernels_refuse_is_a_backend_error():
     def refuse(text):
         raise RuntimeError(text)
 
-    with pytest.raises(mk.BackendError, match=r"^the fused network needs 9 bytes.*backend=None"):
-        run(refuse, "gem, x.cu:1, maskmoe: the fused network needs 9 bytes\nstack")
+    with pytest.raises(mk.BackendError, match=r"^the fused mlp needs 9 bytes.*backend=None"):
+        run(refuse, "gem, x.cu:1, maskmoe: the fused mlp needs 9 bytes\nstack")
     with pytest.raises(RuntimeError, match="something else"):
         run(refuse, "something else")
 
@@ -853,7 +853,7 @@ def test_trains_like_the_layers_do():
 
 
 @given(
-    networks(DTYPES, max_experts=8),
+    mlps(DTYPES, max_experts=8),
     st.sampled_from(CONFIDENCES),
     st.sampled_from([1.0, 0.7, 3.0]),
 )
@@ -863,7 +863,7 @@ def test_predicts_what_the_mixture_of_its_logits_is(case, confidence, sharpness)
     with torch.no_grad():
         logits = copy.deepcopy(net).float()(x.float())
         theirs = mk.mixture(logits, family, confidence, sharpness)
-    # Tiles round activations between layers: see test_network_tiles.py.
+    # Tiles round activations between layers: see test_mlp_tiles.py.
     rounded = x.dtype == torch.bfloat16 and native.isa().startswith("amx")
     tolerance = {"rtol": 0, "atol": 0.1} if rounded else {"rtol": 1e-4, "atol": LEAST[confidence]}
     for a, b in zip(ours, theirs, strict=True):

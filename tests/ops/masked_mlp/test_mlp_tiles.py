@@ -1,4 +1,4 @@
-"""Networks in bfloat16: on tiles (AMX) where the build has them, as that of ``make emulate``.
+"""MLPs in bfloat16: on tiles (AMX) where the build has them, as that of ``make emulate``.
 
 On tiles, activations are rounded between layers; elsewhere they are float32.
 """
@@ -44,7 +44,7 @@ seeds = st.integers(0, 2**16)
 
 
 def shuffled(net, seed):
-    """The same network, with features and hidden units in any order."""
+    """The same MLP, with features and hidden units in any order."""
     generator = torch.Generator().manual_seed(seed)
     layouts = [layer.layout for layer in net.layers]
     orders = [torch.randperm(layout.in_features, generator=generator) for layout in layouts]
@@ -64,8 +64,8 @@ def shuffled(net, seed):
 
 
 @st.composite
-def networks(draw, max_experts=5, rows=ROWS):
-    """A network with wide groups and layers, and a batch for it."""
+def mlps(draw, max_experts=5, rows=ROWS):
+    """An MLP with wide groups and layers, and a batch for it."""
     family = draw(strategies.families(max_experts))
     groups = {name: draw(widths) for name in family.groups}
     family = mk.SubsetFamily(groups, family.subsets)
@@ -111,7 +111,7 @@ def close(ours, plain, true, noise=None, floor=4 * EPS):
 # --- The definition ------------------------------------------------------------------------------
 
 
-@given(networks(), seeds)
+@given(mlps(), seeds)
 def test_equals_its_definition(case, seed):
     net, _, x = case
     torch.manual_seed(seed)
@@ -131,14 +131,14 @@ def test_equals_its_definition(case, seed):
     close(*found, [true.detach(), *expected])
 
 
-@given(networks(), options_of_a_loss())
+@given(mlps(), options_of_a_loss())
 def test_the_loss_equals_that_of_its_definition(case, options):
     ours, plain, expected, noise = losses(case, defined, **options)
     close(ours, plain, expected, noise)
     assert (ours[0] - expected[0]).abs() <= 2e-3 * expected[0].abs() + 1e-5
 
 
-@given(networks(), st.sampled_from(CONFIDENCES), st.sampled_from([1.0, 0.7, 3.0]))
+@given(mlps(), st.sampled_from(CONFIDENCES), st.sampled_from([1.0, 0.7, 3.0]))
 def test_the_mixture_equals_that_of_its_definition(case, confidence, sharpness):
     net, family, x = case
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_activations_kept_by_other_kernels_are_refused(kept, read):
 
 
 class Call:
-    """The ops of a network, called as autograd calls them."""
+    """The ops of an MLP, called as autograd calls them."""
 
     def __init__(self, net, x):
         self.activation = net.layers[0].activation
@@ -240,7 +240,7 @@ def given_to_ops(activation):
 # --- Laws ----------------------------------------------------------------------------------------
 
 
-@given(networks(rows=(1, 17)))
+@given(mlps(rows=(1, 17)))
 def test_experts_are_blind_outside_their_subset(case):
     net, family, x = case
     visible = family.visible_features()
@@ -250,13 +250,13 @@ def test_experts_are_blind_outside_their_subset(case):
     assert_blind(net, x, visible)
 
 
-@given(networks(rows=(1, 17)))
+@given(mlps(rows=(1, 17)))
 def test_each_loss_moves_its_own_expert(case):
     net, family, x = case
     assert_gradient_isolated(net, x, family)
 
 
-@given(networks(rows=(1, 33)), st.sampled_from(FILLS), seeds)
+@given(mlps(rows=(1, 33)), st.sampled_from(FILLS), seeds)
 def test_what_an_expert_does_not_see_moves_none_of_its_bits(case, fill, seed):
     """Weights and biases of all layers, where a feature of one sample is anything at all."""
     net, family, x = case
@@ -399,7 +399,7 @@ def test_hidden_units_are_rounded_on_tiles_only(isa):
 @on_tiles
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_whole_lines_give_the_bits_of_layers_one_by_one(activation):
-    """Where every block fills its lines, a network adds up in the order of its layers."""
+    """Where every block fills its lines, an MLP adds up in the order of its layers."""
     native.set_isa(TILES[0])
     torch.manual_seed(0)
     family = mk.SubsetFamily.powerset({"a": 32, "b": 64, "c": 96})

@@ -27,7 +27,7 @@ PATHS = ["own", "waits", "twice"]
 
 
 def sure(left, dtype=torch.float32, hidden=(8, 4), isolated=True):
-    """A network whose expert "a" is so sure that it leaves ``left`` of every sample."""
+    """An MLP whose expert "a" is so sure that it leaves ``left`` of every sample."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(FAMILY, list(hidden), "tanh")
     with torch.no_grad():

@@ -12,7 +12,7 @@ FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 2, "c": 4})
 
 @pytest.fixture(params=["biases", "no biases"])
 def mlp(request):
-    """A network, its input in parts, and what the definition takes of its layers."""
+    """An MLP, its input in parts, and what the definition takes of its layers."""
     torch.manual_seed(0)
     net = mk.InterpretableMLP(FAMILY, [5, 6], "tanh")
     if request.param == "no biases":

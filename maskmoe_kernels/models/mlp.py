@@ -15,9 +15,15 @@ from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of
 from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
-from maskmoe_kernels.ops.selection.gem import check_labels, check_loss, gem_loss
-from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
-from maskmoe_kernels.ops.selection.selection import Confidence, check_confidence
+from maskmoe_kernels.ops.selection.api import (
+    Mixture,
+    check_confidence,
+    check_loss,
+    gem_loss,
+    mixture,
+)
+from maskmoe_kernels.ops.selection.labels import check_labels
+from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
 class InterpretableMLP(nn.Module):

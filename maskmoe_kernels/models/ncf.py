@@ -16,7 +16,7 @@ from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_unsupported_reason
 from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
-from maskmoe_kernels.ops.selection.gem import gem_loss
+from maskmoe_kernels.ops.selection.api import gem_loss
 
 
 @dataclass(frozen=True)

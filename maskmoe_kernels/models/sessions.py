@@ -11,8 +11,8 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import block_sizes
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
-from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
-from maskmoe_kernels.ops.selection.selection import Confidence
+from maskmoe_kernels.ops.selection.api import Mixture, mixture
+from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
 def second_layout(

@@ -9,11 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from maskmoe_kernels.testing.assertions import (
-    assert_blind,
-    assert_close_to_oracle,
-    assert_gradient_isolated,
-)
+from maskmoe_kernels.testing.agreement import assert_close_to_oracle
+from maskmoe_kernels.testing.assertions import assert_blind, assert_gradient_isolated
 from maskmoe_kernels.testing.oracle import dense_oracle
 
 if TYPE_CHECKING:

@@ -1,10 +1,12 @@
-"""Assertions for your own models: blindness, isolated gradients, agreement with the oracle."""
+"""Assertions for your own models: blindness, isolated gradients."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +14,25 @@ from torch import Tensor, nn
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.testing.oracle import dense_algebra, dense_oracle
+from maskmoe_kernels.testing.agreement import random_cotangent
+from maskmoe_kernels.testing.undisturbed import Undisturbed, undisturbed
 
-# Put into the features that an output may not see. The last one is an ordinary number.
-_FILLS = (float("nan"), float("inf"), float("-inf"), 1e38, -3.0)
+#: Put into the features that an output may not see. The last one is an ordinary number.
+FILLS = (math.nan, math.inf, -math.inf, 1e38, -3.0)
 _AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+Fills = Sequence[float] | Mapping[int, Sequence[float]]
 
 
 @torch.enable_grad()  # gradients are judged wherever the caller stands
 def assert_blind(
-    module: Callable[[Tensor], Tensor], x: Tensor, visible: Tensor, *, seed: int = 0
+    module: Callable[[Tensor], Any],
+    x: Tensor,
+    visible: Tensor,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
+    fills: Fills = FILLS,
+    seed: int = 0,
 ) -> None:
     """Nothing in an unseen feature may reach an output, forward or backward, bit for bit.
 
@@ -35,36 +46,44 @@ def assert_blind(
     that may overflow, the gradient may be NaN at features that such an output reads; the
     ordinary number then decides.
 
+    Every run starts from the same state (buffers, modes, random numbers), and afterwards the model
+    is as it was before the call.
+
     Args:
-        module: Maps ``(*, in)`` to ``(*, out)``; random layers draw the same each time.
+        module: Maps ``(*, in)`` to ``(*, out)``, or to something that contains such a tensor.
         x: Input, ``(*, in)``, finite, at least one row.
-        visible: Entry (o, f): may output o see feature f? ``(out, in)``, bool.
+        visible: Entry (o, f): may output o see feature f? ``(out, in)``, bool, tensor or array.
+        output: Takes the tensor ``(*, out)`` out of what ``module`` returns, where that is a
+            tuple, a dictionary or another structure: ``output=lambda returned: returned[0]``.
+        fills: The values that unseen features are filled with, one after the other; or column to
+            such values, for columns that hold codes (of an embedding, say), the others as by
+            default. At least one of them has to change ``x`` at each unseen feature.
         seed: Of the cotangent.
 
     Raises:
         AssertionError: An output or a gradient depends on a feature it may not see.
-        LayoutError: Arguments that do not fit each other.
+        LayoutError: Arguments that do not fit each other; or two runs on the same input differ,
+            so that nothing can be said.
     """
     x = _checked_input(x).detach()
-    if visible.dtype != torch.bool or visible.dim() != 2 or visible.shape[1] != x.shape[-1]:
-        raise LayoutError(
-            f"visible must be bool (out, in) with in={x.shape[-1]}, got {visible.dtype} "
-            f"{tuple(visible.shape)}"
-        )
-    visible = visible.to(x.device)
+    visible = _checked_visible(visible, x)
+    per_run = _fills_of(fills, x)
     patterns, which = torch.unique(visible, dim=0, return_inverse=True)
-    for k, pattern in enumerate(patterns):
-        units = (which == k).nonzero().squeeze(1)
-        # Features whose gradient another output may spoil: it reads them and a filled one.
-        spoilers = visible[(visible & ~pattern).any(1)]
-        forgiven = spoilers.any(0)
-        plain = _run(module, x, units, visible.shape[0], seed)
-        for fill in _FILLS if not pattern.all() else ():
-            value = min(fill, torch.finfo(x.dtype).max) if math.isfinite(fill) else fill
-            filled = _run(module, x.masked_fill(~pattern, value), units, visible.shape[0], seed)
-            _compare(plain, filled, pattern, units, value, forgiven)
-        # Last: an output that depends on the unseen is the clearer complaint.
-        _refuse_unseen_gradient(plain.grad_x, pattern, units, "with x as given", None)
+    with undisturbed(module) as state:
+        run = _Run(module, output, visible.shape[0], seed, state)
+        run.check_repeatable(x)
+        for k, pattern in enumerate(patterns):
+            units = (which == k).nonzero().squeeze(1)
+            # Features whose gradient another output may spoil: it reads them and a filled one.
+            spoilers = visible[(visible & ~pattern).any(1)]
+            forgiven = spoilers.any(0)
+            plain = run(x, units)
+            _check_fills(per_run, x, pattern)
+            for values in per_run if not pattern.all() else ():
+                filled = run(torch.where(pattern, x, values), units, values[~pattern])
+                _compare(plain, filled, pattern, units, values, forgiven)
+            # Last: an output that depends on the unseen is the clearer complaint.
+            _refuse_unseen_gradient(plain.grad_x, pattern, units, "with x as given", None)
 
 
 @dataclass
@@ -82,29 +101,126 @@ def _checked_input(x: Tensor) -> Tensor:
     return x
 
 
-def _run(
-    module: Callable[[Tensor], Tensor], x: Tensor, units: Tensor, out: int, seed: int
-) -> _Result:
-    x = x.clone().requires_grad_()
-    # Every run starts from the caller's random state and gives it back.
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        y = module(x)
-    if y.shape != (*x.shape[:-1], out):
+def _checked_visible(visible: Any, x: Tensor) -> Tensor:
+    try:
+        matrix = torch.as_tensor(visible)
+    except (TypeError, ValueError, RuntimeError):
         raise LayoutError(
-            f"module must map {tuple(x.shape)} to {(*x.shape[:-1], out)}, as visible has {out} "
-            f"rows; it gave {tuple(y.shape)}"
+            f"visible must be a bool matrix (out, in), got {type(visible).__name__}"
+        ) from None
+    if matrix.dtype != torch.bool or matrix.dim() != 2 or matrix.shape[1] != x.shape[-1]:
+        raise LayoutError(
+            f"visible must be bool (out, in) with in={x.shape[-1]}, got {matrix.dtype} "
+            f"{tuple(matrix.shape)}"
         )
-    chosen = y[..., units].reshape(-1, len(units))
-    grad_x = None
-    if chosen.requires_grad:
-        cotangent = _normal(chosen.shape, chosen, seed)
-        (grad_x,) = torch.autograd.grad(chosen, x, cotangent, allow_unused=True)
-    return _Result(chosen.detach(), None if grad_x is None else grad_x.reshape(-1, x.shape[-1]))
+    return matrix.to(x.device)
 
 
-def _normal(shape: torch.Size, like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(like)
+def _fills_of(fills: Fills, x: Tensor) -> list[Tensor]:
+    """For each run, the value of every column, ``(in,)``; columns of fewer values repeat them."""
+    columns = x.shape[-1]
+    by_column: list[Sequence[float]] = [FILLS] * columns
+    if isinstance(fills, Mapping):
+        for column, values in fills.items():
+            if column not in range(columns):
+                raise LayoutError(f"fills names column {column!r}, but x has {columns}")
+            by_column[column] = values
+    else:
+        by_column = [fills] * columns
+    if not all(len(values) for values in by_column):
+        raise LayoutError("fills must have at least one value for each column")
+    top = torch.finfo(x.dtype).max
+    table = [
+        [min(max(v, -top), top) if math.isfinite(v) else v for v in values] for values in by_column
+    ]
+    runs = max(map(len, table))
+    return [x.new_tensor([values[n % len(values)] for values in table]) for n in range(runs)]
+
+
+def _check_fills(per_run: list[Tensor], x: Tensor, pattern: Tensor) -> None:
+    changed = torch.stack([(x.reshape(-1, x.shape[-1]) != values).any(0) for values in per_run])
+    for column in (~changed.any(0) & ~pattern).nonzero()[:1].flatten().tolist():
+        raise LayoutError(
+            f"fills leave column {column} as it is in every row of x: what it might leak cannot "
+            "be seen; give another value for it"
+        )
+
+
+@dataclass
+class _Run:
+    """Runs of a module, each from the same state, and what some outputs and their gradient are."""
+
+    module: Callable[[Tensor], Any]
+    output: Callable[[Any], Tensor] | None
+    out: int
+    seed: int
+    state: Undisturbed
+
+    def __call__(self, x: Tensor, units: Tensor, filled_with: Tensor | None = None) -> _Result:
+        self.state.restore()
+        x = x.clone().requires_grad_()
+        try:
+            y = self.module(x)
+        except Exception as error:
+            if filled_with is None:
+                raise
+            shown = sorted({f"{value:g}" for value in filled_with.tolist()})[:6]
+            raise LayoutError(
+                f"module raised {type(error).__name__} with {', '.join(shown)} in its unseen "
+                f"features ({error}). If a column holds codes, name the ones to fill in: "
+                "fills={column: [0, 1]}; if module checks its input, leave the check out here"
+            ) from error
+        y = self._checked_output(y, x)
+        chosen = y[..., units].reshape(-1, len(units))
+        grad_x = None
+        if chosen.requires_grad:
+            cotangent = random_cotangent(chosen.shape, chosen, self.seed)
+            (grad_x,) = torch.autograd.grad(chosen, x, cotangent, allow_unused=True)
+        grad_x = None if grad_x is None else grad_x.reshape(-1, x.shape[-1])
+        return _Result(chosen.detach().clone(), grad_x)
+
+    def _checked_output(self, returned: Any, x: Tensor) -> Tensor:
+        y = returned if self.output is None else self.output(returned)
+        if not isinstance(y, Tensor):
+            raise LayoutError(
+                f"the output to judge must be a tensor, got {_described(y)}; say which with "
+                "output=lambda returned: returned[0], for instance"
+            )
+        if y.shape != (*x.shape[:-1], self.out):
+            raise LayoutError(
+                f"module must map {tuple(x.shape)} to {(*x.shape[:-1], self.out)}, as visible has "
+                f"{self.out} rows; it gave {tuple(y.shape)}"
+            )
+        return y
+
+    def check_repeatable(self, x: Tensor) -> None:
+        """Raise LayoutError if two runs on ``x`` differ: then a difference is no leak."""
+        every = torch.arange(self.out, device=x.device)
+        first, second = self(x, every), self(x, every)
+        what = "output" if next(iter(_different_bits(first.y, second.y)), None) else None
+        if what is None and first.grad_x is not None and second.grad_x is not None:
+            what = "gradient" if _different_bits(first.grad_x, second.grad_x) else None
+        if what is not None:
+            raise LayoutError(
+                f"two runs of module on the same x differ in the {what}, so a difference would "
+                "show no leak: it has state that moves or random numbers of its own, which are "
+                "not a module's buffer or generator. Hold them still inside the function that "
+                "you pass, or judge in eval mode"
+            )
+
+
+def _described(returned: Any) -> str:
+    if isinstance(returned, Tensor):
+        return f"a tensor {tuple(returned.shape)}"
+    if isinstance(returned, Mapping):
+        inner = ", ".join(f"{key!r}: {_described(value)}" for key, value in returned.items())
+        return f"a {type(returned).__name__} of {{{inner}}}"
+    if isinstance(returned, (tuple, list)):
+        return f"a {type(returned).__name__} of ({', '.join(map(_described, returned))})"
+    if dataclasses.is_dataclass(returned) and not isinstance(returned, type):
+        names = [field.name for field in dataclasses.fields(returned)]
+        return f"a {type(returned).__name__} with {', '.join(names)}"
+    return f"a {type(returned).__name__}"
 
 
 def _compare(
@@ -112,10 +228,11 @@ def _compare(
     filled: _Result,
     pattern: Tensor,
     units: Tensor,
-    value: float,
+    values: Tensor,
     forgiven: Tensor,
 ) -> None:
-    what = f"with {value:g} in every unseen feature"
+    shown = sorted({f"{value:g}" for value in values[~pattern].tolist()})
+    what = f"with {', '.join(shown[:6])} in every unseen feature"
     for row, k in _different_bits(plain.y, filled.y):
         raise AssertionError(
             f"output {units[k]} depends on features it may not see ({_listing(~pattern)}): {what} "
@@ -125,7 +242,8 @@ def _compare(
         )
     if plain.grad_x is None or filled.grad_x is None:
         return
-    pardon = forgiven if not abs(value) < 1e3 else torch.zeros_like(forgiven)
+    ordinary = bool((values[~pattern].abs() < 1e3).all())
+    pardon = torch.zeros_like(forgiven) if ordinary else forgiven
     _refuse_unseen_gradient(filled.grad_x, pattern, units, what, pardon)
     before, after = plain.grad_x, filled.grad_x
     for row, f in _different_bits(before, after):
@@ -176,6 +294,7 @@ def assert_gradient_isolated(
     x: Tensor | tuple[Tensor, ...],
     family: SubsetFamily,
     *,
+    output: Callable[[Any], Tensor] | None = None,
     shared: Collection[str] = (),
     seed: int = 0,
 ) -> None:
@@ -187,34 +306,77 @@ def assert_gradient_isolated(
     interleaved, so that its blocks are in an order of their own, no row block may be moved by
     two experts.
 
+    A weight of zero (of a head that starts at zero, say) and a dead unit let no gradient pass, so
+    a missing detach behind them does not show. So ``net`` is judged twice: with its parameters as
+    they are, and with random numbers added to them. Afterwards it is as it was before the call.
+
     Args:
-        net: Maps ``x`` to logits ``(*, H)``.
+        net: Maps ``x`` to logits ``(*, H)``, or to something that contains them.
         x: Input, or a tuple of the inputs ``net`` takes.
         family: Its experts, in the order of the logits.
+        output: Takes the logits out of what ``net`` returns; see :func:`assert_blind`.
         shared: Names of parameters, as in ``net.named_parameters()``, that several experts may
             move, such as an embedding table that belongs to nobody.
-        seed: Of the loss's weights.
+        seed: Of the loss's weights, and of what is added to the parameters.
 
     Raises:
         AssertionError: An expert moves a parameter that is not its own.
-        LayoutError: Logits that do not fit the family or carry no gradient, or an unknown name
-            in ``shared``.
+        LayoutError: Logits that do not fit the family or carry no gradient, an unknown name in
+            ``shared``, or an expert whose loss moves nothing, so that nothing can be said of it.
     """
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if unknown := sorted(set(shared) - set(dict(net.named_parameters()))):
         raise LayoutError(f"shared names {unknown}, but net has {sorted(named)}")
-    named = {name: p for name, p in named.items() if name not in shared}
-    logits = net(*x) if isinstance(x, tuple) else net(x)
+    judged = {name: p for name, p in named.items() if name not in shared}
+    rows = dict(_row_blocks(net, family.num_experts))
+    with undisturbed(net) as state:
+        for add in (False, True):
+            state.restore()
+            if add:
+                _add_noise(net, seed)
+            returned = net(*x) if isinstance(x, tuple) else net(x)
+            logits = _checked_logits(returned if output is None else output(returned), family)
+            if not logits.requires_grad or not judged:
+                raise LayoutError(
+                    "no parameter to judge: the logits require no gradient, or all is shared"
+                )
+            _judge(logits, judged, rows, family, seed, still=not add)
+
+
+def _add_noise(net: nn.Module, seed: int) -> None:
+    # In place of the values: modules that keep a parameter elsewhere see the change, too.
+    for n, parameter in enumerate(net.parameters()):
+        if parameter.is_floating_point() and parameter.numel():
+            noise = random_cotangent(parameter.shape, parameter, seed + 1 + n)
+            size = parameter.data.double().square().mean().sqrt()
+            parameter.data += noise * float(0.1 * size if 0 < size < math.inf else 0.1)
+
+
+def _checked_logits(logits: Any, family: SubsetFamily) -> Tensor:
+    if not isinstance(logits, Tensor):
+        raise LayoutError(
+            f"net must give logits, a tensor, got {_described(logits)}; say which with "
+            "output=lambda returned: returned[0], for instance"
+        )
     if logits.dim() == 0 or logits.shape[-1] != family.num_experts or not logits.numel():
         raise LayoutError(
             f"net must give logits (*, {family.num_experts}) of at least one row, one per "
             f"expert, got {tuple(logits.shape)}"
         )
-    if not logits.requires_grad or not named:
-        raise LayoutError("no parameter to judge: the logits require no gradient, or all is shared")
-    weights = _normal(logits.shape, logits, seed)
+    return logits
+
+
+def _judge(
+    logits: Tensor,
+    named: dict[str, nn.Parameter],
+    rows: dict[str, _Rows],
+    family: SubsetFamily,
+    seed: int,
+    still: bool,
+) -> None:
+    """``still``: an expert whose loss moves nothing may do so with other values."""
+    weights = random_cotangent(logits.shape, logits, seed)
     owners = {name: torch.full_like(p, -1, dtype=torch.int64) for name, p in named.items()}
-    rows = dict(_row_blocks(net, family.num_experts))
     for i in range(family.num_experts):
         grads = torch.autograd.grad(
             logits[..., i], list(named.values()), weights[..., i],
@@ -225,6 +387,13 @@ def assert_gradient_isolated(
                 _claim(name, owner, grad, i, family.names)
                 if name in rows:
                     _check_rows(name, rows[name], grad, i, family.names)
+        reached = [grad for grad in grads if grad is not None]
+        if not still and reached and not any(grad.any() for grad in reached):
+            raise LayoutError(
+                f"the loss of expert {family.names[i]!r} moves no parameter, with random numbers "
+                "added to them neither: whether its gradient is isolated cannot be seen. Give "
+                "rows of x on which its units are not all dead"
+            )
 
 
 @dataclass
@@ -234,7 +403,7 @@ class _Rows:
 
 
 def _row_blocks(net: nn.Module, experts: int) -> Iterator[tuple[str, _Rows]]:
-    # By what a layer has, not by its class: this floor lies below the modules.
+    # By what a layer has, not by its class: this package lies below the modules.
     for prefix, module in net.named_modules():
         layout = getattr(module, "layout", None)
         if not isinstance(layout, BlockLayout) or len(layout.row_sizes) != experts:
@@ -280,121 +449,3 @@ def _check_rows(name: str, rows: _Rows, grad: Tensor, i: int, names: list[str]) 
                 f"{grad[index]:.6g}). Look at the layout's routes_grad: only the diagonal may "
                 "route between experts."
             )
-
-
-@torch.enable_grad()
-def assert_close_to_oracle(
-    op: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    layout: BlockLayout,
-    activation: str | None = None,
-    *,
-    seed: int = 0,
-) -> None:
-    """Hold ``op`` to :func:`dense_oracle`: the output and every gradient, element by element.
-
-    ``|ours - ref| <= 2 |PyTorch in the same precision - ref| + floor``, where ``floor`` is four
-    roundings of the sum of the absolute values that make up the element. What is zero by
-    structure must be exactly zero. The cotangent is random, and zero within rounding of a kink
-    of the activation, where the sign of z is luck.
-
-    Args:
-        op: Called as ``op(x, weight, bias, layout, activation)``; gives ``(*, out)``.
-        x: ``(*, in_features)``; its strides are kept.
-        weight: ``(layout.num_weights,)``.
-        bias: ``(out_features,)`` or ``None``.
-        layout: See :func:`dense_oracle`.
-        activation: See :func:`dense_oracle`.
-        seed: Of the cotangent.
-
-    Raises:
-        AssertionError: A value further from the oracle than the rule allows.
-        LayoutError: Arguments that do not fit the layout.
-    """
-    inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
-    double = [t.detach().double().requires_grad_() for t in inputs]
-    reference = dense_oracle(*_three(double), layout, activation)
-    floors = _Floors(*_three([t.detach().abs() for t in double]), layout, x.dtype)
-    with torch.no_grad():
-        z = dense_oracle(*_three(double), layout)
-    cotangent = _normal(reference.shape, x, seed)
-    if activation in ("relu", "leaky_relu"):
-        cotangent = cotangent.masked_fill(z.abs() <= 4 * floors.output, 0)
-    ours = op(*_three(inputs), layout, activation)
-    if ours.shape != reference.shape or ours.dtype != x.dtype:
-        raise AssertionError(
-            f"op gave {ours.dtype} {tuple(ours.shape)}, expected {x.dtype} {tuple(reference.shape)}"
-        )
-    plain = dense_algebra(*_three(inputs), layout, activation)
-    grads = [
-        _gradients(y, at, cotangent)
-        for y, at in ((ours, inputs), (plain, inputs), (reference, double))
-    ]
-    _hold("output", ours, plain, reference, floors.output)
-    names = ["grad_x", "grad_weight", "grad_bias"][: len(inputs)]
-    bounds = floors.gradients(cotangent.double(), activation)
-    for name, mine, theirs, ref in zip(names, *grads, strict=True):
-        _hold(name, mine, theirs, ref, bounds[name])
-
-
-def _gradients(y: Tensor, inputs: list[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
-    if not y.requires_grad:  # nothing is routed and there is no weight
-        return tuple(map(torch.zeros_like, inputs))
-    return torch.autograd.grad(y, inputs, cotangent.to(y.dtype), materialize_grads=True)
-
-
-def _three(tensors: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    return tensors[0], tensors[1], tensors[2] if len(tensors) > 2 else None
-
-
-class _Floors:
-    """Four roundings of the sum of absolute values behind each element."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        layout: BlockLayout,
-        dtype: torch.dtype,
-    ) -> None:
-        info = torch.finfo(dtype)
-        self.rounding, self.smallest = 4 * info.eps, 4 * info.smallest_normal * info.eps
-        self.x, self.layout = x, layout
-        self.dense = layout.unpack(weight)
-        self.magnitude = x @ self.dense.t()
-        if bias is not None:
-            self.magnitude = self.magnitude + bias
-        self.output = self._floor(self.magnitude)
-
-    def _floor(self, magnitude: Tensor) -> Tensor:
-        # Exactly zero where nothing was added up: a structural zero.
-        return torch.where(magnitude == 0, 0.0, magnitude * self.rounding + self.smallest)
-
-    def gradients(self, cotangent: Tensor, activation: str | None) -> dict[str, Tensor]:
-        grad_z = cotangent.abs()
-        if activation not in (None, "none"):
-            grad_z = grad_z * (1.2 + self.magnitude)  # slope, and the rounding of z it is taken at
-        routed = self.dense * self.layout.grad_mask().to(self.dense)
-        rows = grad_z.reshape(-1, self.layout.out_features)
-        grad_w = rows.t() @ self.x.reshape(-1, self.layout.in_features)
-        return {
-            "grad_x": self._floor(grad_z @ routed),
-            "grad_weight": self._floor(self.layout.pack(grad_w)),
-            "grad_bias": self._floor(rows.sum(0)),
-        }
-
-
-def _hold(name: str, ours: Tensor, plain: Tensor, reference: Tensor, floor: Tensor) -> None:
-    error = (ours.double() - reference).abs()
-    bound = 2 * (plain.double() - reference).abs() + floor
-    for where in (~(error <= bound)).nonzero()[:1]:
-        index = tuple(where.tolist())
-        kind = "a structural zero" if floor[index] == 0 else f"allowed error {bound[index]:.3g}"
-        raise AssertionError(
-            f"{name}{list(index)} is {ours[index]:.9g}, the float64 oracle says "
-            f"{reference[index]:.9g} ({kind}); PyTorch in {ours.dtype} gives {plain[index]:.9g}. "
-            f"{int((~(error <= bound)).sum())} of {error.numel()} elements are off."
-        )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import deserialize, serialize
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.testing.assertions import _Floors
+from maskmoe_kernels.testing.agreement import _Floors
 from maskmoe_kernels.testing.oracle import _ACTIVATIONS, dense_algebra, dense_oracle
 from tests.fuzz.cases import (
     Draw,

@@ -3,7 +3,7 @@
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops.selection.selection import deselection, selection
+from maskmoe_kernels.ops.selection import deselection, selection
 from tests.fuzz.cases import as_view, on_threads
 from tests.fuzz.compare import compare_gradients, hold, limited, must_raise, same_bits, same_twice
 from tests.fuzz.definition import SMALLEST

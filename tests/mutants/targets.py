@@ -14,7 +14,7 @@ _LINEAR = [
     "tests/fuzz/test_layers.py",
     _OPS[1],
 ]
-_OBJECTIVES = [
+_SELECTION = [
     "tests/ops/selection/test_selection.py",
     "tests/ops/selection/test_gem.py",
     "tests/ops/selection/test_mixture.py",
@@ -30,6 +30,7 @@ _MLP = [
     "tests/ops/masked_mlp/test_table_gradients.py",
     "tests/fuzz/test_mlp.py",
 ]
+_FUSED = ["tests/ops/selection/test_triton.py", *_SELECTION, *_TRUST]
 _NATIVE = ["tests/ops/test_native.py", "tests/ops/masked_linear/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
 
@@ -45,7 +46,7 @@ PYTHON: dict[str, list[str]] = {
         "tests/nn/test_checkpoints.py",
         _LIFETIMES,
     ],
-    "maskmoe_kernels/layout/subsets.py": ["tests/layout", _OBJECTIVES[0], *_OPS],
+    "maskmoe_kernels/layout/subsets.py": ["tests/layout", _SELECTION[0], *_OPS],
     "maskmoe_kernels/layout/draw.py": ["tests/layout/test_draw.py"],
     "maskmoe_kernels/layout/serialized.py": [
         "tests/layout/test_serialized.py",
@@ -55,12 +56,10 @@ PYTHON: dict[str, list[str]] = {
         _LIFETIMES,
     ],
     "maskmoe_kernels/layout/__init__.py": [],
-    "maskmoe_kernels/ops/selection/*.py": _OBJECTIVES,
-    "maskmoe_kernels/ops/selection/schema.py": [
-        "tests/ops/selection/test_triton.py",
-        *_OBJECTIVES,
-        *_TRUST,
-    ],
+    "maskmoe_kernels/ops/selection/schema.py": _FUSED,
+    "maskmoe_kernels/ops/selection/autograd.py": _FUSED,
+    "maskmoe_kernels/ops/selection/tables.py": _FUSED,
+    "maskmoe_kernels/ops/selection/*.py": _SELECTION,
     "maskmoe_kernels/layout/chain.py": [_MLP[1], "tests/nn/test_interception.py", _TRUST[0]],
     "maskmoe_kernels/ops/masked_mlp/reference.py": ["tests/ops/masked_mlp/test_reference.py"],
     "maskmoe_kernels/ops/masked_mlp/*.py": [
@@ -129,7 +128,7 @@ PYTHON: dict[str, list[str]] = {
     ],
     "maskmoe_kernels/models/mlp.py": [
         "tests/models/test_mlp.py",
-        _OBJECTIVES[4],
+        _SELECTION[4],
         "tests/ops/masked_mlp/test_masked_mlp.py",
         *_CALLED,
         "tests/models/test_sharded.py",
@@ -142,7 +141,9 @@ PYTHON: dict[str, list[str]] = {
 }
 
 #: Files that only Triton's kernels use: their tests need its interpreter, others are held up by it.
-INTERPRETED = {"maskmoe_kernels/ops/selection/schema.py"}
+INTERPRETED = {
+    f"maskmoe_kernels/ops/selection/{name}.py" for name in ("schema", "autograd", "tables")
+}
 
 #: C++ files; those of another instruction set than this machine's are left out.
 CPP: dict[str, list[str]] = {

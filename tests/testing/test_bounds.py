@@ -8,10 +8,10 @@ from torch import nn
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.testing import (
+    agreement,
     assert_blind,
     assert_close_to_oracle,
     assert_gradient_isolated,
-    assertions,
 )
 
 # Unit 0 sees feature 0, unit 1 the first two, unit 2 the last. Where units 0 are judged, unit 1
@@ -301,12 +301,12 @@ def test_twice_the_error_of_pytorch_is_allowed():
     floor = torch.tensor([1e-4, 1e-4, 1e-4, 0.0], dtype=torch.float64)
     inside = torch.tensor([2.09e-3, 2.09e-3, 0.9e-4, 0.0], dtype=torch.float64)
     for sign in (-1, 1):
-        assertions._hold("y", true + sign * inside, theirs, true, floor)
+        agreement._hold("y", true + sign * inside, theirs, true, floor)
     for k, error in enumerate((2.11e-3, 2.11e-3, 1.1e-4, 1e-300)):
         wrong = true.clone()
         wrong[k] += error
         with pytest.raises(AssertionError, match=rf"y\[{k}\] .* 1 of 4 elements are off"):
-            assertions._hold("y", wrong, theirs, true, floor)
+            agreement._hold("y", wrong, theirs, true, floor)
 
 
 class _More(torch.autograd.Function):

@@ -11,8 +11,7 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops.masked_linear import reference as masked_linear
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
-from maskmoe_kernels.ops.selection.gem import gem_loss
-from maskmoe_kernels.ops.selection.mixture import Mixture, mixture
+from maskmoe_kernels.ops.selection.reference import gem_loss_reference, mixture_reference
 
 
 def masked_mlp(
@@ -48,11 +47,11 @@ def masked_mlp_mixture(
     family: SubsetFamily,
     confidence: str = "abs",
     sharpness: float = 1.0,
-) -> Mixture:
-    """The mixture of the logits of :func:`masked_mlp`, float64; see :func:`mixture`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability, selection and attribution of the logits of :func:`masked_mlp`, float64."""
     with torch.no_grad():
         logits = masked_mlp(inputs, weights, biases, layouts, activation)
-        return mixture(logits, family, confidence, sharpness)
+        return mixture_reference(logits, family, confidence, sharpness)
 
 
 def masked_mlp_gem(
@@ -69,6 +68,8 @@ def masked_mlp_gem(
     normalize: str | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The GEM loss of the logits of :func:`masked_mlp`, float64; see :func:`gem_loss`."""
+    """The GEM loss of the logits of :func:`masked_mlp`, ``()`` float64."""
     logits = masked_mlp(inputs, weights, biases, layouts, activation)
-    return gem_loss(logits, target, family, confidence, weighting, normalize, mask, sharpness)
+    return gem_loss_reference(
+        logits, target, family, confidence, weighting, normalize, mask, sharpness
+    )

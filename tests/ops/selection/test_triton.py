@@ -14,9 +14,9 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from maskmoe_kernels import BackendError, LayoutError, SubsetFamily, gem_loss, mixture, selection
+from maskmoe_kernels.ops import dispatch
 from maskmoe_kernels.ops import triton_support as backend
-from maskmoe_kernels.ops.selection import deselection, rare_positive
-from maskmoe_kernels.ops.selection import schema as fused
+from maskmoe_kernels.ops.selection import deselection, rare_positive, tables
 from maskmoe_kernels.testing.strategies import families
 from tests.ops.selection import test_gem, test_mixture, test_selection
 from tests.ops.selection.definition import CONFIDENCES
@@ -58,7 +58,7 @@ def on_kernels(launches=1):
         return real(logits)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "DEVICES", {"cuda", "cpu"})
+        patch.setattr(dispatch, "TRITON_DEVICES", {"cuda", "cpu"})
         for module in (selection_kernels, gem_kernels):
             patch.setattr(module, "rows_of", counted)
         yield
@@ -68,7 +68,7 @@ def on_kernels(launches=1):
 @contextmanager
 def on_pytorch():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "DEVICES", set())
+        patch.setattr(dispatch, "TRITON_DEVICES", set())
         yield
 
 
@@ -443,15 +443,15 @@ def test_as_pytorch(test, cases):
 
 
 def tables_of(family, *which):
-    return tuple(fused.table(family, name, torch.device("cpu")) for name in which)
+    return tuple(tables.table(family, name, torch.device("cpu")) for name in which)
 
 
 @interpreted
 @pytest.mark.parametrize("shape", [(2,), (0,)], ids=str)
 def test_opcheck(shape):
     logits = torch.randn(*shape, 7)
-    forward = (*tables_of(CUBE, "smaller", "above", "larger"), "smooth", 2.0)
-    backward = (*tables_of(CUBE, "bigger", "below", "larger"), "smooth", 2.0)
+    forward = (*tables_of(CUBE, "subset_experts", "supersets_of", "has_superset"), "smooth", 2.0)
+    backward = (*tables_of(CUBE, "superset_experts", "subsets_of", "has_superset"), "smooth", 2.0)
     ops = torch.ops.maskmoe
     for keep in (False, True):
         torch.library.opcheck(ops.selection, (logits, *forward, keep))
@@ -473,21 +473,21 @@ def test_opcheck(shape):
 def test_tables_are_what_a_kernel_reads():
     """A program that was loaded brings its own, and the kernels read them by address."""
     ops, logits, options = torch.ops.maskmoe, torch.randn(2, 7), ("smooth", 2.0)
-    forward = tables_of(CUBE, "smaller", "above", "larger")
+    forward = tables_of(CUBE, "subset_experts", "supersets_of", "has_superset")
     alpha, product = ops.selection(logits, *forward, *options, True)
-    back = tables_of(CUBE, "bigger", "below", "larger")
-    for op, before, tables, after in (
+    back = tables_of(CUBE, "superset_experts", "subsets_of", "has_superset")
+    for op, before, theirs, after in (
         (ops.selection, (logits,), forward, (*options, True)),
         (ops.selection_backward, (alpha, None, logits, alpha, product), back, options),
         (ops.mixture, (logits,), forward, options),
         (ops.gem_loss, (logits, torch.ones(2), None), forward, (*options, "selection", "none")),
     ):
-        op(*before, *tables, *after)
-        for k, table in enumerate(tables):
+        op(*before, *theirs, *after)
+        for k, table in enumerate(theirs):
             apart = torch.stack([table, table], -1)[..., 0]
             for odd in (table.long(), table.float(), table[..., :-1].clone(), table[None], apart):
                 with pytest.raises(LayoutError, match="must be"):
-                    op(*before, *tables[:k], odd, *tables[k + 1 :], *after)
+                    op(*before, *theirs[:k], odd, *theirs[k + 1 :], *after)
 
 
 def training_step(logits, target, family):
@@ -585,10 +585,11 @@ def test_transforms_and_target_gradients_go_through_pytorch():
         (torch.zeros(2, 3), rare_positive(), "is a function"),
     ],
 )
-def test_obstacles(logits, confidence, words, monkeypatch):
-    monkeypatch.setattr(fused, "DEVICES", {"cpu"})
+def test_unsupported_reasons(logits, confidence, words, monkeypatch):
+    monkeypatch.setattr(dispatch, "TRITON_DEVICES", {"cpu"})
     logits = logits.to("meta") if "meta" in words else logits
-    assert re.search(words, fused.obstacle(logits, confidence))
+    reason = dispatch.unsupported_reason("selection", "triton", None, (logits,), confidence)
+    assert re.search(words, reason)
 
 
 # --- Compiled for GPUs that are not here -----------------------------------------------------

@@ -1,6 +1,6 @@
 """Confidences on the device, from the logit: g, 1 - g, and the derivatives of g and log(1 - g).
 
-The formulas of ``objectives.selection``, in float32. Everything follows from e = exp(-2|z|), as
+The formulas of ``torch_impl``, in float32. Everything follows from e = exp(-2|z|), as
 1 - tanh|z| = 2e / (1 + e) does not cancel; so 1 - g keeps its digits at saturation and a product
 over omega(i) needs no logarithm. Functions expect logits without NaN, except ``known_parts``.
 """
@@ -71,7 +71,7 @@ def confidence(z, NAME: tl.constexpr):
         cube = q * q * q
         g = q * cube / (1 + cube) * _RARE_SCALE
         factor = _TOP3 + 0.49 * q + _TOP * q * q + (1 + _TOP3) * cube
-        # (t - q)(...) as in objectives.selection: t - q = 1 - p holds above the threshold only.
+        # (t - q)(...) as in torch_impl._rare: t - q = 1 - p holds above the threshold only.
         rest = tl.where(g < 0.5, 1 - g, rest_p * factor / ((1 + cube) * _TOP4))
     else:
         t = _tanh(tl.abs(z), e)
@@ -142,12 +142,12 @@ def sharpened_slopes(g, rest, sharp, sharp_rest, slope, log_slope, power):
 
 
 @triton.jit
-def known_parts(z, larger, power, NAME: tl.constexpr, SHARP: tl.constexpr):
-    """g and 1 - g, sharpened where a larger expert is above; NaN where the logit is NaN."""
+def known_parts(z, has_superset, power, NAME: tl.constexpr, SHARP: tl.constexpr):
+    """g and 1 - g, sharpened where the expert has a superset; NaN where the logit is NaN."""
     unknown = z != z
     g, rest = confidence(tl.where(unknown, 0.0, z), NAME)
     if SHARP:
         sharp, sharp_rest = sharpened(g, rest, power)
-        g = tl.where(larger, sharp, g)
-        rest = tl.where(larger, sharp_rest, rest)
+        g = tl.where(has_superset, sharp, g)
+        rest = tl.where(has_superset, sharp_rest, rest)
     return tl.where(unknown, z, g), tl.where(unknown, z, rest)

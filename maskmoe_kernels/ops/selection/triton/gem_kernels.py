@@ -65,41 +65,44 @@ def cross_entropy(z, y):
 
 @triton.jit
 def weigh(
-    logits, mask, scratch, smaller, above, larger, tile, rows, row_stride, expert_stride, experts,
-    count, sharpness, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr, OWN: tl.constexpr,
-    MASKED: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
+    logits, mask, scratch, subset_experts, supersets_of, has_superset, tile, rows, row_stride,
+    expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr, OWN:
+    tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """Logits and undivided weights of a tile, and the rows that count.
 
     OWN: weights are alpha, else the products alone. A masked row is as if its logits were 0 and
     its weights too.
     """
-    row, expert, live, at = place(tile, rows, experts, R, HB)
+    row, expert, tile_mask, at = place(tile, rows, experts, R, HB)
     counts = row < rows
     if MASKED:
         counts = tl.load(mask + row, mask=counts, other=0) != 0
-    z = load_logits(logits, row, expert, live & counts, row_stride, expert_stride)
-    is_smaller = tl.load(larger + expert, mask=expert < experts, other=0) != 0
-    g, rest = known_parts(z, is_smaller, sharpness, CONFIDENCE, SHARP)
-    weight = products(rest, scratch, row, at, live, rows, experts, smaller, above, count, HB)
+    z = load_logits(logits, row, expert, tile_mask & counts, row_stride, expert_stride)
+    is_sharpened = tl.load(has_superset + expert, mask=expert < experts, other=0) != 0
+    g, rest = known_parts(z, is_sharpened, sharpness, CONFIDENCE, SHARP)
+    weight = products(
+        rest, scratch, row, at, tile_mask, rows, experts, subset_experts, supersets_of, count, HB
+    )
     if OWN:
         weight *= g
-    return z, tl.where(live & counts, weight, 0.0), counts
+    return z, tl.where(tile_mask & counts, weight, 0.0), counts
 
 
 @triton.jit
 def weight_sums(
-    logits, mask, scratch, partial, smaller, above, larger, rows, row_stride, expert_stride,
-    experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr,
-    OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
-    HB: tl.constexpr,
+    logits, mask, scratch, partial, subset_experts, supersets_of, has_superset, rows, row_stride,
+    expert_stride, experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr,
+    OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, HB:
+    tl.constexpr,
 ):  # fmt: skip
     """Per program the sums of w over its rows: of each expert, or of all."""
     total = tl.zeros((R, HB), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         _, weight, _ = weigh(
-            logits, mask, scratch, smaller, above, larger, tile, rows, row_stride, expert_stride,
-            experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R, HB,
+            logits, mask, scratch, subset_experts, supersets_of, has_superset, tile, rows,
+            row_stride, expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R,
+            HB,
         )  # fmt: skip
         total += weight
     if NORMALIZE == "expert":
@@ -112,19 +115,19 @@ def weight_sums(
 
 @triton.jit
 def gem(
-    logits, target, mask, grad, partial, divisor, smaller, above, larger, rows, row_stride,
-    expert_stride, experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr,
-    SHARP: tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr,
-    R: tl.constexpr, HB: tl.constexpr,
+    logits, target, mask, grad, partial, divisor, subset_experts, supersets_of, has_superset, rows,
+    row_stride, expert_stride, experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr, SHARP:
+    tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
+    HB: tl.constexpr,
 ):  # fmt: skip
     """Gradient, and per program the sum of w BCE, w divided by ``divisor``: (H,) or (1,)."""
     loss_sum = tl.zeros((R, HB), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         z, weight, counts = weigh(
-            logits, mask, grad, smaller, above, larger, tile, rows, row_stride, expert_stride,
-            experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R, HB,
+            logits, mask, grad, subset_experts, supersets_of, has_superset, tile, rows, row_stride,
+            expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R, HB,
         )  # fmt: skip
-        row, expert, live, at = place(tile, rows, experts, R, HB)
+        row, expert, tile_mask, at = place(tile, rows, experts, R, HB)
         if NORMALIZE == "sample":
             total = tl.sum(weight, 1)[:, None]
             weight /= tl.where(total == 0, 1.0, total)
@@ -134,7 +137,7 @@ def gem(
             weight /= tl.load(divisor)
         y = tl.load(target + row, mask=counts, other=0.0)
         loss, error = cross_entropy(z, y)
-        tl.store(grad + at, 2 * weight * error, mask=live)
+        tl.store(grad + at, 2 * weight * error, mask=tile_mask)
         loss_sum += weight * loss
     tl.store(partial + tl.program_id(0), tl.sum(tl.sum(loss_sum, 1), 0))
 
@@ -143,9 +146,9 @@ def gem_loss(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
-    smaller: Tensor,
-    above: Tensor,
-    larger: Tensor,
+    subset_experts: Tensor,
+    supersets_of: Tensor,
+    has_superset: Tensor,
     confidence: str,
     sharpness: float,
     weighting: str,
@@ -164,7 +167,16 @@ def gem_loss(
         return grad.new_zeros(()), grad
     y = target.reshape(-1).float()
     kept = y if mask is None else mask.reshape(-1)
-    tables = (smaller, above, larger, rows, *z.stride(), experts, len(smaller), float(sharpness))
+    tables = (
+        subset_experts,
+        supersets_of,
+        has_superset,
+        rows,
+        *z.stride(),
+        experts,
+        len(subset_experts),
+        float(sharpness),
+    )
     options = {
         "CONFIDENCE": confidence, "SHARP": sharpness != 1, "OWN": weighting == "selection",
         "NORMALIZE": normalize, "MASKED": mask is not None, "R": tile.rows, "HB": tile.experts,
@@ -197,7 +209,12 @@ def variants(every: bool = False) -> Iterator[Variant]:
                 POINTERS, (False, True), (True, False), (False, True), normalizes
             )
         ]
-        types = {"smaller": "*i32", "above": "*u8", "larger": "*i1", "sharpness": "fp32"}
+        types = {
+            "subset_experts": "*i32",
+            "supersets_of": "*u8",
+            "has_superset": "*i1",
+            "sharpness": "fp32",
+        }
         types |= dict.fromkeys(("rows", "row_stride", "experts", "count", "tiles"), "i32")
         for dtype, constexprs, tile in combinations_of(switches, every):
             mask = {"mask": "*i1" if constexprs["MASKED"] else "*fp32"}

@@ -3,11 +3,11 @@
 ::
 
     alpha_i = g_i A_i,  A_i = prod over j in omega(i) of (1 - g_j)
-    grad_z_k = (dL/dalpha_k A_k) g_k' + log(1 - g_k)' sum over i above k of dL/dA_i A_i
+    grad_z_k = (dL/dalpha_k A_k) g_k' + log(1 - g_k)' sum over supersets i of k of dL/dA_i A_i
 
 A tile is rows x all experts (a power of two of them), in registers. The products walk only the
 experts that lie in another one's subset: such an expert's 1 - g is read back from the output (where
-each was put after it was computed once) and multiplied into the experts above it by a select, so
+each was put after it was computed once) and multiplied into its supersets by a select, so
 that nothing, NaN included, passes to the others. Each output is written by one program: no atomics.
 
 ::
@@ -69,10 +69,10 @@ def place(tile, rows, experts, R: tl.constexpr, HB: tl.constexpr):
 
 
 @triton.jit
-def load_logits(logits, row, expert, live, row_stride, expert_stride):
+def load_logits(logits, row, expert, tile_mask, row_stride, expert_stride):
     """Logits of a tile in float32, 0 where there are none; strides are in elements."""
     at = row * row_stride + expert.to(tl.int64) * expert_stride
-    return tl.load(logits + at, mask=live, other=0.0).to(tl.float32)
+    return tl.load(logits + at, mask=tile_mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -82,20 +82,32 @@ def known_expert(named, experts):
 
 
 @triton.jit
-def products(rest, scratch, row, at, live, rows, experts, smaller, above, count, HB: tl.constexpr):
+def products(
+    rest,
+    scratch,
+    row,
+    at,
+    tile_mask,
+    rows,
+    experts,
+    subset_experts,
+    supersets_of,
+    count,
+    HB: tl.constexpr,
+):
     """A_i, the product of 1 - g over omega(i), ``(R, HB)``.
 
-    ``smaller`` (count,) names the experts inside another one's subset; row n of ``above``
-    (count, H) says inside whose.
+    ``subset_experts`` (count,) names the experts whose subset lies inside another one's; row n of
+    ``supersets_of`` (count, H) says inside whose.
     """
-    tl.store(scratch + at, rest, mask=live)
+    tl.store(scratch + at, rest, mask=tile_mask)
     tl.debug_barrier()  # the rows are this program's own, but other threads read them
     expert = tl.arange(0, HB)
     product = tl.full(rest.shape, 1.0, tl.float32)
     for n in range(count):
-        j = known_expert(tl.load(smaller + n), experts)
+        j = known_expert(tl.load(subset_experts + n), experts)
         factor = tl.load(scratch + row * experts + j, mask=row < rows, other=1.0)
-        inside = tl.load(above + n * experts + expert, mask=expert < experts, other=0) != 0
+        inside = tl.load(supersets_of + n * experts + expert, mask=expert < experts, other=0) != 0
         product *= tl.where(inside[None, :], factor, 1.0)
     tl.debug_barrier()  # what is stored next may lie over the scratch
     return product
@@ -103,25 +115,27 @@ def products(rest, scratch, row, at, live, rows, experts, smaller, above, count,
 
 @triton.jit
 def selection_forward(
-    logits, alpha, product, share, probability, smaller, above, larger, rows, row_stride,
-    expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr,
-    KEEP: tl.constexpr, MIX: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
+    logits, alpha, product, share, probability, subset_experts, supersets_of, has_superset, rows,
+    row_stride, expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr, SHARP:
+    tl.constexpr, KEEP: tl.constexpr, MIX: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """alpha, with KEEP also A, with MIX also share and probability (eq. 1)."""
-    row, expert, live, at = place(tl.program_id(0), rows, experts, R, HB)
-    z = load_logits(logits, row, expert, live, row_stride, expert_stride)
-    is_smaller = tl.load(larger + expert, mask=expert < experts, other=0) != 0
-    g, rest = known_parts(z, is_smaller, sharpness, CONFIDENCE, SHARP)
-    factor = products(rest, alpha, row, at, live, rows, experts, smaller, above, count, HB)
+    row, expert, tile_mask, at = place(tl.program_id(0), rows, experts, R, HB)
+    z = load_logits(logits, row, expert, tile_mask, row_stride, expert_stride)
+    is_sharpened = tl.load(has_superset + expert, mask=expert < experts, other=0) != 0
+    g, rest = known_parts(z, is_sharpened, sharpness, CONFIDENCE, SHARP)
+    factor = products(
+        rest, alpha, row, at, tile_mask, rows, experts, subset_experts, supersets_of, count, HB
+    )
     own = tl.where(expert < experts, g * factor, 0.0)
-    tl.store(alpha + at, own, mask=live)
+    tl.store(alpha + at, own, mask=tile_mask)
     if KEEP:
-        tl.store(product + at, factor, mask=live)
+        tl.store(product + at, factor, mask=tile_mask)
     if MIX:
         total = tl.sum(own, 1)[:, None]
         nobody = total == 0
         part = tl.where(nobody, 1.0 / experts, own / tl.where(nobody, 1.0, total))
-        tl.store(share + at, part, mask=live)
+        tl.store(share + at, part, mask=tile_mask)
         p, _ = probabilities(z, exp_negative(-2 * tl.abs(z)))
         mixed = tl.sum(tl.where(expert < experts, part * p, 0.0), 1)[:, None]
         # Shares may sum to 1 and a rounding. A select: a minimum would drop NaN.
@@ -130,34 +144,35 @@ def selection_forward(
 
 @triton.jit
 def selection_backward(
-    logits, alpha, product, grad_alpha, grad_product, grad_logits, bigger, below, larger, rows,
-    row_stride, expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr,
-    SHARP: tl.constexpr, OWN: tl.constexpr, PRODUCT: tl.constexpr, R: tl.constexpr,
+    logits, alpha, product, grad_alpha, grad_product, grad_logits, superset_experts, subsets_of,
+    has_superset, rows, row_stride, expert_stride, experts, count, sharpness, CONFIDENCE:
+    tl.constexpr, SHARP: tl.constexpr, OWN: tl.constexpr, PRODUCT: tl.constexpr, R: tl.constexpr,
     HB: tl.constexpr,
 ):  # fmt: skip
     """grad_logits from grad_alpha (OWN), from that of the products (PRODUCT), or from both.
 
-    ``bigger`` (count,) names the experts with a subset below, row n of ``below`` says which.
-    Where alpha is NaN, no gradient passes: not to that expert, not below it.
+    ``superset_experts`` (count,) names the experts that have a subset inside theirs, row n of
+    ``subsets_of`` (count, H) says whose. Where alpha is NaN, no gradient passes, neither to
+    that expert nor to its subsets.
     """
-    row, expert, live, at = place(tl.program_id(0), rows, experts, R, HB)
-    z = load_logits(logits, row, expert, live, row_stride, expert_stride)
+    row, expert, tile_mask, at = place(tl.program_id(0), rows, experts, R, HB)
+    z = load_logits(logits, row, expert, tile_mask, row_stride, expert_stride)
     unknown = z != z
     z = tl.where(unknown, 0.0, z)
     slope, log_slope = slopes(z, CONFIDENCE)
     if SHARP:
         g, rest = known_parts(z, unknown, 1.0, CONFIDENCE, False)
-        sharp, sharp_rest = known_parts(z, live, sharpness, CONFIDENCE, True)
+        sharp, sharp_rest = known_parts(z, tile_mask, sharpness, CONFIDENCE, True)
         slope_s, log_slope_s = sharpened_slopes(
             g, rest, sharp, sharp_rest, slope, log_slope, sharpness
         )
-        is_smaller = tl.load(larger + expert, mask=expert < experts, other=0) != 0
-        slope = tl.where(is_smaller, slope_s, slope)
-        log_slope = tl.where(is_smaller, log_slope_s, log_slope)
+        is_sharpened = tl.load(has_superset + expert, mask=expert < experts, other=0) != 0
+        slope = tl.where(is_sharpened, slope_s, slope)
+        log_slope = tl.where(is_sharpened, log_slope_s, log_slope)
     total = tl.zeros((R, HB), tl.float32)
     column = tl.arange(0, HB)
     for n in range(count):
-        i = known_expert(tl.load(bigger + n), experts)
+        i = known_expert(tl.load(superset_experts + n), experts)
         one = row * experts + i
         moved = tl.zeros((R, 1), tl.float32)
         if OWN:
@@ -168,22 +183,22 @@ def selection_backward(
             a = tl.load(product + one, mask=row < rows, other=0.0)
             grad = tl.load(grad_product + one, mask=row < rows, other=0.0)
             moved += tl.where(a == a, grad * a, 0.0)
-        inside = tl.load(below + n * experts + column, mask=column < experts, other=0) != 0
+        inside = tl.load(subsets_of + n * experts + column, mask=column < experts, other=0) != 0
         total += tl.where(inside[None, :], moved, 0.0)
     result = total * log_slope
     if OWN:
-        a = tl.load(product + at, mask=live, other=0.0)
-        grad = tl.load(grad_alpha + at, mask=live, other=0.0)
+        a = tl.load(product + at, mask=tile_mask, other=0.0)
+        grad = tl.load(grad_alpha + at, mask=tile_mask, other=0.0)
         result += tl.where((a == a) & ~unknown, grad * a * slope, 0.0)
     result = tl.where(unknown, 0.0, result)
-    tl.store(grad_logits + at, result.to(grad_logits.dtype.element_ty), mask=live)
+    tl.store(grad_logits + at, result.to(grad_logits.dtype.element_ty), mask=tile_mask)
 
 
 def forward(
     logits: Tensor,
-    smaller: Tensor,
-    above: Tensor,
-    larger: Tensor,
+    subset_experts: Tensor,
+    supersets_of: Tensor,
+    has_superset: Tensor,
     confidence: str,
     sharpness: float,
     keep: bool,
@@ -193,15 +208,17 @@ def forward(
     product = torch.empty_like(alpha) if keep else alpha.new_empty(0)
     outputs = (alpha, product, alpha, alpha)
     flags = {"KEEP": keep, "MIX": False}
-    _forward(logits, outputs, (smaller, above, larger), confidence, sharpness, flags)
+    _forward(
+        logits, outputs, (subset_experts, supersets_of, has_superset), confidence, sharpness, flags
+    )
     return alpha, product
 
 
 def mixture(
     logits: Tensor,
-    smaller: Tensor,
-    above: Tensor,
-    larger: Tensor,
+    subset_experts: Tensor,
+    supersets_of: Tensor,
+    has_superset: Tensor,
     confidence: str,
     sharpness: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -210,7 +227,9 @@ def mixture(
     share, probability = torch.empty_like(alpha), alpha.new_empty(logits.shape[:-1])
     outputs = (alpha, alpha, share, probability)
     flags = {"KEEP": False, "MIX": True}
-    _forward(logits, outputs, (smaller, above, larger), confidence, sharpness, flags)
+    _forward(
+        logits, outputs, (subset_experts, supersets_of, has_superset), confidence, sharpness, flags
+    )
     return probability, alpha, share
 
 
@@ -239,9 +258,9 @@ def backward(
     logits: Tensor,
     alpha: Tensor,
     product: Tensor,
-    bigger: Tensor,
-    below: Tensor,
-    larger: Tensor,
+    superset_experts: Tensor,
+    subsets_of: Tensor,
+    has_superset: Tensor,
     confidence: str,
     sharpness: float,
 ) -> Tensor:
@@ -253,10 +272,10 @@ def backward(
     given = [alpha if g is None else g.contiguous() for g in (grad_alpha, grad_product)]
     with on(z.device):
         selection_backward[(triton.cdiv(z.shape[0], tile.rows),)](
-            z, alpha, product, *given, grad, bigger, below, larger, z.shape[0], *z.stride(),
-            z.shape[1], len(bigger), float(sharpness), CONFIDENCE=confidence, SHARP=sharpness != 1,
-            OWN=grad_alpha is not None, PRODUCT=grad_product is not None, R=tile.rows,
-            HB=tile.experts, num_warps=tile.warps, num_stages=1,
+            z, alpha, product, *given, grad, superset_experts, subsets_of, has_superset, z.shape[0],
+            *z.stride(), z.shape[1], len(superset_experts), float(sharpness), CONFIDENCE=confidence,
+            SHARP=sharpness != 1, OWN=grad_alpha is not None, PRODUCT=grad_product is not None,
+            R=tile.rows, HB=tile.experts, num_warps=tile.warps, num_stages=1,
         )  # fmt: skip
     return grad
 
@@ -296,7 +315,13 @@ def _variants_of(
         for dtype, sharp, flag in itertools.product(POINTERS, (False, True), flags)
     ]
     integers = {"rows", "row_stride", "experts", "count"}
-    tables = {"smaller": "*i32", "bigger": "*i32", "above": "*u8", "below": "*u8", "larger": "*i1"}
+    tables = {
+        "subset_experts": "*i32",
+        "superset_experts": "*i32",
+        "supersets_of": "*u8",
+        "subsets_of": "*u8",
+        "has_superset": "*i1",
+    }
     for dtype, constexprs, tile in combinations_of(switches, every):
         types = {"logits": POINTERS[dtype], "grad_logits": POINTERS[dtype], "sharpness": "fp32"}
         types |= tables | dict.fromkeys(integers, "i32")

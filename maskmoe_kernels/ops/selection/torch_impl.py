@@ -1,7 +1,7 @@
-"""Selection functions: how much each expert answers for a sample (section 3.3).
+"""Selection, mixture and loss in plain PyTorch: any dtype, any confidence, every transform.
 
 Everything is computed from the logit z, as pairs (g, log(1 - g)): once tanh saturates, 1 - g is
-0 in float32 although the product over omega(i) still needs it.
+0 in float32 although the product over the subsets of S_i still needs it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.ops.selection import schema as fused
 
 #: A confidence by name, or any function of the logits with values in [0, 1].
 Confidence = str | Callable[[Tensor], Tensor]
@@ -27,63 +26,85 @@ _LOG_SATURATED = -40.0
 
 
 def selection(
+    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+) -> Tensor:
+    """alpha, ``(*, H)``; see :func:`maskmoe_kernels.selection`."""
+    own, product, unknown, reached = _parts(logits, family, confidence, sharpness)
+    return (own * product).masked_fill(unknown | reached, torch.nan)
+
+
+def deselection(
+    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
+) -> Tensor:
+    """prod over j in omega(i) of (1 - g_j), ``(*, H)``."""
+    _, product, _, reached = _parts(logits, family, confidence, sharpness)
+    return product.masked_fill(reached, torch.nan)
+
+
+def mixture(
     logits: Tensor,
     family: SubsetFamily,
-    confidence: Confidence = "abs",
-    sharpness: float = 1.0,
-) -> Tensor:
-    """alpha_i = g_i * prod over j in omega(i) of (1 - g_j) (section 3.3.2).
+    confidence: Confidence,
+    sharpness: float,
+    alpha: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Probability ``(*,)``, alpha and attribution ``(*, H)``.
 
     Args:
         logits: z, ``(*, H)``.
         family: The subsets of the H experts.
-        confidence: ``"abs"`` |F|, ``"square"`` F^2, ``"smooth"`` 2|F|^4 / (1 + |F|^3),
-            ``"rare"`` (see :func:`rare_positive`), where F = tanh(z); or a function of the logits,
-            its values clamped to [0, 1].
-        sharpness: Power to which the confidence of every expert with a larger one above it is
-            raised. Larger values leave more samples to the larger experts.
-
-    Returns:
-        ``(*, H)`` in [0, 1], float32 (float64 for float64 logits). A NaN logit reaches only
-        its own expert and those whose subset contains it.
-
-    Raises:
-        LayoutError: ``logits`` do not end in H, or an unknown confidence, or sharpness not above 0.
+        confidence: See :func:`selection`.
+        sharpness: See :func:`selection`.
+        alpha: That of :func:`selection`. ``None``: experts whose logit is NaN are left out, and
+            alpha is that of the family of the others.
     """
-    if takes_kernels(logits, family, confidence, sharpness):
-        return fused.selection(logits, family, str(confidence), sharpness, own=True)
-    own, above, unknown, reached = _parts(logits, family, confidence, sharpness)
-    return (own * above).masked_fill(unknown | reached, torch.nan)
+    if alpha is None:
+        alpha, known = _selection_of_known(logits, family, confidence, sharpness)
+        logits = logits.masked_fill(~known, 0)
+        equal: Tensor | float = known / known.sum(-1, keepdim=True)
+    else:
+        equal = 1 / family.num_experts
+    total = alpha.sum(-1, keepdim=True)
+    nobody = total == 0
+    share = torch.where(nobody, equal, alpha / total.masked_fill(nobody, 1))
+    expert = torch.sigmoid(2 * logits.to(alpha.dtype))
+    probability = (share * expert).sum(-1).clamp(max=1)  # shares may sum to 1 and a rounding
+    return probability, alpha, share
 
 
-def deselection(
+def gem_loss(
     logits: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
     family: SubsetFamily,
-    confidence: Confidence = "abs",
-    sharpness: float = 1.0,
+    confidence: Confidence,
+    sharpness: float,
+    weighting: str,
+    normalize: str | None,
 ) -> Tensor:
-    """prod over j in omega(i) of (1 - g_j): selection without the expert's own confidence.
+    """The loss, ``()``; see :func:`maskmoe_kernels.gem_loss`."""
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    if mask is not None:
+        z = z.masked_fill(~mask.unsqueeze(-1), 0)
+        target = target.masked_fill(~mask, 0)
+    weigh = selection if weighting == "selection" else deselection
+    with torch.no_grad():  # E-step: the old parameters (eq. 4)
+        weight = _normalized(weigh(z, family, confidence, sharpness), normalize, mask)
+    # (tanh z + 1) / 2 = sigmoid(2 z): the logit form keeps its gradient at saturation.
+    y = target.to(z.dtype).unsqueeze(-1).expand_as(z)
+    bce = F.binary_cross_entropy_with_logits(2 * z, y, reduction="none")
+    return (weight * bce).sum()
 
-    Arguments, shape and errors as for :func:`selection`.
-    """
-    if takes_kernels(logits, family, confidence, sharpness):
-        return fused.selection(logits, family, str(confidence), sharpness, own=False)
-    _, above, _, reached = _parts(logits, family, confidence, sharpness)
-    return above.masked_fill(reached, torch.nan)
 
-
-def selection_of_known(
+def _selection_of_known(
     logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
 ) -> tuple[Tensor, Tensor]:
     """alpha in the family of the experts whose logit is known (not NaN), and who is; ``(*, H)``.
 
-    It is 0 for experts that are unknown, and NaN where all are. Arguments and errors as for
-    :func:`selection`.
+    It is 0 for experts that are unknown, and NaN where all are.
     """
-    check_logits(logits, family)
-    check_confidence(confidence, sharpness)
-    own, above, unknown, _ = _parts(logits, family, confidence, sharpness, of_known=True)
-    return (own * above).masked_fill(unknown.all(-1, keepdim=True), torch.nan), ~unknown
+    own, product, unknown, _ = _parts(logits, family, confidence, sharpness, of_known=True)
+    return (own * product).masked_fill(unknown.all(-1, keepdim=True), torch.nan), ~unknown
 
 
 def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], Tensor]:
@@ -154,7 +175,8 @@ def _rare(z: Tensor) -> tuple[Tensor, Tensor]:
     return g, _log_rest(g, F.logsigmoid(-2 * z) + ratio)
 
 
-_NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+#: Name to the function from z to g and log(1 - g).
+NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "abs": _abs,
     "square": _square,
     "smooth": _smooth,
@@ -165,7 +187,7 @@ _NAMED: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 def _confidence(z: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor]:
     """g and log(1 - g) of every expert, ``(*, H)`` each."""
     if isinstance(confidence, str):
-        return _NAMED[confidence](z)
+        return NAMED[confidence](z)
     g = confidence(z)
     if g.shape != z.shape:
         raise LayoutError(
@@ -208,7 +230,7 @@ def _parts(
 
     What is unknown (NaN) is set aside and put in at the end: a product with 0 would let it
     through to experts outside its subset, and so would the derivative of one. With ``of_known``,
-    only an expert with a larger one that is known has one above it to be sharpened for.
+    an expert is sharpened if a superset of its subset is that of a known expert.
     """
     with torch.autocast(logits.device.type, enabled=False):
         z = logits if logits.dtype == torch.float64 else logits.float()
@@ -218,47 +240,32 @@ def _parts(
         if sharpness != 1:
             sharp, sharp_rest = _sharpened(g, log_rest, sharpness)
             if of_known:
-                larger = (~unknown).double() @ family.table("strict", z.device) > 0
+                sharpened = (~unknown).double() @ family.table("strict", z.device) > 0
             else:
-                larger = family.table("has_larger", z.device)
-            g = torch.where(larger, sharp, g)
-            log_rest = torch.where(larger, sharp_rest, log_rest)
-        below = family.table("strict", z.device).T
+                sharpened = family.table("has_larger", z.device)
+            g = torch.where(sharpened, sharp, g)
+            log_rest = torch.where(sharpened, sharp_rest, log_rest)
+        subsets = family.table("strict", z.device).T  # column i: the proper subsets of S_i
         terms = log_rest.masked_fill(unknown, 0).clamp(min=_LOG_FLOOR).double()
-        above = (terms @ below).exp().to(g.dtype)
-        reached = unknown.double() @ below > 0
-        return g.masked_fill(unknown, 0), above, unknown, reached
+        product = (terms @ subsets).exp().to(g.dtype)
+        reached = unknown.double() @ subsets > 0
+        return g.masked_fill(unknown, 0), product, unknown, reached
 
 
-def takes_kernels(
-    logits: Tensor, family: SubsetFamily, confidence: Confidence, sharpness: float
-) -> bool:
-    """Whether the fused ops compute this; else PyTorch does, with the same result.
-
-    Raises:
-        LayoutError: ``logits`` do not end in H, or sharpness is outside its range.
-    """
-    check_logits(logits, family)
-    check_confidence(confidence, sharpness)
-    return fused.obstacle(logits, confidence) is None
-
-
-def check_confidence(confidence: Confidence, sharpness: float) -> None:
-    """Raise LayoutError for an unknown confidence, or a sharpness outside its range."""
-    if not callable(confidence) and (not isinstance(confidence, str) or confidence not in _NAMED):
-        raise LayoutError(
-            f"confidence must be one of {[*_NAMED]} or a function of the logits, got {confidence!r}"
-        )
-    if not isinstance(sharpness, (int, float)) or not 1e-6 <= sharpness <= 1e6:
-        raise LayoutError(f"sharpness must be a number from 1e-6 to 1e6, got {sharpness!r}")
+def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:
+    """Weights whose sum of products with the cross-entropies is the loss."""
+    if mask is not None:
+        weight = weight.masked_fill(~mask.unsqueeze(-1), 0)
+    if normalize == "batch":
+        return _divide(weight, weight.sum())
+    if normalize == "expert":
+        return _divide(weight, weight.reshape(-1, weight.shape[-1]).sum(0))
+    if normalize == "sample":
+        weight = _divide(weight, weight.sum(-1, keepdim=True))
+    if mask is None:
+        return weight / max(weight[..., 0].numel(), 1)
+    return weight / mask.sum().clamp(min=1)
 
 
-def check_logits(logits: Tensor, family: SubsetFamily) -> None:
-    """Raise LayoutError unless ``logits`` are floating-point ``(*, H)``."""
-    if not logits.is_floating_point():
-        raise LayoutError(f"logits must be floating-point, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] != family.num_experts:
-        raise LayoutError(
-            f"logits must end in one value per expert, H={family.num_experts}, got "
-            f"{tuple(logits.shape)}"
-        )
+def _divide(weight: Tensor, total: Tensor) -> Tensor:
+    return weight / total.masked_fill(total == 0, 1)

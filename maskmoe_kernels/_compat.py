@@ -159,9 +159,13 @@ def parameters_of_any_size() -> Any:
     """A context for traced code: parameters first read in it may have dynamic sizes.
 
     Dynamo gives each size of a parameter a graph of its own, and stops after eight. In this context
-    it treats a parameter as any tensor: a second size makes its sizes dynamic. (2.11, 2.13: the
-    proxy is what ``torch._dynamo.patch_dynamo_config`` returns, which refuses this option.)
+    it treats a parameter as any tensor: a second size makes its sizes dynamic. With
+    ``torch.compile(dynamic=True)`` they stay static: sizes that are dynamic from the start, and
+    happen to be equal, are taken for one, so a graph would be for batches of a layer's width alone.
+    (2.11, 2.13: the proxy is what ``torch._dynamo.patch_dynamo_config`` returns, which refuses this
+    option.)
     """
     from torch._dynamo import config, decorators
 
-    return decorators.DynamoConfigPatchProxy(config.patch(force_parameter_static_shapes=False))
+    static = config.force_parameter_static_shapes and not config.assume_static_by_default
+    return decorators.DynamoConfigPatchProxy(config.patch(force_parameter_static_shapes=static))

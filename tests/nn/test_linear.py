@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import maskmoe_kernels as mk
 from maskmoe_kernels import LayoutError, MaskedLinear
@@ -487,6 +488,27 @@ def test_compiles_before_its_first_call_wherever_it_comes_from(made):
     x = torch.randn(3, 10)
     y = torch.compile(layer, backend="eager", fullgraph=True)(x)
     assert torch.equal(y, layer(x))
+
+
+def test_a_sweep_over_a_hundred_masks_compiles_twice():
+    """No guard depends on a layout: a second size makes sizes dynamic, and that graph serves all.
+
+    It stopped at the ninth, torch's limit of graphs for one function.
+    """
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    for n in range(10, 110):
+        generator = torch.Generator().manual_seed(n)
+        layer = MaskedLinear(n, 2 * n - 7, torch.rand(2 * n - 7, n, generator=generator) < 0.5)
+        x = torch.randn(3, n, generator=generator, requires_grad=True)
+        inputs, cotangent = [x, *layer.parameters()], torch.randn(3, 2 * n - 7, generator=generator)
+        y = torch.compile(layer, backend=graphs, fullgraph=True)(x)
+        expected = layer(x)
+        assert torch.equal(y, expected)
+        ours, eager = (torch.autograd.grad(of, inputs, cotangent) for of in (y, expected))
+        assert all(map(torch.equal, ours, eager))
+    assert graphs.frame_count <= 3
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("how", ["argument", "context"])

@@ -42,5 +42,8 @@ def select(runner, dtype=torch.float32):
 
 
 def masked_linear(x, weight, bias, layout, activation=None, runner=None):
-    """``mk.masked_linear`` on one runner."""
-    return mk.masked_linear(x, weight, bias, layout, activation, select(runner, x.dtype))
+    """``mk.masked_linear`` on one runner; layouts that Triton's tiles do not fit go to PyTorch."""
+    backend = select(runner, x.dtype)
+    if backend == "triton" and unsupported_reason("masked_linear", backend, layout, (x,)):
+        backend = "torch"
+    return mk.masked_linear(x, weight, bias, layout, activation, backend)

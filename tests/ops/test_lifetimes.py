@@ -148,6 +148,35 @@ def test_no_call_leaks_a_byte(what):
     assert min(after - before for before, after in itertools.pairwise(counts)) < 3000
 
 
+def test_a_thousand_layouts_leave_nothing():
+    """Made, used on two backends, forward and backward, and dropped: in Python and in C++."""
+    code = """
+import weakref
+from maskmoe_kernels.layout import serialized
+from maskmoe_kernels.ops import native
+backends = ["torch"] + ["native"] * (native.UNSUPPORTED_REASON is None)
+compiled = (lambda: native._extension.compiled()) if len(backends) == 2 else (lambda: 0)
+def step(n):
+    layout = mk.BlockLayout([n, 2], [3, 5], torch.tensor([[1, 0], [1, 1]]).bool())
+    weight = torch.ones(layout.num_weights, requires_grad=True)
+    for backend in backends:
+        x = torch.ones(2, 8, requires_grad=True)
+        mk.masked_linear(x, weight, None, layout, "gelu", backend).sum().backward()
+    layer = mk.MaskedLinear.from_layout(layout)
+    layer(x).sum().backward()
+    return weakref.ref(layout)
+for n in range(1000):  # torch keeps what it compiled for these sizes
+    step(10 + n)
+before, kept, known = resident(), compiled(), len(serialized._known)
+gone = [step(10 + n) for n in range(1000)]
+assert not any(ref() for ref in gone), "a layout lives"
+assert (compiled(), len(serialized._known), len(serialized._read)) == (kept, known, 0)
+del gone
+print(resident() - before)
+"""
+    assert grown(code) < 4
+
+
 # --- Who keeps what ------------------------------------------------------------------------
 
 

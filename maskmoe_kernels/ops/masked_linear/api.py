@@ -112,7 +112,7 @@ def _runs(
         op = "triton_linear" if name == "triton" and not x.is_cuda else OP_OF[name]
         serialized = serialized_layout(layout, x.device)
         registered = registered_run(op, serialized, layout.id, layout.out_features)
-        if keep and name == "triton":
+        if keep and name == "triton" and not x.is_meta:
             direct = direct_run(triton_kernels(), registered_layout(layout), registered)
     if keep:
         if backend is None:

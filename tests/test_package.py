@@ -1,4 +1,4 @@
-"""The house itself: its floors, its public names, its version, its light front door."""
+"""The package itself: its layers, its public names, its version, what importing it needs."""
 
 import re
 import shutil
@@ -60,7 +60,7 @@ def test_version_is_the_same_everywhere(project):
     assert f"## [{project['version']}]" in changelog
 
 
-def test_floors_import_lower_floors_only():
+def test_layers_import_lower_layers_only():
     pytest.importorskip("importlinter", reason="import-linter is not installed")
     command = shutil.which("lint-imports", path=str(Path(sys.executable).parent))
     command = command or shutil.which("lint-imports")
@@ -72,8 +72,27 @@ def test_floors_import_lower_floors_only():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_no_module_imports_itself_by_others():
+    """Imports under ``TYPE_CHECKING`` included."""
+    grimp = pytest.importorskip("grimp", reason="import-linter is not installed")
+    graph = grimp.build_graph("maskmoe_kernels", cache_dir=None)
+    imports = {m: graph.find_modules_directly_imported_by(m) for m in sorted(graph.modules)}
+    done, path = set(), []
+
+    def visit(module):
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module not in done:
+            path.append(module)
+            for other in sorted(imports[module]):
+                visit(other)
+            done.add(path.pop())
+
+    for module in imports:
+        visit(module)
+
+
 def test_import_needs_no_extra():
-    """Only torch, numpy and rich are required: the extras stay behind the doors that use them."""
+    """Only torch, numpy and rich are required: extras are imported where they are used."""
     extras = ["hypothesis", "matplotlib", "pyarrow", "pytest", "zuko"]
     code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import maskmoe_kernels"
     done = subprocess.run(

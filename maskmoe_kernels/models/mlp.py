@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
@@ -214,6 +215,10 @@ class InterpretableMLP(nn.Module):
 
     def _is_proper_subset(self, device: torch.device) -> Tensor:
         """``family.strict`` on ``device``."""
+        if torch.compiler.is_dynamo_compiling():
+            with parameters_of_any_size():
+                size = self._subset_table.shape  # it is read here
+            del size
         table = self._subset_table
         return table if table.device == device else self._make_table(device)
 

@@ -227,11 +227,12 @@ class MaskedMLP(nn.Sequential):
         return "runs as one op" if reason is None else f"runs layer by layer: {reason}"
 
 
-def _read_sizes(layers: Iterable[nn.Module]) -> None:
-    """Let parameters have dynamic sizes in the trace that calls this."""
+def _read_sizes(layers: Iterable[Any]) -> None:
+    """Let parameters and layouts have dynamic sizes in the trace that calls this."""
     with parameters_of_any_size():
         for layer in layers:
-            for parameter in layer._parameters.values():
-                if parameter is not None:
-                    sizes = parameter.shape
+            if type(layer) is MaskedLinear:
+                handle = layer._handle
+                for tensor in (*layer._parameters.values(), handle.serialized, handle.numbers):
+                    sizes = None if tensor is None else tensor.shape
     del sizes

@@ -10,8 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.layout import chain
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.masked_mlp import api as networks
+from maskmoe_kernels.ops.masked_mlp import api
 from maskmoe_kernels.testing import strategies
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import (
@@ -141,7 +142,7 @@ def test_the_same_bits_however_rows_are_cut(dtype):
 
 def test_predicts_with_these_kernels(monkeypatch):
     """And what does not fit is refused before a launch."""
-    monkeypatch.setattr(networks, "_MIXTURE", torch.ops.maskmoe_twin.masked_mlp_mixture.default)
+    monkeypatch.setattr(api, "MIXTURE", torch.ops.maskmoe_twin.masked_mlp_mixture.default)
     torch.manual_seed(0)
     net = mk.InterpretableMLP(POWER, [16, 5], backend="native")
     x = torch.randn(4, 9, POWER.in_features)
@@ -170,7 +171,7 @@ def test_on_a_gpu_the_kernels_predict_where_they_are_named(named, monkeypatch):
     monkeypatch.setattr(native, "CUDA_UNSUPPORTED_REASON", None)
     # Tables go to the device itself, which need not be there.
     monkeypatch.setattr(
-        networks, "serialized_layout", lambda layout, device: torch.empty(0, device=device)
+        chain, "serialized_layout", lambda layout, device: torch.empty(0, device=device)
     )
     monkeypatch.setattr(
         mk.SubsetFamily, "table", lambda self, _, device: self.strict.new_empty(3, 3, device=device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.ops.masked_mlp import api as networks
+from maskmoe_kernels.ops.masked_mlp import schema
 from tests.ops import cuda_twin
 from tests.ops.cuda_cases import (
     ACTIVATIONS,
@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.usefixtures("usual_machine"),
 ]
 if REASON is None:
-    torch.library.register_fake("maskmoe_twin::masked_mlp", networks._fake)
+    torch.library.register_fake("maskmoe_twin::masked_mlp", schema._forward_fake)
 #: Networks that have products (a single layer is summed up without tensor cores).
 DEEP = [name for name in NETWORKS if name != "no hidden"]
 

@@ -102,7 +102,7 @@ class MLPCall(NamedTuple):
         if any_autocast():
             x, tables, weights, biases = _autocast(device.type, x, tables, weights, biases)
         check_places(x, tables, weights, biases)
-        check_weights(x, weights, chain.layouts)
+        check_weights(weights, chain.layouts)
         check_inputs(x, tables, ids, parts, chain.in_features)
         serialized, layouts = chain.serialized(device)
         return cls(
@@ -131,7 +131,8 @@ class MLPCall(NamedTuple):
             activation: As there.
 
         Raises:
-            LayoutError: Dtypes or devices that differ.
+            LayoutError: Dtypes or devices that differ, or parts that do not fit each other.
+            BackendError: The weights are DTensors and the input is not.
         """
         x, tables, ids, parts = _parts_of(inputs)
         if any_autocast():

@@ -61,24 +61,23 @@ def check_places(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
 ) -> None:
-    """Raise LayoutError unless all have one dtype and device."""
-    dtype, device = weights[0].dtype, weights[0].device
-    for tensor in (x, *tables, *weights, *biases):
-        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
-            _refuse_mixture(x, tables, weights, biases)
-
-
-def check_weights(
-    x: Tensor | None, weights: Sequence[Tensor], layouts: Sequence[BlockLayout]
-) -> None:
-    """Raise LayoutError unless each weight is packed as its layout says.
+    """Raise LayoutError unless all have one dtype and device.
 
     Raises:
         BackendError: A weight is a DTensor and ``x`` is not.
     """
-    for layout, weight in zip(layouts, weights, strict=True):
+    dtype, device = weights[0].dtype, weights[0].device
+    for tensor in (x, *tables, *weights, *biases):
+        if tensor is not None and (tensor.dtype != dtype or tensor.device != device):
+            _refuse_mixture(x, tables, weights, biases)
+    for weight in weights:
         if type(weight) not in PLAIN:
             refuse_sharded(x, weight)
+
+
+def check_weights(weights: Sequence[Tensor], layouts: Sequence[BlockLayout]) -> None:
+    """Raise LayoutError unless each weight is packed as its layout says."""
+    for layout, weight in zip(layouts, weights, strict=True):
         if weight.numel() != layout.num_weights or weight.dim() != 1:
             layout.check_weight(weight)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily
-from maskmoe_kernels.ops.masked_linear import reference as masked_linear
+from maskmoe_kernels.ops.masked_linear.reference import dense_oracle
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.ops.selection.reference import gem_loss_reference, mixture_reference
 
@@ -30,11 +30,10 @@ def masked_mlp(
         layouts: Of each layer.
         activation: Of all layers but the last.
     """
-    h = (inputs.joined() if isinstance(inputs, Inputs) else inputs).double()
+    h = inputs.joined() if isinstance(inputs, Inputs) else inputs
     for k, (weight, layout) in enumerate(zip(weights, layouts, strict=True)):
-        bias = biases[k].double() if biases else None
         act = activation if k < len(layouts) - 1 else "none"
-        h = masked_linear.masked_linear(h, weight.double(), bias, layout, act)
+        h = dense_oracle(h, weight, biases[k] if biases else None, layout, act)
     return h
 
 

@@ -106,7 +106,7 @@ class MaskedMLPGemFunction(torch.autograd.Function):
         needs = call.needs(ctx.needs_input_grad[3:])
         loss: Tensor
         loss, *grads = run(GEM, *call[:8], call.activation, *objective, *needs)
-        ctx.dtype = call.weights[0].dtype
+        ctx.dtype, ctx.compiling = call.weights[0].dtype, compiling
         if compiling:
             ctx.call = call.with_tensors(None, ())
             ctx.save_for_backward(*grads)
@@ -120,7 +120,7 @@ class MaskedMLPGemFunction(torch.autograd.Function):
         """Gradients of x, the tables, the weights and the biases, each only where needed."""
         call: MLPCall = ctx.call
         needs = ctx.needs_input_grad[3:]
-        if torch.compiler.is_compiling():
+        if ctx.compiling:
             scaled = [(grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors]
             return None, None, None, *call.gradients(scaled, needs)
         if ctx.grads is None:

@@ -238,7 +238,7 @@ def test_a_forgotten_choice_is_made_anew(launched, monkeypatch):
 
 def test_the_layer_launches_what_the_op_does(launched, monkeypatch):
     """Without the dispatcher: the same kernels with the same arguments but the addresses."""
-    monkeypatch.setattr("maskmoe_kernels.ops.triton_support.obstacle", lambda device: None)
+    monkeypatch.setattr("maskmoe_kernels.ops.triton_support.unsupported_reason", lambda device: None)
     layer = mk.MaskedLinear.from_layout(EVEN, activation="silu", backend="triton")
     x = torch.zeros(3, 5, EVEN.in_features, requires_grad=True)
     with torch.profiler.profile() as profiler:  # which sees the op

@@ -156,12 +156,16 @@ def _dense(device: torch.device) -> frozenset[int]:
 
 @constant_in_trace
 def parameters_of_any_size() -> Any:
-    """A context for traced code: parameters first read in it may have dynamic sizes.
+    """A context for traced code: sizes of tensors first read in it are dynamic if they change.
 
     Dynamo gives each size of a parameter a graph of its own, and stops after eight. In this context
-    it treats a parameter as any tensor: a second size makes its sizes dynamic. (2.11, 2.13: the
-    proxy is what ``torch._dynamo.patch_dynamo_config`` returns, which refuses this option.)
+    it treats a parameter as any other tensor: static at first, and a second size makes it dynamic.
+    That holds with ``torch.compile(dynamic=True)`` too, whose sizes are dynamic from the start: it
+    takes sizes that are equal by chance for one, a batch and a layer's width say, and would compile
+    for that batch alone. (2.11, 2.13: the proxy is what ``torch._dynamo.patch_dynamo_config``
+    returns, which refuses these options.)
     """
     from torch._dynamo import config, decorators
 
-    return decorators.DynamoConfigPatchProxy(config.patch(force_parameter_static_shapes=False))
+    options = {"force_parameter_static_shapes": False, "assume_static_by_default": True}
+    return decorators.DynamoConfigPatchProxy(config.patch(options))

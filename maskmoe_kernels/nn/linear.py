@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
@@ -198,13 +199,14 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             with parameters_of_any_size():
-                weight, bias = self.weight, self.bias
-                sizes = weight.shape, None if bias is None else bias.shape  # they are read here
+                weight, bias, handle = self.weight, self.bias, self._handle
+                tensors = weight, bias, handle.serialized, handle.numbers
+                sizes = [None if t is None else t.shape for t in tensors]  # they are read here
             del sizes
             return traced_masked_linear(
-                x, weight, bias, self._handle, lambda: self.layout, self.activation, self.backend
+                x, weight, bias, handle, lambda: self.layout, self.activation, self.backend
             )
         return masked_linear(x, self.weight, self.bias, self.layout, self.activation, self.backend)
 

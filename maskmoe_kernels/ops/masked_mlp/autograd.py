@@ -12,14 +12,8 @@ from torch import Tensor
 from maskmoe_kernels._compat import is_batched, keeps_graph
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
-from maskmoe_kernels.ops.masked_mlp import schema as schema  # registers the ops
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
-
-# Looking an op up on torch.ops takes as long as a small layer.
-FORWARD = torch.ops.maskmoe.masked_mlp.default
-BACKWARD = torch.ops.maskmoe.masked_mlp_backward.default
-MIXTURE = torch.ops.maskmoe.masked_mlp_mixture.default
-GEM = torch.ops.maskmoe.masked_mlp_gem.default
+from maskmoe_kernels.ops.masked_mlp.schema import BACKWARD, FORWARD, GEM
 
 _ONCE = "a fused MLP cannot be differentiated twice; build it with backend='reference', which can"
 

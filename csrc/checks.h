@@ -222,7 +222,7 @@ inline float checked_sharpness(double sharpness) {
   return static_cast<float>(sharpness);
 }
 
-// Layouts from plans that this process has not met: the library reads them (`layout_error`), and
+// Layouts from plans that this process has not met: the library reads them (`check_serialized_layout`), and
 // the content has to be what the id says. The values are a copy, which nobody can change between
 // the look and the use.
 inline std::vector<Layout> verified(const Contents& contents, const std::vector<int64_t>& ids) {
@@ -238,7 +238,7 @@ inline std::vector<Layout> verified(const Contents& contents, const std::vector<
     std::copy(contents[n].begin(), contents[n].end(), static_cast<int64_t*>(copy.data_ptr()));
     std::array<StableIValue, 2> stack{from(copy), from(ids[n])};
     STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_call_dispatcher("maskmoe::layout_error", "", stack.data(), TORCH_ABI_VERSION));
+        torch_call_dispatcher("maskmoe::check_serialized_layout", "", stack.data(), TORCH_ABI_VERSION));
     const auto obstacle = torch::stable::detail::to<Text>(stack[0]);
     STD_TORCH_CHECK(obstacle.empty(), obstacle);
     layouts.push_back(decode({contents[n].data(), count}));

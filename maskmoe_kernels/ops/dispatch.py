@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -317,7 +317,11 @@ def info() -> Info:
     """
     cuda = torch.cuda.is_available()
     probes = {"triton": torch.empty(0, device="cuda" if cuda else "cpu")}
-    reason: Callable[..., str | None] = unsupported_reason
+
+    def reason(name: str) -> str | None:
+        like = probes.get(name, torch.empty(0))
+        return unsupported_reason("masked_linear", name, None, (like,))
+
     return Info({
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton")
@@ -334,12 +338,7 @@ def info() -> Info:
             "cuda": native.CUDA_UNSUPPORTED_REASON,
         },
         "backends": {
-            name: {
-                "description": DESCRIPTIONS[name],
-                "obstacle": reason(
-                    "masked_linear", name, None, (probes.get(name, torch.empty(0)),)
-                ),
-            }
+            name: {"description": DESCRIPTIONS[name], "obstacle": reason(name)}
             for name in BACKENDS
         },
     })  # fmt: skip

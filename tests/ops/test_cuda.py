@@ -76,7 +76,7 @@ def need_free(where, gigabytes):
         pytest.skip(f"needs {gigabytes} GB of GPU memory, {free:.0f} are free")
 
 
-# --- Law 3 and law 1 ---------------------------------------------------------------------
+# --- Invariant 3 and law 1 ---------------------------------------------------------------------
 
 
 @pytest.mark.cuda
@@ -115,7 +115,7 @@ def test_is_blind(layout, dtype, where):
     assert_blind(lambda x: mk.masked_linear(x, weight, bias, layout, "relu"), x, layout.mask())
 
 
-# --- Law 8: offsets past 2^31 ------------------------------------------------------------
+# --- Invariant 8: offsets past 2^31 ------------------------------------------------------------
 
 
 def rows_to_check(layout, rows):
@@ -164,7 +164,7 @@ def test_big_offsets(kind, elements, width, dtype, where):
     assert 0 < untouched["grad"] <= chosen.numel() * layout.in_features
 
 
-# --- Law 7: CUDA graphs, streams, devices ------------------------------------------------
+# --- Invariant 7: CUDA graphs, streams, devices ------------------------------------------------
 
 
 @pytest.mark.cuda
@@ -246,7 +246,7 @@ def test_a_call_waits_for_nothing(layout, where):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# --- Law 4: the same bits ----------------------------------------------------------------
+# --- Invariant 4: the same bits ----------------------------------------------------------------
 
 
 class Pressure:

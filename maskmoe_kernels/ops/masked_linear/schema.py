@@ -2,8 +2,7 @@
 
 A forward and a backward op each: ``masked_linear`` is what :mod:`ops.dispatch` chooses for the
 device, ``torch_linear`` and ``triton_linear`` are one implementation each. The C++ extension
-registers ``masked_linear`` for the CPU; it calls ``torch_linear`` where its kernels cannot run. All
-can be called by name.
+registers ``masked_linear`` for the CPU. All can be called by name.
 
 ``layout`` is the layout's id; ``serialized`` describes it fully, so that an exported program works
 in a process that never built the layout. ``saved`` is the pre-activation for activations whose
@@ -113,7 +112,7 @@ def triton_kernels() -> Any:
     return importlib.import_module("maskmoe_kernels.ops.masked_linear.triton.launch")
 
 
-def _layout_error(serialized: Tensor, layout: int) -> str:
+def _check_serialized_layout(serialized: Tensor, layout: int) -> str:
     try:
         layout_of(layout, serialized)
     except LayoutError as error:
@@ -202,9 +201,10 @@ for _name, _backend in OPS.items():
         torch.library.register_fake("maskmoe::" + _op, _fake, lib=_LIBRARY)
         register_flop_formula(getattr(torch.ops.maskmoe, _op), get_raw=True)(_flops)
 
-# The C++ kernels ask this before they compile a layout that they have not met.
-_LIBRARY.define("layout_error(Tensor serialized, int layout) -> str")
-_LIBRARY.impl("layout_error", _layout_error, "CompositeExplicitAutograd")
+# The C++ kernels call it before they plan the execution of a layout that they have not met. It
+# returns the error: the dispatcher would lose the message of an exception.
+_LIBRARY.define("check_serialized_layout(Tensor serialized, int layout) -> str")
+_LIBRARY.impl("check_serialized_layout", _check_serialized_layout, "CompositeExplicitAutograd")
 
 #: Op by name: looking one up in torch.ops takes as long as a small layer.
 FORWARD = {name: getattr(torch.ops.maskmoe, name).default for name in OPS}

@@ -13,7 +13,7 @@ from maskmoe_kernels.layout.serialized import registered_layout, transposed_layo
 from maskmoe_kernels.ops import triton_support as package
 from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import configs
-from maskmoe_kernels.ops.masked_linear.triton.configs import ALL, Config, candidates, slabs
+from maskmoe_kernels.ops.masked_linear.triton.configs import ALL, Config, candidates, split_k_chunks
 from maskmoe_kernels.ops.masked_linear.triton.tiles import cut
 from maskmoe_kernels.ops.triton_support import unsupported_reason
 from maskmoe_kernels.testing import strategies
@@ -71,11 +71,11 @@ def test_tiles_read_every_weight_once_and_nothing_else(layout, sizes):
 
 
 @given(strategies.layouts(), cuts)
-def test_the_turned_layout_reads_the_routed_weights(layout, sizes):
-    turned, index = transposed_layout(layout)
+def test_the_transposed_layout_reads_the_routed_weights(layout, sizes):
+    of, index = transposed_layout(layout)
     routed = layout.unpack(torch.arange(1.0, layout.num_weights + 1)) * layout.grad_mask()
     expected = {(f, u): int(routed[u, f]) - 1 for u, f in routed.nonzero().tolist()}
-    found = positions(cut(turned, *sizes))
+    found = positions(cut(of, *sizes))
     assert {key: int(index[at]) for key, at in found.items()} == expected
 
 
@@ -178,7 +178,7 @@ def test_at_most_four_different_candidates(layout, rows, dtype, precision):
 
 @given(st.integers(1, 1 << 22), st.integers(1, 5000), st.integers(1, 1 << 26))
 def test_slabs_stay_within_the_workspace(rows, items, sums):
-    count = slabs(rows, items, sums, 132)
+    count = split_k_chunks(rows, items, sums, 132)
     assert count == 1 or (count * sums * 4 <= configs.WORKSPACE and rows // count >= 256)
 
 
@@ -213,11 +213,11 @@ RAGGED = mk.BlockLayout(
 @runnable
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_cut_gives_the_same(way, monkeypatch):
-    """Splits and slabs too: a chip with many processors and few rows has both."""
+    """Splits and split_k_chunks too: a chip with many processors and few rows has both."""
     monkeypatch.setattr(tune, "choose", lambda kind, a, b, c, options, run: _forced(options, way))
     for module in (launch, products):
         monkeypatch.setattr(module, "processors", lambda device: 40)
-    monkeypatch.setattr(launch, "slabs", lambda rows, *_: 2)
+    monkeypatch.setattr(launch, "split_k_chunks", lambda rows, *_: 2)
     monkeypatch.setattr(products, "_SHORT", 1)
     registered_layout(RAGGED).caches.derived.clear()
     ours = results(RAGGED, 140, "gelu", launch)
@@ -285,8 +285,8 @@ def test_rows_with_values_that_are_not_finite(bad, few, way, monkeypatch):
 @runnable
 def test_long_tiles_are_split_where_rows_are_few(monkeypatch):
     launched = []
-    real = launch.kernels.finish
-    monkeypatch.setattr(launch.kernels, "finish", _Spy(real, launched))
+    real = launch.kernels.reduce_parts
+    monkeypatch.setattr(launch.kernels, "reduce_parts", _Spy(real, launched))
     monkeypatch.setattr(products, "processors", lambda device: 132)
     layout = CHAIN.hidden_layout(64, 16)
     ours = results(layout, 5, "relu", launch)
@@ -339,7 +339,7 @@ def test_what_is_not_needed_is_empty(needs):
     weight = torch.randn(layout.num_weights)
     tensors = [t.to(DEVICE) for t in (grad_y, x, weight, grad_y)]
     ours = launch.backward(*tensors, layout, "tanh", needs)
-    for a, b in zip(ours, torch.backward(*tensors, layout, "tanh", needs), strict=True):
+    for a, b in zip(ours, torch_impl.backward(*tensors, layout, "tanh", needs), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 

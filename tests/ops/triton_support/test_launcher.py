@@ -11,6 +11,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops import triton_support
 
 triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
@@ -69,7 +70,7 @@ def launched(monkeypatch):
         get_current_stream=lambda device: STREAM,
     )
     monkeypatch.setattr(driver, "_active", gpu)
-    names = ("forward", "finish", "backward", "total")
+    names = ("forward", "reduce_parts", "backward", "total")
     made = {name: Kernel(getattr(kernels, name), found) for name in names}
     monkeypatch.setattr(launch, "kernels", SimpleNamespace(**made))
     monkeypatch.setenv("MASKMOE_TUNE", "0")
@@ -169,7 +170,7 @@ def test_sums_of_split_tiles(launched, monkeypatch):
     for rows in (1, 16, 17):
         x, weight, bias = room(rows, 2048), room(long.num_weights), room(16, offset=1)
         launch.forward(x, weight, bias, long, "gelu", True)
-    assert [name for name, _ in chosen] == ["forward", "finish"] * 3
+    assert [name for name, _ in chosen] == ["forward", "reduce_parts"] * 3
 
 
 def calls(launched, count=1):
@@ -238,7 +239,7 @@ def test_a_forgotten_choice_is_made_anew(launched, monkeypatch):
 
 def test_the_layer_launches_what_the_op_does(launched, monkeypatch):
     """Without the dispatcher: the same kernels with the same arguments but the addresses."""
-    monkeypatch.setattr("maskmoe_kernels.ops.triton_support.obstacle", lambda device: None)
+    monkeypatch.setattr(triton_support, "unsupported_reason", lambda device: None)
     layer = mk.MaskedLinear.from_layout(EVEN, activation="silu", backend="triton")
     x = torch.zeros(3, 5, EVEN.in_features, requires_grad=True)
     with torch.profiler.profile() as profiler:  # which sees the op

@@ -168,32 +168,33 @@ def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precisi
 
 
 def registers(
-    tiles: Tiles, sums: int, warps: int, dtype: torch.dtype, turned: bool = False
+    tiles: Tiles, sums: int, warps: int, dtype: torch.dtype, backward: bool = False
 ) -> int | None:
-    """Registers a thread of a kernel that can repair: what its own loop takes, and no more.
+    """Limit of registers a thread for a kernel that can repair: what its main loop needs.
 
-    The compiler would take what the repair does, twice as many, and half of the programs would be
-    at work; so the repair parks some of its values in memory, which costs nothing until it runs.
+    Without a limit, the compiler gives the kernel what the repair needs, twice as many, and half as
+    many programs run at once. With it, the repair spills some values to memory, which costs
+    nothing until it runs.
 
     Args:
-        tiles: That it walks. Only shared ones are repaired; and ragged features, which are loaded
-            value by value, take more registers than a rule knows. Then there is no limit.
+        tiles: That it walks. Only shared ones are repaired. Ragged features are loaded value by
+            value, and how many registers that takes is not known. In both cases: no limit.
         sums: Float32 sums of a program.
         warps: Of a program.
         dtype: Of the factors; wide ones take more.
-        turned: Is it the backward, which also forms the gradient before the activation?
+        backward: Is it the backward, which also forms the gradient before the activation?
     """
     if not tiles.shared or tiles.feature_grain < 8:
         return None
-    own = 64 + 16 * turned + 48 * (dtype.itemsize > 2)
+    own = 64 + 16 * backward + 48 * (dtype.itemsize > 2)
     return min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
 
 
-def slabs(rows: int, items: int, sums: int, processors: int) -> int:
-    """Into how many slabs of rows the weight gradient's work is cut.
+def split_k_chunks(rows: int, items: int, sums: int, processors: int) -> int:
+    """Number of split-K chunks of rows of the weight gradient.
 
-    Enough for two programs a processor, not so many that a slab has under 256 rows or the
-    ``sums`` partial sums of each slab, in float32, pass ``WORKSPACE``.
+    Enough for two programs a processor, not so many that a chunk has under 256 rows or the
+    ``sums`` partial sums of each chunk, in float32, pass ``WORKSPACE``.
     """
     wanted = math.ceil(2 * processors / max(items, 1))
     return max(1, min(wanted, rows // 256, WORKSPACE // (4 * max(sums, 1))))

@@ -1,12 +1,13 @@
-"""The masked linear map on tiles: forward, one backward, and the sums that they leave open.
+"""The masked linear map on tiles: forward, backward, and the reductions of partial sums.
 
 ::
 
     forward   y[r, u] = act(b[u] + sum over chunks of x[r, features] W[features, u])
     backward  grad_z  = grad_y * act'(saved), formed wherever it is read, or once by ``form``
-              grad_x  = the same product over the turned layout: routed blocks only
-              grad_W[f, u] = sum over rows of x[r, f] grad_z[r, u], in slabs of rows
-    total     sums the slabs in their order; finish sums the parts of split tiles in theirs
+              grad_x  = the same product over the transposed layout: routed blocks only
+              grad_W[f, u] = sum over rows of x[r, f] grad_z[r, u], in split-K chunks of rows
+    total         adds up the split-K chunks, in their order
+    reduce_parts  adds up the parts of split tiles, in theirs
 
 A program owns what it writes and no sum depends on timing: the same bits every time, no atomics.
 What a lane may not see is either in none of its chunks, or (in shared tiles) multiplied by 0, and
@@ -72,9 +73,9 @@ def _multiply(
 ):  # fmt: skip
     """Chunks [chunk, last) of a tile: rows x lanes, float32; and which rows were cleaned.
 
-    HOW: "plain" takes every value as it is. "clean" takes what is not finite for 0, and has the
-    bits of "plain" where nothing is. "select" adds to a lane only the chunks that it sees. The
-    last two are for :func:`_repair`.
+    HOW: "plain" multiplies every value as it is. "clean" replaces values that are not finite by 0;
+    where all are finite, it has the bits of "plain". "select" adds to a lane only the chunks that
+    it sees. The last two are for :func:`_repair`.
     """
     lane = first_lane + tl.arange(0, W)
     depth = tl.arange(0, K)
@@ -87,11 +88,11 @@ def _multiply(
     if SHARED:
         lane_stride = tl.load(strides + tile * N + lane)
         lane_stride = tl.max_constancy(tl.multiple_of(lane_stride, WEIGHT_GRAIN), WEIGHT_GRAIN)
-    # What a chunk reads stands in tables; the next one's is loaded a step ahead, so that no load of
-    # x or weights waits for a table, and all of them can be in flight.
+    # The tables of the next chunk are loaded one step ahead: no load of x or weights waits for a
+    # table, and all of them can be in flight.
     feature = _features(features, chunk, last, GRAIN, K)
     lane_base = _bases(bases, lane, chunk, last, WEIGHT_GRAIN, N, W, SHARED)
-    # None of the time is spent in repairs: there, no loads in flight, which take registers.
+    # Loads in flight take registers. A repair is rare, so it has none in flight.
     for c in tl.range(chunk, last, num_stages=None if HOW == "plain" else 1):
         a = _load(x, saved, rows, row_mask, feature, x_stride, ACT)
         if HOW == "clean":
@@ -130,11 +131,11 @@ def _put(
             at = (slot.to(tl.int64) * num_rows + rows)[:, None] * N + lane[None, :]
             tl.store(partial + at, acc, mask=mask)
     if whole:
-        _finish(acc, rows, mask, unit, bias, y, z, out_features, ACT, BIAS, KEEP)
+        _epilogue(acc, rows, mask, unit, bias, y, z, out_features, ACT, BIAS, KEEP)
 
 
 @triton.jit
-def _finish(
+def _epilogue(
     acc, rows, mask, unit, bias, y, z, out_features,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +212,7 @@ def _repair(
         FEATURE_GRAIN, WEIGHT_GRAIN, PRECISION, "clean",
     )  # fmt: skip
     dirty = (row_mask & (cleaned > 0))[:, None]
-    tl.debug_barrier()  # what was stored before may be other threads'
+    tl.debug_barrier()  # other threads may have stored what is stored again here
     _put(
         acc, rows, dirty, _units(units, tile, lane, UNIT_GRAIN, N), lane, slot, num_rows, bias, y,
         z, partial, out_features, ACT, BIAS, KEEP, SPLIT, N,
@@ -260,7 +261,7 @@ def forward(
 
 
 @triton.jit
-def finish(
+def reduce_parts(
     partial, bias, y, z, splits, units, num_rows, out_features,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, UNIT_GRAIN: tl.constexpr,
@@ -278,18 +279,18 @@ def finish(
     for _ in range(first, tl.load(splits + split * 3 + 2)):
         acc += tl.load(partial + at, mask=row_mask[:, None], other=0.0)
         at += tl.full((), N, tl.int64) * num_rows
-    _finish(acc, rows, row_mask[:, None], unit, bias, y, z, out_features, ACT, BIAS, KEEP)
+    _epilogue(acc, rows, row_mask[:, None], unit, bias, y, z, out_features, ACT, BIAS, KEEP)
 
 
 @triton.jit
 def _grad_weight(
-    item, slab, first_row, last_row, x, grad_y, saved, x_stride, weight_sums, bias_sums, items,
+    item, split_k, first_row, last_row, x, grad_y, saved, x_stride, weight_sums, bias_sums, items,
     tiles, units, features, bases, strides, num_weights, out_features,
     ACT: tl.constexpr, R: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     SHARED: tl.constexpr, BIAS: tl.constexpr, FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr,
     WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """F features x lanes of grad_W over a slab of rows; a tile's first item sums the bias too."""
+    """F features x lanes of grad_W over a split-K chunk of rows; the first item sums the bias."""
     lane = tl.arange(0, N)
     tile = tl.load(items + item * 4)
     at = tl.load(items + item * 4 + 1)
@@ -310,7 +311,7 @@ def _grad_weight(
         if BIAS:
             if is_first == 1:
                 bias += b.to(tl.float32)
-    weight_sums += slab.to(tl.int64) * num_weights
+    weight_sums += split_k.to(tl.int64) * num_weights
     if SHARED:
         at_chunk = bases + (entry // K)[:, None] * N + lane[None, :]
         base = tl.load(at_chunk, mask=(entry < end)[:, None] & (lane >= 0)[None, :], other=-1)
@@ -328,7 +329,7 @@ def _grad_weight(
     tl.store(weight_sums + place, acc.to(weight_sums.dtype.element_ty), mask=mask)
     if BIAS:
         if is_first == 1:
-            bias_sums += slab.to(tl.int64) * out_features
+            bias_sums += split_k.to(tl.int64) * out_features
             total = tl.sum(bias, 0).to(bias_sums.dtype.element_ty)
             tl.store(bias_sums + unit, total, mask=unit >= 0)
 
@@ -344,10 +345,10 @@ def form(grad_y, saved, grad_z, size, ACT: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def backward(
-    grad_y, saved, x, turned_weight, grad_x, weight_sums, bias_sums,
+    grad_y, saved, x, transposed_weight, grad_x, weight_sums, bias_sums,
     items, tiles, units, features, bases, strides,
     x_parts, x_tiles, x_units, x_features, x_bases, x_strides,
-    num_rows, slab_rows, x_stride, in_features, out_features, num_weights, num_items, num_parts,
+    num_rows, split_k_rows, x_stride, in_features, out_features, num_weights, num_items, num_parts,
     ACT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     R: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
     FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
@@ -355,24 +356,24 @@ def backward(
     XSHARED: tl.constexpr, XFEATURE_GRAIN: tl.constexpr, XUNIT_GRAIN: tl.constexpr,
     XWEIGHT_GRAIN: tl.constexpr, OF_W: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the weights (OF_W) and of x (OF_X), slab of rows by slab.
+    """The gradients of the weights (OF_W) and of x (OF_X), by split-K chunks of rows.
 
-    The programs of a slab are neighbours: its items of grad_W, each over all of its rows, then
-    its tiles of grad_x. So x, grad_y and saved come from memory once and then from the L2 cache.
+    The programs of such a chunk are neighbours: its items of grad_W, each over all of its rows,
+    then its tiles of grad_x. So x, grad_y and saved come from memory once, then from the L2 cache.
     """
     groups = tl.cdiv(num_parts, XPARTS)
-    per_slab = num_items + tl.cdiv(slab_rows, XM) * groups
-    slab = tl.program_id(0) // per_slab
-    local = tl.program_id(0) % per_slab
-    first_row = slab * slab_rows
-    last_row = tl.minimum(first_row + slab_rows, num_rows)
+    programs = num_items + tl.cdiv(split_k_rows, XM) * groups
+    split_k = tl.program_id(0) // programs
+    local = tl.program_id(0) % programs
+    first_row = split_k * split_k_rows
+    last_row = tl.minimum(first_row + split_k_rows, num_rows)
     of_w = OF_W  # constants: what is not asked for is not compiled
     if OF_W and OF_X:
         of_w = local < num_items
     if of_w:
         if OF_W:
             _grad_weight(
-                local, slab, first_row, last_row, x, grad_y, saved, x_stride, weight_sums,
+                local, split_k, first_row, last_row, x, grad_y, saved, x_stride, weight_sums,
                 bias_sums, items, tiles, units, features, bases, strides, num_weights, out_features,
                 ACT, R, F, N, K, SHARED, BIAS, FEATURE_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
             )  # fmt: skip
@@ -386,32 +387,33 @@ def backward(
                 _part(
                     tl.load(x_parts + part * 4), tl.load(x_parts + part * 4 + 1),
                     tl.load(x_parts + part * 4 + 2), -1, rows, row_mask, num_rows, grad_y, saved,
-                    out_features, turned_weight, x_tiles, x_units, x_features, x_bases, x_strides,
-                    grad_x, grad_x, grad_x, grad_x, in_features, ACT, "none", False, False, False,
-                    XM, XN, XK, XSHARED, XFEATURE_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN, PRECISION,
+                    out_features, transposed_weight, x_tiles, x_units, x_features, x_bases,
+                    x_strides, grad_x, grad_x, grad_x, grad_x, in_features, ACT, "none", False,
+                    False, False, XM, XN, XK, XSHARED, XFEATURE_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN,
+                    PRECISION,
                 )  # fmt: skip
 
 
 @triton.jit
 def total(
-    weight_sums, bias_sums, grad_weight, grad_bias, num_weights, out_features, num_slabs,
+    weight_sums, bias_sums, grad_weight, grad_bias, num_weights, out_features, num_split_k,
     BIAS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """grad_W and grad_b from the sums of the slabs, in their order."""
+    """grad_W and grad_b from the sums of the split-K chunks, in their order."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     weights = at < num_weights
     acc = tl.zeros((SIZE,), tl.float32)
-    slab = weight_sums + at
-    for _ in range(num_slabs):
-        acc += tl.load(slab, mask=weights, other=0.0)
-        slab += num_weights
+    sums = weight_sums + at
+    for _ in range(num_split_k):
+        acc += tl.load(sums, mask=weights, other=0.0)
+        sums += num_weights
     tl.store(grad_weight + at, acc.to(grad_weight.dtype.element_ty), mask=weights)
     if BIAS:
         unit = at - num_weights
         units = (unit >= 0) & (unit < out_features)
         acc = tl.zeros((SIZE,), tl.float32)
-        slab = bias_sums + unit
-        for _ in range(num_slabs):
-            acc += tl.load(slab, mask=units, other=0.0)
-            slab += out_features
+        sums = bias_sums + unit
+        for _ in range(num_split_k):
+            acc += tl.load(sums, mask=units, other=0.0)
+            sums += out_features
         tl.store(grad_bias + unit, acc.to(grad_bias.dtype.element_ty), mask=units)

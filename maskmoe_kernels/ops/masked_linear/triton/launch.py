@@ -23,7 +23,7 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import (
     gradient_options,
     item_features,
     registers,
-    slabs,
+    split_k_chunks,
 )
 from maskmoe_kernels.ops.masked_linear.triton.products import Pair, Product, products_of
 from maskmoe_kernels.ops.triton_support import INTERPRETED
@@ -230,8 +230,8 @@ class _Forward:
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
             maxnreg=registers(t, config.rows * t.lanes, config.warps, x.dtype),
         )  # fmt: skip
-        self._finish = Launch(
-            kernels.finish, (triton.cdiv(rows, 16), t.splits.shape[0]),
+        self._reduce = Launch(
+            kernels.reduce_parts, (triton.cdiv(rows, 16), t.splits.shape[0]),
             t.splits, t.units, rows, out,
             **epilogue, M=16, N=t.lanes, UNIT_GRAIN=t.unit_grain,
         )  # fmt: skip
@@ -246,11 +246,11 @@ class _Forward:
             sums = x.new_empty(self._sums, dtype=torch.float32)
         self._multiply(self._device, x, weight, bias, y, z, sums)
         if self._sums:
-            self._finish(self._device, sums, bias, y, z)
+            self._reduce(self._device, sums, bias, y, z)
 
 
 class _Backward:
-    """One kernel for all gradients, or one for each; another adds slabs of rows up.
+    """One kernel for all gradients, or one for each; another adds up the split-K chunks of rows.
 
     Before them, where the configuration says so, grad_z is formed once: into memory of its own.
     """
@@ -271,20 +271,15 @@ class _Backward:
         self._device = device.index
         self._index = pair.index(device) if need_x else None
         self._nothing = x.new_empty(0)
-        self._form = None
-        if w.formed and activation != "none":
-            size = rows * layout.out_features
-            self._form = Launch(
-                kernels.form, (triton.cdiv(size, _FORMED),), size, ACT=activation, SIZE=_FORMED
-            )
-            activation = "none"
+        self._form = _forming(rows * layout.out_features, activation) if w.formed else None
+        activation = activation if self._form is None else "none"
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
         features = w.features or item_features(layout, t, x.dtype, precision)
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
-        count = slabs(rows, len(items), sum(sums), processors(device)) if need_weight else 1
-        slab_rows = rows if count == 1 else _up(triton.cdiv(rows, count), 128)
-        count = triton.cdiv(rows, slab_rows)
+        count, split_k_rows = 1, rows
+        if need_weight:
+            count, split_k_rows = _split_k(rows, len(items), sum(sums), processors(device))
         self._sums = [count * entries for entries in sums] if count > 1 else []
         bias = need_bias and need_weight
         # Derivatives that are formed on the way take registers: shorter steps.
@@ -299,12 +294,12 @@ class _Backward:
             many = (of_weight and sums_of_w >= 8192) or (of_input and of_x.rows >= 128)
             warps = 8 if many else of_x.warps
             largest = max(sums_of_w * of_weight, sums_of_x * of_input)
-            of_rows = triton.cdiv(slab_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
+            of_rows = triton.cdiv(split_k_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
                 xt.parts, xt.tiles, xt.units, xt.features, xt.bases,
-                xt.strides, rows, slab_rows, stride, layout.in_features,
+                xt.strides, rows, split_k_rows, stride, layout.in_features,
                 layout.out_features, layout.num_weights, num_items, parts,
                 ACT=activation, BIAS=bias, PRECISION=precision,
                 R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
@@ -313,9 +308,7 @@ class _Backward:
                 XSHARED=xt.shared, XFEATURE_GRAIN=xt.feature_grain,
                 XUNIT_GRAIN=xt.unit_grain, XWEIGHT_GRAIN=xt.weight_grain,
                 OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
-                maxnreg=(
-                    registers(xt, largest, warps, x.dtype, True) if of_input else None
-                ),
+                maxnreg=registers(xt, largest, warps, x.dtype, True) if of_input else None,
             )  # fmt: skip
 
         apart = w.apart and need_weight and need_x
@@ -356,5 +349,16 @@ class _Backward:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+def _forming(size: int, activation: str) -> Launch | None:
+    """The launch that forms grad_z, of ``size`` entries; None where that is grad_y itself."""
+    if activation == "none":
+        return None
+    grid = (triton.cdiv(size, _FORMED),)
+    return Launch(kernels.form, grid, size, ACT=activation, SIZE=_FORMED)
+
+
+def _split_k(rows: int, items: int, sums: int, count: int) -> tuple[int, int]:
+    """Number of split-K chunks on ``count`` multiprocessors, and rows of each."""
+    chunks = split_k_chunks(rows, items, sums, count)
+    size = rows if chunks == 1 else -(-triton.cdiv(rows, chunks) // 128) * 128
+    return triton.cdiv(rows, size), size

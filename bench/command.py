@@ -28,8 +28,8 @@ from bench.networks import training
 from bench.precision import products
 from bench.roofs import Roofs, measure_roofs
 from bench.shapes import DTYPES, SUITES, Case, Suite
-from maskmoe_kernels.cli import denormals_flushed
 from maskmoe_kernels.errors import BackendError, DataError
+from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
 
 

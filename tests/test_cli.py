@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from functools import partial
@@ -12,19 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-import bench.command
 import maskmoe_kernels as mk
 from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.experiments.movielens.train import MODELS, Options
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
+from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.toy import train as toy
+from maskmoe_kernels.layout.families import FAMILIES
 from tests.experiments.movielens.tiny import write_movielens
 
-COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["skip"], ["bench"])
+COMMANDS = (["info"], ["toy"], ["movielens"], ["movielens", "explain"], ["skip"])
 SKIP = [["skip", name] for name in ("prepare", "generate", "train", "evaluate", "explain")]
-IN_CHECKOUT = (Path(mk.__file__).parent.parent / "bench").is_dir()
-needs_checkout = pytest.mark.skipif(not IN_CHECKOUT, reason="the installed package has no bench/")
 TRAIN = ["--epochs", "1", "--batch-size", "512"]
 
 
@@ -62,8 +63,6 @@ def error_of(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 @pytest.mark.parametrize("command", [[], *COMMANDS, *SKIP], ids=" ".join)
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    if command == ["bench"] and not IN_CHECKOUT:
-        pytest.skip("the installed package has no bench/")
     with pytest.raises(SystemExit) as left:
         main([*command, "--help"])
     assert left.value.code == 0
@@ -72,7 +71,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     if command:
         assert f"example:\n  maskmoe {' '.join(command)} " in told
     else:
-        assert all(" ".join(words) in told for words in COMMANDS)
+        assert all(" ".join(words) in told for words in [*COMMANDS, ["python", "-m", "bench"]])
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -87,6 +86,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "COMMAND"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (["bench"], "invalid choice: 'bench'"),
         (["toy", "--task", "z", "--out", "x"], "invalid choice: 'z'"),
         (["toy", "--task", "a"], "required: --out"),
         (["toy", "--seed", "-1", "--out", "x"], "expected a whole number in [0, 2^32), got '-1'"),
@@ -97,6 +97,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["movielens", "--sharpness", "nan"], "expected 'auto' or a number above 0, got 'nan'"),
         (["movielens", "--max-loss", "2"], "expected a number from 0 to 1, got '2'"),
         (["movielens", "--models", "bert"], "invalid choice: 'bert'"),
+        (["movielens", "--data", "x"], "required: --out"),
+        (["movielens", "nonsense"], "invalid choice: 'nonsense'"),
         (["movielens", "explain", "--data", "x"], "required: --checkpoint, --user"),
         (["skip"], "COMMAND"),
         (["skip", "train", "--data", "x"], "required: --out"),
@@ -136,16 +138,35 @@ def test_info_says_why_a_backend_cannot_run(
 
 @pytest.mark.parametrize(
     ("words", "experts"),
-    [("ncf4", 4), ("toy3", 3), ("powerset4", 15), ("user item user+item", 3), ("a", 1)],
+    [("ncf4", 4), ("toy3", 3), ("powerset4", 15), ("user item user+item", 3), ("a+b", 1)],
 )
 def test_layouts(words: str, experts: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--layout", *words.split()]) == 0
     assert f": {experts} x {experts} blocks, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layouts_of_the_families_that_the_benchmark_measures(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    experts = FAMILIES[name]().num_experts
+    assert main(["info", "--layout", name]) == 0
+    assert f": {experts} x {experts} blocks, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["a", "spotify9", "powerset", "powersetx", "Toy3"])
+def test_an_unknown_family_is_an_error_that_lists_the_known(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = error_of(capsys, ["info", "--layout", name])
+    assert f"unknown family {name!r}; known are " in told
+    assert all(known in told for known in (*FAMILIES, "powersetN"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ("powerset0", "1 to 8 groups, got 0"),
         ("powerset99", "1 to 8 groups, got 99"),
         ("a+ b", "expected subsets such as a b a+b"),
         ("a a", "may appear once"),
@@ -159,10 +180,15 @@ def test_layouts_that_are_none(
 
 
 def test_info_needs_no_extra_and_no_experiment() -> None:
+    # Only what declares the commands is there, and packages, which hold no code.
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'pyarrow', 'triton']));"
         "from maskmoe_kernels.__main__ import main; code = main(['info']);"
-        "sys.exit(code or 'maskmoe_kernels.experiments' in sys.modules)"
+        "light = {'commands', 'arguments', 'denormals', 'settings'};"
+        "heavy = [name for name, module in sys.modules.items()"
+        " if name.startswith('maskmoe_kernels.experiments')"
+        " and not hasattr(module, '__path__') and name.rpartition('.')[2] not in light];"
+        "sys.exit(code or ' '.join(heavy) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -175,7 +201,7 @@ def test_info_needs_no_extra_and_no_experiment() -> None:
 def test_toy(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "matplotlib is not installed")
     small = partial(toy.ToyConfig, steps=5, test_samples=200)
     monkeypatch.setattr(toy, "ToyConfig", small)
     words = ["toy", "--task", task, "--epochs", "1", "--seed", "3", "--out", str(tmp_path / "x")]
@@ -208,13 +234,13 @@ def test_movielens(trained: Path) -> None:
     assert sorted(path.name for path in trained.glob("*.pt")) == [
         "black-box.pt", "content.pt", "interpretable.pt"
     ]  # fmt: skip
-    if figures.obstacle() is None:
+    if plot_style.unsupported_reason() is None:
         names = {path.name for path in trained.glob("*.png")}
         assert {"learning_curves.png", "attribution.png", "frontier.png", "hasse.png"} <= names
 
 
 def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "not now")
     for path in trained.glob("*.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--resume"]
@@ -228,7 +254,7 @@ def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, c
 
 
 def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "not now")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "not now")
     words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--models", "content"]
     wrong = tmp_path / "negatives.tsv"
     wrong.write_text("(1,101)\t102\n")
@@ -270,7 +296,7 @@ def test_ctrl_c(command: str, hint: bool, tmp_path: Path, monkeypatch: Any, caps
     def interrupted(*args: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    for name in ("movielens.run_movielens", "toy.run_toy"):
+    for name in ("movielens.train.run_movielens", "toy.train.run_toy"):
         monkeypatch.setattr(f"maskmoe_kernels.experiments.{name}", interrupted)
     assert main([*command.split(), "--out", str(tmp_path)]) == 130
     told = capsys.readouterr().err
@@ -344,47 +370,22 @@ def test_skip_without_pyarrow(monkeypatch: Any, capsys: Any) -> None:
         assert "[data]" in error_of(capsys, ["skip", *words.split()])
 
 
-# --- bench -------------------------------------------------------------------------------
+# --- What the command leaves alone -------------------------------------------------------
 
 
-@needs_checkout
-def test_bench_hands_its_words_on(monkeypatch: Any) -> None:
-    got: list[Any] = []
-
-    def command(words: list[str], program: str, console: Any) -> int:
-        got.append((words, program))
-        return len(got) - 1
-
-    monkeypatch.setattr(bench.command, "main", command)
-    assert main("bench --suite full --families toy3 --resume".split()) == 0
-    assert main("bench compare a.json b.json --threshold 1.2".split()) == 1
-    assert got == [
-        ("--suite full --families toy3 --resume".split(), "maskmoe bench"),
-        ("compare a.json b.json --threshold 1.2".split(), "maskmoe bench"),
-    ]
-
-
-@needs_checkout
-def test_bench_is_one_line_on_an_error(tmp_path: Path, capsys: Any) -> None:
-    missing = str(tmp_path / "none.json")
-    assert "none.json" in error_of(capsys, ["bench", "compare", missing, missing])
-    assert "--device cuda:99" in error_of(capsys, ["bench", "--device", "cuda:99"])
-
-
-def test_bench_lives_in_a_checkout(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "maskmoe_kernels" / "cli.py"))
-    for words in (["bench"], ["bench", "--help"], ["bench", "compare", "a", "b"]):
-        assert "lives in a checkout of maskmoe_kernels" in error_of(capsys, words)
-
-
-@needs_checkout
-def test_bench_resumes_after_ctrl_c(monkeypatch: Any, capsys: Any) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(bench.command, "main", interrupted)
-    assert main(["bench"]) == 130
-    assert "--resume" in capsys.readouterr().err
+def test_the_package_does_not_import_the_benchmark() -> None:
+    names = re.compile(r"bench(\.\w+)*")
+    for path in Path(mk.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            match node:
+                case ast.Import(names=aliases):
+                    assert not any(names.fullmatch(alias.name) for alias in aliases), path
+                case ast.ImportFrom(module=str(module), level=0):
+                    assert not names.fullmatch(module), path
+                case ast.Constant(value=str(text)):  # for importlib
+                    assert not names.fullmatch(text), path
+                case ast.Attribute(value=ast.Name(id="sys"), attr="path"):
+                    pytest.fail(f"{path} looks at sys.path")
 
 
 def test_denormals_are_flushed_in_a_command_and_as_before_after_it(monkeypatch):
@@ -400,7 +401,7 @@ def test_denormals_are_flushed_in_a_command_and_as_before_after_it(monkeypatch):
     assert main(["info"]) == 0
     assert seen == [True]
     assert flushes() == before
-    with cli.denormals_flushed():
+    with denormals_flushed():
         assert main(["info"]) == 0
         assert flushes()  # whoever asked for it keeps it
     assert flushes() == before

@@ -11,13 +11,19 @@ from typing import Any
 from bench.layers.counts import PHASES
 from bench.layers.ratios import Line, lines
 from bench.shapes import DTYPES
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import replacing
 from maskmoe_kernels.layout.families import FAMILIES
 
 SPEEDUP, ROOFLINE = "speedup.png", "roofline.png"
-_OF_BATCH = (figures.SKY, figures.BLUE, figures.BLACK, figures.PURPLE)
-_OF_WIDTH = (figures.ORANGE, figures.VERMILLION, figures.GREEN, figures.BLUE, figures.PURPLE)
+_OF_BATCH = (plot_style.SKY, plot_style.BLUE, plot_style.BLACK, plot_style.PURPLE)
+_OF_WIDTH = (
+    plot_style.ORANGE,
+    plot_style.VERMILLION,
+    plot_style.GREEN,
+    plot_style.BLUE,
+    plot_style.PURPLE,
+)
 _MARKERS = ("o", "s", "^", "D", "v")
 
 Places = dict[tuple[str, int], float]
@@ -29,7 +35,7 @@ def draw(document: dict[str, Any], out: Path) -> str | None:
     Returns:
         Why there are none, in words; ``None`` where they were drawn.
     """
-    reason = figures.obstacle()
+    reason = plot_style.unsupported_reason()
     found = [line for result in document["results"] for line in lines(result)]
     if reason is None and not found:
         reason = "nothing was measured"
@@ -87,8 +93,8 @@ def _places(shapes: set[tuple[str, int]]) -> Places:
 
 
 def _speedup_panel(ax: Any, found: Sequence[Line], places: Places, batches: Sequence[int]) -> None:
-    ax.axhspan(1e-9, 1, color=figures.VERMILLION, alpha=0.07, lw=0, zorder=0)
-    ax.axhline(1, color=figures.BLACK, lw=1.2, zorder=1)
+    ax.axhspan(1e-9, 1, color=plot_style.VERMILLION, alpha=0.07, lw=0, zorder=0)
+    ax.axhline(1, color=plot_style.BLACK, lw=1.2, zorder=1)
     for k, batch in enumerate(batches):
         some = [line for line in found if line.case.batch == batch]
         shift = 0.26 * (k - (len(batches) - 1) / 2)
@@ -170,7 +176,7 @@ def _span(intensities: Sequence[float], roofs: Sequence[dict[str, float]]) -> tu
 def _roof(ax: Any, roof: dict[str, float], span: tuple[float, float]) -> None:
     (low, high), peak, rate = span, roof["gflops"], roof["gbs"]
     ridge = peak / rate
-    ax.plot([low, ridge, high], [rate * low, peak, peak], color=figures.BLACK, lw=1.6, zorder=2)
+    ax.plot([low, ridge, high], [rate * low, peak, peak], color=plot_style.BLACK, lw=1.6, zorder=2)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xlim(low, high)
@@ -197,7 +203,7 @@ def _roofline_legend(figure: Any, widths: Sequence[int], batches: Sequence[int])
     handles = [line([], [], color=_pick(_OF_WIDTH, k), lw=5) for k in range(len(widths))]
     labels = [f"ours, d = {width}" for width in widths]
     for k, batch in enumerate(batches):
-        handles.append(line([], [], color=figures.GREY, marker=_pick(_MARKERS, k), lw=0))
+        handles.append(line([], [], color=plot_style.GREY, marker=_pick(_MARKERS, k), lw=0))
         labels.append(f"B = {batch:,} rows")
     handles.append(line([], [], mfc="none", mec="#AAAAAA", marker="o", lw=0))
     _legend(figure, handles, [*labels, "best exact rival"])
@@ -235,4 +241,4 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: Path) -> None:
     importlib.import_module("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     with replacing(path) as file:
-        figure.savefig(file, dpi=figures.DPI, format="png")
+        figure.savefig(file, dpi=plot_style.DPI, format="png")

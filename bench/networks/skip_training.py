@@ -14,8 +14,10 @@ from torch import Tensor
 
 from bench.networks.training import BLACK_BOX, OURS, Make, Plan, Subject, Trainer
 from maskmoe_kernels.experiments.shared.ranks import Ranks
-from maskmoe_kernels.experiments.skip.data.session_features import HALF, SessionBatch
-from maskmoe_kernels.experiments.skip.train import Settings, build, logits_of, loss_part
+from maskmoe_kernels.experiments.skip.data.features import HALF, SessionBatch
+from maskmoe_kernels.experiments.skip.loss import loss_part
+from maskmoe_kernels.experiments.skip.models import build, logits_of
+from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.models.sessions import SessionModel
 
 SETTINGS = {

@@ -26,7 +26,7 @@ from bench import results
 from bench.layers.ratios import quartiles
 from bench.rivals.paper_network import PaperStyleNCF
 from maskmoe_kernels import gem_loss
-from maskmoe_kernels.experiments.movielens.train import CONFIDENCE
+from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 
@@ -156,7 +156,7 @@ class Trainer:
         self.samples: list[float] = []
 
     def train(self, steps: int) -> None:
-        """Steps as ``maskmoe_kernels.experiments.shared.train`` takes them."""
+        """Steps as ``maskmoe_kernels.experiments.shared.trainer`` takes them."""
         for _ in range(steps):
             batch = self.data.step(self.done)
             self.optimizer.zero_grad()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 
@@ -72,3 +73,22 @@ FAMILIES: dict[str, Callable[[], SubsetFamily]] = {
     "powerset8": lambda: _powerset(8),
     "pairs22": lambda: _singles_and_pairs(22),
 }
+
+
+def family_named(name: str) -> SubsetFamily:
+    """One of ``FAMILIES``, or ``powersetN``: all subsets of N groups, from 1 to 8.
+
+    Raises:
+        LayoutError: Another name; the message lists the known ones.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]()
+    count = name.removeprefix("powerset")
+    if count == name or not (count.isascii() and count.isdigit()):
+        raise LayoutError(
+            f"unknown family {name!r}; known are {', '.join(FAMILIES)} and powersetN with N from 1 "
+            "to 8. Your own has two subsets or more, such as: a b a+b"
+        )
+    if not 1 <= int(count) <= 8:
+        raise LayoutError(f"powersetN draws 1 to 8 groups, got {int(count)}")
+    return _powerset(int(count))

@@ -31,28 +31,39 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import data as movielens
 from maskmoe_kernels.experiments.movielens import explain
-from maskmoe_kernels.experiments.shared import train
-from maskmoe_kernels.experiments.shared.ranks import Ranks
+from maskmoe_kernels.experiments.movielens.data.negatives import (
+    draw_negatives,
+    read_fixed_negatives,
+)
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.data.split import leave_one_out
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
-from maskmoe_kernels.experiments.skip import train as skip
-from maskmoe_kernels.experiments.skip.data import generator
-from maskmoe_kernels.experiments.skip.data.causes import Causes
-from maskmoe_kernels.experiments.skip.data.mssd import prepare
-from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS, TRACK_COLUMNS
-from maskmoe_kernels.experiments.skip.data.mssd_csv import CsvFile
-from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader, Shards
-from maskmoe_kernels.experiments.skip.trainer import Pace, Trainer
+from maskmoe_kernels.experiments.shared.source import TensorSource
+from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
+from maskmoe_kernels.experiments.skip.data.prepare import prepare
+from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
+from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.generator.causes import Causes
+from maskmoe_kernels.experiments.skip.generator.generate import check_settings, generate
+from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
+from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.pace import Pace as SkipPace
+from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import Settings
+from maskmoe_kernels.experiments.skip.source import SessionSource
+from maskmoe_kernels.experiments.skip.train import train as train_skip
 from tests.experiments.movielens.tiny import write_movielens
 
 #: Seconds that reading may take, and bytes that the process may grow by over all cases.
 SECONDS, MEMORY = 20, 512 << 20
 
-CONFIG = train.TrainConfig(model="tiny", epochs=2, batch_size=20)
-SETTINGS = skip.Settings("black-box-gru", width=2, layers=1, batch_size=64)
-PACE = Pace(epochs=1, learning_rate=1e-3)
-GENERATED = generator.Settings(90, seed=5, tracks=2_000, chunk=45)
+SETTINGS = Settings("black-box-gru", width=2, layers=1, batch_size=64)
+PACE = SkipPace(epochs=1, learning_rate=1e-3)
+GENERATED = GeneratorSettings(90, seed=5, tracks=2_000, chunk=45)
 
 
 @dataclass(frozen=True)
@@ -76,47 +87,52 @@ class Kind:
 
 
 class _Fit:
-    """A little regression, trained by :func:`fit` or only resumed."""
+    """A little regression, trained on tensors or only resumed."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
 
-    def run(self, path: Path, config: train.TrainConfig, resume: bool) -> train.Run:
+    def run(self, path: Path, resume: bool) -> Run:
         x = torch.randn(40, 4, generator=torch.Generator().manual_seed(1))
-        return train.fit(
+        trainer = Trainer(
             self.model,
-            lambda epoch: (x, x.sum(1, keepdim=True)),
-            lambda a, b: nn.functional.mse_loss(self.model(a), b),
+            TensorSource(lambda epoch: (x, x.sum(1, keepdim=True)), 20),
+            lambda batch: nn.functional.mse_loss(self.model(batch[0]), batch[1]),
             lambda: {"NDCG@10": 0.5},
-            config,
+            Pace(epochs=2),
+            {"model": "tiny"},
             path,
-            resume=resume,
+            monitor="NDCG@10",
         )
+        trainer.begin(resume)
+        return trainer.run()
 
 
 def _read_fit(folder: Path) -> Any:
     fit = _Fit()
-    run = fit.run(folder / "tiny.pt", CONFIG, resume=True)
+    run = fit.run(folder / "tiny.pt", resume=True)
     return [run.history, run.best_epoch, run.best, run.state, fit.model.state_dict()]
 
 
 def _read_run(folder: Path) -> Any:
-    model, settings, run = skip.load(folder)
+    model, settings, run = load(folder)
     return [model.state_dict(), vars(settings), run.history, run.best_epoch, run.best, run.state]
 
 
 def _read_trainer(folder: Path) -> Any:
-    model = skip.build(SETTINGS)
+    model = build(SETTINGS)
     training = SessionDataset(Shards(_made() / "data", "train"), SETTINGS.batch_size, seed=0)
     identity = json.loads((_made() / "identity.json").read_text())
+    source = SessionSource(SessionLoader(training), torch.device("cpu"))
     trainer = Trainer(
-        model, lambda batch: torch.zeros(()), dict, SessionLoader(training), PACE, identity,
-        folder / "checkpoint.pt", Ranks(torch.device("cpu")),
+        model, source, lambda batch: torch.zeros(()), dict, PACE, identity,
+        folder / "checkpoint.pt", monitor=MONITOR,
     )  # fmt: skip
     trainer.resume()
-    state = [trainer.optimizer.state_dict(), trainer.scheduler.state_dict()]
-    rest = [trainer.loader.state_dict(), trainer.sums, trainer.done, trainer.history, trainer.best]
+    state = [trainer.optimizer.state_dict(), trainer.scheduler.state_dict(), source.state_dict()]
+    sums = [trainer.loss_sum, trainer.norm_sum, trainer.samples, trainer.done]
+    rest = [*sums, trainer.history, trainer.best]
     return [model.state_dict(), *state, *rest, torch.get_rng_state(), random.getstate()]
 
 
@@ -137,13 +153,13 @@ def _read_causes(folder: Path) -> Any:
 
 
 def _read_movielens(path: Path) -> Any:
-    return list(vars(movielens.read_movielens(path)).values())
+    return list(vars(read_movielens(path)).values())
 
 
 def _read_negatives(folder: Path) -> Any:
-    data = movielens.read_movielens(_made() / "ml-1m")
-    split = movielens.leave_one_out(data, 0)
-    return [movielens.read_fixed_negatives(next(folder.iterdir()), data, split)]
+    data = read_movielens(_made() / "ml-1m")
+    split = leave_one_out(data, 0)
+    return [read_fixed_negatives(next(folder.iterdir()), data, split)]
 
 
 def _read_csv(folder: Path) -> Any:
@@ -158,17 +174,17 @@ def _read_report(folder: Path) -> Any:
 
 
 def _read_generation(folder: Path) -> None:
-    generator._claim(folder, GENERATED)
+    check_settings(folder, GENERATED)
 
 
 @cache
 def _made() -> Path:
     """All files, as the package writes them."""
     root = Path(tempfile.mkdtemp(prefix="maskmoe-fuzz-"))
-    _Fit().run(root / "fit" / "tiny.pt", CONFIG, resume=False)
-    generator.generate(root / "csv", GENERATED)
+    _Fit().run(root / "fit" / "tiny.pt", resume=False)
+    generate(root / "csv", GENERATED)
     prepare([root / "csv"], root / "data", row_group=16)
-    skip.train(root / "data", root / "run", SETTINGS, PACE)
+    train_skip(root / "data", root / "run", SETTINGS, PACE)
     saved = torch.load(root / "run" / "checkpoint.pt", weights_only=True)
     (root / "identity.json").write_text(json.dumps(saved["config"]))
     (root / "run" / "report.json").unlink()
@@ -194,9 +210,9 @@ def _made() -> Path:
 
 
 def _write_negatives(root: Path) -> None:
-    data = movielens.read_movielens(root / "ml-1m")
-    split = movielens.leave_one_out(data, 0)
-    ids = data.movie_ids[movielens.draw_negatives(data, split, 0)]
+    data = read_movielens(root / "ml-1m")
+    split = leave_one_out(data, 0)
+    ids = data.movie_ids[draw_negatives(data, split, 0)]
     test = data.movie_ids[split.test].tolist()
     lines = [
         "\t".join([f"({user},{item})", *map(str, row)])

@@ -1,1 +1,3 @@
 """The MovieLens experiment (section 4.2)."""
+
+MODELS = ("content", "black-box", "interpretable")

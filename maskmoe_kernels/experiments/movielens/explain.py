@@ -13,9 +13,11 @@ from rich.table import Table
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens.data import SEXES, MovieLens, read_movielens
-from maskmoe_kernels.experiments.movielens.ranking import Features
-from maskmoe_kernels.experiments.movielens.train import CONFIDENCE, MODELS, SEALED
+from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens.data.ranking import Features
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
+from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE, SEALED
 from maskmoe_kernels.experiments.shared.checkpoint import (
     failing,
     load_checkpoint,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,33 +10,34 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from maskmoe_kernels.experiments.movielens.data import read_movielens
-from maskmoe_kernels.experiments.movielens.ranking import Task
-from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.baselines import most_popular
+from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens.baselines import most_popular
+from maskmoe_kernels.experiments.movielens.data.ranking import Task
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.evaluate import (
+    CONFIDENCE,
+    evaluate,
+    print_report,
+    scores,
+)
+from maskmoe_kernels.experiments.movielens.figures import draw
 from maskmoe_kernels.experiments.shared.files import claim
-from maskmoe_kernels.experiments.shared.report import machine, sealed, write_json
-from maskmoe_kernels.experiments.shared.train import Run, TrainConfig, fit
-from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.experiments.shared.ranks import Ranks
+from maskmoe_kernels.experiments.shared.report import machine, write_json
+from maskmoe_kernels.experiments.shared.source import TensorSource
+from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
-from maskmoe_kernels.ops.selection import mixture
 
-MODELS = ("content", "black-box", "interpretable")
 #: Table 1 of the paper: HR@10 and NDCG@10.
 PAPER = {
     "content": (0.386, 0.218),
     "black-box": (0.715, 0.438),
     "interpretable": (0.678, 0.406),
 }
-#: Powers tried for the smaller experts' confidence.
-SHARPNESS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 16.0)
-#: The authors' confidence for rare positives, in training and in prediction.
-CONFIDENCE = "rare"
-#: What is read again of the report's interpretable model, and the checksum of it.
-SEALED = ("sharpness", "chosen", "checksum")
+#: Validation metric whose best epoch is kept.
+MONITOR = "NDCG@10"
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,6 @@ def build(name: str, sizes: NCFSizes, embeddings: str = "shared") -> NCF | Inter
     return NCF(sizes, personal=name == "black-box")
 
 
-def scores(model: nn.Module, logits: Tensor, sharpness: float = 1.0) -> Tensor:
-    """What a model ranks by, ``(*,)`` float64: probability of the mixture, or the one logit."""
-    if isinstance(model, InterpretableNCF):
-        return mixture(logits.double(), model.family, CONFIDENCE, sharpness).probability
-    return logits[..., 0].double()
-
-
 def run_movielens(
     path: Path,
     out: Path,
@@ -124,7 +118,13 @@ def run_movielens(
         )
     for name in options.models:
         model, run = train(name, task, out, options, console)
-        report["models"][name] = _evaluate(name, model, run, task, options)
+        report["models"][name] = {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "best_epoch": run.best_epoch,
+            "history": run.history,
+            "paper": dict(zip(("HR@10", "NDCG@10"), PAPER[name], strict=True)),
+            **evaluate(model, task, options.sharpness, options.max_loss),
+        }
         write_json(out / "report.json", report)
     missing = draw(report, out)
     if console is not None:
@@ -175,178 +175,28 @@ def train(
         logits = task.list_logits(model, task.validation_lists)
         return task.ranking(scores(model, logits), task.validation_lists)
 
-    config = TrainConfig(
-        model=name,
-        epochs=options.epochs,
-        patience=options.patience,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        options=f"embeddings={options.embeddings}" if name == "interpretable" else "",
-    )
-    run = fit(
+    pace = Pace(epochs=options.epochs, patience=options.patience)
+    identity = {
+        "model": name,
+        "epochs": pace.epochs,
+        "patience": pace.patience,
+        "batch_size": options.batch_size,
+        "learning_rate": pace.learning_rate,
+        "seed": options.seed,
+        "monitor": MONITOR,
+        "options": f"embeddings={options.embeddings}" if name == "interpretable" else "",
+    }
+    trainer = Trainer(
         model,
-        lambda epoch: task.epoch(options.seed, epoch),
-        loss_of,
+        TensorSource(lambda epoch: task.epoch(options.seed, epoch), options.batch_size),
+        lambda batch: loss_of(*batch),
         validate,
-        config,
+        pace,
+        identity,
         out / f"{name}.pt",
-        resume=options.resume,
+        monitor=MONITOR,
+        ranks=Ranks(task.device),
         console=console,
     )
-    return model, run
-
-
-def _evaluate(
-    name: str, model: nn.Module, run: Run, task: Task, options: Options
-) -> dict[str, Any]:
-    result: dict[str, Any] = {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "best_epoch": run.best_epoch,
-        "history": run.history,
-        "paper": dict(zip(("HR@10", "NDCG@10"), PAPER[name], strict=True)),
-    }
-    test = task.list_logits(model, task.test_lists)
-    if not isinstance(model, InterpretableNCF):
-        result["test"] = task.ranking(scores(model, test), task.test_lists)
-        return result
-    held = task.list_logits(model, task.validation_lists)
-    points = [_frontier_point(model, task, held, test, power) for power in SHARPNESS]
-    chosen = options.sharpness
-    if chosen is None:
-        chosen = choose_sharpness(points, options.max_loss)
-    elif chosen not in SHARPNESS:
-        points.append(_frontier_point(model, task, held, test, chosen))
-        points.sort(key=lambda p: p["sharpness"])
-    point = next(p for p in points if p["sharpness"] == chosen)
-    how = "given" if options.sharpness is not None else f"max loss {options.max_loss}"
-    largest = model.family.membership.sum(1).argmax()
-    result |= {
-        "family": {
-            "groups": dict(model.family.groups),
-            "subsets": {name: list(of) for name, of in model.family.subsets.items()},
-        },
-        "frontier": points,
-        **sealed({"sharpness": chosen, "chosen": how}),
-        "test": point["test"],
-        "decided": point["decided"],
-        "mean_attribution": point["mean_attribution"],
-        "largest_expert_alone": task.ranking(test[..., largest].double(), task.test_lists),
-    }
-    return result
-
-
-def _frontier_point(
-    model: InterpretableNCF, task: Task, held: Tensor, test: Tensor, sharpness: float
-) -> dict[str, Any]:
-    """Metrics and attribution over the positives at one sharpness."""
-    point: dict[str, Any] = {"sharpness": sharpness}
-    for which, logits, lists in (
-        ("validation", held, task.validation_lists),
-        ("test", test, task.test_lists),
-    ):
-        point[which] = task.ranking(scores(model, logits, sharpness), lists)
-    share = mixture(test[:, 0].double(), model.family, CONFIDENCE, sharpness).attribution
-    names = model.family.names
-    decided = torch.bincount(share.argmax(1), minlength=len(names)) / len(share)
-    point["decided"] = dict(zip(names, decided.tolist(), strict=True))
-    point["mean_attribution"] = dict(zip(names, share.mean(0).tolist(), strict=True))
-    return point
-
-
-def choose_sharpness(points: Sequence[Mapping[str, Any]], max_loss: float) -> float:
-    """Smallest sharpness whose validation HR@10 and NDCG@10 lose at most ``max_loss``.
-
-    Loss is counted from the best point of the frontier, for each metric.
-
-    Args:
-        points: Frontier, each with ``sharpness`` and ``validation`` metrics.
-        max_loss: Largest accepted loss of either metric, e.g. 0.01.
-    """
-    best = {key: max(p["validation"][key] for p in points) for key in ("HR@10", "NDCG@10")}
-    good = [
-        float(p["sharpness"])
-        for p in points
-        if all(p["validation"][key] >= top - max_loss for key, top in best.items())
-    ]
-    if good:
-        return min(good)
-    # Metrics peak at different points: with a tight max_loss none may satisfy both.
-    return float(max(points, key=lambda p: p["validation"]["NDCG@10"])["sharpness"])
-
-
-def draw(report: Mapping[str, Any], out: Path) -> str | None:
-    """All figures of a report, as png files in ``out``.
-
-    Returns:
-        Why there are none, in words; ``None`` where they were drawn.
-    """
-    missing = figures.obstacle()
-    if missing is not None:
-        return missing
-    histories = {name: model["history"] for name, model in report["models"].items()}
-    figures.learning_curves(histories, out / "learning_curves.png")
-    interpretable = report["models"].get("interpretable")
-    if interpretable is None:
-        return None
-    figures.hasse(SubsetFamily(**interpretable["family"]), out / "hasse.png")
-    _draw_frontier(report["models"], out)
-    return None
-
-
-def _draw_frontier(models: Mapping[str, Any], out: Path) -> None:
-    """Figure 6 with the paper's mixing rule and with the chosen one; what lies between them."""
-    interpretable, chosen = models["interpretable"], models["interpretable"]["sharpness"]
-    for point in interpretable["frontier"]:
-        if point["sharpness"] not in (1, chosen):
-            continue
-        plain = point["sharpness"] == 1
-        figures.attribution_bars(
-            list(point["decided"]),
-            list(point["mean_attribution"].values()),
-            list(point["decided"].values()),
-            out / ("attribution.png" if plain else "attribution_chosen.png"),
-            title=f"Which features decide? Sharpness {point['sharpness']:g}",
-        )
-    points = [
-        {"sharpness": p["sharpness"], "decided": p["decided"], **_short_names(p["test"])}
-        for p in interpretable["frontier"]
-    ]
-    black_box = models.get("black-box")
-    levels = None if black_box is None else _short_names(black_box["test"])
-    figures.frontier(points, chosen, out / "frontier.png", levels)
-
-
-def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
-    return {"hr": metrics["HR@10"], "ndcg": metrics["NDCG@10"]}
-
-
-def print_report(report: Mapping[str, Any], console: Console) -> None:
-    """The table beside the paper's table 1, and the frontier."""
-    table = Table(title="MovieLens-1M (test)")
-    for column in ("model", "parameters", "HR@10", "NDCG@10", "paper HR@10", "paper NDCG@10"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    for name, model in report["models"].items():
-        cells = [model["test"]["HR@10"], model["test"]["NDCG@10"], *model["paper"].values()]
-        table.add_row(name, f"{model['parameters']:,}", *(f"{value:.3f}" for value in cells))
-    console.print(table)
-    interpretable = report["models"].get("interpretable")
-    if interpretable is None:
-        return
-    names = list(interpretable["mean_attribution"])
-    alone = interpretable["largest_expert_alone"]
-    table = Table(
-        title="Interpretable: metrics (test), and what each expert holds, over sharpness",
-        caption="Experts: share of test items decided / mean attribution. "
-        f"* {interpretable['chosen']}. The largest expert alone: HR@10 {alone['HR@10']:.3f}, "
-        f"NDCG@10 {alone['NDCG@10']:.3f}.",
-    )
-    for column in ("sharpness", "HR@10", "NDCG@10", *names):
-        table.add_column(column, justify="right")
-    for point in interpretable["frontier"]:
-        mark = " *" if point["sharpness"] == interpretable["sharpness"] else ""
-        table.add_row(
-            f"{point['sharpness']:g}{mark}",
-            *(f"{value:.3f}" for value in point["test"].values()),
-            *(f"{point['decided'][n]:.2f}/{point['mean_attribution'][n]:.2f}" for n in names),
-        )
-    console.print(table)
+    trainer.begin(options.resume)
+    return model, trainer.run()

@@ -1,11 +1,12 @@
-"""What the commands have in common: how a command is added, and the kinds of its arguments."""
+"""What the commands have in common: how a command is added, and its common arguments."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +14,21 @@ from rich.console import Console
 from maskmoe_kernels.errors import BackendError
 
 Commands = argparse._SubParsersAction
+
+
+class AlternativeCommands(argparse._SubParsersAction):  # type: ignore[type-arg]  # no generic when run
+    """Commands in place of their parent's own work: what the parent requires is not needed."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        for action in parser._actions:
+            action.required = False
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_command(
@@ -78,7 +94,7 @@ def usable(device: str) -> str:
     return device
 
 
-# Kinds of arguments: text to value; what does not fit is an error that quotes it.
+# Types of arguments: each turns text into a value, or raises an error that quotes the text.
 
 
 def positive(text: str) -> int:

@@ -1,14 +1,16 @@
-"""Checkpoints: written whole, and verified before anything is made of them.
+"""Checkpoints: written atomically, and verified before they are used.
 
-A checkpoint is torch's zip archive. torch writes a CRC-32 of each record and does not look at it:
-:func:`load_checkpoint` does. It takes nothing that :func:`save_checkpoint` does not write, so that
-a stranger's file can ask neither for code nor for more memory than its own size.
+A checkpoint is torch's zip archive. torch writes a CRC-32 of each record but does not verify it;
+:func:`load_checkpoint` does. It refuses whatever :func:`save_checkpoint` does not write, so that a
+file of unknown origin can neither run code nor take more memory than its own size.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickletools
+import random
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import replacing
@@ -24,21 +27,23 @@ from maskmoe_kernels.experiments.shared.structure import Spec, check
 
 CHECKPOINT_FORMAT = 1
 
-#: A value that is no tensor and holds none.
+#: A plain value: no tensor and no container.
 PLAIN: Spec = (None, bool, int, float, str)
 _TENSORS = {str: Tensor}
-#: What every checkpoint holds; who loads one adds what it needs besides.
+# What training changes in the state of a scheduler; the rest are its settings.
+_MOVING = {"best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr"}
+#: What every checkpoint holds; callers check the keys that they add.
 _COMMON: Spec = {
     "config": {str: PLAIN},
     "model": _TENSORS,
     "best": (None, {"epoch": int, "metrics": {str: float}, "model": _TENSORS}),
 }
-#: What a pickle of tensors and plain values names.
+#: All globals that a pickle of tensors and plain values names.
 _GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage"
     for kind in ("BFloat16", "Bool", "Byte", "Double", "Float", "Half", "Int", "Long", "Short")
 }
-# What restoring raises where keys, types or shapes are not those of the model.
+# Errors of torch where keys, types or shapes are not those of the model.
 _MISFIT = (
     AttributeError, IndexError, KeyError, OverflowError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
@@ -51,7 +56,7 @@ def save_checkpoint(obj: dict[str, Any], path: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint written by :func:`save_checkpoint`, all of it as it was written.
+    """Load and verify a checkpoint that :func:`save_checkpoint` wrote.
 
     Raises:
         DataError: Missing, damaged, of another format, or without the keys of one.
@@ -83,7 +88,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def failing(path: Path) -> Callable[[str], DataError]:
-    """Errors about the content of a checkpoint: made from what is wrong with it."""
+    """A function from what is wrong with the content of a checkpoint to the error about it."""
     return lambda what: DataError(
         f"{path}: {what}; the checkpoint is damaged or of another version. Restore a copy of it, "
         "or train again into another --out folder"
@@ -91,7 +96,7 @@ def failing(path: Path) -> Callable[[str], DataError]:
 
 
 def check_progress(path: Path, saved: dict[str, Any], monitor: str) -> None:
-    """See that a checkpoint's history and its best epoch belong together.
+    """Check that the history and the best epoch of a checkpoint agree.
 
     Args:
         path: Of the checkpoint, for the error.
@@ -99,7 +104,7 @@ def check_progress(path: Path, saved: dict[str, Any], monitor: str) -> None:
         monitor: The metric by which the best epoch was chosen.
 
     Raises:
-        DataError: They do not.
+        DataError: They do not agree.
     """
     fail, best = failing(path), saved["best"]
     check(saved, {"history": [{"epoch": int, str: float}]}, fail)
@@ -166,7 +171,7 @@ def _check_moments(
     parameters: list[Tensor],
     fail: Callable[[str], DataError],
 ) -> None:
-    """See that Adam's averages are those of the parameter of this number."""
+    """Check that Adam's averages have the shape and type of the parameter of this number."""
     name = f"optimizer.state.{number}"
     if not 0 <= number < len(parameters):
         raise fail(f"expected {name} to be of one of {len(parameters)} parameters")
@@ -177,17 +182,61 @@ def _check_moments(
         if tuple(value.shape) != own or not value.is_floating_point():
             got = f"{value.dtype} {tuple(value.shape)}"
             raise fail(f"expected {name}.{key} to be floating point and {own}, got {got}")
-        # A square may have overflown: its weight stands still from then on, and is sound.
+        # An average of squares may be infinite: its weight no longer changes, but is finite.
         if bool(value.isnan().any()):
             raise fail(f"expected numbers in {name}.{key}, got NaN")
 
 
-@contextmanager
-def restoring(path: Path, what: str) -> Iterator[None]:
-    """What goes wrong in this block means that a part of the checkpoint does not fit.
+def restore_scheduler(path: Path, scheduler: ReduceLROnPlateau, saved: dict[str, Any]) -> None:
+    """Load the state of a scheduler of the same settings.
 
     Raises:
-        DataError: Something went wrong; the message names ``path`` and ``what``.
+        DataError: It is of other settings, or incomplete.
+    """
+    own, fail = scheduler.state_dict(), failing(path)
+    check(saved, {key: type(own[key]) for key in _MOVING - {"best"}}, fail, "scheduler")
+    best = saved.get("best")  # infinite until the first validation
+    if not isinstance(best, float) or math.isnan(best):
+        raise fail(f"expected scheduler.best to be a number, got {best!r}")
+    known = {key: saved[key] for key in own if key in saved}
+    with restoring(path, "learning rate's schedule"):
+        for key in known.keys() - _MOVING:
+            if known[key] != own[key]:
+                got = f"{own[key]!r}, got {known[key]!r}"
+                raise fail(f"expected scheduler.{key} to be {got}")
+        scheduler.load_state_dict(known)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """States of the random generators of torch, of ``device`` and of Python."""
+    version, words, gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": [torch.cuda.get_rng_state(device)] if device.type == "cuda" else [],
+        "python": [version, list(words), gauss],
+    }
+
+
+def restore_random_state(path: Path, device: torch.device, saved: dict[str, Any]) -> None:
+    """Set the generators to what :func:`random_state` found.
+
+    Raises:
+        DataError: It is the state of other generators.
+    """
+    with restoring(path, "random states"):
+        torch.set_rng_state(saved["torch"])
+        for state in saved["cuda"]:
+            torch.cuda.set_rng_state(state, device)
+        version, words, gauss = saved["python"]
+        random.setstate((version, tuple(words), gauss))
+
+
+@contextmanager
+def restoring(path: Path, what: str) -> Iterator[None]:
+    """Turn errors of this block into one that says which part of the checkpoint does not fit.
+
+    Raises:
+        DataError: The block failed; the message names ``path`` and ``what``.
     """
     try:
         yield
@@ -201,10 +250,10 @@ def restoring(path: Path, what: str) -> Iterator[None]:
 
 
 def _verify(file: IO[bytes]) -> None:
-    """Read a whole archive as torch writes it, and hold each record against its checksum.
+    """Read a whole archive, and compare each record with its checksum.
 
     Raises:
-        BadZipFile: It is another one, or damaged.
+        BadZipFile: It is damaged, or not as torch writes it.
     """
     size = os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:

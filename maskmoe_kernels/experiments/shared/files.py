@@ -1,17 +1,17 @@
-"""Files that are whole or not there: written beside their place, then moved into it.
+"""Atomic files: written under a temporary name in the same folder, then renamed.
 
-On a file system that keeps POSIX's promises, :func:`replacing` guarantees:
+On a POSIX file system, :func:`replacing` guarantees:
 
-- Whoever opens the path finds the old file or the whole new one, also after a kill, and after a
-  power cut: the bytes reach the disk before the new name does, and the name before it returns.
-- Whatever goes wrong, a full disk and Ctrl-C included, the old file stays and nothing else does.
-- Several processes may write one path; the last one to finish wins.
-- The temporary name is new and leads nowhere: a link that waits under it is not followed.
-- Permissions are those of the file that is replaced, else what the umask leaves of 666. A path that
-  is a link becomes a file of its own; what the link led to stays as it is.
+- A reader finds the old file or the complete new one, also after a kill or a power cut: the bytes
+  are on the disk before the rename, and the rename is before :func:`replacing` returns.
+- If anything fails (a full disk, Ctrl-C), the old file stays and the temporary file is removed.
+- Several processes may write one path; the last rename wins.
+- The temporary name is random and must be new: a symbolic link of that name is not followed.
+- Permissions are those of the file that is replaced, else 666 less the umask. A path that is a
+  symbolic link becomes a file; the target of the link stays as it is.
 
-A kill may leave a temporary file. Its writer held a lock on it (``flock``), which ends with the
-process: :func:`claim` removes what no living process writes to.
+A kill may leave a temporary file. Its writer holds a lock on it (``flock``), which ends with the
+process: :func:`claim` removes temporary files that no process holds.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # Windows, where a file that is open cannot be removed: lock enough
+except ImportError:  # Windows needs no lock: an open file cannot be removed there
     fcntl = None  # type: ignore[assignment]
 
 #: How the name of every temporary file begins.
@@ -54,9 +54,9 @@ _SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[IO[bytes]]:
-    """A new file, open for writing, that takes the place of ``path`` when the block ends well.
+    """A new file, open for writing, that replaces ``path`` when the block ends without an error.
 
-    Folders that are missing are made. What it guarantees stands at the top of this module.
+    Missing folders are made. The guarantees are listed at the top of this module.
 
     Raises:
         OSError: It cannot be written; the message names the path, the reason and the remedy.
@@ -67,9 +67,9 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
         file = _Unfinished(path.parent)
     try:
         try:
-            yield file  # type: ignore[misc]  # a RawIOBase is all that writers ask for
+            yield file  # type: ignore[misc]  # writers need no more than a RawIOBase
         finally:
-            # Libraries turn an error of write() into their own, or lose it.
+            # Libraries replace an error of write() by their own, or drop it.
             if file.failure is not None:
                 raise file.failure
         with _explained(path, file):
@@ -83,10 +83,10 @@ def replacing(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def claim(folder: str | Path) -> Path:
-    """See that files can be written to a folder, and remove what killed runs left in it.
+    """Check that files can be written to a folder, and remove what killed runs left in it.
 
-    Before long work: what would keep its result from being written is found here. A folder that is
-    missing is made again by the first file: work that ends without one leaves none behind.
+    Call it before long work, to find out early that its result cannot be written. A missing folder
+    is made for the check and removed again: work that ends without a result leaves no folder.
 
     Raises:
         OSError: It is no folder, or nothing can be written there.
@@ -97,14 +97,14 @@ def claim(folder: str | Path) -> Path:
         for left in folder.glob(f"{UNFINISHED}*"):
             _remove_if_stale(left)
         _Unfinished(folder).remove()
-        with suppress(OSError):  # somebody else uses it by now
+        with suppress(OSError):  # another process uses it by now
             for place in made:
                 place.rmdir()
     return folder
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder to outlast a power cut, and return which were missing, deepest first."""
+    """Make a folder, synced to the disk, and return which folders were missing, deepest first."""
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for made in missing:
@@ -113,7 +113,7 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def checksum(path: Path, start: int = 0, end: int | None = None) -> int:
-    """CRC-32 of the bytes of a file from ``start`` to ``end``, or to where the file ends."""
+    """CRC-32 of the bytes of a file from ``start`` to ``end``, or to the end of the file."""
     crc = 0
     with path.open("rb") as file:
         file.seek(start)
@@ -125,11 +125,11 @@ def checksum(path: Path, start: int = 0, end: int | None = None) -> int:
 
 
 class _Unfinished(io.RawIOBase):
-    """A new, locked file with a temporary name, which remembers why a write failed.
+    """A new, locked file with a temporary name, which keeps the error of a failed write.
 
     Attributes:
         name: The temporary path.
-        failure: What the first ``write`` that failed raised.
+        failure: The error of the first ``write`` that failed.
     """
 
     def __init__(self, folder: Path):
@@ -148,7 +148,7 @@ class _Unfinished(io.RawIOBase):
         return os.lseek(self._descriptor, offset, whence)
 
     def write(self, data: Any) -> int:
-        """Write all of ``data``: some libraries do not ask how much was taken."""
+        """Write all of ``data``: some libraries ignore how much was written."""
         if self.failure is not None:
             raise self.failure
         view = memoryview(data).cast("B")
@@ -162,17 +162,17 @@ class _Unfinished(io.RawIOBase):
         return done
 
     def move_to(self, path: Path) -> None:
-        """Give the file its name, once its bytes are on the disk."""
+        """Rename the file, once its bytes are on the disk."""
         if path.is_file() and not path.is_symlink():
             os.chmod(self._path, stat.S_IMODE(path.stat().st_mode))
         os.fsync(self._descriptor)
         if fcntl is None:
-            self.close()  # Windows does not rename what is open
+            self.close()  # Windows does not rename an open file
         os.replace(self._path, path)
         _sync_folder(path.parent)
 
     def remove(self) -> None:
-        """Close the file, and remove it where it has not been moved."""
+        """Close the file, and remove it unless it was renamed."""
         with suppress(OSError):
             self._path.unlink()
         self.close()
@@ -184,7 +184,7 @@ class _Unfinished(io.RawIOBase):
 
 
 def _create(folder: Path) -> tuple[int, Path]:
-    """Descriptor and path of a new file that this process holds the lock of."""
+    """Descriptor and path of a new file, locked by this process."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     while True:
@@ -193,9 +193,9 @@ def _create(folder: Path) -> tuple[int, Path]:
             descriptor = os.open(path, flags, 0o666)
         except FileExistsError:
             continue
-        with suppress(OSError):  # some network file systems have no locks, and claim() none to take
+        with suppress(OSError):  # on a file system without locks, claim() finds none either
             _lock(descriptor)
-        # Between its birth and the lock another process may have taken it for a leftover.
+        # Before it was locked, another process may have removed it as a leftover.
         if os.fstat(descriptor).st_nlink or fcntl is None:
             return descriptor, path
         os.close(descriptor)
@@ -212,7 +212,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _remove_if_stale(path: Path) -> None:
-    """Remove a temporary file that no process writes to."""
+    """Remove a temporary file unless a process holds its lock."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     with suppress(OSError):
         descriptor = os.open(path, flags)
@@ -227,7 +227,7 @@ def _remove_if_stale(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the names in a folder reach the disk, where the system can do that."""
+    """Write the names in a folder to the disk, where the system can do that."""
     if fcntl is None:
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -249,7 +249,7 @@ def _explained(path: Path, file: _Unfinished | None = None) -> Iterator[None]:
 
 
 def _explanation(path: Path, error: OSError, file: _Unfinished | None = None) -> OSError:
-    """The same error in words for the user: the path, what is wrong, how much space, what to do."""
+    """The same error for the user: the path, the reason, the free space, the remedy."""
     reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
     remedy = "Name another folder, or give leave to write to this one."
     if error.errno in _SPACE:

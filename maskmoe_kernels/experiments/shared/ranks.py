@@ -29,7 +29,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Is it the one that writes and prints?"""
+        """Is this the process that writes and prints?"""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Ranks:
         return value
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         if self.world > 1:
             dist.barrier()
 

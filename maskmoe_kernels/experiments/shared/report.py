@@ -23,23 +23,23 @@ def write_json(path: str | Path, obj: Any) -> None:
     """Write ``obj`` as indented json; see :func:`replacing` for what is guaranteed.
 
     Raises:
-        ValueError: ``obj`` holds a NaN or an infinity, which json cannot say.
-        TypeError: ``obj`` holds something json has no form for.
+        ValueError: ``obj`` holds a NaN or an infinity, which json cannot represent.
+        TypeError: ``obj`` holds an object that json cannot represent.
         OSError: It cannot be written.
     """
     text = json.dumps(obj, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with replacing(path) as file:
-        # Of a name that is not UTF-8, what Python makes of its bytes: json has the same escapes.
+        # Python decodes a file name that is not UTF-8 to surrogates; json can escape them.
         file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: str | Path, remedy: str, seal: bool = True) -> dict[str, Any]:
-    """The object in a json file; one that :func:`sealed` made is as it was written.
+    """Read the object in a json file, and verify its checksum if :func:`sealed` made one.
 
     Args:
         path: Of the file.
         remedy: What to do about a damaged one, for the error.
-        seal: See that it is as it was, where it is sealed.
+        seal: Whether to verify the checksum, if there is one.
 
     Raises:
         DataError: It cannot be read, is no json object, or its checksum is of another content.
@@ -60,15 +60,15 @@ def read_json(path: str | Path, remedy: str, seal: bool = True) -> dict[str, Any
 
 
 def sealed(obj: Mapping[str, Any]) -> dict[str, Any]:
-    """``obj`` and a checksum of its content, by which :func:`check_seal` knows it again."""
+    """``obj`` with a checksum of its content, which :func:`check_seal` verifies."""
     return {**obj, _SEAL: _digest(obj)}
 
 
 def check_seal(obj: Mapping[str, Any], path: Path, remedy: str) -> None:
-    """See that a sealed object is as it was; one without a seal passes.
+    """Verify the checksum of a sealed object; an object without one passes.
 
     Raises:
-        DataError: It is not; the message names ``path``.
+        DataError: The content has another checksum; the message names ``path``.
     """
     if _SEAL in obj and obj[_SEAL] != _digest(obj):
         raise DataError(
@@ -83,7 +83,7 @@ def _digest(obj: Mapping[str, Any]) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers of a report were measured on: processor, threads, versions, GPU."""
+    """The machine that the numbers of a report are from: processor, threads, versions, GPU."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

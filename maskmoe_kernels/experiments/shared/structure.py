@@ -1,4 +1,4 @@
-"""What a file that is read again must hold: nested keys and types, checked by their description."""
+"""Checks of the structure of data from a file: nested keys and types, against a description."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Spec = Any
 
 
 def check(value: object, spec: Spec, fail: Callable[[str], DataError], name: str = "") -> None:
-    """See that ``value`` is as ``spec`` says.
+    """Check that ``value`` has the structure that ``spec`` describes.
 
     Args:
-        value: As it was read.
+        value: The data as read.
         spec: See :data:`Spec`.
-        fail: Makes the error from what is wrong: it adds the file and the remedy.
+        fail: Makes the error from what is wrong; it adds the file and the remedy.
         name: Keys on the way to ``value``, joined by dots.
 
     Raises:
-        DataError: It is not; the message names the key, what was expected and what came.
+        DataError: It has not; the message names the key, what was expected and what was found.
     """
     if isinstance(spec, tuple):
         fitting = [one for one in spec if _is_kind(value, one)]
@@ -59,7 +59,7 @@ def _check_key(
 
 
 def _is_kind(value: object, spec: Spec) -> bool:
-    """Is it of the right type, whatever it holds?"""
+    """Is it of the right type, regardless of its content?"""
     if spec is None:
         return value is None
     if isinstance(spec, dict | list):

@@ -1,1 +1,1 @@
-"""The skip prediction experiment (section 4.3)."""
+"""Skip prediction in music sessions (section 4.3), on real or on generated sessions."""

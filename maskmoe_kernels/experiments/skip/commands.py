@@ -1,4 +1,4 @@
-"""``maskmoe skip``: prepare, generate, train, evaluate, explain."""
+"""The commands ``maskmoe skip prepare | generate | train | evaluate | explain``."""
 
 from __future__ import annotations
 
@@ -21,13 +21,24 @@ from maskmoe_kernels.experiments.shared.arguments import (
     seed,
     usable,
 )
+from maskmoe_kernels.experiments.skip.generator.settings import (
+    CHUNK,
+    FEWEST_TRACKS,
+    GeneratorSettings,
+)
+from maskmoe_kernels.experiments.skip.settings import (
+    MODELS,
+    NORMALIZATIONS,
+    PRECISIONS,
+    Settings,
+)
 
-# What needs pyarrow or figures is imported by the commands that run it.
+# Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional and
+# other commands start quickly. The settings are light and imported here, for their defaults.
 
-_MODELS = (
-    "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
-)  # fmt: skip
+#: Kind of model -> default number of layers.
 _LAYERS = {"transformer": 3, "gru": 1}
+#: The arguments that are fields of :class:`Settings`.
 _SETTINGS = (
     "model", "width", "heads", "batch_size", "seed", "precision", "confidence", "sharpness",
     "weighting", "normalize",
@@ -63,7 +74,7 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.data.mssd import prepare
+    from maskmoe_kernels.experiments.skip.data.prepare import prepare
 
     made = prepare(
         arguments.sources,
@@ -83,17 +94,15 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
 
 def _generate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.data import generator
+    from maskmoe_kernels.experiments.skip.generator.generate import generate
 
     try:
-        settings = generator.Settings(
+        settings = GeneratorSettings(
             arguments.sessions, arguments.seed, arguments.tracks, arguments.chunk
         )
     except ValueError as error:
         raise DataError(str(error)) from error
-    generator.generate(
-        arguments.out, settings, workers=arguments.workers, progress=console.is_terminal
-    )
+    generate(arguments.out, settings, workers=arguments.workers, progress=console.is_terminal)
     text = f"{settings.sessions:,} sessions and their causes: {arguments.out}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -103,14 +112,14 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.shared.ranks import joined
     from maskmoe_kernels.experiments.skip import figures as skip_figures
     from maskmoe_kernels.experiments.skip import train as skip
-    from maskmoe_kernels.experiments.skip import trainer
+    from maskmoe_kernels.experiments.skip.pace import Pace
 
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     layers = arguments.layers or _LAYERS[arguments.model.rpartition("-")[2]]
     given = {name: getattr(arguments, name) for name in _SETTINGS}
-    settings = skip.Settings(**given, layers=layers)
-    pace = trainer.Pace(
+    settings = Settings(**given, layers=layers)
+    pace = Pace(
         epochs=arguments.epochs,
         steps=arguments.steps,
         patience=arguments.patience,
@@ -134,7 +143,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.evaluation import evaluate
+    from maskmoe_kernels.experiments.skip.evaluate import evaluate
 
     evaluate(
         arguments.data,
@@ -184,20 +193,20 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
         _prepare,
         "convert the official csv files to checked shards, once",
         "Convert log_*.csv and tf_*.csv to typed, checked shards of sessions, split 80-10-10.\n"
-        "Rows that are wrong are counted and shown, and their sessions left out. What an earlier\n"
-        "run finished is not done again.",
+        "Invalid rows are counted and shown, and their sessions left out. Files that an earlier\n"
+        "run converted are not converted again.",
         "maskmoe skip prepare mssd/ --out runs/skip/data --workers 4",
-        hint="; finished files are kept: run the same command to go on",
+        hint="; finished files are kept: run the same command to continue",
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="PATH", help="the csv files, or their folders"
     )
     _add_out(parser)
-    parser.add_argument("--strict", action="store_true", help="stop at the first wrong row")
-    _add_workers(parser, 1, "processes that convert files side by side (default: 1)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first invalid row")
+    _add_workers(parser, 1, "processes that convert files in parallel (default: 1)")
     parser.add_argument(
         "--row-group", type=positive, default=2048, metavar="N",
-        help="sessions that are read together (default: 2048)",
+        help="sessions that are read together (default: %(default)s)",
     )  # fmt: skip
 
 
@@ -206,24 +215,27 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "generate",
         _generate,
-        "make sessions in the official format whose causes are known",
-        "Generate sessions like the real ones, with one planted cause behind each label of the\n"
-        "second half, so that the right expert is known: log_*.csv, tf_0.csv, causes_*.parquet.",
+        "generate sessions in the official format whose causes are known",
+        "Generate sessions with the statistics of the real ones, and with one known cause for\n"
+        "each label of the second half, so that the right expert is known. Writes log_*.csv,\n"
+        "tf_0.csv and causes_*.parquet.",
         "maskmoe skip generate --sessions 200000 --out runs/skip/csv",
-        hint="; finished files are kept: run the same command to go on",
+        hint="; finished files are kept: run the same command to continue",
     )
-    parser.add_argument("--sessions", type=positive, required=True, metavar="N", help="how many")
     parser.add_argument(
-        "--tracks", type=positive, default=50_000, metavar="N",
-        help="how many tracks there are, from 2000 (default: 50000)",
+        "--sessions", type=positive, required=True, metavar="N", help="number of sessions"
+    )
+    parser.add_argument(
+        "--tracks", type=positive, default=GeneratorSettings.tracks, metavar="N",
+        help=f"number of tracks, from {FEWEST_TRACKS} (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--chunk", type=positive, default=25_000, metavar="N",
-        help="sessions of a file (default: 25000)",
+        "--chunk", type=positive, default=CHUNK, metavar="N",
+        help="sessions of a file (default: %(default)s)",
     )  # fmt: skip
-    _add_workers(parser, 1, "processes that write files side by side (default: 1)")
+    _add_workers(parser, 1, "processes that write files in parallel (default: 1)")
     _add_out(parser)
-    parser.add_argument("--seed", type=seed, default=0, help="of everything (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of all random numbers (default: 0)")
 
 
 def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -231,19 +243,19 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "train",
         _train,
-        "train a model on prepared sessions; goes on where it was stopped",
+        "train a model on prepared sessions; resumes an interrupted run",
         "Train one model. Writes a checkpoint after every epoch and every --save-every steps, and\n"
-        "goes on from the one in --out: a run that was killed ends with the weights of one that\n"
-        "was not. Under torchrun the processes share each batch (gloo on CPUs, nccl on GPUs).",
+        "resumes from the one in --out. A run that was killed and resumed ends with the same\n"
+        "weights. Under torchrun the processes share each batch (gloo on CPUs, nccl on GPUs).",
         "maskmoe skip train --data runs/skip/data --out runs/skip/model\n"
         "  torchrun --nproc-per-node 4 -m maskmoe_kernels skip train --device cuda \\\n"
         "      --data runs/skip/data --out runs/skip/model",
-        hint="; the last checkpoint is kept: run the same command to go on",
+        hint="; the last checkpoint is kept: run the same command to continue",
     )
     _add_data(parser)
     parser.add_argument(
-        "--model", choices=_MODELS, default=_MODELS[0], metavar="MODEL",
-        help=f"one of {', '.join(_MODELS)} (default: %(default)s)",
+        "--model", choices=MODELS, default=MODELS[0], metavar="MODEL",
+        help=f"one of {', '.join(MODELS)} (default: %(default)s)",
     )  # fmt: skip
     _add_size(parser)
     _add_loss(parser)
@@ -254,84 +266,97 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--width", type=positive, default=16,
-        help="units per expert; a black box has those of all eight (default: 16)",
+        "--width", type=positive, default=Settings.width,
+        help="units per expert; a black box has as many as all eight (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--heads", type=positive, default=1, help="per expert, likewise (default: 1)"
-    )
+        "--heads", type=positive, default=Settings.heads,
+        help="attention heads per expert; a black box likewise (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--layers", type=positive, help="of each half (default: Transformer 3, GRU 1)"
-    )
+        "--layers", type=positive,
+        help="blocks of encoder and decoder, or layers of a GRU (default: Transformer 3, GRU 1)",
+    )  # fmt: skip
 
 
 def _add_loss(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loss of the interpretable models")
     group.add_argument(
-        "--confidence", choices=("abs", "square", "smooth"), default="abs",
-        help="how sure an expert is of its logit, here and in predictions (default: %(default)s)",
+        "--confidence", choices=("abs", "square", "smooth"), default=Settings.confidence,
+        help="confidence of an expert's logit, in the loss and in predictions "
+        "(default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--sharpness", type=above_zero, default=1.0,
-        help="power of the smaller experts' confidence (default: 1, the paper's rule)",
+        "--sharpness", type=above_zero, default=Settings.sharpness,
+        help="power of the confidence of smaller experts (default: 1, the paper's rule)",
     )  # fmt: skip
     group.add_argument(
-        "--weighting", choices=("selection", "deselection"), default="deselection",
-        help="experts learn what they are selected for, or what no smaller one is sure of; the "
-        "paper trains by deselection (default: %(default)s)",
+        "--weighting", choices=("selection", "deselection"), default=Settings.weighting,
+        help="weight of a track for an expert: its share of the decision, or how unsure all "
+        "smaller experts are, as in the paper (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--normalize", choices=("none", "sample", "batch"), default="batch",
-        help="what the weights are divided by: nothing, their sum per track, or over the batch, as "
-        "in the paper (default: %(default)s)",
+        "--normalize", choices=NORMALIZATIONS, default=Settings.normalize,
+        help="what the weights are divided by: nothing, their sum per track, or their sum over "
+        "the batch, as in the paper (default: %(default)s)",
     )  # fmt: skip
 
 
 def _add_pace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--epochs", type=positive, default=20, help="at most (default: 20)")
     parser.add_argument(
-        "--steps",
-        type=positive,
-        help="of an epoch, after which the model is validated (default: a pass over the data)",
-    )
+        "--epochs", type=positive, default=20,
+        help="largest number of epochs (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=positive,
+        help="steps of an epoch; the model is validated after each epoch (default: a pass over the "
+        "data)",
+    )  # fmt: skip
     parser.add_argument(
         "--patience", type=positive, default=4,
-        help="epochs without a better validation Acc before training stops (default: 4)",
+        help="epochs without a better validation Acc before training stops (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", dest="batch_size", type=positive, default=128,
-        help="sessions a step, over all processes (default: 128)",
+        "--batch", dest="batch_size", type=positive, default=Settings.batch_size,
+        help="sessions a step, over all processes (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--lr", type=above_zero, default=1e-4, help="of Adam (default: 1e-4)")
+    parser.add_argument(
+        "--lr", type=above_zero, default=1e-4,
+        help="learning rate of Adam (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--least-lr", type=above_zero, default=1e-6,
-        help="what it is reduced to at the least (default: 1e-6)",
+        help="smallest rate to which it is reduced (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--plateau", type=natural, default=1,
-        help="epochs without a better validation Acc before it is reduced (default: 1)",
+        help="epochs without a better validation Acc before the rate is reduced (default: "
+        "%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--clip", type=above_zero, default=1.0,
-        help="largest norm of all gradients together (default: 1)",
+        help="norm to which larger gradients are scaled down, over all parameters (default: "
+        "%(default)s)",
     )  # fmt: skip
 
 
 def _add_means(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--precision", choices=("float32", "bfloat16"), default="float32",
+        "--precision", choices=tuple(PRECISIONS), default=Settings.precision,
         help="bfloat16: autocast, weights stay in float32 (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="through torch.compile")
-    parser.add_argument("--threads", type=positive, help="of each process (default: torch's)")
-    _add_workers(parser, 0, "processes that prepare batches (default: 0, none of its own)")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile")
+    parser.add_argument(
+        "--threads", type=positive, help="threads of each process (default: torch's)"
+    )
+    _add_workers(parser, 0, "processes that prepare batches (default: 0, the training process)")
     parser.add_argument(
         "--save-every", type=positive, default=500, metavar="STEPS",
-        help="between checkpoints within an epoch (default: 500)",
+        help="steps between checkpoints within an epoch (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="go on from the checkpoint in --out, if there is one (default: yes)",
+        help="resume from the checkpoint in --out, if there is one (default: yes)",
     )  # fmt: skip
 
 
@@ -340,16 +365,17 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "trained models and baselines in one table, and who decides",
-        "Judge trained models and the baselines last and mean on the test sessions, beside the\n"
-        "paper's table 2; show which expert decides and, for generated sessions, whether it is\n"
+        "evaluate trained models and baselines, and show which experts decide",
+        "Evaluate trained models and the baselines last and mean on the test sessions, beside the\n"
+        "paper's table 2. Show which expert decides and, for generated sessions, whether it is\n"
         "the right one. Writes evaluation.json and figures into --out.",
         "maskmoe skip evaluate --data runs/skip/data --runs runs/skip/model --out runs/skip",
     )
     _add_data(parser)
     parser.add_argument(
-        "--runs", nargs="*", type=Path, default=[], metavar="DIR", help="of `maskmoe skip train`"
-    )
+        "--runs", nargs="*", type=Path, default=[], metavar="DIR",
+        help="folders of `maskmoe skip train`",
+    )  # fmt: skip
     _add_judging(parser)
     _add_out(parser)
     add_device(parser)
@@ -360,9 +386,9 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "explain",
         _explain,
-        "one session in words: which expert decides on each track, and how sure",
-        "Judge the second half of one session, and tell for each track which expert decides, how\n"
-        "sure it is and what it looked at. With --out, also draw the shares of all experts.",
+        "explain one session in words: which expert decides on each track, and why",
+        "Predict the second half of one session, and say for each track which expert decides, its\n"
+        "probability and what it sees. With --out, also draw the shares of all experts.",
         "maskmoe skip explain --data runs/skip/data --run runs/skip/model --out runs/skip",
     )
     _add_data(parser)
@@ -372,9 +398,9 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="of `maskmoe skip train`, with an interpretable model",
+        help="folder of `maskmoe skip train` with an interpretable model",
     )
-    parser.add_argument("--session", metavar="ID", help="which one (default: the split's first)")
+    parser.add_argument("--session", metavar="ID", help="its id (default: the first of the split)")
     _add_judging(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write json and figure there")
 
@@ -382,22 +408,23 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
 def _add_judging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--causes", type=Path, metavar="DIR",
-        help="of `maskmoe skip generate`: where the causes of the sessions are known",
+        help="folder of `maskmoe skip generate`, if the sessions are generated",
     )  # fmt: skip
     parser.add_argument(
         "--split", choices=("train", "valid", "test"), default="test",
-        help="which sessions (default: %(default)s)",
+        help="the split to use (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--sharpness", type=above_zero,
-        help="power of the smaller experts' confidence (default: as trained)",
+        help="power of the confidence of smaller experts (default: as trained)",
     )  # fmt: skip
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="of `maskmoe skip prepare`"
-    )
+        "--data", type=Path, required=True, metavar="DIR",
+        help="folder of `maskmoe skip prepare`",
+    )  # fmt: skip
 
 
 def _add_out(parser: argparse.ArgumentParser) -> None:

@@ -1,28 +1,31 @@
-"""One session in words: which expert decides on each track, how sure, and what it looked at."""
+"""Explains the predictions for one session in words: which expert decides, and what it sees."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
-from maskmoe_kernels.experiments.skip.data.causes import CAUSES, Causes
-from maskmoe_kernels.experiments.skip.data.mssd_columns import CONTEXT_TYPES
-from maskmoe_kernels.experiments.skip.data.session_features import SessionBatch
-from maskmoe_kernels.experiments.skip.data.sessions import Shards
-from maskmoe_kernels.experiments.skip.train import load, logits_of
+from maskmoe_kernels.experiments.skip.data.columns import CONTEXT_TYPES, HISTORY
+from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.generator.causes import CAUSES, Causes
+from maskmoe_kernels.experiments.skip.models import logits_of
+from maskmoe_kernels.experiments.skip.runs import load
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection import mixture
+from maskmoe_kernels.ops.selection.mixture import Mixture
 
 _WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _CONTEXT_NAMES = {
@@ -33,25 +36,25 @@ _CONTEXT_NAMES = {
     "charts": "charts",
     "personalized_playlist": "personalised playlist",
 }
-#: Features of the music that are told.
+# The features of the music group that a reason mentions.
 _MUSIC = ("energy", "acousticness", "instrumentalness", "danceability")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """One track of the second half.
+class Track:
+    """A track of half B and how its skip was predicted.
 
     Attributes:
-        position: In the session, from 1.
+        position: Position in the session, from 1.
         skipped: The label.
-        predicted: Is a skip predicted?
-        probability: Of a skip.
-        expert: The one with the largest share of the decision.
+        predicted: Whether a skip is predicted.
+        probability: Predicted probability of a skip.
+        expert: Name of the expert with the largest share of the decision.
         share: That share.
-        belief: Its own probability of a skip.
-        reason: What it looked at, in words.
-        cause: What decided the label, where that is known.
-        attribution: Share of each expert; they sum to 1.
+        belief: The probability of a skip according to this expert alone.
+        reason: What this expert sees, in words.
+        cause: The cause of the label, if it is known.
+        attribution: Expert -> share; they sum to 1.
     """
 
     position: int
@@ -68,21 +71,21 @@ class Judged:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A session, its second half judged, and who decided.
+    """A session, and the predictions for its half B.
 
     Attributes:
-        session: Official id.
-        header: The first half in words.
-        sharpness: Power of the smaller experts' confidence.
-        shares: Mean share of each expert over the tracks.
-        tracks: Of the second half, in order.
+        session: The official id.
+        header: The session and its half A in words.
+        sharpness: Sharpness of the prediction.
+        shares: Expert -> mean share over the tracks.
+        tracks: The tracks of half B, in order.
     """
 
     session: str
     header: str
     sharpness: float
     shares: dict[str, float]
-    tracks: list[Judged]
+    tracks: list[Track]
 
 
 def explain(
@@ -99,14 +102,14 @@ def explain(
     """Explain the predictions for one session.
 
     Args:
-        data: Prepared shards.
-        run: Folder of an interpretable model's run.
-        session: Its id; ``None``: the first of the split.
-        split: Where it is.
-        causes: Folder of the generated sessions, whose causes are known.
-        sharpness: Of the prediction; ``None``: as the model was trained.
+        data: The folder of shards.
+        run: The folder of a run of an interpretable model.
+        session: Official id of the session; ``None``: the first one of the split.
+        split: The split that holds the session.
+        causes: Folder of ``maskmoe skip generate``, if the sessions are generated.
+        sharpness: Sharpness of the prediction; ``None``: the one the model was trained with.
         out: Folder for ``explain-ID.json`` and ``explain-ID.png`` (figure 11).
-        console: Where the words go.
+        console: Where the explanation is printed; ``None`` is quiet.
 
     Raises:
         DataError: Shards, run or causes are missing or damaged, the model has no experts, or the
@@ -121,17 +124,20 @@ def explain(
             "run of an interpretable one"
         )
     shards = Shards(data, split)
-    batch, rows = shards.find(_first(shards) if session is None else session)
+    batch, table = shards.find(_first(shards) if session is None else session)
     power = settings.sharpness if sharpness is None else sharpness
     with torch.inference_mode():
         logits = logits_of(model, batch, settings)[~batch.second_padding].double()
         mixed = mixture(logits, model.family, settings.confidence, power)
-    tracks = _judged(
-        batch, rows.to_pylist(), model.family, logits, mixed.probability, mixed.attribution, causes
+    known = None if causes is None else _cause_names(causes, batch.session_ids[0])
+    rows, shares = table.to_pylist(), mixed.attribution.mean(0).tolist()
+    explanation = Explanation(
+        session=batch.session_ids[0],
+        header=header_in_words(rows),
+        sharpness=power,
+        shares=dict(zip(model.family.names, shares, strict=True)),
+        tracks=_tracks(rows, model.family, logits, mixed, known),
     )
-    shares = dict(zip(model.family.names, mixed.attribution.mean(0).tolist(), strict=True))
-    header = header_in_words(rows.to_pylist())
-    explanation = Explanation(batch.session_ids[0], header, power, shares, tracks)
     missing = None if out is None else _write(explanation, out)
     if console is not None:
         print_explanation(explanation, console)
@@ -142,22 +148,22 @@ def explain(
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
-    """The session, a sentence a track (in red where it is wrong), and each expert's share."""
+    """Print the header, a sentence a track (wrong predictions in red), and the experts' shares."""
     console.print(explanation.header, highlight=False, markup=False)
     for track in explanation.tracks:
         style = None if track.skipped == track.predicted else "red"
         console.print(sentence(track), style=style, highlight=False, markup=False)
     right = sum(track.skipped == track.predicted for track in explanation.tracks)
-    held = sorted(explanation.shares.items(), key=lambda item: -item[1])
-    told = ", ".join(f"{name} {share:.0%}" for name, share in held if share >= 0.005)
+    descending = sorted(explanation.shares.items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in descending if share >= 0.005)
     console.print(
-        f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {told}.",
+        f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {shares}.",
         highlight=False,
     )
 
 
-def sentence(track: Judged) -> str:
-    """One track in words: label, prediction and how sure it is, who decides and why."""
+def sentence(track: Track) -> str:
+    """A track in words: label, prediction and its probability, and the deciding expert."""
     sure = track.probability if track.predicted else 1 - track.probability
     known = "" if track.cause is None else f" The label's cause: {track.cause}."
     return (
@@ -168,7 +174,11 @@ def sentence(track: Judged) -> str:
 
 
 def header_in_words(rows: list[dict[str, Any]]) -> str:
-    """Who listens, when, and what happened in the first half."""
+    """A session in words: its length, time, context, and the interactions of half A.
+
+    Args:
+        rows: All rows of the session.
+    """
     first = rows[: len(rows) // 2]
     start = rows[0]
     when = f"{_WEEKDAYS[start['date'].weekday()]} at {start['hour_of_day']} h"
@@ -180,12 +190,12 @@ def header_in_words(rows: list[dict[str, Any]]) -> str:
 
 
 def reason_in_words(groups: tuple[str, ...], first: list[dict[str, Any]], row: Any) -> str:
-    """What an expert of these groups looked at, for a track of the second half.
+    """What an expert sees when it predicts a track of half B.
 
     Args:
-        groups: Of its subset.
-        first: Rows of the first half.
-        row: The track's, with its raw features.
+        groups: The subset of the expert.
+        first: Rows of half A.
+        row: The row of the track, with its raw features.
     """
     words = {
         "context": lambda: _context(first),
@@ -193,22 +203,22 @@ def reason_in_words(groups: tuple[str, ...], first: list[dict[str, Any]], row: A
         "popularity": lambda: _popularity(row),
         "music": lambda: _music(row),
     }
-    told = [words[group]() for group in groups if group in words]
-    return "; ".join(told) or "the place in the session"
+    reasons = [words[group]() for group in groups if group in words]
+    return "; ".join(reasons) or "the place in the session"
 
 
 def _context(first: list[dict[str, Any]]) -> str:
     last = first[-1]
     account = "paying account" if last["premium"] else "free account"
     source = _CONTEXT_NAMES[CONTEXT_TYPES[last["context_type"]]]
-    shuffle = ", shuffled" if last["hist_user_behavior_is_shuffle"] else ""
+    shuffle = ", shuffled" if last[HISTORY + "is_shuffle"] else ""
     return f"{account}, {source}{shuffle}"
 
 
 def _interaction(first: list[dict[str, Any]]) -> str:
     skips = [bool(row["skip_2"]) for row in first]
     run = next((k for k, skip in enumerate(reversed(skips)) if skip != skips[-1]), len(skips))
-    seeks = sum(row["hist_user_behavior_n_seekfwd"] for row in first)
+    seeks = sum(row[HISTORY + "n_seekfwd"] for row in first)
     last = (
         f"the last {run} were {_verb(skips[-1])}" if run > 1 else f"the last was {_verb(skips[-1])}"
     )
@@ -233,52 +243,68 @@ def _verb(skipped: bool) -> str:
 
 
 def _first(shards: Shards) -> str:
+    """The id of the first session."""
     if not len(shards):
         raise DataError(f"{shards.folder}: {shards.split} holds no session. Name another split.")
     name: str = shards.table(0, ("session_id",))["session_id"][0].as_py()
     return name
 
 
-def _judged(
-    batch: SessionBatch,
+def _cause_names(causes: Path, session: str) -> list[str]:
+    """The causes of the labels of half B, padded to ten tracks."""
+    return [CAUSES[code] for code in Causes(causes).of([session])[0][0].tolist()]
+
+
+def _tracks(
     rows: list[dict[str, Any]],
     family: SubsetFamily,
-    logits: torch.Tensor,
-    probability: torch.Tensor,
-    attribution: torch.Tensor,
-    causes: Path | None,
-) -> list[Judged]:
+    logits: Tensor,
+    mixed: Mixture,
+    causes: Sequence[str] | None,
+) -> list[Track]:
+    """The tracks of half B.
+
+    Args:
+        rows: All rows of the session.
+        family: The subsets of the experts.
+        logits: ``(tracks, H)``.
+        mixed: Their mixture.
+        causes: Causes of the tracks, if known.
+    """
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    why = None if causes is None else Causes(causes).of(batch.session_ids)[0][0]
     beliefs = torch.sigmoid(2 * logits)
     result = []
     for t, row in enumerate(second):
-        expert = int(attribution[t].argmax())
+        expert = int(mixed.attribution[t].argmax())
         name = family.names[expert]
-        chance = float(probability[t])
+        probability = float(mixed.probability[t])
         result.append(
-            Judged(
+            Track(
                 position=row["session_position"],
                 skipped=bool(row["skip_2"]),
-                predicted=chance > 0.5,
-                probability=chance,
+                predicted=probability > 0.5,
+                probability=probability,
                 expert=name,
-                share=float(attribution[t, expert]),
+                share=float(mixed.attribution[t, expert]),
                 belief=float(beliefs[t, expert]),
                 reason=reason_in_words(tuple(family.subsets[name]), first, row),
-                cause=None if why is None else CAUSES[int(why[t])],
-                attribution=dict(zip(family.names, attribution[t].tolist(), strict=True)),
+                cause=None if causes is None else causes[t],
+                attribution=dict(zip(family.names, mixed.attribution[t].tolist(), strict=True)),
             )
         )
     return result
 
 
 def _write(explanation: Explanation, out: Path) -> str | None:
-    """The report and figure 11; why there is no figure, in words."""
-    # A session's id is a file's name only after what folders are made of is out of it.
+    """Write the report and figure 11.
+
+    Returns:
+        Why there is no figure, in words; ``None`` if there is one.
+    """
+    # Ids come from the data: replace what is special in file names, separators first of all.
     name = "".join(c if c.isalnum() or c in "-_" else "_" for c in explanation.session)
     write_json(out / f"explain-{name}.json", dataclasses.asdict(explanation))
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
         skip_figures.session(

@@ -1,6 +1,6 @@
-"""Figures of skip prediction: subsets, who decides, who ought to, one session, learning curves.
+"""Figures of skip prediction: subsets, deciding experts, causes, one session, learning curves.
 
-Every function that draws writes a PNG atomically; what they share is in :mod:`.figures`.
+Every function that draws writes a PNG file, with the guarantees of :func:`replacing`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.figures import BLUE, GREY, ORANGE
-from maskmoe_kernels.experiments.skip.data.causes import CAUSE_GROUPS
+from maskmoe_kernels.experiments.shared import charts, plot_style
+from maskmoe_kernels.experiments.shared.plot_style import BLUE, GREY, ORANGE
+from maskmoe_kernels.experiments.skip.generator.causes import CAUSE_GROUPS
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 _DARK, _PALE = "#333333", "#EFEFEF"
@@ -21,12 +21,16 @@ _SHARES = "Blues"
 
 
 def draw(report: Mapping[str, Any], out: Path) -> str | None:
-    """All figures of an evaluation, as png files in ``out``.
+    """Draw all figures of an evaluation.
+
+    Args:
+        report: From :func:`evaluate`.
+        out: The folder for the PNG files.
 
     Returns:
-        Why there are none, in words; ``None`` where they were drawn.
+        Why no figure was drawn, in words; ``None`` if they were drawn.
     """
-    missing = figures.obstacle()
+    missing = plot_style.unsupported_reason()
     if missing is not None:
         return missing
     models = report["models"]
@@ -34,39 +38,54 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
     for number, (name, row) in enumerate(experts.items()):
         if number == 0:
             subsets(SubsetFamily(**row["family"]), out / "subsets.png")
-        # One folder may hold several models' figures.
-        mark = name.replace("/", "_").strip("_.")
-        figures.attribution_bars(
+        # A model may be named by its folder; a file name must not contain its separators.
+        file_name = name.replace("/", "_").strip("_.")
+        charts.attribution_bars(
             list(row["decided"]),
             list(row["mean_attribution"].values()),
             list(row["decided"].values()),
-            out / f"attribution-{mark}.png",
+            out / f"attribution-{file_name}.png",
             title=f"Which features decide? {name}",
         )
         if "decisive" in row:
-            causes(row["decisive"], SubsetFamily(**row["family"]), out / f"causes-{mark}.png", name)
+            path = out / f"causes-{file_name}.png"
+            causes(row["decisive"], SubsetFamily(**row["family"]), path, name)
     histories = {name: row["history"] for name, row in models.items() if "history" in row}
     return draw_curves(histories, out) if histories else None
 
 
 def draw_curves(histories: Mapping[str, Any], out: Path) -> str | None:
-    """Learning curves, ``learning_curves.png`` in ``out``; returns as :func:`draw`."""
-    missing = figures.obstacle()
+    """Draw ``learning_curves.png``.
+
+    Args:
+        histories: Model -> the history of its run.
+        out: The folder for the file.
+
+    Returns:
+        Why it was not drawn, in words; ``None`` if it was drawn.
+    """
+    missing = plot_style.unsupported_reason()
     if missing is None:
-        figures.learning_curves(histories, out / "learning_curves.png", "Acc")
+        charts.learning_curves(histories, out / "learning_curves.png", "Acc")
     return missing
 
 
 def subsets(family: SubsetFamily, path: Path, title: str = "What each expert sees") -> None:
-    """Figure 7: groups by expert, a cell is full where the expert sees the group."""
-    figure = figures.canvas(2.6 + 0.95 * family.num_experts, 2.3 + 0.5 * family.num_groups)
+    """Draw figure 7: groups by experts; a cell is filled if the expert sees the group.
+
+    Args:
+        family: The subsets of the experts.
+        path: The PNG file.
+        title: The title.
+    """
+    figure = plot_style.canvas(2.6 + 0.95 * family.num_experts, 2.3 + 0.5 * family.num_groups)
     ax = figure.subplots()
     seen = family.membership.T.cpu()
     for n, row in enumerate(seen.tolist()):
         for i, full in enumerate(row):
             ax.add_patch(_cell(i, n, BLUE if full else _PALE))
     _grid_axes(ax, family.num_experts, family.num_groups)
-    ax.set_xticks(range(family.num_experts), _names(family.names), fontsize=9)
+    ax.set_xticks(range(family.num_experts), _labels(family.names), fontsize=9)
     groups = [f"{name} ({width})" for name, width in family.groups.items()]
     ax.set_yticks(range(family.num_groups), groups, fontsize=10)
     ax.set_xlabel("expert")
@@ -76,20 +95,20 @@ def subsets(family: SubsetFamily, path: Path, title: str = "What each expert see
         loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
     )  # fmt: skip
     figure.suptitle(title, fontsize=13)
-    figures.save(figure, path)
+    plot_style.save(figure, path)
 
 
 def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model: str) -> None:
-    """Who decides the tracks of each known cause: causes by experts, in per cent.
+    """Draw which experts decide the tracks of each cause: causes by experts, in per cent.
 
     Args:
-        decisive: As :class:`Deciders` reports it.
-        family: Of the experts.
-        path: Where to write the PNG.
-        model: Its name.
+        decisive: ``decisive`` of :meth:`Deciders.report`.
+        family: The subsets of the experts.
+        path: The PNG file.
+        model: Name of the model.
     """
     rows = decisive["causes"]
-    figure = figures.canvas(3.6 + 1.0 * family.num_experts, 2.7 + 0.56 * len(rows))
+    figure = plot_style.canvas(3.6 + 1.0 * family.num_experts, 2.7 + 0.56 * len(rows))
     ax = figure.subplots()
     colors = _colors()
     for n, (name, row) in enumerate(rows.items()):
@@ -101,7 +120,7 @@ def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model:
             text = f"{100 * share:.0f}" if share >= 0.005 else ""
             ax.text(i, n, text, ha="center", va="center", fontsize=10, color=_ink(share))
     _grid_axes(ax, family.num_experts, len(rows))
-    ax.set_xticks(range(family.num_experts), _names(family.names), fontsize=9)
+    ax.set_xticks(range(family.num_experts), _labels(family.names), fontsize=9)
     labels = [f"{name}\n{row['tracks']:,} tracks" for name, row in rows.items()]
     ax.set_yticks(range(len(rows)), labels, fontsize=9)
     ax.set_xlabel("most attributed expert (% of the cause's tracks)")
@@ -113,7 +132,7 @@ def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model:
         f"{decisive['sees']:.1%} see it, {decisive['smallest']:.1%} are the smallest that do",
         fontsize=13,
     )
-    figures.save(figure, path)
+    plot_style.save(figure, path)
 
 
 def session(
@@ -125,33 +144,21 @@ def session(
     path: Path,
     title: str,
 ) -> None:
-    """Figure 11: one session, experts by tracks of its second half, and how it was judged.
+    """Draw figure 11: experts by tracks of half B of one session, and the predictions.
 
     Args:
         attribution: Share of each expert, ``(tracks, H)``.
-        names: Of the experts.
-        positions: Of the tracks in the session, from 1.
-        labels: Was the track skipped?
-        probability: Of a skip, as predicted.
-        path: Where to write the PNG.
-        title: First line of the figure.
+        names: Names of the experts.
+        positions: Positions of the tracks in the session, from 1.
+        labels: Whether each track was skipped.
+        probability: Predicted probability that each track is skipped.
+        path: The PNG file.
+        title: First line of the title.
     """
     tracks, experts = len(positions), len(names)
-    figure = figures.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
+    figure = plot_style.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
     top, ax = figure.subplots(2, 1, height_ratios=[2, experts], sharex=True)
-    for t in range(tracks):
-        for row, skipped in enumerate((labels[t], probability[t] > 0.5)):
-            top.add_patch(_cell(t, row, ORANGE if skipped else _PALE))
-        sure = f"{100 * probability[t]:.0f} %"
-        top.text(t, 0, "skip" if labels[t] else "play", ha="center", va="center", fontsize=9)
-        wrong = labels[t] != (probability[t] > 0.5)
-        weight, color = ("bold", "#B00020") if wrong else ("normal", "black")
-        top.text(t, 1, sure, ha="center", va="center", fontsize=9, color=color, fontweight=weight)
-        if wrong:
-            top.add_patch(_cell(t, 1, "none", edge=color, inset=0.05, lw=2))
-    _grid_axes(top, tracks, 2)
-    top.set_yticks([0, 1], ["label", "predicted skip"], fontsize=9)
-    top.tick_params(labelbottom=False)
+    _draw_predictions(top, labels, probability)
     colors = _colors()
     for t, shares in enumerate(attribution.tolist()):
         most = max(range(experts), key=shares.__getitem__)
@@ -163,7 +170,7 @@ def session(
                 t, i, text, ha="center", va="center", fontsize=9, color=_ink(share), fontweight=bold
             )
     _grid_axes(ax, tracks, experts)
-    ax.set_yticks(range(experts), [figures.wrap(name, 24) for name in names], fontsize=9)
+    ax.set_yticks(range(experts), [plot_style.wrap(name, 24) for name in names], fontsize=9)
     ax.set_xticks(range(tracks), [str(p) for p in positions], fontsize=10)
     ax.set_xlabel("track of the session")
     ax.set_ylabel("expert: share of the decision (%)")
@@ -172,7 +179,24 @@ def session(
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"{title}\nFramed predictions are wrong", fontsize=12)
-    figures.save(figure, path)
+    plot_style.save(figure, path)
+
+
+def _draw_predictions(ax: Any, labels: Sequence[bool], probability: Sequence[float]) -> None:
+    """Draw two rows of cells: the labels, and the predictions with frames around wrong ones."""
+    for t, (label, chance) in enumerate(zip(labels, probability, strict=True)):
+        for row, skipped in enumerate((label, chance > 0.5)):
+            ax.add_patch(_cell(t, row, ORANGE if skipped else _PALE))
+        text = f"{100 * chance:.0f} %"
+        ax.text(t, 0, "skip" if label else "play", ha="center", va="center", fontsize=9)
+        wrong = label != (chance > 0.5)
+        weight, color = ("bold", "#B00020") if wrong else ("normal", "black")
+        ax.text(t, 1, text, ha="center", va="center", fontsize=9, color=color, fontweight=weight)
+        if wrong:
+            ax.add_patch(_cell(t, 1, "none", edge=color, inset=0.05, lw=2))
+    _grid_axes(ax, len(labels), 2)
+    ax.set_yticks([0, 1], ["label", "predicted skip"], fontsize=9)
+    ax.tick_params(labelbottom=False)
 
 
 # --- Grids -------------------------------------------------------------------------------
@@ -183,23 +207,23 @@ def _cell(
 ) -> Any:
     size = 1 - 2 * inset
     corner = (x - size / 2, y - size / 2)
-    return figures.module("patches").Rectangle(corner, size, size, fc=face, ec=edge, lw=lw)
+    return plot_style.module("patches").Rectangle(corner, size, size, fc=face, ec=edge, lw=lw)
 
 
 def _patch(color: Any, label: str, edge: str = GREY) -> Any:
-    return figures.module("patches").Patch(fc=color, ec=edge, label=label)
+    return plot_style.module("patches").Patch(fc=color, ec=edge, label=label)
 
 
 def _colors() -> Any:
-    return figures.module("cm").ScalarMappable(cmap=_SHARES).get_cmap()
+    return plot_style.module("cm").ScalarMappable(cmap=_SHARES).get_cmap()
 
 
 def _ink(share: float) -> str:
     return "white" if share > 0.55 else _DARK
 
 
-def _names(names: Sequence[str]) -> list[str]:
-    """Names of experts in narrow columns: a group a line."""
+def _labels(names: Sequence[str]) -> list[str]:
+    """Names of experts with one group a line, for narrow columns."""
     return [name.replace("+", "+\n") for name in names]
 
 

@@ -9,9 +9,9 @@ import pytest
 
 from bench.layers import pictures
 from bench.shapes import Case
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.shared import plot_style
 from tests.bench.made import document, result
-from tests.experiments.shared.test_figures import count, pixels
+from tests.experiments.pixels import count, pixels
 
 pytest.importorskip("matplotlib")
 
@@ -28,9 +28,9 @@ def test_both_are_drawn(tmp_path: Path) -> None:
     assert pictures.draw(run(100.0), tmp_path) is None
     for name in (pictures.SPEEDUP, pictures.ROOFLINE):
         assert min(pixels(tmp_path / name).shape[:2]) > 600
-    for color in (figures.SKY, figures.BLUE):  # one a batch
+    for color in (plot_style.SKY, plot_style.BLUE):  # one a batch
         assert count(tmp_path / pictures.SPEEDUP, color) > 500
-    for color in (figures.ORANGE, figures.VERMILLION):  # one a width
+    for color in (plot_style.ORANGE, plot_style.VERMILLION):  # one a width
         assert count(tmp_path / pictures.ROOFLINE, color) > 300
 
 
@@ -53,5 +53,5 @@ def test_nothing_measured_is_said(tmp_path: Path) -> None:
 def test_without_matplotlib_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "matplotlib is not installed")
     assert pictures.draw(run(100.0), tmp_path) == "matplotlib is not installed"

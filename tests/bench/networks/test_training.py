@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bench.networks import training
 from bench.networks.training import BLACK_BOX, NOTES, OURS, PAPER, SMOKE, Data, Trainer
-from maskmoe_kernels.experiments.movielens.ranking import Features
+from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.models import NCFSizes
 
 SIZES = NCFSizes(num_users=20, num_items=10)

@@ -10,13 +10,15 @@ import torch
 from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens.data import (
+from maskmoe_kernels.experiments.movielens.data.ranking import Features
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.data.tables import (
     AGES,
     GENRES,
     NUM_OCCUPATIONS,
     MovieLens,
-    read_movielens,
 )
+from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE
 from maskmoe_kernels.experiments.movielens.explain import (
     AGE_NAMES,
     OCCUPATION_NAMES,
@@ -24,8 +26,7 @@ from maskmoe_kernels.experiments.movielens.explain import (
     explain,
     reason_in_words,
 )
-from maskmoe_kernels.experiments.movielens.ranking import Features
-from maskmoe_kernels.experiments.movielens.train import CONFIDENCE, build
+from maskmoe_kernels.experiments.movielens.train import build
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import NCF, InterpretableNCF
 from maskmoe_kernels.ops.selection import mixture

@@ -9,20 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from maskmoe_kernels.experiments.movielens.data import read_movielens
-from maskmoe_kernels.experiments.movielens.ranking import Features, Task
-from maskmoe_kernels.experiments.movielens.train import (
+from maskmoe_kernels.experiments.movielens import figures
+from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.evaluate import (
     CONFIDENCE,
     SHARPNESS,
-    Options,
-    build,
     choose_sharpness,
-    run_movielens,
     scores,
-    train,
 )
-from maskmoe_kernels.experiments.shared import figures
-from maskmoe_kernels.experiments.shared.train import load_checkpoint
+from maskmoe_kernels.experiments.movielens.train import Options, build, run_movielens, train
+from maskmoe_kernels.experiments.shared import charts, hasse, plot_style
+from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 from maskmoe_kernels.ops.selection import mixture
 from tests.experiments.movielens.tiny import write_movielens
@@ -164,9 +162,14 @@ def test_the_report_and_going_on(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[str] = []
-    monkeypatch.setattr(figures, "obstacle", lambda: None)
-    for name in ("learning_curves", "attribution_bars", "frontier", "hasse"):
-        monkeypatch.setattr(figures, name, lambda *a, _name=name, **k: drawn.append(_name))
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: None)
+    for module, name in (
+        (charts, "learning_curves"),
+        (charts, "attribution_bars"),
+        (figures, "frontier"),
+        (hasse, "hasse"),
+    ):
+        monkeypatch.setattr(module, name, lambda *a, _name=name, **k: drawn.append(_name))
     options = Options(epochs=2, patience=2, batch_size=512)
     report = run_movielens(folder, tmp_path, options)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
@@ -216,7 +219,7 @@ def test_without_matplotlib_the_report_is_still_written(
 ) -> None:
     from rich.console import Console
 
-    monkeypatch.setattr(figures, "obstacle", lambda: "matplotlib is not installed")
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "matplotlib is not installed")
     options = Options(models=("content",), epochs=1, batch_size=512)
     run_movielens(folder, tmp_path, options, console=Console(width=120))
     assert "no figures: matplotlib is not installed" in capsys.readouterr().out

@@ -23,16 +23,17 @@ import torch
 
 from maskmoe_kernels.cli import main
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import data as movielens
-from maskmoe_kernels.experiments.shared import figures
+from maskmoe_kernels.experiments.movielens.data import files as movielens_files
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import UNFINISHED, claim, replacing
 from maskmoe_kernels.experiments.shared.report import read_json, sealed, write_json
-from maskmoe_kernels.experiments.skip.data import mssd_csv
-from maskmoe_kernels.experiments.skip.data.mssd_columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
 from maskmoe_kernels.experiments.toy.train import ToyConfig, run_toy
 from tests.experiments.movielens.tiny import write_movielens
-from tests.experiments.shared.test_train import CONFIG, Problem
+from tests.experiments.shared.test_trainer import CONFIG, Problem
 from tests.experiments.skip.skip_sessions import ROOT
 
 posix = pytest.mark.skipif(os.name != "posix", reason="as POSIX does it")
@@ -45,8 +46,8 @@ def parquet(file: IO[bytes]) -> None:
 
 def picture(file: IO[bytes]) -> None:
     pytest.importorskip("matplotlib")
-    figure = figures.canvas(10, 10)
-    figures.module("backends.backend_agg").FigureCanvasAgg(figure)
+    figure = plot_style.canvas(10, 10)
+    plot_style.module("backends.backend_agg").FigureCanvasAgg(figure)
     figure.subplots().imshow(np.random.default_rng(0).random((300, 300)))
     figure.savefig(file, format="png")
 
@@ -217,13 +218,20 @@ def test_every_command_looks_at_its_folder_first(
         ["skip", "train", "--data", none],
         ["skip", "evaluate", "--data", none],
         ["skip", "explain", "--data", none, "--run", none],
-        ["bench"],
     ):
         assert main([*words, *out]) == 2
         assert "file: cannot be written: expected a folder, got a file" in capsys.readouterr().err
 
 
-def test_a_name_that_is_no_text_is_no_obstacle(
+def test_the_benchmark_looks_at_its_folder_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    words = [sys.executable, "-m", "bench", "--out", str(tmp_path / "file")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "file: cannot be written: expected a folder, got a file" in done.stderr
+
+
+def test_a_name_that_is_no_text_can_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -384,7 +392,7 @@ def test_a_checkpoint_may_not_ask_for_memory_or_code(tmp_path: Path) -> None:
 def test_a_zip_bomb_is_refused_by_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
     folder = write_movielens(tmp_path / "ml-1m")
-    monkeypatch.setattr(movielens, "LIMIT", 100_000)
+    monkeypatch.setattr(movielens_files, "LIMIT", 100_000)
     path = tmp_path / "ml-1m.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("users.dat", "movies.dat"):
@@ -392,24 +400,24 @@ def test_a_zip_bomb_is_refused_by_its_size(tmp_path: Path, monkeypatch: pytest.M
         archive.writestr("ratings.dat", bytes(1_000_000))
     assert path.stat().st_size < 50_000
     with pytest.raises(DataError, match=r"zip:ratings.dat: .*at most 100,000 bytes.*1,000,000"):
-        movielens.read_movielens(path)
+        read_movielens(path)
     # A declaration that lies is cut off there, and its checksum with it.
     told, lie = (size.to_bytes(4, "little") for size in (1_000_000, 10_000))
     path.write_bytes(path.read_bytes().replace(told, lie))
     with pytest.raises(DataError, match="damaged or cut short"):
-        movielens.read_movielens(path)
+        read_movielens(path)
     (folder / "ratings.dat").write_bytes(bytes(100_001))
     with pytest.raises(DataError, match=r"ratings.dat: expected at most 100,000"):
-        movielens.read_movielens(folder)
+        read_movielens(folder)
 
 
 def test_a_gzip_bomb_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pyarrow")
-    monkeypatch.setattr(movielens, "LIMIT", 100_000)
+    monkeypatch.setattr(movielens_files, "LIMIT", 100_000)
     (tmp_path / "x.gz").write_bytes(gzip.compress(bytes(1_000_000)))
     with pytest.raises(DataError, match=r"x.gz: expected at most 100,000 bytes, unpacked"):
-        movielens._read_tsv(tmp_path / "x.gz")
+        movielens_files.read_packed(tmp_path / "x.gz")
     name = tmp_path / "log_0.csv.gz"
     name.write_bytes(gzip.compress(bytes(1_000_000)))
     with pytest.raises(DataError, match=r"log_0.csv.gz, line 1: expected lines of up to 65,536"):
-        list(mssd_csv.CsvFile(name, LOG_COLUMNS).blocks())
+        list(CsvFile(name, LOG_COLUMNS).blocks())

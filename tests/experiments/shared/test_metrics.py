@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskmoe_kernels.experiments.shared.baselines import last_skip, mean_skip
 from maskmoe_kernels.experiments.shared.metrics import (
     SkipTally,
     hit_rate,
@@ -172,11 +171,3 @@ def test_skips_of_another_shape_are_refused() -> None:
             SkipTally().add(right, real)
     with pytest.raises(ValueError, match="no track was counted"):
         SkipTally().metrics()
-
-
-def test_baselines_by_hand() -> None:
-    skips = torch.tensor([[1.0, 0, 1, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
-    padding = torch.arange(4) >= torch.tensor([[3], [4], [0]])
-    assert last_skip(skips, padding).tolist() == [[1], [1], [0.5]]
-    means = [[2 / 3], [3 / 4], [0.5]]
-    assert mean_skip(skips, padding) == pytest.approx(torch.tensor(means), abs=1e-6)

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskmoe_kernels.experiments.skip.data.generator import Settings, generate
-from maskmoe_kernels.experiments.skip.data.mssd import prepare
+from maskmoe_kernels.experiments.skip.data.prepare import prepare
+from maskmoe_kernels.experiments.skip.generator.generate import generate
+from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -19,7 +20,7 @@ _KILLED = """
 import os, signal, sys
 import torch
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments.skip.trainer import Trainer
+from maskmoe_kernels.experiments.shared.trainer import Trainer
 
 what, _, when = sys.argv[1].partition(":")
 calls = {"step": 0, "save": 0}
@@ -51,7 +52,7 @@ sys.exit(main(sys.argv[2:]))
 
 def write_sessions(folder: Path, sessions: int = 300) -> tuple[Path, Path]:
     """Generated csv files with their causes, and their shards."""
-    generate(folder / "csv", Settings(sessions, seed=5, tracks=2_000, chunk=100))
+    generate(folder / "csv", GeneratorSettings(sessions, seed=5, tracks=2_000, chunk=100))
     prepare([folder / "csv"], folder / "data", row_group=32)
     return folder / "csv", folder / "data"
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from maskmoe_kernels import LayoutError
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.toy import train as toy
+from maskmoe_kernels.experiments.toy.data import SIGMA, TASKS, sample
+from maskmoe_kernels.experiments.toy.evaluate import CONFIDENCES, combine, evaluate, print_report
 
 SHORT = toy.ToyConfig(epochs=3, steps=150, learning_rate=5e-3, test_samples=4000)
 
@@ -19,30 +21,30 @@ def trained():
     return toy.run("b", seed=1, config=SHORT)
 
 
-@pytest.mark.parametrize("name", toy.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_samples_follow_their_clusters(name):
-    task = toy.TASKS[name]
-    x, y, which = toy.sample(task, 40_000, torch.Generator().manual_seed(0))
+    task = TASKS[name]
+    x, y, which = sample(task, 40_000, torch.Generator().manual_seed(0))
     share = torch.bincount(which, minlength=len(task.clusters)) / len(which)
     assert (share - 1 / len(task.clusters)).abs().max() < 0.01
     for k, cluster in enumerate(task.clusters):
         own = x[which == k]
         assert (own.mean(0) - torch.tensor(cluster.center)).abs().max() < 0.02
         noisy = torch.tensor([n in cluster.noisy for n in range(x.shape[1])])
-        assert (own.std(0)[noisy] - toy.SIGMA).abs().max() < 0.015
+        assert (own.std(0)[noisy] - SIGMA).abs().max() < 0.015
         assert (own[:, ~noisy] == torch.tensor(cluster.center)[~noisy]).all()
         assert (y[which == k] == cluster.label).all()
 
 
-@pytest.mark.parametrize("name", toy.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_the_right_expert_separates_its_cluster_and_no_smaller_one_does(name):
-    task = toy.TASKS[name]
+    task = TASKS[name]
     member = dict(zip(task.family.names, task.family.membership.tolist(), strict=True))
     for cluster in task.clusters:
         fitting = [expert for expert in member if separates(task, member[expert], cluster)]
         assert cluster.expert in fitting
-        below = task.family.strict[task.family.names.index(cluster.expert)]
-        assert not any(below[task.family.names.index(expert)] for expert in fitting)
+        subsets = task.family.strict[task.family.names.index(cluster.expert)]
+        assert not any(subsets[task.family.names.index(expert)] for expert in fitting)
 
 
 def separates(task, seen, cluster):
@@ -56,7 +58,7 @@ def separates(task, seen, cluster):
 
 def test_samples_are_those_of_the_seed():
     first, again, other = (
-        toy.sample("b", 100, torch.Generator().manual_seed(seed))[0] for seed in (3, 3, 4)
+        sample("b", 100, torch.Generator().manual_seed(seed))[0] for seed in (3, 3, 4)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -69,8 +71,8 @@ def test_a_short_run_beats_chance_and_finds_the_experts(trained):
     assert row["right_expert"]["inner"] > 0.6
     assert row["right_expert"]["outer"] > 0.8
     # What the confidences trade: a stricter one leaves more to the bivariate expert.
-    inner = [report["table"][c]["right_expert"]["inner"] for c in toy.CONFIDENCES]
-    outer = [report["table"][c]["right_expert"]["outer"] for c in toy.CONFIDENCES]
+    inner = [report["table"][c]["right_expert"]["inner"] for c in CONFIDENCES]
+    outer = [report["table"][c]["right_expert"]["outer"] for c in CONFIDENCES]
     assert inner == sorted(inner, reverse=True)
     assert outer == sorted(outer)
 
@@ -91,7 +93,7 @@ def test_a_seed_gives_the_same_bits_and_leaves_the_callers_stream_alone():
 
 
 def test_evaluation_of_a_perfect_net_is_perfect_up_to_overlap():
-    task = toy.TASKS["b"]
+    task = TASKS["b"]
 
     class Oracle(torch.nn.Module):
         def __init__(self):
@@ -105,7 +107,7 @@ def test_evaluation_of_a_perfect_net_is_perfect_up_to_overlap():
             own = torch.tensor([task.family.names.index(c.expert) for c in task.clusters])
             return torch.nn.functional.one_hot(own[nearest], 3) * 5 * sign[:, None]
 
-    for row in toy.evaluate(Oracle(), task, n=4000).values():
+    for row in evaluate(Oracle(), task, n=4000).values():
         assert row["accuracy"] > 0.993
         assert row["right_expert"]["outer"] > 0.99
         assert row["right_expert"]["inner"] > 0.98
@@ -132,7 +134,7 @@ def test_machine_names_no_host_and_no_path():
     assert set(machine()) == {"cpu", "cores", "threads", "gpu", "torch", "python"}
 
 
-@pytest.mark.parametrize("name", toy.TASKS)
+@pytest.mark.parametrize("name", TASKS)
 def test_run_toy_writes_and_prints(tmp_path, name):
     pytest.importorskip("matplotlib")
     text = StringIO()
@@ -151,9 +153,9 @@ def test_run_toy_writes_and_prints(tmp_path, name):
 def test_seeds_are_combined(tmp_path):
     config = toy.ToyConfig(epochs=1, steps=3, test_samples=400)
     reports = [toy.run_toy("b", s, tmp_path / str(s), config=config, draw=False) for s in (0, 1)]
-    combined = toy.combine(reports, "maskmoe toy --task b")
+    combined = combine(reports, "maskmoe toy --task b")
     text = StringIO()
-    toy.print_report(combined, Console(file=text, width=120))
+    print_report(combined, Console(file=text, width=120))
     assert [entry["seed"] for entry in combined["seeds"]] == [0, 1]
     accuracy = [report["table"]["abs"]["accuracy"] for report in reports]
     assert combined["summary"]["abs"]["accuracy"]["worst"] == min(accuracy)

@@ -1,1 +1,1 @@
-"""Strict readers of the data sets the experiments use."""
+"""From the official csv files to checked shards, and from those to batches of sessions."""

@@ -1,185 +1,54 @@
-"""Sessions streamed from the shards: batches of half-sessions, each session once an epoch.
+"""Batches of sessions streamed from the shards, each session once an epoch.
 
-Which sessions make batch k of an epoch depends on the shards, the seed, the epoch, ``batch_size``
-and ``pool`` alone (:mod:`.schedule`). Ranks divide each batch, and workers a rank's share, so the
-shares of all ranks, one after the other, are bit for bit the batch of a single process.
+The sessions of batch k of an epoch depend only on the shards, the seed, the epoch, ``batch_size``
+and ``pool`` (:mod:`.schedule`). The ranks divide each batch, and the workers divide their rank's
+share. The shares of all ranks, concatenated, are bit for bit the batch of a single process.
 
-The cursor counts the batches that :class:`SessionLoader` handed out. What workers have fetched
-ahead does not count; after ``load_state_dict`` they start at the batch that comes next.
+The cursor counts the batches that :class:`SessionLoader` yielded, not the batches that its workers
+prefetched. After ``load_state_dict`` the workers start at the next batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.report import check_seal, read_json
-from maskmoe_kernels.experiments.shared.structure import Spec, check
-from maskmoe_kernels.experiments.skip.data.mssd_columns import TRACK_FEATURES
-from maskmoe_kernels.experiments.skip.data.mssd_shards import SPLITS, is_part_whole
-from maskmoe_kernels.experiments.skip.data.mssd_tracks import FOLDER, FORMAT, is_whole
+from maskmoe_kernels.experiments.skip.data.arrays import Ints
+from maskmoe_kernels.experiments.skip.data.features import Rows, SessionBatch, assemble
 from maskmoe_kernels.experiments.skip.data.schedule import Pool, Schedule
-from maskmoe_kernels.experiments.skip.data.session_features import (
-    READ,
-    Array,
-    Rows,
-    SessionBatch,
-    assemble,
-)
-
-_REMEDY = "Run `maskmoe skip prepare` again."
-_MANIFEST: Spec = {
-    "digest": str,
-    "splits": {str: [{"file": str, "bytes": int, "row_groups": [int]}]},
-    "parts": {str: [[int]]},
-    "files": {str: {"bytes": int, "crc32": int}},
-    "checksum": str,
-}
-
-
-class Shards:
-    """The shards of one split, as ``prepare`` wrote them.
-
-    Args:
-        folder: Where ``prepare`` wrote.
-        split: ``train``, ``valid`` or ``test``.
-    Raises:
-        DataError: There is no manifest, it is of another format, or a shard is not as it says.
-        ValueError: Another split.
-    """
-
-    def __init__(self, folder: str | Path, split: str):
-        if split not in SPLITS:
-            raise ValueError(f"split must be one of {list(SPLITS)}, got {split!r}")
-        self.folder, self.split = Path(folder), split
-        manifest = _manifest(self.folder)
-        self.digest: str = manifest["digest"]
-        self._shards = manifest["splits"][split]
-        for shard in self._shards:
-            path = self.folder / shard["file"]
-            size = path.stat().st_size if path.is_file() else None
-            if size != shard["bytes"]:
-                got = "no such file" if size is None else f"{size} bytes"
-                raise DataError(f"{path}: expected {shard['bytes']} bytes, got {got}. {_REMEDY}")
-        self._parts: dict[str, list[list[int]]] = manifest["parts"]
-        self._files: dict[str, dict[str, int]] = manifest["files"]
-        self._known: set[str] = set()  # files whose index is verified
-        self.sizes: list[int] = [n for shard in self._shards for n in shard["row_groups"]]
-        self._places = [
-            (shard["file"], i) for shard in self._shards for i in range(len(shard["row_groups"]))
-        ]
-
-    def __len__(self) -> int:
-        """Number of sessions."""
-        return sum(self.sizes)
-
-    @cached_property
-    def tracks(self) -> Array:
-        """Normalised features of all tracks, ``(tracks, 29)`` float32, mapped into memory."""
-        path = self._track_file("features.npy")
-        try:
-            matrix: Array = np.load(path, mmap_mode="r")
-        except ValueError as error:
-            raise DataError(f"{path}: expected a matrix, got {error}. {_REMEDY}") from error
-        return matrix
-
-    def _track_file(self, name: str) -> Path:
-        """A file of the tracks, once its checksum is verified."""
-        path = self.folder / FOLDER / name
-        try:
-            whole = is_whole(path, self._files[name])
-        except OSError as error:
-            raise DataError(f"{path}: expected a file, got {error.strerror}. {_REMEDY}") from error
-        if not whole:
-            raise DataError(f"{path}: expected what `prepare` wrote, got another file. {_REMEDY}")
-        return path
-
-    def table(self, group: int, columns: tuple[str, ...] | None = READ) -> Any:
-        """The rows of one row group, a pyarrow table."""
-        name, place = self._places[group]
-        path, wanted = self.folder / name, None if columns is None else list(columns)
-        try:
-            if name not in self._known:
-                self._verify(name, -1)
-                self._known.add(name)
-            self._verify(name, place)
-            with pq.ParquetFile(path) as file:
-                return file.read_row_group(place, columns=wanted, use_threads=False)
-        except (OSError, ValueError, IndexError, KeyError, pa.ArrowException) as error:
-            raise DataError(f"{path}: expected a whole shard, got {error}. {_REMEDY}") from error
-
-    def _verify(self, name: str, part: int) -> None:
-        """Hold a part of a shard against its checksum: a row group, or the index at the end."""
-        if not is_part_whole(self.folder / name, self._parts[name], part):
-            raise ValueError(f"other bytes than those written, in part {part}")
-
-    def find(self, session_id: str) -> tuple[SessionBatch, Any]:
-        """One session: a batch of it alone, and its rows with the raw features of its tracks.
-
-        Raises:
-            DataError: This split does not hold it.
-        """
-        for group in range(len(self.sizes)):
-            ids = self.table(group, ("session_id",))["session_id"]
-            if not pc.any(pc.equal(ids, session_id)).as_py():
-                continue
-            table = self.table(group, None)
-            table = table.filter(pc.equal(table["session_id"], session_id)).combine_chunks()
-            batch = assemble(Rows.decode(table), np.arange(1), self.tracks)
-            raw = pq.read_table(self._track_file("tracks.parquet")).take(table["track"])
-            for name in ("track_id", *TRACK_FEATURES):
-                table = table.append_column(name, raw[name])
-            return batch, table
-        raise DataError(
-            f"session {session_id!r} is not among the {len(self)} sessions of {self.split} in "
-            f"{self.folder}. Name another, or another split."
-        )
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise DataError(
-            f"{path}: expected the manifest of prepared shards, got No such file. {_REMEDY}"
-        )
-    # The format first: another one may be sealed in another way.
-    manifest = read_json(path, _REMEDY, seal=False)
-    if manifest.get("format") != FORMAT:
-        got = manifest.get("format")
-        raise DataError(f"{path}: expected format {FORMAT}, got {got}. {_REMEDY}")
-    check_seal(manifest, path, _REMEDY)
-    check(manifest, _MANIFEST, lambda what: DataError(f"{path}: {what}. {_REMEDY}"))
-    return manifest
+from maskmoe_kernels.experiments.skip.data.shards import Shards
 
 
 class SessionDataset(IterableDataset[SessionBatch]):
-    """Batches of one epoch, from ``start`` on: the share of one rank, or of one worker of it.
+    """One rank's share of the batches of an epoch.
 
-    Without workers its items are the rank's batches. With W workers a ``DataLoader`` yields W
-    items a batch, one from each worker, to be joined in order: :class:`SessionLoader` does.
+    Without workers, an item is the rank's share of a batch. With W workers, a ``DataLoader``
+    yields W items a batch, one from each worker; :class:`SessionLoader` joins them in order.
 
     Args:
-        shards: What to read.
-        batch_size: Most sessions of a batch over all ranks; the batches of a pool differ by one
-            session at most.
-        pool: Row groups that are shuffled together.
-        seed: Of the order; ``None``: file order, the same in every epoch.
-        rank: Whose share.
-        world: Number of ranks. All yield equally many batches. A rank's share is empty only
-            where a pool holds fewer sessions than there are ranks.
+        shards: The shards to read.
+        batch_size: Largest number of sessions of a batch, over all ranks. The batches of a pool
+            differ by at most one session.
+        pool: Number of row groups that are shuffled together.
+        seed: Seed of the order; ``None``: file order, the same in every epoch.
+        rank: This rank, from 0.
+        world: Number of ranks. All yield the same number of batches. A share is empty only if a
+            pool holds fewer sessions than there are ranks.
+
+    Attributes:
+        epoch: The epoch that an iteration yields, from 0.
+        start: The batch at which an iteration starts, from 0.
+
     Raises:
         DataError: The split holds no session.
-        ValueError: ``batch_size`` is below 2 sessions a rank, or an argument is out of range.
+        ValueError: ``batch_size`` is below 2 for each of several ranks, or an argument is out of
+            range.
     """
 
     def __init__(
@@ -212,7 +81,7 @@ class SessionDataset(IterableDataset[SessionBatch]):
         self.epoch = self.start = 0
 
     def schedule(self) -> Schedule:
-        """The order of the current epoch."""
+        """The batches of the current epoch."""
         return Schedule(self.shards.sizes, self.batch_size, self.pool, self.seed, self.epoch)
 
     def __iter__(self) -> Iterator[SessionBatch]:
@@ -225,12 +94,17 @@ class SessionDataset(IterableDataset[SessionBatch]):
                 shares = schedule.shares(pool, (self.rank, self.world), within)[skip:]
                 yield from self._batches(pool, shares)
 
-    def _batches(self, pool: Pool, shares: list[Array]) -> Iterator[SessionBatch]:
-        """Decode the row groups that the shares touch, and no other; then cut batches."""
+    def _batches(self, pool: Pool, shares: list[Ints]) -> Iterator[SessionBatch]:
+        """Decode only the row groups that the shares need, and yield a batch for each share.
+
+        Args:
+            pool: A pool of the schedule.
+            shares: Sessions of each batch, numbered within the pool.
+        """
         begin = np.cumsum(pool.sizes) - pool.sizes
-        owner = np.repeat(np.arange(len(pool.groups)), pool.sizes)
-        needed = np.unique(owner[np.concatenate(shares)])
-        # Where a session of the pool stands among those that are decoded.
+        group = np.repeat(np.arange(len(pool.groups)), pool.sizes)
+        needed = np.unique(group[np.concatenate(shares)])
+        # Session of the pool -> its index among the decoded sessions.
         place = np.full(pool.sessions, -1)
         count = 0
         for i in needed.tolist():
@@ -243,17 +117,21 @@ class SessionDataset(IterableDataset[SessionBatch]):
 
 
 class SessionLoader:
-    """Iterates over the batches of a rank, epoch after epoch, and knows where it stands.
+    """Iterates over the batches of a rank, epoch after epoch, with a cursor that can be saved.
 
-    One pass of ``for batch in loader`` goes to the end of the current epoch, from wherever it
-    stands; the next pass is the next epoch. A pass that is left early goes on where it was left;
-    left at the last batch, what goes on is a pass without batches, and the epoch ends with it.
+    ``for batch in loader`` yields the remaining batches of the current epoch; the next loop yields
+    the next epoch. After a ``break`` the next loop continues with the next batch. If the ``break``
+    was at the last batch, the next loop yields nothing and ends the epoch.
 
     Args:
-        dataset: Its ``epoch`` and ``start`` are the loader's business from now on.
-        workers: Processes that prepare batches ahead; 0: none, batches are made when asked for.
-        pin_memory: Have batches in page-locked memory.
+        dataset: Where batches come from. The loader sets its ``epoch`` and ``start``.
+        workers: Processes that prepare batches ahead; 0: batches are made in this process.
+        pin_memory: Whether batches are in page-locked memory.
         prefetch: Batches that each worker prepares ahead.
+
+    Attributes:
+        epoch: The current epoch, from 0.
+        batch: Batches of it that were yielded.
     """
 
     def __init__(
@@ -269,7 +147,7 @@ class SessionLoader:
         self.epoch = self.batch = 0
 
     def __len__(self) -> int:
-        """Batches of the current epoch; another epoch may have a few more or less."""
+        """Number of batches of the current epoch; other epochs may have a few more or less."""
         self.dataset.epoch = self.epoch
         return self.dataset.schedule().batches
 
@@ -283,19 +161,19 @@ class SessionLoader:
                 batch_size=None,
                 num_workers=self.workers,
                 prefetch_factor=self.prefetch if self.workers else None,
-                # Its own: a pass that begins must not move the random state of training.
+                # A generator of its own, so that a loop leaves torch's random state unchanged.
                 generator=torch.Generator(),
             )
         )
         while self.batch < total:
             batch = SessionBatch.join([next(source) for _ in range(parts)])
-            # Counted before it is handed out: a cursor taken while it is in use lies behind it.
+            # Count the batch before it is used, so that a cursor saved meanwhile is after it.
             self.batch += 1
             yield batch.pin_memory() if self.pin_memory else batch
         self.epoch, self.batch = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, of plain values: behind the batch that was handed out last."""
+        """The cursor after the batch that was yielded last, in plain values."""
         data = self.dataset
         return {
             "epoch": self.epoch,
@@ -308,10 +186,13 @@ class SessionLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the batch at which ``state`` was taken, with any world and any workers.
+        """Continue after the batch at which ``state`` was taken.
+
+        The number of ranks and workers may differ from those of that run.
 
         Raises:
-            DataError: The cursor belongs to other shards or to another order of their sessions.
+            DataError: The cursor is damaged, or belongs to other shards or to another order of
+                their sessions.
         """
         own = self.state_dict()
         missing = own.keys() - state.keys()

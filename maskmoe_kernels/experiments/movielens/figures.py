@@ -1,0 +1,168 @@
+"""Figures of the MovieLens experiment: learning, who decides, and what simple explanations cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.experiments.shared import charts, hasse, plot_style
+from maskmoe_kernels.experiments.shared.plot_style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    MARKERS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    canvas,
+    light_grid,
+    save,
+)
+from maskmoe_kernels.layout.subsets import SubsetFamily
+
+
+def draw(report: Mapping[str, Any], out: Path) -> str | None:
+    """All figures of a report, as png files in ``out``.
+
+    Returns:
+        Why there are none, in words; ``None`` where they were drawn.
+    """
+    missing = plot_style.unsupported_reason()
+    if missing is not None:
+        return missing
+    histories = {name: model["history"] for name, model in report["models"].items()}
+    charts.learning_curves(histories, out / "learning_curves.png")
+    interpretable = report["models"].get("interpretable")
+    if interpretable is None:
+        return None
+    hasse.hasse(SubsetFamily(**interpretable["family"]), out / "hasse.png")
+    _draw_frontier(report["models"], out)
+    return None
+
+
+def _draw_frontier(models: Mapping[str, Any], out: Path) -> None:
+    """Figure 6 with the paper's mixing rule and with the chosen one; what lies between them."""
+    interpretable, chosen = models["interpretable"], models["interpretable"]["sharpness"]
+    for point in interpretable["frontier"]:
+        if point["sharpness"] not in (1, chosen):
+            continue
+        plain = point["sharpness"] == 1
+        charts.attribution_bars(
+            list(point["decided"]),
+            list(point["mean_attribution"].values()),
+            list(point["decided"].values()),
+            out / ("attribution.png" if plain else "attribution_chosen.png"),
+            title=f"Which features decide? Sharpness {point['sharpness']:g}",
+        )
+    points = [
+        {"sharpness": p["sharpness"], "decided": p["decided"], **_short_names(p["test"])}
+        for p in interpretable["frontier"]
+    ]
+    black_box = models.get("black-box")
+    levels = None if black_box is None else _short_names(black_box["test"])
+    frontier(points, chosen, out / "frontier.png", levels)
+
+
+def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {"hr": metrics["HR@10"], "ndcg": metrics["NDCG@10"]}
+
+
+def frontier(
+    points: Sequence[Mapping[str, Any]],
+    chosen: float,
+    path: str | Path,
+    black_box: Mapping[str, float] | None = None,
+    title: str = "What does a simple explanation cost?",
+) -> None:
+    """HR@10 and NDCG@10 against the share of items each expert decides, over sharpness.
+
+    Args:
+        points: One per sharpness: ``{"sharpness", "hr", "ndcg", "decided": {expert: share}}``,
+            the largest expert last in ``decided``.
+        chosen: Sharpness of the chosen point.
+        path: Where to write the PNG.
+        black_box: ``{"hr", "ndcg"}`` of the black box, drawn as levels.
+        title: First line of the figure.
+
+    Raises:
+        LayoutError: No points, or ``chosen`` is not the sharpness of one.
+        BackendError: matplotlib is missing.
+    """
+    points = sorted(points, key=lambda point: float(point["sharpness"]))
+    sharpness = [float(point["sharpness"]) for point in points]
+    if not points or chosen not in sharpness:
+        raise LayoutError(f"chosen must be the sharpness of a point, one of {sharpness}: {chosen}")
+    figure = canvas(12.5, 6.0)
+    left, middle, right = figure.subplots(1, 3)
+    largest = list(points[0]["decided"])[-1]
+    at = sharpness.index(chosen)
+    for ax, key, name in ((left, "hr", "HR@10"), (middle, "ndcg", "NDCG@10")):
+        _frontier_panel(ax, points, key, at, largest)
+        if black_box is not None:
+            ax.axhline(black_box[key], color=BLACK, ls="--", lw=1.2, label="black box")
+        ax.set_ylabel(f"{name} (0 to 1)")
+        ax.set_title(f"{name}: higher is better", fontsize=11)
+    _decided_panel(right, points, at)
+    figure.suptitle(
+        f"{title}\nFurther right, {largest!r} decides more items; further left, smaller experts do",
+        fontsize=13,
+    )
+    handles, labels = left.get_legend_handles_labels()
+    more = right.get_legend_handles_labels()
+    figure.legend(
+        [*handles, *more[0]],
+        [*labels, *more[1]],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+        fontsize=10,
+    )
+    save(figure, path)
+
+
+def _frontier_panel(
+    ax: Any, points: Sequence[Mapping[str, Any]], key: str, chosen: int, largest: str
+) -> None:
+    x = [100 * point["decided"][largest] for point in points]
+    y = [point[key] for point in points]
+    ax.plot(x, y, color=BLUE, marker="o", ms=4, label="mixture, by sharpness")
+    for k, marker, end in ((0, "s", "lower"), (len(points) - 1, "D", "upper")):
+        name = f"{end} end: sharpness {points[k]['sharpness']:g}"
+        style = {"marker": marker, "ms": 9, "mfc": "white", "mec": BLACK, "mew": 1.5, "ls": ""}
+        ax.plot(x[k], y[k], label=name, **style)
+    star = {"marker": "*", "ms": 19, "color": VERMILLION, "mec": BLACK, "ls": "", "zorder": 5}
+    ax.plot(
+        x[chosen], y[chosen], label=f"chosen: sharpness {points[chosen]['sharpness']:g}", **star
+    )
+    ax.set_xlabel(f"items decided by {largest!r} (%)")
+    ax.margins(0.12)
+    light_grid(ax, "both")
+
+
+def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) -> None:
+    x = [float(point["sharpness"]) for point in points]
+    experts = list(points[0]["decided"])
+    for k, expert in enumerate(experts):
+        y = [100 * point["decided"][expert] for point in points]
+        marker = {"marker": MARKERS[(k + 1) % len(MARKERS)], "ms": 5}
+        others = (SKY, PURPLE, GREEN, ORANGE, BLUE, GREY)
+        color = BLACK if k == len(experts) - 1 else others[k % len(others)]
+        ax.plot(x, y, color=color, label=f"decided by {expert}", **marker)
+    ax.axvline(x[chosen], color=VERMILLION, lw=1.5, zorder=0, label="chosen (line)")
+    if min(x) > 0 and max(x) / min(x) > 4:
+        ax.set_xscale("log", base=2)
+        labelled = [x[0]]  # on a log axis neighbours closer than this would overlap
+        for value in x[1:]:
+            if value / labelled[-1] >= 1.45:
+                labelled.append(value)
+        ax.set_xticks(labelled, [f"{value:g}" for value in labelled])
+        ax.minorticks_off()
+    ax.set_xlabel("sharpness (no unit)")
+    ax.set_ylabel("items decided (%)")
+    ax.set_title("Who decides", fontsize=11)
+    ax.set_ylim(bottom=0)
+    light_grid(ax, "both")

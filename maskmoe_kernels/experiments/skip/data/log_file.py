@@ -1,0 +1,135 @@
+"""Converts one ``log_*.csv`` to shards of whole, valid sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskmoe_kernels.experiments.shared.report import sealed, write_json
+from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
+from maskmoe_kernels.experiments.skip.data.records import (
+    FORMAT,
+    LOGS_FOLDER,
+    TRACKS_FOLDER,
+    fingerprint,
+    is_intact,
+    read_record,
+    save_array,
+    size_and_checksum,
+)
+from maskmoe_kernels.experiments.skip.data.session_rows import SessionRows, block_table
+from maskmoe_kernels.experiments.skip.data.shard_format import ROW_GROUP, SPLITS, is_part_intact
+from maskmoe_kernels.experiments.skip.data.shard_writer import ShardWriter
+from maskmoe_kernels.experiments.skip.data.tracks import DIGESTS
+
+
+@dataclass(frozen=True)
+class LogFile:
+    """A log file to convert, and where its results go.
+
+    Attributes:
+        source: ``log_*.csv``, or ``.csv.gz``.
+        out: Folder of the shards.
+        tracks: Digest of the table of tracks in ``out``.
+        row_group: Sessions of a row group.
+        strict: Stop at the first problem.
+        excluded: Digests of sessions to drop because earlier log files hold them.
+        earlier: Those log files: name -> digest of its content.
+    """
+
+    source: Path
+    out: Path
+    tracks: str
+    row_group: int = ROW_GROUP
+    strict: bool = False
+    excluded: UInt64s = field(default_factory=lambda: np.empty(0, np.uint64))
+    earlier: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The file's name without its endings; the shards have the same name."""
+        return self.source.name.removesuffix(".gz").removesuffix(".csv")
+
+    @property
+    def record(self) -> Path:
+        """The record of the conversion, which is written last."""
+        return self.out / LOGS_FOLDER / f"{self.name}.json"
+
+    @property
+    def digests(self) -> Path:
+        """An array with the digest of each session's id, ``(sessions,)`` uint64."""
+        return self.out / LOGS_FOLDER / f"{self.name}.npy"
+
+    def shard(self, split: str) -> Path:
+        """The shard of one split. It is not written if it would hold no session."""
+        return self.out / split / f"{self.name}.parquet"
+
+    def valid_record(self) -> dict[str, Any] | None:
+        """The record of an earlier conversion; None if the file must be converted (again)."""
+        record = read_record(self.record)
+        if record is None or record["source"] != fingerprint(self.source):
+            return None
+        if record["tracks"] != self.tracks or record["row_group"] != self.row_group:
+            return None
+        if self.strict and record["problems"]["counts"]:
+            return None
+        for split in SPLITS:
+            path, parts = self.shard(split), record["parts"][split]
+            if (path.stat().st_size if path.is_file() else 0) != record["bytes"][split]:
+                return None
+            if not all(is_part_intact(path, parts, i) for i in range(len(parts))):
+                return None
+        return record if is_intact(self.digests, record["digests"]) else None
+
+
+def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
+    """Convert one log file; rows with a problem are dropped together with their sessions.
+
+    Args:
+        log: What to convert.
+        advance: Called with the number of bytes just read.
+    Returns:
+        The record, as it is written to ``log.record``.
+    Raises:
+        DataError: The file cannot be read or lacks a column, or ``log.strict`` and there is a
+            problem.
+    """
+    source = fingerprint(log.source)
+    log.record.unlink(missing_ok=True)
+    tracks = np.load(log.out / TRACKS_FOLDER / DIGESTS, mmap_mode="r")
+    file = CsvFile(log.source, LOG_COLUMNS, advance)
+    sessions = SessionRows(file.path, file.problems, log.excluded, log.earlier)
+    with ShardWriter(log.shard, log.row_group) as shards:
+        for block in file.blocks():
+            # Raise before sessions are checked: an invalid row also makes its session incomplete.
+            file.problems.raise_first(log.strict)
+            shards.add(sessions.add(block_table(block, tracks)))
+            file.problems.raise_first(log.strict)
+        file.problems.raise_first(log.strict)
+        shards.add(sessions.finish())
+        file.problems.raise_first(log.strict)
+    digests = np.fromiter(sessions.lines, np.uint64, len(sessions.lines))
+    save_array(log.digests, digests)
+    record = {
+        "format": FORMAT,
+        "source": source,
+        "digest": file.digest,
+        "tracks": log.tracks,
+        "row_group": log.row_group,
+        "because": dict(log.earlier),
+        "row_groups": shards.row_groups,
+        "bytes": shards.bytes,
+        "parts": shards.parts,
+        "digests": size_and_checksum(log.digests),
+        "sessions": len(digests),
+        "dropped": sessions.dropped,
+        "problems": {"counts": file.problems.counts, "examples": file.problems.examples},
+    }
+    write_json(log.record, sealed(record))
+    return record

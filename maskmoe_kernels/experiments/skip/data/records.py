@@ -1,0 +1,76 @@
+"""The folder that ``prepare`` writes: names, records of finished steps, and checksums of files.
+
+::
+
+    manifest.json           written last: format, digests, statistics of the tracks, and per split
+                            the shards with the number of sessions of each row group
+    tracks/                 the table of tracks, see :mod:`.tracks`
+    train/ valid/ test/     one shard per log file; a row group holds whole sessions
+    logs/                   one record per log file, written when the file is converted
+
+A file whose name starts with ``.unfinished-`` is left by a killed run; the next run removes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.files import checksum, replacing
+from maskmoe_kernels.experiments.shared.report import read_json
+from maskmoe_kernels.experiments.skip.data.arrays import Array
+
+#: Version of everything that ``prepare`` writes. Files of another version are made again.
+FORMAT = 2
+MANIFEST = "manifest.json"
+TRACKS_FOLDER, LOGS_FOLDER = "tracks", "logs"
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Name, size and time of a source file; if they are the same, the file was not changed.
+
+    Raises:
+        DataError: There is no such file.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: expected a readable file, got {error.strerror}.") from error
+    return {"name": path.name, "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a finished step; None if it is missing, damaged or of another format."""
+    try:
+        content = read_json(path, "")
+    except DataError:
+        return None
+    return content if content.get("format") == FORMAT else None
+
+
+def size_and_checksum(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}
+
+
+def is_intact(path: Path, expected: Mapping[str, int]) -> bool:
+    """Whether there is a file whose :func:`size_and_checksum` is ``expected``.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    return path.is_file() and size_and_checksum(path) == expected
+
+
+def save_array(path: Path, array: Array) -> None:
+    """Write a ``.npy`` file, with the guarantees of :func:`replacing`."""
+    with replacing(path) as file:
+        np.save(file, array)

@@ -1,0 +1,248 @@
+"""Evaluates skip models: metrics beside the paper's table 2, and which experts decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.metrics import SkipTally
+from maskmoe_kernels.experiments.shared.report import machine, write_json
+from maskmoe_kernels.experiments.shared.trainer import Run
+from maskmoe_kernels.experiments.skip import figures as skip_figures
+from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip
+from maskmoe_kernels.experiments.skip.data.features import SKIP_2, SessionBatch
+from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset
+from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.deciders import Deciders
+from maskmoe_kernels.experiments.skip.generator.causes import Causes
+from maskmoe_kernels.experiments.skip.models import logits_of, probability
+from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import Settings
+from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
+from maskmoe_kernels.ops.selection import mixture
+
+#: Table 2 of the paper: the values of ``METRICS``, per cent.
+PAPER = {
+    "last": (63.0, 74.2, 54.3),
+    "mean": (61.7, 66.3, 51.7),
+    "black-box-transformer": (72.2, 80.0, 62.8),
+    "interpretable-transformer": (70.9, 78.8, 61.1),
+}
+METRICS = ("Acc", "Acc@1", "MAA")
+#: Skips and padding of half A to a prediction for each track of half B.
+BASELINES = {"last": last_skip, "mean": mean_skip}
+#: Sessions of a batch.
+BATCH = 512
+
+
+def evaluate(
+    data: Path,
+    out: Path,
+    runs: Sequence[Path],
+    *,
+    causes: Path | None = None,
+    split: str = "test",
+    sharpness: float | None = None,
+    device: str = "cpu",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Evaluate the baselines and trained models; write ``evaluation.json`` and figures.
+
+    Args:
+        data: The folder of shards.
+        out: The folder of the results; made if missing.
+        runs: Folders of ``maskmoe skip train``.
+        causes: Folder of ``maskmoe skip generate``, if the sessions are generated.
+        split: The split whose sessions are used.
+        sharpness: Sharpness of the prediction; ``None``: the one that each model was trained with.
+        device: Where to compute.
+        console: Where progress and tables are shown; ``None`` is quiet.
+
+    Returns:
+        The content of ``evaluation.json``.
+
+    Raises:
+        DataError: Shards, a run or the causes are missing, damaged, or do not belong together.
+    """
+    claim(out)
+    trained = _named([(load(path, device), path) for path in runs])
+    sessions = SessionDataset(Shards(data, split), BATCH)
+    known = None if causes is None else Causes(causes)
+    entries: dict[str, _Baseline | _Trained] = {name: _Baseline(name) for name in BASELINES}
+    for name, (model, settings, run) in trained.items():
+        entries[name] = _Trained(model, settings, run, sharpness)
+    for batch in track(
+        sessions, "evaluating", sessions.schedule().batches, console=console or Console(quiet=True)
+    ):
+        label_causes = None if known is None else known.of(batch.session_ids)
+        moved = batch.to(device)
+        for entry in entries.values():
+            entry.add(moved, label_causes)
+    report: dict[str, Any] = {
+        "data": sessions.shards.digest,
+        "split": split,
+        "sessions": len(sessions.shards),
+        "machine": machine(),
+        "models": {name: entry.report() for name, entry in entries.items()},
+    }
+    write_json(out / "evaluation.json", report)
+    missing = skip_figures.draw(report, out)
+    if console is not None:
+        print_report(report, console)
+        text = f"no figures: {missing}" if missing else f"report and figures: {out}"
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+class _Baseline:
+    """A baseline and its counts.
+
+    Args:
+        name: A key of ``BASELINES``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.predict, self.tally = name, BASELINES[name], SkipTally()
+
+    def add(self, batch: SessionBatch, causes: tuple[Tensor, Tensor] | None) -> None:
+        """Count a batch; ``causes`` is not used."""
+        predicted = self.predict(batch.first[..., SKIP_2], batch.first_padding) > 0.5
+        self.tally.add(predicted == (batch.target > 0.5), ~batch.second_padding)
+
+    def report(self) -> dict[str, Any]:
+        """Its entry in ``evaluation.json``."""
+        return {**self.tally.metrics(), "paper": _paper(self.name)}
+
+
+class _Trained:
+    """A trained model and its counts.
+
+    Args:
+        model: The model, on the device of the batches.
+        settings: The settings it was trained with.
+        run: The result of its training.
+        sharpness: Sharpness of the prediction; ``None``: that of the settings.
+    """
+
+    def __init__(
+        self, model: SessionModel, settings: Settings, run: Run, sharpness: float | None
+    ) -> None:
+        self.model, self.settings, self.run = model, settings, run
+        self.sharpness = settings.sharpness if sharpness is None else sharpness
+        self.tally = SkipTally()
+        self.deciders = Deciders(model.family) if isinstance(model, SessionExperts) else None
+
+    @torch.no_grad()
+    def add(self, batch: SessionBatch, causes: tuple[Tensor, Tensor] | None) -> None:
+        """Count a batch; ``causes`` as :meth:`Causes.of` returns them."""
+        real = ~batch.second_padding
+        logits = logits_of(self.model, batch, self.settings)
+        if self.deciders is None:
+            predicted = probability(self.model, logits, self.settings)
+        else:
+            mixed = mixture(logits, self.deciders.family, self.settings.confidence, self.sharpness)
+            predicted = mixed.probability
+            self.deciders.add(mixed.attribution.cpu(), real.cpu(), causes)
+        self.tally.add((predicted > 0.5) == (batch.target > 0.5), real)
+
+    def report(self) -> dict[str, Any]:
+        """Its entry in ``evaluation.json``."""
+        result: dict[str, Any] = self.tally.metrics()
+        result["model"] = self.settings.model
+        result["parameters"] = sum(p.numel() for p in self.model.parameters())
+        if self.deciders is not None:
+            family = self.deciders.family
+            result["family"] = {
+                "groups": dict(family.groups),
+                "subsets": {name: list(of) for name, of in family.subsets.items()},
+            }
+            result["sharpness"] = self.sharpness
+            result |= self.deciders.report()
+        result["paper"] = _paper(self.settings.model)
+        result["history"] = self.run.history
+        result["best_epoch"] = self.run.best_epoch
+        return result
+
+
+def _named(
+    runs: Sequence[tuple[tuple[SessionModel, Settings, Run], Path]],
+) -> dict[str, tuple[SessionModel, Settings, Run]]:
+    """Runs by the name of their model; if several have the same model, by their folder.
+
+    Raises:
+        DataError: Two runs have the same name.
+    """
+    models = [run[1].model for run, _ in runs]
+    result = {}
+    for run, path in runs:
+        name = run[1].model if models.count(run[1].model) == 1 else str(path)
+        if name in result:
+            raise DataError(f"{path}: is named twice; name each run once")
+        result[name] = run
+    return result
+
+
+def _paper(model: str) -> dict[str, float] | None:
+    """The paper's values for a model, if it has any."""
+    values = PAPER.get(model)
+    return None if values is None else dict(zip(METRICS, values, strict=True))
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Print the metrics beside the paper's, and which experts decide.
+
+    Args:
+        report: From :func:`evaluate`.
+        console: Where to print.
+    """
+    table = Table(
+        title=f"Skip prediction, {report['sessions']:,} sessions ({report['split']}), per cent",
+        caption="paper: table 2, other sessions",
+    )
+    table.add_column("model")
+    for name in METRICS:
+        table.add_column(name, justify="right")
+        table.add_column("paper", justify="right", style="dim")
+    for name, row in report["models"].items():
+        paper = row["paper"] or {}
+        cells = [
+            text
+            for key in METRICS
+            for text in (f"{100 * row[key]:.1f}", f"{paper[key]:.1f}" if key in paper else "")
+        ]
+        table.add_row(name, *cells)
+    console.print(table)
+    for name, row in report["models"].items():
+        if "decided" in row:
+            _print_deciders(name, row, console)
+
+
+def _print_deciders(name: str, row: Mapping[str, Any], console: Console) -> None:
+    table = Table(title=f"{name}: who decides, per cent (sharpness {row['sharpness']:g})")
+    for column in ("expert", "mean attribution", "most attributed"):
+        table.add_column(column, justify="left" if column == "expert" else "right")
+    for expert, share in row["mean_attribution"].items():
+        table.add_row(expert, f"{100 * share:.1f}", f"{100 * row['decided'][expert]:.1f}")
+    console.print(table)
+    if "decisive" not in row:
+        return
+    table = Table(
+        title=f"{name}: tracks whose cause is known and decisive",
+        caption="per cent whose most attributed expert sees the cause; is the smallest that does",
+    )
+    for column in ("cause", "tracks", "sees it", "smallest"):
+        table.add_column(column, justify="left" if column == "cause" else "right")
+    rows = {**row["decisive"]["causes"], "all": row["decisive"]}
+    for cause, counts in rows.items():
+        shares = (f"{100 * counts[key]:.1f}" for key in ("sees", "smallest"))
+        table.add_row(cause, f"{counts['tracks']:,}", *shares)
+    console.print(table)

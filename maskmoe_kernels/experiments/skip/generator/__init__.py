@@ -1,0 +1,1 @@
+"""Generated sessions in the official csv format, whose labels have known causes."""

@@ -1,0 +1,112 @@
+"""Writes generated sessions in the official csv format, with the causes of the labels of half B.
+
+Lengths, contexts, accounts, reasons, skips, and the tracks' features follow the statistics in
+:mod:`.calibration`. The rules that decide half B are those of :mod:`.causes`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from pyarrow import csv
+from rich.console import Console
+from rich.progress import track
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.files import claim, replacing
+from maskmoe_kernels.experiments.shared.report import read_json, write_json
+from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COLUMNS
+from maskmoe_kernels.experiments.skip.generator import causes
+from maskmoe_kernels.experiments.skip.generator.chunk import catalogue_of, draw_chunk
+from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
+
+_REMEDY = "Name an empty folder, or delete this one."
+
+
+def generate(
+    out: str | Path, settings: GeneratorSettings, *, workers: int = 1, progress: bool = False
+) -> None:
+    """Write ``tf_0.csv``, ``log_*.csv`` and ``causes_*.parquet`` to ``out``.
+
+    Chunks that an earlier run with the same settings wrote are kept. Memory: one chunk a worker.
+
+    Args:
+        out: The folder; made if missing.
+        settings: What to generate.
+        workers: Processes that write chunks in parallel.
+        progress: Show a progress bar on the terminal.
+    Raises:
+        DataError: ``out`` holds sessions of other or unknown settings.
+        ValueError: ``workers`` is below 1.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    out = claim(out)
+    check_settings(out, settings)
+    catalogue = catalogue_of(settings)
+    if not (out / "tf_0.csv").is_file():
+        header = [column.name for column in TRACK_COLUMNS]
+        _write_csv(out / "tf_0.csv", header, catalogue.table())
+    todo = [k for k in range(settings.chunks) if not (out / f"log_{k}.csv").is_file()]
+    done = _write_chunks(out, settings, todo, workers)
+    console = Console(stderr=True)
+    for _ in track(done, "generate", len(todo), console=console, disable=not progress):
+        pass
+
+
+def check_settings(out: Path, settings: GeneratorSettings) -> None:
+    """Check that a folder is for sessions of these settings; write them down in a new folder.
+
+    Raises:
+        DataError: The folder holds sessions of other or unknown settings.
+    """
+    path = out / "generation.json"
+    if path.is_file():
+        found = read_json(path, _REMEDY)
+        if found != vars(settings):
+            raise DataError(f"{path}: expected {vars(settings)}, got {found}. {_REMEDY}")
+    elif strange := sorted(p.name for k in ("log_*", "tf_*", "causes_*") for p in out.glob(k)):
+        raise DataError(
+            f"{out}: expected no sessions of unknown origin, got {strange[:5]}. Name an empty "
+            "folder."
+        )
+    else:
+        write_json(path, vars(settings))
+
+
+def _write_chunks(
+    out: Path, settings: GeneratorSettings, todo: list[int], workers: int
+) -> Iterator[None]:
+    """Write the chunks ``todo``; yield after each."""
+    if workers == 1 or len(todo) < 2:
+        for number in todo:
+            _write_chunk(out, settings, number)
+            yield
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(todo)), mp_context=context) as pool:
+        tasks: list[Future[None]] = [pool.submit(_write_chunk, out, settings, k) for k in todo]
+        for task in as_completed(tasks):
+            task.result()
+            yield
+
+
+def _write_chunk(out: Path, settings: GeneratorSettings, number: int) -> None:
+    log, table = draw_chunk(settings, number)
+    with replacing(out / f"causes_{number}.parquet") as file:
+        pq.write_table(causes.sealed(table), file)
+    # The log is written last: a chunk with a log is complete.
+    _write_csv(out / f"log_{number}.csv", [column.name for column in LOG_COLUMNS], log)
+
+
+def _write_csv(path: Path, header: list[str], table: Any) -> None:
+    with replacing(path) as file:
+        file.write((",".join(header) + "\n").encode())
+        # No value contains a comma, so none is quoted.
+        plain = csv.WriteOptions(include_header=False, quoting_style="none")
+        csv.write_csv(table.select(header), file, plain)

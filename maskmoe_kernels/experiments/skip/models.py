@@ -1,0 +1,63 @@
+"""The four models of skip prediction: how they are built, and how they predict."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from maskmoe_kernels.experiments.skip.data.features import SessionBatch
+from maskmoe_kernels.experiments.skip.settings import PRECISIONS, Settings
+from maskmoe_kernels.layout.families import skip_sessions
+from maskmoe_kernels.models import GRU, InterpretableGRU, InterpretableTransformer, Transformer
+from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
+from maskmoe_kernels.ops.selection import mixture
+
+
+def build(settings: Settings) -> SessionModel:
+    """Build a model and initialise it from the seed. Changes the state of torch's generator."""
+    torch.manual_seed(settings.seed)
+    family, second = skip_sessions()
+    width, heads, layers = settings.width, settings.heads, settings.layers
+    if settings.model == "interpretable-transformer":
+        return InterpretableTransformer(family, second, width, heads, layers)
+    if settings.model == "interpretable-gru":
+        return InterpretableGRU(family, second, width, layers)
+    features = family.in_features, sum(second.values())
+    experts = family.num_experts
+    if settings.model == "black-box-transformer":
+        return Transformer(*features, experts * width, experts * heads, layers)
+    return GRU(*features, experts * width, layers)
+
+
+def logits_of(net: nn.Module, batch: SessionBatch, settings: Settings) -> Tensor:
+    """The logits of a batch in the precision of the settings.
+
+    Args:
+        net: A model of :func:`build`, or one that wraps it.
+        batch: B sessions.
+        settings: What the model was built from.
+    Returns:
+        ``(B, 10, H)``, of a black box ``(B, 10)``; float32.
+    """
+    dtype = PRECISIONS[settings.precision]
+    device = batch.first.device.type
+    with nullcontext() if dtype is None else torch.autocast(device, dtype):
+        logits: Tensor = net(batch.first, batch.second, batch.first_padding, batch.second_padding)
+    return logits.float()
+
+
+def probability(model: SessionModel, logits: Tensor, settings: Settings) -> Tensor:
+    """The probability of a skip: that of the mixture, or the sigmoid of a black box's logits.
+
+    Args:
+        model: From :func:`build`.
+        logits: From :func:`logits_of`.
+        settings: What the model was built from.
+    Returns:
+        ``(B, 10)``.
+    """
+    if isinstance(model, SessionExperts):
+        return mixture(logits, model.family, settings.confidence, settings.sharpness).probability
+    return logits.sigmoid()

@@ -1,0 +1,78 @@
+"""Loads the model of a finished run from its folder."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from torch import Tensor
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.checkpoint import (
+    check_progress,
+    failing,
+    load_checkpoint,
+    restore_model,
+    restoring,
+)
+from maskmoe_kernels.experiments.shared.structure import check
+from maskmoe_kernels.experiments.shared.trainer import Run
+from maskmoe_kernels.experiments.skip.models import build
+from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.settings import Settings
+from maskmoe_kernels.models.sessions import SessionModel
+
+#: Files in the folder of a run.
+CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
+#: The value of ``experiment`` in a checkpoint's config.
+EXPERIMENT = "skip"
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[SessionModel, Settings, Run]:
+    """Load the model of a run with its best weights.
+
+    Args:
+        folder: ``out`` of :func:`train`, or the checkpoint in it.
+        device: Where to put the model.
+    Returns:
+        The model in evaluation mode, its settings, and the run.
+    Raises:
+        DataError: There is no checkpoint, it is damaged, has no finished epoch, or is of another
+            experiment or version.
+    """
+    path = folder / CHECKPOINT if folder.is_dir() else folder
+    saved = load_checkpoint(path)
+    config = saved["config"]
+    if config.get("experiment") != EXPERIMENT:
+        raise DataError(f"{path}: expected a run of `maskmoe skip train`, got another experiment's")
+    if saved["best"] is None:
+        raise DataError(f"{path}: no epoch is finished yet; let `maskmoe skip train` go on")
+    check_progress(path, saved, MONITOR)
+    best = saved["best"]
+    settings = _settings_of(path, config, best["model"])
+    with restoring(path, "settings"):
+        model = build(settings)
+    restore_model(path, model, best["model"])
+    run = Run(saved["history"], best["epoch"], best["metrics"], best["model"])
+    return model.to(device).eval(), settings, run
+
+
+def _settings_of(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Settings:
+    """The settings in a checkpoint's config.
+
+    Raises:
+        DataError: They are invalid, or too large for the weights in the checkpoint.
+    """
+    kinds = get_type_hints(Settings)
+    check(config, kinds, failing(path), "config")
+    with restoring(path, "settings"):
+        settings = Settings(**{name: config[name] for name in kinds})
+    # Every layer has a square matrix. Refuse larger settings before they allocate memory.
+    most = math.isqrt(sum(value.numel() for value in weights.values()))
+    for name in ("width", "heads", "layers"):
+        if not 1 <= getattr(settings, name) <= most:
+            got = f"{getattr(settings, name)} for so few weights"
+            raise failing(path)(f"expected config.{name} of 1 to {most}, got {got}")
+    return settings

@@ -1,0 +1,58 @@
+"""The settings of a model and its loss. ``commands`` imports this module, so it stays light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MODELS = (
+    "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
+)  # fmt: skip
+#: Name -> dtype of autocast; ``None``: no autocast.
+PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+NORMALIZATIONS = ("none", "sample", "batch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that determines the weights, together with the data and :class:`Pace`.
+
+    Attributes:
+        model: One of ``MODELS``.
+        width: Units per expert. A black box has as many as all eight experts together.
+        heads: Attention heads per expert, of the Transformers; a black box likewise has more.
+        layers: Blocks of the encoder and of the decoder; of a GRU, its layers.
+        batch_size: Sessions of a step, over all processes.
+        seed: Seed of the initial weights and of the order of sessions.
+        precision: A key of ``PRECISIONS``. With ``bfloat16`` the forward pass runs under autocast;
+            weights stay in float32.
+        confidence: Confidence of the loss and the prediction; see :func:`selection`.
+        sharpness: Sharpness of the loss and the prediction; see :func:`selection`.
+        weighting: Weighting of the loss; see :func:`gem_loss`.
+        normalize: One of ``NORMALIZATIONS``; see :func:`gem_loss`, whose ``None`` is ``"none"``.
+
+    Raises:
+        ValueError: ``model``, ``precision`` or ``normalize`` is an unknown name.
+    """
+
+    model: str
+    width: int = 16
+    heads: int = 1
+    layers: int = 3
+    batch_size: int = 128
+    seed: int = 0
+    precision: str = "float32"
+    confidence: str = "abs"
+    sharpness: float = 1.0
+    weighting: str = "deselection"
+    normalize: str = "batch"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("model", self.model, MODELS),
+            ("precision", self.precision, tuple(PRECISIONS)),
+            ("normalize", self.normalize, NORMALIZATIONS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")

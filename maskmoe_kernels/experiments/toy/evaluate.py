@@ -1,0 +1,114 @@
+"""Evaluation of the toy experiment: accuracy, right attributions, and their table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from maskmoe_kernels.experiments.toy.data import ToyTask, held_out, toy_task
+from maskmoe_kernels.models import InterpretableMLP
+from maskmoe_kernels.ops.selection import mixture
+
+CONFIDENCES = ("abs", "square", "smooth")
+
+
+@torch.no_grad()
+def evaluate(
+    net: InterpretableMLP, task: str | ToyTask, seed: int = 0, n: int = 20_000
+) -> dict[str, dict[str, Any]]:
+    """Accuracy and right attributions on ``n`` fresh samples, for each of ``CONFIDENCES``.
+
+    Returns:
+        For each confidence ``accuracy``, ``right_expert`` (kind of cluster to the share of its
+        samples whose largest attribution is their cluster's own expert) and ``clusters`` (the
+        same numbers for each cluster).
+    """
+    task = toy_task(task)
+    x, y, which = held_out(task, n, seed)
+    logits = net(x.to(next(net.parameters()).device)).cpu()
+    own = torch.tensor([task.family.names.index(c.expert) for c in task.clusters])[which]
+    kind = torch.tensor([task.kinds.index(c.kind) for c in task.clusters])[which]
+    table = {}
+    for confidence in CONFIDENCES:
+        mixed = mixture(logits, task.family, confidence)
+        correct = (mixed.probability > 0.5) == (y > 0.5)
+        right = mixed.attribution.argmax(-1) == own
+        table[confidence] = {
+            "accuracy": _share(correct),
+            "right_expert": {name: _share(right[kind == k]) for k, name in enumerate(task.kinds)},
+            "clusters": [
+                {
+                    "center": list(cluster.center),
+                    "label": cluster.label,
+                    "expert": cluster.expert,
+                    "accuracy": _share(correct[which == k]),
+                    "right_expert": _share(right[which == k]),
+                }
+                for k, cluster in enumerate(task.clusters)
+            ],
+        }
+    return table
+
+
+def _share(hits: Tensor) -> float | None:
+    return round(float(hits.double().mean()), 6) if len(hits) else None
+
+
+def combine(reports: Sequence[Mapping[str, Any]], command: str | None = None) -> dict[str, Any]:
+    """One report of several seeds: each seed's numbers, and the worst and mean of them."""
+    first = reports[0]
+    shared = ("experiment", "task", "title", "device", "machine", "config", "parameters")
+    own = ("seed", "seconds", "samples_per_s", "losses", "table")
+    tables = [_numbers(report["table"]) for report in reports]
+    summary = {
+        confidence: {
+            name: {
+                "worst": min(table[confidence][name] for table in tables),
+                "mean": round(sum(table[confidence][name] for table in tables) / len(tables), 6),
+            }
+            for name in tables[0][confidence]
+        }
+        for confidence in tables[0]
+    }
+    return {
+        **{key: first[key] for key in shared},
+        "command": command,
+        "summary": summary,
+        "seeds": [{key: report[key] for key in own} for report in reports],
+    }
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Accuracy and right attributions of each confidence, flat."""
+    return {
+        confidence: {"accuracy": row["accuracy"], **row["right_expert"]}
+        for confidence, row in table.items()
+    }
+
+
+def print_report(report: Mapping[str, Any], console: Console) -> None:
+    """Table of a report of one run, or of several seeds (:func:`combine`)."""
+    runs = report.get("seeds", [report])
+    kinds = list(runs[0]["table"][CONFIDENCES[0]]["right_expert"])
+    samples = report["config"]["test_samples"]
+    table = Table(
+        title=f"Toy ({report['task']}): {report['title']}",
+        caption=f"{samples:,} fresh samples; right expert: the largest attribution is that of "
+        "the smallest subset that separates the sample's cluster",
+    )
+    table.add_column("confidence")
+    table.add_column("seed", justify="right")
+    for name in ("accuracy", *(f"right expert, {kind}" for kind in kinds)):
+        table.add_column(name, justify="right")
+    for confidence in runs[0]["table"]:
+        for entry in runs:
+            row = _numbers(entry["table"])[confidence]
+            cells = ["-" if value is None else f"{value:.4f}" for value in row.values()]
+            table.add_row(confidence, str(entry["seed"]), *cells)
+        table.add_section()
+    console.print(table)

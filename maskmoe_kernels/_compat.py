@@ -30,6 +30,7 @@ __all__ = [
     "MODULE_CALL",
     "MODULE_CALL_IMPL",
     "any_autocast",
+    "assert_async",
     "constant_in_trace",
     "forward_mode",
     "func_transforms",
@@ -109,6 +110,10 @@ def outside_of_modes() -> ExitStack:
 
 #: In a backward: will the graph be kept for another one? (2.11, 2.13)
 keeps_graph: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
+
+#: An assertion on the device, for which no call waits. (2.11, 2.13)
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
 
 
 # --- Who sees a call -----------------------------------------------------------------------------

@@ -91,6 +91,19 @@ def test_no_module_imports_itself_by_others():
         visit(module)
 
 
+def test_private_names_of_torch_stand_in_one_module():
+    private = re.compile(
+        r"\btorch\._(?!_)|\bimport _\w+ as|torch\.(utils|nn|fx)(\.\w+)*\._|_functorch"
+    )
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "maskmoe_kernels").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if private.search(line.split("#")[0]) and "``" not in line and '"torch._utils' not in line
+    ]
+    assert {place.rpartition(":")[0] for place in found} == {"maskmoe_kernels/_compat.py"}, found
+
+
 def test_import_needs_no_extra():
     """Only torch, numpy and rich are required: extras are imported where they are used."""
     extras = ["hypothesis", "matplotlib", "pyarrow", "pytest", "zuko"]

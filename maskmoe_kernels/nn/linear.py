@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
@@ -198,7 +199,7 @@ class MaskedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             with parameters_of_any_size():
                 weight, bias, handle = self.weight, self.bias, self._handle
                 tensors = weight, bias, handle.serialized, handle.numbers

@@ -1,4 +1,4 @@
-"""The masked linear map as a registered op, its routed gradient, and the functional front end."""
+"""Registered ops, one package each, and the one place that decides which implementation runs."""
 
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
 from maskmoe_kernels.ops.masked_mlp.call import Inputs

@@ -1,10 +1,10 @@
 """Which implementation of an op runs, and why another one cannot.
 
 Nothing else in the package decides this. An op is ``"masked_linear"``, ``"masked_mlp"`` (a whole
-network) or ``"selection"`` (selection, mixture and loss); its ``layout`` is a
-:class:`BlockLayout`, a :class:`LayoutChain`, or a :class:`SubsetFamily`; of the ``tensors`` that it
-is called with, the first one decides dtype and device. Without a layout (``None``), the answer is
-for one that every implementation takes.
+network) or ``"selection"`` (selection, mixture and loss). Its ``layout`` is a :class:`BlockLayout`;
+a :class:`LayoutChain`, or any sequence of layouts; or a :class:`SubsetFamily`. Of the ``tensors``
+that it is called with, the first one decides dtype and device. Without a layout (``None``), the
+answer is for one that every implementation takes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -80,7 +80,7 @@ class LayoutHandle:
 
 
 Layout = BlockLayout | LayoutHandle | None
-Layouts = Layout | LayoutChain | SubsetFamily
+Layouts = Layout | LayoutChain | Sequence[BlockLayout] | SubsetFamily
 
 TOO_FINE = (
     "its layout has too many blocks of too few weights, more than 65,536 of less than 16 on "
@@ -200,9 +200,12 @@ def _linear_reason(implementation: str, layout: Layout, x: Tensor) -> str | None
 
 
 def _fused_mlp_reason(layout: Layouts, weight: Tensor) -> str | None:
-    chain = layout if isinstance(layout, LayoutChain) else None
-    if chain is not None and chain.mismatch is not None:
-        return chain.mismatch
+    if isinstance(layout, LayoutChain):  # which has looked at its layouts once
+        mismatch, too_fine = layout.mismatch, layout.too_fine
+    else:
+        mismatch, too_fine = None, any(map(_fine_reason, _layouts_of(layout)))
+    if mismatch is not None:
+        return mismatch
     reason = _dtype_reason(weight, "the weights are")
     if reason is not None:
         return reason
@@ -213,8 +216,7 @@ def _fused_mlp_reason(layout: Layouts, weight: Tensor) -> str | None:
             f"the weights are on {weight.device}; whole networks run as one op on the CPU and on "
             "NVIDIA GPUs"
         )
-    fine = TOO_FINE if chain is not None and chain.too_fine else None
-    return native.UNSUPPORTED_REASON or fine
+    return native.UNSUPPORTED_REASON or (TOO_FINE if too_fine else None)
 
 
 def _selection_reason(
@@ -241,7 +243,7 @@ def _layouts_of(layout: Layouts) -> Sequence[Layout]:
         return (layout,)
     if isinstance(layout, SubsetFamily):
         raise TypeError("a family is the layout of selection only")
-    return layout.layouts
+    return layout.layouts if isinstance(layout, LayoutChain) else layout
 
 
 def _dtype_reason(x: Tensor, named: str = "x is") -> str | None:
@@ -317,7 +319,11 @@ def info() -> Info:
     """
     cuda = torch.cuda.is_available()
     probes = {"triton": torch.empty(0, device="cuda" if cuda else "cpu")}
-    reason: Callable[..., str | None] = unsupported_reason
+
+    def reason(name: str) -> str | None:
+        like = probes.get(name, torch.empty(0))
+        return unsupported_reason("masked_linear", name, None, (like,))
+
     return Info({
         "torch": torch.__version__,
         "triton": importlib.metadata.version("triton")
@@ -334,12 +340,7 @@ def info() -> Info:
             "cuda": native.CUDA_UNSUPPORTED_REASON,
         },
         "backends": {
-            name: {
-                "description": DESCRIPTIONS[name],
-                "obstacle": reason(
-                    "masked_linear", name, None, (probes.get(name, torch.empty(0)),)
-                ),
-            }
+            name: {"description": DESCRIPTIONS[name], "obstacle": reason(name)}
             for name in BACKENDS
         },
     })  # fmt: skip

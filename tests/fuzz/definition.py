@@ -6,7 +6,7 @@ absolute values, and what its terms bring along.
 
 import torch
 
-from maskmoe_kernels.testing.oracle import _ACTIVATIONS
+from maskmoe_kernels.ops.masked_linear.reference import ACTIVATIONS
 
 # Roundings that a sum of products may be off by, in units of the sum of absolute values.
 ROUNDINGS = 8
@@ -62,7 +62,7 @@ class Definition:
     def _activated(self, z, off, activation):
         with torch.enable_grad():
             leaf = z.requires_grad_()
-            h = _ACTIVATIONS[activation](leaf)
+            h = ACTIVATIONS[activation](leaf)
         (slope,) = torch.autograd.grad(h.sum(), leaf)
         z, h = z.detach(), h.detach()
         if activation in ("relu", "leaky_relu"):

@@ -28,22 +28,22 @@ CPU = torch.device("cpu")
 
 @given(strategies.layouts())
 def test_decode_inverts_encode(layout):
-    plan = serialize(layout)
-    assert (plan.dtype, plan.dim()) == (torch.int64, 1)
-    again = deserialize(plan)
+    serialized = serialize(layout)
+    assert (serialized.dtype, serialized.dim()) == (torch.int64, 1)
+    again = deserialize(serialized)
     assert again == layout
     assert torch.equal(again.mask(), layout.mask())
     assert torch.equal(again.grad_mask(), layout.grad_mask())
     weight = torch.randn(layout.num_weights)
     assert torch.equal(again.unpack(weight), layout.unpack(weight))
-    assert torch.equal(serialize(again), plan)
+    assert torch.equal(serialize(again), serialized)
 
 
 @given(strategies.layouts())
-def test_a_plan_is_built_once(layout):
-    plan = serialized_layout(layout, CPU)
-    assert serialized_layout(layout, CPU) is plan
-    assert layout_of(layout.id, plan) == layout
+def test_a_layout_is_serialized_once(layout):
+    serialized = serialized_layout(layout, CPU)
+    assert serialized_layout(layout, CPU) is serialized
+    assert layout_of(layout.id, serialized) == layout
     with pytest.raises(mk.LayoutError, match="one-dimensional int64"):  # no id stands for content
         layout_of(layout.id, torch.zeros(0, dtype=torch.int64))
 
@@ -83,45 +83,48 @@ def test_transposed_twice_where_all_routes(layout):
 
 
 @given(strategies.layouts())
-def test_damaged_plans_are_refused(layout):
-    plan = serialize(layout)
+def test_damaged_tensors_are_refused(layout):
+    serialized = serialize(layout)
     for damaged, message in [
-        (plan[:-1], "it holds"),
-        (torch.cat([plan, plan[:1]]), "it holds"),
-        (plan[:3], "one-dimensional int64"),
-        (plan[:5], "names"),
-        (plan.double(), r"int64 tensor, got torch\.float64"),
-        (plan[None], "one-dimensional"),
-        (torch.cat([plan[:1] + 1, plan[1:]]), "version 2, this library reads version 1"),
+        (serialized[:-1], "it holds"),
+        (torch.cat([serialized, serialized[:1]]), "it holds"),
+        (serialized[:3], "one-dimensional int64"),
+        (serialized[:5], "names"),
+        (serialized.double(), r"int64 tensor, got torch\.float64"),
+        (serialized[None], "one-dimensional"),
+        (
+            torch.cat([serialized[:1] + 1, serialized[1:]]),
+            "version 2, this library reads version 1",
+        ),
     ]:
         with pytest.raises(mk.LayoutError, match=message):
             deserialize(damaged)
 
 
 def test_what_stands_for_nothing_is_refused():
-    """Of two plans of one layout a program could hold either, and which is a question of bytes."""
+    """A layout has one serialization: programs that differ in its bytes only would be two."""
     layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2).bool(), row_order=torch.arange(5).flip(0))
-    plan = serialize(layout)
+    serialized = serialize(layout)
     sizes = 5 + 2 + 2  # header, row sizes, column sizes; then a word of each mask
     for at, value in ((3, 2), (3, -1), (4, 2), (sizes, 1 << 4), (sizes + 1, 1 << 62)):
-        odd = plan.clone()
+        odd = serialized.clone()
         odd[at] += value
         with pytest.raises(mk.LayoutError, match=r"stand for nothing|should hold"):
             deserialize(odd)
-    assert deserialize(plan) == layout
+    assert deserialize(serialized) == layout
 
 
-def test_a_forgotten_layout_is_decoded_and_a_wrong_plan_refused():
+def test_a_forgotten_layout_is_decoded_and_a_wrong_one_refused():
     def build(size):
         return mk.BlockLayout([size, 2], [3, 5], torch.tensor([[1, 0], [1, 1]]).bool())
 
     layout, other = build(11), build(12)
-    number, plan, wrong = layout.id, serialize(layout), serialize(other)
+    number, serialized, wrong = layout.id, serialize(layout), serialize(other)
     del layout
     gc.collect()
     with pytest.raises(mk.LayoutError, match=f"describes layout {other.id}.*{number}"):
         layout_of(number, wrong)
-    assert layout_of(number, plan) == build(11)
+    assert layout_of(number, serialized) == build(11)
 
 
 def test_ids_are_the_same_in_every_process():
@@ -140,16 +143,18 @@ def test_ids_are_the_same_in_every_process():
 def test_a_dead_twin_does_not_take_the_registration_with_it() -> None:
     layout = mk.BlockLayout([3, 2], [2, 5], torch.eye(2, dtype=torch.bool))
     twin = pickle.loads(pickle.dumps(layout))
-    plan = serialized_layout(layout, torch.device("cpu"))
-    assert serialized_layout(twin, torch.device("cpu")) is plan
+    serialized = serialized_layout(layout, torch.device("cpu"))
+    assert serialized_layout(twin, torch.device("cpu")) is serialized
     number = layout.id
     del twin
     gc.collect()
-    assert layout_of(number, plan) is layout  # not decoded: on a GPU that waits for the device
+    assert (
+        layout_of(number, serialized) is layout
+    )  # not decoded: on a GPU that waits for the device
     twin = pickle.loads(pickle.dumps(layout))
-    assert serialized_layout(twin, torch.device("cpu")) is plan
+    assert serialized_layout(twin, torch.device("cpu")) is serialized
     registered = weakref.ref(layout)
     del layout
     gc.collect()
-    assert layout_of(number, plan) is registered()  # kept by its twin
+    assert layout_of(number, serialized) is registered()  # kept by its twin
     assert twin == registered()

@@ -36,7 +36,8 @@ _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
 
 #: Python files, by pattern, with their tests; the first pattern that fits counts.
 PYTHON: dict[str, list[str]] = {
-    "maskmoe_kernels/layout/blocks.py": [
+    "maskmoe_kernels/_compat.py": [_OPS[1], *_CALLED, "tests/nn/test_linear.py", _OPS[0]],
+    "maskmoe_kernels/layout/[abcm]*s.py": [  # arguments, blocks, caches, mask_classes
         "tests/layout/test_blocks.py",
         "tests/layout/test_serialized.py",
         _KINDS,
@@ -74,6 +75,13 @@ PYTHON: dict[str, list[str]] = {
         "tests/ops/masked_mlp/test_masked_mlp.py",
         "tests/nn/test_interception.py",
     ],
+    "maskmoe_kernels/ops/masked_linear/torch_impl.py": [
+        *_LINEAR,
+        "tests/ops/masked_linear/test_torch_impl.py",
+    ],
+    "maskmoe_kernels/ops/masked_linear/reference.py": _LINEAR,
+    "maskmoe_kernels/ops/dispatch.py": ["tests/ops/test_dispatch.py", _NATIVE[0], *_OPS],
+    "maskmoe_kernels/ops/activations.py": _OPS,
     "maskmoe_kernels/ops/*.py": [
         *_TRUST,
         _NEEDS,
@@ -85,13 +93,6 @@ PYTHON: dict[str, list[str]] = {
     ],
     "maskmoe_kernels/testing/strategies.py": [],  # any other draw is as right
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
-    "maskmoe_kernels/ops/masked_linear/torch_impl.py": [
-        *_LINEAR,
-        "tests/ops/masked_linear/test_torch_impl.py",
-    ],
-    "maskmoe_kernels/ops/masked_linear/reference.py": _LINEAR,
-    "maskmoe_kernels/ops/dispatch.py": ["tests/ops/test_dispatch.py", _NATIVE[0], *_OPS],
-    "maskmoe_kernels/ops/activations.py": _OPS,
     "maskmoe_kernels/nn/interception.py": _CALLED,
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],
     "maskmoe_kernels/nn/linear.py": [

@@ -480,7 +480,7 @@ def unpickled():
 
 @pytest.mark.parametrize("made", [emptied, assigned, unpickled])
 def test_compiles_before_its_first_call_wherever_it_comes_from(made):
-    """A compiler finds plans and builds none: they are there as soon as the parameters are."""
+    """A compiler finds serialized layouts and makes none: they are there as the parameters are."""
     torch._dynamo.reset()
     layer = made()
     torch.nn.init.normal_(layer.weight)

@@ -1,4 +1,4 @@
-"""Nothing outlives what it was made for: memory after many layers, many steps, many plans.
+"""Nothing outlives what it was made for: memory after many layers, many steps, many layouts.
 
 ``MASKMOE_STEPS=20000 pytest tests/ops/test_lifetimes.py`` takes the steps of a long training run.
 """
@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout import serialized as plans
+from maskmoe_kernels.layout import serialized as registry
 from maskmoe_kernels.layout.serialized import serialize, serialized_layout
 from maskmoe_kernels.ops import native
 
@@ -211,26 +211,26 @@ def test_what_was_compiled_dies_with_the_last_equal_layout():
     assert native._extension.compiled() == before
 
 
-def test_what_was_read_from_a_plan_dies_with_the_plan():
-    plan, number = serialize(fresh(103)), fresh(103).id
+def test_what_was_read_from_a_tensor_dies_with_the_tensor():
+    serialized, number = serialize(fresh(103)), fresh(103).id
     for _ in range(3):
-        found = weakref.ref(plans.layout_of(number, plan))
+        found = weakref.ref(registry.layout_of(number, serialized))
         gc.collect()
-        assert found() is plans.layout_of(number, plan)
-    del plan
+        assert found() is registry.layout_of(number, serialized)
+    del serialized
     gc.collect()
     assert found() is None
 
 
 @pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
-def test_plans_of_strangers_take_bounded_memory():
+def test_serialized_layouts_of_strangers_take_bounded_memory():
     """Every call with a tensor of its own: kept by the kernels for a while, not for ever."""
     layout = fresh(104)
     x, weight = use(layout)
     number, out = layout.id, layout.out_features
-    op, plan = torch.ops.maskmoe.masked_linear, serialize(layout)
+    op, serialized = torch.ops.maskmoe.masked_linear, serialize(layout)
     for _ in range(5000):
-        op(x, weight, None, plan.clone(), number, out, "relu", False)
+        op(x, weight, None, serialized.clone(), number, out, "relu", False)
     assert native._extension.compiled() <= 4096
     native._extension.forget(number)
     use(layout)

@@ -39,12 +39,12 @@ def expected(layout):
     return dense_oracle(*(t.double() for t in drawn(layout)), layout).float()
 
 
-# --- Plans -------------------------------------------------------------------------------
+# --- Serialized layouts ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
 @pytest.mark.parametrize("name", LINEAR)
-def test_a_plan_that_was_tampered_with_is_refused_and_changes_nothing(name, known):
+def test_a_serialized_layout_that_was_tampered_with_is_refused_and_changes_nothing(name, known):
     layout = made(3, 7, 2)
     before = call(name, layout, serialized_layout(layout, CPU)) if known else expected(layout)
     plan = serialize(layout)
@@ -68,7 +68,7 @@ def test_a_plan_that_was_tampered_with_is_refused_and_changes_nothing(name, know
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_a_plan_under_the_id_of_another_is_refused(name):
+def test_a_serialized_layout_under_the_id_of_another_is_refused(name):
     layout, other = made(3, 7, 2), made(2, 7, 3)
     (
         call(name, layout, serialized_layout(layout, CPU)),

@@ -25,7 +25,7 @@ from maskmoe_kernels.experiments.skip.runs import load
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection import mixture
-from maskmoe_kernels.ops.selection import Mixture
+from maskmoe_kernels.ops.selection.api import Mixture
 
 _WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 _CONTEXT_NAMES = {

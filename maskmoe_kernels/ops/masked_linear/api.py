@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from maskmoe_kernels._compat import (
     any_autocast,
@@ -77,7 +78,7 @@ def masked_linear(
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
-    compiling = torch.compiler.is_compiling()
+    compiling = is_compiling()
     runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
     registered, direct = runs or _runs(backend, x, layout, keep=not compiling)
     if forward_mode():

@@ -86,9 +86,9 @@ class MaskedLinearFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, fixed: tuple[Run, str]
     ) -> Tensor:
         """Output ``(*, out_features)``; keeps x, the weight and what the derivative needs."""
-        run, activation = fixed
+        (forward, _, given, _), activation = fixed
         y: Tensor
-        y, z = run[0](x, weight, bias, *run[2], activation, True)
+        y, z = forward(x, weight, bias, *given, activation, True)
         saved = z if activation in NEEDS_INPUT or activation == "none" else y
         ctx.save_for_backward(x, weight, saved, bias)
         ctx.fixed = fixed
@@ -98,14 +98,14 @@ class MaskedLinearFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x, grad_weight and grad_bias, each only where needed."""
         x, weight, saved, bias = ctx.saved_tensors
-        run, activation = ctx.fixed
+        (_, backward, _, given), activation = ctx.fixed
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
         if saved is None:
             saved = grad_y  # which nobody reads
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            grad_x, grad_weight, grad_bias = run[1](
-                grad_y, x, weight, saved, *run[3], activation, need_x, need_weight, need_bias
+            grad_x, grad_weight, grad_bias = backward(
+                grad_y, x, weight, saved, *given, activation, need_x, need_weight, need_bias
             )
         grads = (
             grad_x if need_x else None,

@@ -14,14 +14,12 @@ from maskmoe_kernels.ops.checks import check_name
 from maskmoe_kernels.ops.masked_mlp.autograd import (
     APPLY,
     APPLY_GEM,
-    FORWARD,
-    GEM,
-    MIXTURE,
     MaskedMLPFunction,
     MaskedMLPGemFunction,
     run,
 )
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
+from maskmoe_kernels.ops.masked_mlp.schema import FORWARD, GEM, MIXTURE
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES
 
 

@@ -12,14 +12,8 @@ from torch import Tensor
 from maskmoe_kernels._compat import is_batched, keeps_graph
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
-from maskmoe_kernels.ops.masked_mlp import schema as schema  # registers the ops
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
-
-# Looking an op up on torch.ops takes as long as a small layer.
-FORWARD = torch.ops.maskmoe.masked_mlp.default
-BACKWARD = torch.ops.maskmoe.masked_mlp_backward.default
-MIXTURE = torch.ops.maskmoe.masked_mlp_mixture.default
-GEM = torch.ops.maskmoe.masked_mlp_gem.default
+from maskmoe_kernels.ops.masked_mlp.schema import BACKWARD, FORWARD, GEM
 
 _ONCE = "a fused MLP cannot be differentiated twice; build it with backend='reference', which can"
 
@@ -106,7 +100,7 @@ class MaskedMLPGemFunction(torch.autograd.Function):
         needs = call.needs(ctx.needs_input_grad[3:])
         loss: Tensor
         loss, *grads = run(GEM, *call[:8], call.activation, *objective, *needs)
-        ctx.dtype = call.weights[0].dtype
+        ctx.dtype, ctx.compiling = call.weights[0].dtype, compiling
         if compiling:
             ctx.call = call.with_tensors(None, ())
             ctx.save_for_backward(*grads)
@@ -120,7 +114,7 @@ class MaskedMLPGemFunction(torch.autograd.Function):
         """Gradients of x, the tables, the weights and the biases, each only where needed."""
         call: MLPCall = ctx.call
         needs = ctx.needs_input_grad[3:]
-        if torch.compiler.is_compiling():
+        if ctx.compiling:
             scaled = [(grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors]
             return None, None, None, *call.gradients(scaled, needs)
         if ctx.grads is None:

@@ -111,7 +111,7 @@ def check_inputs(
 
     None for ``in_features`` leaves the number to the op.
     """
-    if not tables:
+    if not tables and not ids:
         if x is None or x.dim() == 0 or in_features not in (None, x.shape[-1]):
             got = None if x is None else tuple(x.shape)
             raise LayoutError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskmoe_kernels._compat import func_transforms
+from maskmoe_kernels._compat import assert_async, func_transforms
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.ops.checks import PLAIN
 
@@ -34,7 +34,7 @@ def check_labels(target: Tensor, mask: Tensor | None) -> None:
 def _assert_labels(target: Tensor, mask: Tensor | None) -> None:
     if target.dtype != torch.bool and not target.is_meta:
         inside = target.clamp(0, 1) == target
-        torch._assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
+        assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
 
 
 def _refuse_labels(target: Tensor, mask: Tensor | None) -> None:

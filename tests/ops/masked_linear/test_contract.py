@@ -484,7 +484,7 @@ def test_wrong_names_are_refused():
 # --- The same from a process that never saw the layout -----------------------------------
 
 
-def test_a_plan_is_enough():
+def test_a_serialized_layout_is_enough():
     """The op rebuilds a layout it has not met, and refuses a plan that is not its own."""
     layout = mk.BlockLayout([2, 3], [4, 1], torch.tensor([[1, 0], [1, 1]]).bool())
     x, weight, bias = drawn(layout, 3)

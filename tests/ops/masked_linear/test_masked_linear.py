@@ -92,7 +92,7 @@ def test_the_examples_take_both_paths():
     assert LAYOUTS["interleaved"].row_order is not None
 
 
-# --- Law 3: one definition ---------------------------------------------------------------
+# --- Invariant 3: one definition ---------------------------------------------------------------
 
 
 @given(strategies.layouts(), runners, activations, dtypes, st.booleans(), st.integers(0, 4), seeds)
@@ -175,7 +175,7 @@ def test_only_asked_for_gradients_are_given(layout, runner, activation, seed):
         torch.testing.assert_close(grad, every[k + 1], rtol=1e-12, atol=1e-12)
 
 
-# --- Law 1: absent is absent -------------------------------------------------------------
+# --- Invariant 1: absent is absent -------------------------------------------------------------
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is no interpreter here")
@@ -290,7 +290,7 @@ def test_absent_weights_are_not_stored(mask, runner, fill, seed):
     assert same_bits(layer.weight.grad, clean.weight.grad)
 
 
-# --- Law 4: the same result twice --------------------------------------------------------
+# --- Invariant 4: the same result twice --------------------------------------------------------
 
 
 @given(strategies.layouts(), runners, activations, dtypes, seeds)

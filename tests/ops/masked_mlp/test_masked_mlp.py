@@ -811,6 +811,8 @@ def test_errors_carry_the_values():
     for order in ((0, 0, -16), (1, -19), (-19,)):
         with pytest.raises(mk.LayoutError, match=r"name each of 1 tables once.*and 1 ids"):
             net(Inputs(x[:, :19], [table], [ids], order))
+    with pytest.raises(mk.LayoutError, match=r"name each of 0 tables once.*and 1 ids"):
+        net(Inputs(x, [], [ids], (-22,)))
     with pytest.raises(mk.LayoutError, match=r"ids\[0\] must be \(3,\) int64"):
         net(Inputs(x[:, :19], [table], [ids[:2]], (0, -19)))
     with pytest.raises(mk.LayoutError, match=r"ids\[0\] must be \(3,\) int64.*int32"):

@@ -11,6 +11,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops import triton_support
 
 triton = pytest.importorskip("triton")
 from triton import knobs  # noqa: E402
@@ -238,7 +239,7 @@ def test_a_forgotten_choice_is_made_anew(launched, monkeypatch):
 
 def test_the_layer_launches_what_the_op_does(launched, monkeypatch):
     """Without the dispatcher: the same kernels with the same arguments but the addresses."""
-    monkeypatch.setattr("maskmoe_kernels.ops.triton_support.obstacle", lambda device: None)
+    monkeypatch.setattr(triton_support, "unsupported_reason", lambda device: None)
     layer = mk.MaskedLinear.from_layout(EVEN, activation="silu", backend="triton")
     x = torch.zeros(3, 5, EVEN.in_features, requires_grad=True)
     with torch.profiler.profile() as profiler:  # which sees the op

@@ -290,7 +290,7 @@ def _grad_weight(
     SHARED: tl.constexpr, BIAS: tl.constexpr, FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr,
     WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """F features x lanes of grad_W over a split-K chunk of rows; a tile's first item sums the bias."""
+    """F features x lanes of grad_W over a split-K chunk of rows; the first item sums the bias."""
     lane = tl.arange(0, N)
     tile = tl.load(items + item * 4)
     at = tl.load(items + item * 4 + 1)
@@ -389,7 +389,8 @@ def backward(
                     tl.load(x_parts + part * 4 + 2), -1, rows, row_mask, num_rows, grad_y, saved,
                     out_features, transposed_weight, x_tiles, x_units, x_features, x_bases,
                     x_strides, grad_x, grad_x, grad_x, grad_x, in_features, ACT, "none", False,
-                    False, False, XM, XN, XK, XSHARED, XFEATURE_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN, PRECISION,
+                    False, False, XM, XN, XK, XSHARED, XFEATURE_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN,
+                    PRECISION,
                 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from maskmoe_kernels.experiments.movielens.data.negatives import (
 )
 from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
 from maskmoe_kernels.experiments.movielens.data.tables import MovieLens
-from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
+from maskmoe_kernels.experiments.movielens.metrics import hit_rate, leave_one_out_ranks, ndcg
 from maskmoe_kernels.models import NCFSizes
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels.experiments.movielens.data.fixed_negatives import read_fixed_negatives
 from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    read_fixed_negatives,
     sample_training_pairs,
 )
 from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out

@@ -103,8 +103,10 @@ class Column:
     def parse(self, text: str) -> int | None:
         """The value of one field of the kind flag, integer, name or date; None if it has none.
 
-        A flag is 0 or 1, a name its index, a date the days from 1970-01-01.
+        A flag is 0 or 1, a name its index, a date the days from 1970-01-01. Spaces around do not
+        count, as pyarrow ignores them around numbers.
         """
+        text = text.strip(" \t")
         match self.kind:
             case "flag":
                 return _BOOLEANS.get(text)

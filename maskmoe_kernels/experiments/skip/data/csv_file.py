@@ -139,14 +139,16 @@ class CsvFile:
             if len(rest) > LINE_BYTES:
                 got = f"{len(rest):,} without a newline"
                 expected = f"lines of up to {LINE_BYTES:,} bytes"
-                raise DataError(line_message(self.path, line, expected, got))
+                remedy = "This is no csv file of sessions or tracks; name those files."
+                raise DataError(line_message(self.path, line, expected, got, remedy))
             if newline:
                 lines = head.count(b"\n") + 1
                 yield from self._block(head + b"\n", line)
                 line += lines
         if not self._header:
             got = f"{rest[:80]!r} without a newline" if rest else "an empty file"
-            raise DataError(line_message(self.path, 1, "a header line", got))
+            remedy = "The file is cut short; fetch it again."
+            raise DataError(line_message(self.path, 1, "a header line", got, remedy))
         if rest:
             message = line_message(
                 self.path, line, "a newline at the end of the last line", f"{rest[-60:]!r}",
@@ -340,6 +342,7 @@ def _parsable(column: Column, text: Any) -> tuple[Any, Array | None]:
         return text, _are_ids(text)
     if column.kind != "number":
         return text.dictionary_encode(), None
+    text = pc.utf8_trim(text, " \t")
     parsable = pc.match_substring_regex(text, _NUMBER)
     number = pc.if_else(parsable, pc.utf8_ltrim(text, "+"), "0").cast(column.arrow)
     return number, np.asarray(parsable)

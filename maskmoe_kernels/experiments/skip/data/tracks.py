@@ -171,7 +171,11 @@ def _add_repeats(file: CsvFile, names: Any, line: Array, repeats: Array, strict:
         "duplicate track",
         line[repeats],
         lambda i: line_message(
-            file.path, int(line[repeats[i]]), "each track once", f"{names[int(repeats[i])]} again"
+            file.path,
+            int(line[repeats[i]]),
+            "each track once",
+            f"{names[int(repeats[i])]} again",
+            "The first counts; remove the other.",
         ),
     )
     file.problems.raise_first(strict)

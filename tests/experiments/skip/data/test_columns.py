@@ -29,5 +29,5 @@ def test_dates() -> None:
 def test_spellings(name: str, spellings: dict[int | None, str]) -> None:
     for value, texts in spellings.items():
         for text in texts.split():
-            assert COLUMNS[name].parse(text) == value, text
+            assert COLUMNS[name].parse(text) == COLUMNS[name].parse(f" {text} ") == value, text
     assert COLUMNS[name].parse("") is None

@@ -70,6 +70,7 @@ SPELLINGS: dict[str, Callable[[Table], object]] = {
     "numbers for modes": spell(lambda n: n == "mode", {"minor": "0", "major": "1"}.__getitem__),
     "decimals for modes": spell(lambda n: n == "mode", {"minor": "0.0", "major": "1.0"}.get),
     "days first": spell(is_kind("date"), day_first),
+    "spaces": spell(lambda name: KINDS[name] != "id", lambda text: f" {text} "),
     "other order, more columns": reorder,
     "quotes": quote,
     "commas in quotes": add_text,
@@ -216,3 +217,15 @@ def test_nothing_valid_shows_the_first_problem(folder: Path, tmp_path: Path) -> 
     message = r"got none that is whole; .*log_0\.csv, line 2: expected a date .* got 'today'\. Wri"
     with pytest.raises(DataError, match=message):
         prepare([folder], tmp_path / "out")
+
+
+def test_real_tracks_with_numbers_for_modes(shared_data: Path, tmp_path: Path) -> None:
+    sample = shared_data / "mssd-sample"
+    prepare([sample], tmp_path / "names", strict=True)
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    shutil.copy(sample / "log_sample.csv", folder)
+    (folder / "tf_sample.csv").write_text((sample / "tf_sample.csv").read_text())
+    edit(folder / "tf_sample.csv", SPELLINGS["numbers for modes"])
+    prepare([folder], tmp_path / "out", strict=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "names")

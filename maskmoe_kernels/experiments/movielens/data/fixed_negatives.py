@@ -149,7 +149,8 @@ def _users(
     if (row := first_true(absent)) is not None:
         got = f"none for user {int(numbering.users[row])}"
         expected = f"one line for each of {data.num_users} users"
-        raise file.error(None, expected, got, numbering.remedy)
+        remedy = "The file is cut short, or belongs to another data set. Fetch it again."
+        raise file.error(None, expected, got, remedy)
     positive = numbering.movies[split.test[users]]
     if (row := first_true(pairs[:, 1] != positive)) is not None:
         user, got = pairs[row].tolist()

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.movielens import explain
+from maskmoe_kernels.experiments.movielens.data.fixed_negatives import read_fixed_negatives
 from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    read_fixed_negatives,
 )
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.split import leave_one_out

@@ -1,1 +1,1 @@
-"""What the experiments share: training loop, checkpoints, metrics, reports, figures."""
+"""What the experiments share: training loop, checkpoints, reports, figures."""

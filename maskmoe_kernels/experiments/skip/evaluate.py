@@ -14,7 +14,6 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import claim
-from maskmoe_kernels.experiments.shared.metrics import SkipTally
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip import figures as skip_figures
@@ -24,6 +23,7 @@ from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.deciders import Deciders
 from maskmoe_kernels.experiments.skip.generator.causes import Causes
+from maskmoe_kernels.experiments.skip.metrics import SkipTally
 from maskmoe_kernels.experiments.skip.models import logits_of, probability
 from maskmoe_kernels.experiments.skip.runs import load
 from maskmoe_kernels.experiments.skip.settings import Settings

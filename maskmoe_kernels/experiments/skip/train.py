@@ -12,13 +12,13 @@ from torch import nn
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import claim
-from maskmoe_kernels.experiments.shared.metrics import SkipTally
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run, Trainer
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset, SessionLoader
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.loss import loss_part
+from maskmoe_kernels.experiments.skip.metrics import SkipTally
 from maskmoe_kernels.experiments.skip.models import build, logits_of, probability
 from maskmoe_kernels.experiments.skip.pace import MONITOR, Pace
 from maskmoe_kernels.experiments.skip.runs import CHECKPOINT, EXPERIMENT, REPORT

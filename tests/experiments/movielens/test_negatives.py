@@ -1,8 +1,7 @@
-"""Negatives: drawn, of a file, and of training."""
+"""Negatives that are drawn, for evaluation and for training."""
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,12 @@ import torch
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    read_fixed_negatives,
     sample_training_pairs,
 )
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.split import leave_one_out
 from maskmoe_kernels.experiments.movielens.data.tables import MovieLens
 from tests.experiments.movielens.made import training_pairs, write_folder
-
-NEGATIVES = ["(7,5)\t4", "(10,4)\t6", "(3,2)\t5"]
 
 
 @pytest.fixture
@@ -57,73 +53,6 @@ def test_drawn_negatives_are_distinct_and_uniform(tmp_path: Path) -> None:
 def test_too_few_movies_to_draw_from(data: MovieLens) -> None:
     with pytest.raises(DataError, match=r"user 10 leaves 1 rated movies .* 2 negatives"):
         draw_negatives(data, leave_one_out(data, seed=0), seed=0, per_user=2)
-
-
-def write_negatives(path: Path, lines: list[str], zipped: bool = False) -> Path:
-    raw = ("\n".join(lines) + "\n").encode()
-    path.write_bytes(gzip.compress(raw) if zipped else raw)
-    return path
-
-
-@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
-def test_fixed_negatives(tmp_path: Path, data: MovieLens, zipped: bool) -> None:
-    path = write_negatives(tmp_path / "n.tsv", NEGATIVES, zipped)
-    negatives = read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=1)
-    assert negatives.tolist() == [[5], [3], [0]]  # in the order of users.dat, not of the file
-
-
-@pytest.mark.parametrize(
-    ("line", "text", "message"),
-    [
-        (1, "7,5\t4", r"expected '\(user,positive\)' and a tab first, got '7,5'"),
-        (2, "(10,4) 6", r"expected '\(user,positive\)' and a tab first, got '\(10,4\) 6'"),
-        (2, "(10,4)", r"expected 1 tab-separated negatives, got 0"),
-        (2, "(10,4)\t6\t6", r"expected 1 tab-separated negatives, got 2"),
-        (2, "(10,4)\t6x", r"expected a whole number in column negatives, got '6x'"),
-        (2, "", r"expected '\(user,positive\)' and a tab first, got ''"),
-        (3, "(4,2)\t5", r"expected a user of users.dat, got 4"),
-        (3, "(7,5)\t5", r"expected each user once, got user 7 of line 1 again"),
-        (3, "(3,4)\t5", r"expected the test item 2 of user 3, got 4"),
-        (3, "(3,2)\t77", r"expected movies of movies.dat, got 77"),
-    ],
-)
-def test_bad_negatives(tmp_path: Path, data: MovieLens, line: int, text: str, message: str) -> None:
-    lines = list(NEGATIVES)
-    lines[line - 1] = text
-    path = write_negatives(tmp_path / "n.tsv", lines)
-    with pytest.raises(DataError, match=rf"n\.tsv, line {line}: {message}"):
-        read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=1)
-
-
-def test_unknown_negative_deep_in_a_line(tmp_path: Path, data: MovieLens) -> None:
-    lines = ["(7,5)\t4\t6", "(10,4)\t6\t8", "(3,2)\t5\t77"]
-    path = write_negatives(tmp_path / "n.tsv", lines)
-    with pytest.raises(DataError, match=r"n\.tsv, line 3: .*got 77"):
-        read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=2)
-
-
-def test_negatives_of_an_absent_user(tmp_path: Path, data: MovieLens) -> None:
-    path = write_negatives(tmp_path / "n.tsv", NEGATIVES[:2])
-    with pytest.raises(DataError, match=r"n\.tsv: .*each of 3 users, got none for user 3"):
-        read_fixed_negatives(path, data, leave_one_out(data, seed=0), per_user=1)
-
-
-def test_damaged_negatives_file(tmp_path: Path, data: MovieLens) -> None:
-    split = leave_one_out(data, seed=0)
-    path = write_negatives(tmp_path / "n.tsv.gz", NEGATIVES, zipped=True)
-    whole = path.read_bytes()
-    for length in range(3, len(whole)):
-        path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"n\.tsv\.gz: expected a whole gzip file"):
-            read_fixed_negatives(path, data, split, per_user=1)
-    path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"n\.tsv\.gz, line 1: .*got an empty file"):
-        read_fixed_negatives(path, data, split, per_user=1)
-    path.write_bytes("\n".join(NEGATIVES).encode())
-    with pytest.raises(DataError, match=r"n\.tsv\.gz, line 3: .*may be cut short"):
-        read_fixed_negatives(path, data, split, per_user=1)
-    with pytest.raises(DataError, match=r"absent\.tsv: expected a readable file"):
-        read_fixed_negatives(tmp_path / "absent.tsv", data, split, per_user=1)
 
 
 def test_an_epoch_of_training_pairs(data: MovieLens) -> None:

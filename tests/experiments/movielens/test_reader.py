@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -180,6 +183,35 @@ def test_text_encoded_anew(tmp_path: Path) -> None:
     path = write_folder(tmp_path / "c", ratings=utf16 + b"\n")
     with pytest.raises(DataError, match=r"ratings\.dat, line 1: .*control byte b'\\x00'"):
         read_movielens(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoding", "before"),
+    [
+        ("movies.dat", "utf-8", b""),
+        ("movies.dat", "utf-8", b"\xef\xbb\xbf"),
+        ("users.dat", "utf-8", b"\xef\xbb\xbf"),
+        ("ratings.dat", "utf-8", b"\xef\xbb\xbf"),
+        ("movies.dat", "utf-16", b""),
+        ("ratings.dat", "utf-16", b""),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "zip"])
+def test_the_remedy_converts_the_file(
+    tmp_path: Path, name: str, encoding: str, before: bytes, zipped: bool
+) -> None:
+    if shutil.which("iconv") is None:
+        pytest.skip("iconv is not installed")
+    folder = write_folder(tmp_path / "ml-1m")
+    text = (folder / name).read_text("latin-1")
+    (folder / name).write_bytes(before + text.encode(encoding))
+    path = write_zip(tmp_path / "ml-1m.zip", folder) if zipped else folder
+    with pytest.raises(DataError, match=rf"{name}, line \d: expected latin-1 text") as caught:
+        read_movielens(path)
+    command = re.search("`(.*)`", str(caught.value))
+    assert command is not None
+    subprocess.run(command[1], shell=True, check=True, cwd=folder)
+    assert_is_the_made_up_set(read_movielens(folder))
 
 
 def drop_end(raw: bytes) -> bytes:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 import torch
 
 from maskmoe_kernels.experiments.movielens.baselines import most_popular
+from maskmoe_kernels.experiments.movielens.data.fixed_negatives import read_fixed_negatives
 from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    read_fixed_negatives,
 )
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
 from maskmoe_kernels.experiments.movielens.data.tables import GENRES, MovieLens
-from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
+from maskmoe_kernels.experiments.movielens.metrics import hit_rate, leave_one_out_ranks, ndcg
 from tests.experiments.movielens.made import training_pairs
 
 
@@ -56,6 +57,26 @@ def test_most_popular_has_its_known_figures(
     ranks = leave_one_out_ranks(score[real_split.test], score[negatives], own_positive)
     assert hit_rate(ranks) == pytest.approx(0.453, abs=0.0005)
     assert ndcg(ranks) == pytest.approx(0.254, abs=0.0005)
+
+
+def test_the_authors_numbering_of_the_same_negatives(
+    folder: Path, real: MovieLens, real_split: Split, tmp_path: Path
+) -> None:
+    """The negatives as the authors number them, where ratings.dat is in the order of this copy."""
+    movies: dict[str, int] = {}
+    for row in real.items.tolist():
+        movies.setdefault(str(int(real.movie_ids[row])), len(movies))
+    lines = []
+    packed = (folder / "ncf-test-negatives.tsv.gz").read_bytes()
+    for line in gzip.decompress(packed).decode().splitlines():
+        head, *negatives = line.split("\t")
+        user, positive = head[1:-1].split(",")
+        numbers = [movies[name] for name in negatives]
+        lines.append("\t".join([f"({int(user) - 1},{movies[positive]})", *map(str, numbers)]))
+    path = tmp_path / "ml-1m.test.negative"
+    path.write_text("\n".join(lines) + "\n")
+    published = read_fixed_negatives(folder / "ncf-test-negatives.tsv.gz", real, real_split)
+    assert torch.equal(read_fixed_negatives(path, real, real_split), published)
 
 
 def test_real_training_epoch(real: MovieLens, real_split: Split) -> None:

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
 import re
+import shlex
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.shared.compression import compression_of, unpack_remedy
 
 RESTORE = (
     "Correct it, or restore the official file from https://grouplens.org/datasets/movielens/1m/."
 )
-# What zipfile and gzip raise on damage: ValueError for a bad offset, RuntimeError for a bad flag.
+_BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")  # little endian, big endian
+# What the unpackers raise on damage: ValueError for a bad offset, RuntimeError for a bad flag.
 _DAMAGE = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
     EOFError, OSError, RuntimeError, ValueError,
@@ -43,9 +48,12 @@ class DataFile:
         return DataError(f"{where}: expected {expected}, got {got}. {remedy}")
 
     def text(self) -> bytes:
-        """The bytes with newline line ends; raises if the file is empty or cut within a line."""
+        """The bytes with newline line ends; raises on an empty or cut file, and on UTF-16."""
         if not self.data.strip():
             raise self.error(1, "at least one line", "an empty file")
+        if self.data.startswith(_UTF16):
+            got = f"UTF-16, where every other byte is the control byte {bytes(1)!r}"
+            raise self.error(1, "latin-1 text", got, self._conversion("utf-16"))
         data = self.data.replace(b"\r\n", b"\n")
         # Without a last newline, a number that is cut short would look complete.
         if not data.endswith(b"\n"):
@@ -61,12 +69,25 @@ class DataFile:
             line = data.count(b"\n", 0, control.start()) + 1
             raise self.error(line, "latin-1 text", f"the control byte {control.group()!r}")
         accented = re.search(rb"[^\x00-\x7f]", data)
-        if accented and _is_utf8(data):
+        if accented and (data.startswith(_BOM) or _is_utf8(data)):
             line = data.count(b"\n", 0, accented.start()) + 1
-            remedy = "Convert it with `iconv -f utf-8 -t latin1`, or restore the official file."
-            raise self.error(line, "latin-1 text", "UTF-8", remedy)
+            got = "UTF-8 with a byte order mark" if data.startswith(_BOM) else "UTF-8"
+            raise self.error(line, "latin-1 text", got, self._conversion("utf-8"))
         # A generator: a list of all lines would take many times the memory of the file.
         return (line[:-1].decode("latin-1") for line in io.BytesIO(data))
+
+    def _conversion(self, encoding: str) -> str:
+        """How to make latin-1 text of this file."""
+        name = shlex.quote(re.split(r"[/:]", self.name)[-1])
+        command = f"iconv -f {encoding} -t latin1 {name} > latin1.tmp && mv latin1.tmp {name}"
+        # latin-1 has no byte order mark; iconv removes the one of UTF-16 itself.
+        if self.data.startswith(_BOM):
+            body = self.data[len(_BOM) :]
+            convert = f" | iconv -f {encoding} -t latin1" if not body.isascii() else ""
+            command = f"tail -c +4 {name}{convert} > latin1.tmp && mv latin1.tmp {name}"
+        return (
+            f"Convert it with `{command}` in its (unzipped) folder, or restore the official file."
+        )
 
     def rows(self, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
         """Line numbers from 1 and their ``::``-separated fields, exactly one a column."""
@@ -167,22 +188,64 @@ def _bounded(file: IO[bytes], name: str, declared: int) -> bytes:
 
 
 def read_packed(path: Path) -> DataFile:
-    """A file, unzipped where it starts as gzip does.
+    """A text file, plain or compressed by gzip, bzip2, xz or zip; without its byte order mark.
 
     Raises:
-        DataError: It is missing or damaged.
+        DataError: It is missing, damaged, of another format, or no text.
     """
     file = _read_plain(path)
-    if not file.data.startswith(b"\x1f\x8b"):
-        return file
+    if (compression := compression_of(file.data)) is not None:
+        file = _unpack(file, path, compression)
+    if file.data.startswith(_UTF16):
+        command = f"iconv -f utf-16 -t utf-8 {shlex.quote(str(path))} > utf8.txt"
+        remedy = f"Convert it with `{command}`, and name utf8.txt."
+        raise file.error(1, "text of one byte a character", "UTF-16", remedy)
+    if file.data[:512].lstrip().startswith((b"<!", b"<html", b"<HTML")):
+        remedy = "Download the raw file, not the page that shows it."
+        raise file.error(1, "a text file", "a web page", remedy)
+    return DataFile(file.name, file.data.removeprefix(_BOM))
+
+
+_DECOMPRESSORS: dict[str, Callable[[IO[bytes]], io.BufferedIOBase]] = {
+    "gzip": lambda file: gzip.GzipFile(fileobj=file),
+    "bzip2": bz2.BZ2File,
+    "xz": lzma.LZMAFile,
+}
+
+
+def _unpack(file: DataFile, path: Path, compression: str) -> DataFile:
+    """The only file in a compressed file."""
+    if compression not in (*_DECOMPRESSORS, "zip"):
+        readable = "a text file, plain or compressed by gzip, bzip2, xz or zip"
+        remedy = unpack_remedy(compression, path, f"{path.stem}.txt")
+        raise file.error(None, readable, f"a {compression} file", remedy)
     try:
-        with io.BufferedReader(gzip.GzipFile(fileobj=io.BytesIO(file.data))) as packed:
-            return DataFile(file.name, _bounded(packed, file.name, 0))
+        if compression == "zip":
+            unpacked = _only_member(file, path)
+        else:
+            stream = _DECOMPRESSORS[compression](io.BytesIO(file.data))
+            with io.BufferedReader(stream) as packed:
+                unpacked = DataFile(file.name, _bounded(packed, file.name, 0))
     except DataError:
         raise
     except _DAMAGE as error:
         got = f"one that is damaged or cut short ({error})"
-        raise file.error(None, "a whole gzip file", got, "Fetch it again.") from error
+        raise file.error(None, f"a whole {compression} file", got, "Fetch it again.") from error
+    if (inner := compression_of(unpacked.data)) is not None:
+        got = f"a {inner} file in a {compression} file"
+        remedy = unpack_remedy("tar" if inner == "tar" else compression, path, "unpacked")
+        raise file.error(None, "a text file, compressed once", got, remedy)
+    return unpacked
+
+
+def _only_member(file: DataFile, path: Path) -> DataFile:
+    """The one file in a zip, beside folders and what macOS adds."""
+    with zipfile.ZipFile(io.BytesIO(file.data)) as archive:
+        names = [n for n in archive.namelist() if n[-1] != "/" and not n.startswith("__MACOSX/")]
+        if len(names) != 1:
+            remedy = unpack_remedy("zip", path, "")
+            raise file.error(None, "one file in the zip", f"{len(names)}: {names[:8]}", remedy)
+        return _unpacked(archive, names[0], f"{file.name}:{names[0]}")
 
 
 def _is_utf8(data: bytes) -> bool:

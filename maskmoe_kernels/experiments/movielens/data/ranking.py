@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels.experiments.movielens.data.fixed_negatives import read_fixed_negatives
 from maskmoe_kernels.experiments.movielens.data.negatives import (
     draw_negatives,
-    read_fixed_negatives,
     sample_training_pairs,
 )
 from maskmoe_kernels.experiments.movielens.data.split import Split, leave_one_out
 from maskmoe_kernels.experiments.movielens.data.tables import MovieLens
-from maskmoe_kernels.experiments.shared.metrics import hit_rate, leave_one_out_ranks, ndcg
+from maskmoe_kernels.experiments.movielens.metrics import hit_rate, leave_one_out_ranks, ndcg
 from maskmoe_kernels.models import NCFSizes
 
 

@@ -38,6 +38,12 @@ START_NAMES = (*START_REASONS, "logout", *_RARE)
 END_NAMES = (*END_REASONS, "appload", "playbtn", *_RARE)
 MODES = ("minor", "major")
 
+#: The spellings of true and of false.
+TRUE, FALSE = ("true", "True", "TRUE", "1"), ("false", "False", "FALSE", "0")
+_BOOLEANS = dict.fromkeys((*TRUE, "1.0"), 1) | dict.fromkeys((*FALSE, "0.0"), 0)
+# Tables with a missing value anywhere in a column are often exported with 7.0 for 7.
+_WHOLE = re.compile(r"([+-]?\d{1,9})(\.0*)?", re.ASCII)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -49,6 +55,7 @@ class Column:
         low: Smallest valid integer or number.
         high: Largest valid integer or number.
         names: Valid values of the kind ``name``; shards hold the index into them.
+        numbered: Whether the index of a name may stand for it.
     """
 
     name: str
@@ -56,6 +63,7 @@ class Column:
     low: float = 0
     high: float = 1
     names: tuple[str, ...] = ()
+    numbered: bool = False
 
     @property
     def expected(self) -> str:
@@ -71,6 +79,47 @@ class Column:
                 return "a date as yyyy-mm-dd or dd-mm-yy"
         noun = "a whole number" if self.kind == "integer" else "a number"
         return f"{noun} from {self.low:g} to {self.high:g}"
+
+    @property
+    def remedy(self) -> str:
+        """How the valid values are written, for an error message."""
+        match self.kind:
+            case "id":
+                how = "Give the row its id"
+            case "flag":
+                how = "Write true, True, TRUE or 1, and false, False, FALSE or 0"
+            case "name":
+                how = "Write one of these names"
+                if self.numbered:
+                    how += ", or " + ", ".join(f"{i} for {n}" for i, n in enumerate(self.names))
+            case "date":
+                how = "Write it like 2018-07-15 or 15-07-18"
+            case "integer":
+                how = "Write it in digits, like 1 or 1.0"
+            case _:
+                how = "Write it with a decimal point, like 0.5 or 5e-1"
+        return f"{how}, or restore the official file."
+
+    def parse(self, text: str) -> int | None:
+        """The value of one field of the kind flag, integer, name or date; None if it has none.
+
+        A flag is 0 or 1, a name its index, a date the days from 1970-01-01. Spaces around do not
+        count, as pyarrow ignores them around numbers.
+        """
+        text = text.strip(" \t")
+        match self.kind:
+            case "flag":
+                return _BOOLEANS.get(text)
+            case "name" if text in self.names:
+                return self.names.index(text)
+            case "name" if not self.numbered:
+                return None
+            case "date":
+                return parse_date(text)
+        if match := _WHOLE.fullmatch(text):
+            value = int(match[1])
+            return value if self.kind == "integer" or 0 <= value < len(self.names) else None
+        return _BOOLEANS.get(text) if self.kind == "integer" and self.high == 1 else None
 
     @property
     def arrow(self) -> Any:
@@ -136,7 +185,7 @@ TRACK_COLUMNS = (
     *_unit("liveness"),
     Column("loudness", "number", -120, 30),
     *_unit("mechanism"),
-    Column("mode", "name", names=MODES),
+    Column("mode", "name", names=MODES, numbered=True),
     *_unit("organism", "speechiness"),
     Column("tempo", "number", 0, 1000),
     Column("time_signature", "integer", 0, 12),

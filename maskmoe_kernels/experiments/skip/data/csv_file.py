@@ -1,13 +1,15 @@
 """Csv files read in blocks: typed columns with line numbers, and problems of invalid rows.
 
 A block is some megabytes of whole lines. It is parsed with the columns' types first. Only if that
-fails is it parsed again, as text, to find the invalid rows.
+fails is it parsed again, as text, to read the other spellings and to find the invalid rows.
 """
 
 from __future__ import annotations
 
+import csv as python_csv
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,15 @@ from pyarrow import csv
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.data.arrays import Array
-from maskmoe_kernels.experiments.skip.data.columns import ID_LENGTH, Column, parse_date
+from maskmoe_kernels.experiments.skip.data.columns import FALSE, ID_LENGTH, TRUE, Column
+from maskmoe_kernels.experiments.skip.data.packed import open_unpacked
+from maskmoe_kernels.experiments.skip.data.quotes import badly_quoted, replace_lines
 
 BLOCK_BYTES = 8 << 20
 #: Longest line that is accepted, so that a file without newlines cannot fill the memory.
 LINE_BYTES = 64 << 10
 #: How many messages are kept of each kind of problem.
 EXAMPLES = 5
-_TRUE, _FALSE = ["true", "True"], ["false", "False"]
-_INTEGER = r"^[+-]?[0-9]{1,9}$"
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
 
 
@@ -95,10 +97,10 @@ def line_message(path: Path, line: int, expected: str, got: str, remedy: str = "
 
 
 class CsvFile:
-    """One csv file, plain or gzip, that is read once from start to end.
+    """One csv file that is read once from start to end.
 
     Args:
-        path: A file that ends in ``.gz`` is decompressed while it is read.
+        path: A file, plain or compressed; see :func:`open_unpacked`.
         columns: The columns to read. The file may hold them in any order, and more.
         advance: Called with the number of (decompressed) bytes just read.
     """
@@ -137,14 +139,16 @@ class CsvFile:
             if len(rest) > LINE_BYTES:
                 got = f"{len(rest):,} without a newline"
                 expected = f"lines of up to {LINE_BYTES:,} bytes"
-                raise DataError(line_message(self.path, line, expected, got))
+                remedy = "This is no csv file of sessions or tracks; name those files."
+                raise DataError(line_message(self.path, line, expected, got, remedy))
             if newline:
                 lines = head.count(b"\n") + 1
                 yield from self._block(head + b"\n", line)
                 line += lines
         if not self._header:
             got = f"{rest[:80]!r} without a newline" if rest else "an empty file"
-            raise DataError(line_message(self.path, 1, "a header line", got))
+            remedy = "The file is cut short; fetch it again."
+            raise DataError(line_message(self.path, 1, "a header line", got, remedy))
         if rest:
             message = line_message(
                 self.path, line, "a newline at the end of the last line", f"{rest[-60:]!r}",
@@ -153,41 +157,47 @@ class CsvFile:
             self.problems.add("truncated", np.array([line]), lambda _: message)
 
     def _read(self, size: int) -> Iterator[bytes]:
-        compression = "gzip" if self.path.suffix == ".gz" else None
-        try:
-            with pa.input_stream(str(self.path), compression=compression) as stream:
-                while data := stream.read(size):
-                    self._digest.update(data)
-                    self.advance(len(data))
-                    yield data
-        except OSError as error:
-            raise DataError(
-                f"{self.path}: expected a readable csv file, whole where it is gzip, got "
-                f"{error}. Download it again."
-            ) from error
+        with open_unpacked(self.path) as read:
+            while data := read(size):
+                self._digest.update(data)
+                self.advance(len(data))
+                yield data
 
     def _block(self, data: bytes, line: int) -> Iterator[Block]:
         if not self._header:
             head, _, data = data.partition(b"\n")
             self._header = self._check_header(head.rstrip(b"\r").decode("utf-8", "replace"))
             line += 1
-        if data:
-            yield self._typed(data, line) or self._diagnosed(data, line)
+        if not data:
+            return
+        bad = badly_quoted(data) if b'"' in data else np.empty(0, np.int64)
+        if len(bad):
+            self._add_bad_quotes(data, bad, line)
+            # With a field too many, the line is skipped as others of a wrong number are.
+            data = replace_lines(data, bad, b"," * len(self._header))
+        yield self._typed(data, line) or self._diagnosed(data, line, frozenset(bad.tolist()))
 
     def _check_header(self, text: str) -> list[str]:
-        header = text.removeprefix("\ufeff").split(",")
+        text = text.removeprefix("\ufeff")
+        try:
+            header = next(python_csv.reader([text]), [])
+        except python_csv.Error:  # binary data, or a field of hundreds of kilobytes
+            header = [text]
         missing = [name for name in self.columns if name not in header]
         if missing:
+            remedy = "Restore the official header."
+            if set(self.columns) <= set(re.split(r"[;\t|]", text.replace('"', ""))):
+                remedy = "Separate the columns by commas."
             raise DataError(
                 line_message(
                     self.path, 1, f"the columns {', '.join(self.columns)}",
-                    f"none named {', '.join(missing)} in {text[:200]!r}",
-                    "Restore the official header.",
+                    f"none named {', '.join(missing)} in {text[:200]!r}", remedy,
                 )
             )  # fmt: skip
-        if twice := sorted({name for name in header if header.count(name) > 1}):
+        if twice := sorted({name for name in self.columns if header.count(name) > 1}):
             got = f"{twice} more than once"
-            raise DataError(line_message(self.path, 1, "each column once", got))
+            remedy = "Remove or rename one of the two."
+            raise DataError(line_message(self.path, 1, "each column once", got, remedy))
         return header
 
     def _parse(self, data: bytes, types: dict[str, Any], handler: Any = None) -> Any:
@@ -197,11 +207,13 @@ class CsvFile:
                 column_names=self._header, use_threads=False, block_size=len(data) + 1
             ),
             parse_options=csv.ParseOptions(
-                quote_char=False, ignore_empty_lines=False, invalid_row_handler=handler
+                quote_char='"' if b'"' in data else False,
+                ignore_empty_lines=False,
+                invalid_row_handler=handler,
             ),
             convert_options=csv.ConvertOptions(
                 column_types=types, include_columns=list(self.columns), null_values=[""],
-                true_values=_TRUE, false_values=_FALSE, strings_can_be_null=True,
+                true_values=list(TRUE), false_values=list(FALSE), strings_can_be_null=True,
             ),
         ).combine_chunks()  # fmt: skip
 
@@ -226,14 +238,20 @@ class CsvFile:
             valid &= in_range
         return Block(values, lines, valid)
 
-    def _diagnosed(self, data: bytes, line: int) -> Block:
-        """The block parsed as text, so that each invalid field is found and reported."""
+    def _diagnosed(self, data: bytes, line: int, known: Set[int]) -> Block:
+        """The block parsed as text, so that each invalid field is found and reported.
+
+        Args:
+            data: The block.
+            line: The line number of its first line.
+            known: Its lines, counted from 0, that are reported already.
+        """
         skipped: list[Any] = []  # the first rows with a wrong number of fields, for the messages
         numbers: list[int] = []  # all of them, counted from 0 within the block
 
         def skip(row: Any) -> str:
             numbers.append(row.number - 1)  # pyarrow counts from 1
-            if len(skipped) < EXAMPLES:
+            if row.number - 1 not in known and len(skipped) < EXAMPLES:
                 skipped.append(row)
             return "skip"
 
@@ -242,27 +260,44 @@ class CsvFile:
         table = self._parse(data, dict.fromkeys(self.columns, pa.string()), skip)
         missing = np.array(numbers, np.int64)
         lines = line + np.delete(np.arange(len(table) + len(missing)), missing)
+        missing = missing[~np.isin(missing, list(known))]
         self.problems.add(
             "fields",
             line + missing,
             lambda i: line_message(
                 self.path, int(line + missing[i]), f"{len(self._header)} fields",
                 f"{skipped[i].actual_columns} in {skipped[i].text[:120]!r}",
+                'Correct the line; a field with a comma in it must stand in double quotes (").',
             ),
         )  # fmt: skip
         valid = np.ones(len(table), bool)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
             text = pc.fill_null(_only_chunk(table[name]), "")
-            parsable = _is_parsable(column, text)
-            array = pc.if_else(parsable, text, pa.scalar(None, pa.string()))
-            array = array.dictionary_encode() if column.kind in ("name", "date") else array
-            array = pc.fill_null(_cast(column, array), _placeholder(column))
-            values[name], in_range = _convert(column, array)
-            in_range &= np.asarray(parsable)
+            values[name], in_range = _convert(column, *_parsable(column, text))
             self._add_problems(column, text, valid & ~in_range, lines)
             valid &= in_range
         return Block(values, lines, valid)
+
+    def _add_bad_quotes(self, data: bytes, bad: Array, line: int) -> None:
+        """Report lines whose quotes cannot be read.
+
+        Args:
+            data: The block.
+            bad: Its lines, counted from 0, ``(n,)``.
+            line: The line number of its first line.
+        """
+        texts = data.split(b"\n")
+        self.problems.add(
+            "quotes",
+            line + bad,
+            lambda i: line_message(
+                self.path, int(line + bad[i]),
+                'double quotes (") around whole fields, closed on the same line',
+                repr(texts[bad[i]][:120].decode("utf-8", "replace")),
+                "Remove line breaks within fields, and write a quote in a quoted field twice.",
+            ),
+        )  # fmt: skip
 
     def _add_problems(self, column: Column, fields: Any, invalid: Array, lines: Array) -> None:
         """Report the rows whose first invalid field is the one of ``column``.
@@ -281,7 +316,7 @@ class CsvFile:
             lines[rows],
             lambda i: line_message(
                 self.path, int(lines[rows[i]]), f"{column.expected} in column {column.name}",
-                repr(fields[int(rows[i])].as_py())[:90],
+                repr(fields[int(rows[i])].as_py())[:90], column.remedy,
             ),
         )  # fmt: skip
 
@@ -296,55 +331,45 @@ def _are_ids(array: Any) -> Array:
     return accepted
 
 
-def _is_parsable(column: Column, text: Any) -> Any:
-    """Whether each text can be parsed as the column's type, a pyarrow array ``(n,)`` of bool."""
-    match column.kind:
-        case "id":
-            return pa.array(_are_ids(text))
-        case "flag":
-            return pc.is_in(text, pa.array(_TRUE + _FALSE))
-        case "integer":
-            return pc.match_substring_regex(text, _INTEGER)
-        case "number":
-            return pc.match_substring_regex(text, _NUMBER)
-    return pa.array(np.ones(len(text), bool))
+def _parsable(column: Column, text: Any) -> tuple[Any, Array | None]:
+    """The text of one column as :func:`_convert` takes it, and where a number can be parsed.
+
+    Returns:
+        pyarrow array ``(n,)``, and ``(n,)`` bool, or None for all. What cannot be parsed as a
+        number is 0.
+    """
+    if column.kind == "id":
+        return text, _are_ids(text)
+    if column.kind != "number":
+        return text.dictionary_encode(), None
+    text = pc.utf8_trim(text, " \t")
+    parsable = pc.match_substring_regex(text, _NUMBER)
+    number = pc.if_else(parsable, pc.utf8_ltrim(text, "+"), "0").cast(column.arrow)
+    return number, np.asarray(parsable)
 
 
-def _cast(column: Column, array: Any) -> Any:
-    if column.kind == "flag":
-        return pc.is_in(array, pa.array(_TRUE))
-    if column.kind in ("integer", "number"):
-        return pc.utf8_ltrim(array, "+").cast(column.arrow)
-    return array
-
-
-def _placeholder(column: Column) -> Any:
-    """What stands for a field that cannot be parsed."""
-    if column.kind == "flag":
-        return False
-    if column.kind in ("integer", "number"):
-        return pa.scalar(0, column.arrow)
-    return ""
-
-
-def _convert(column: Column, array: Any) -> tuple[Any, Array]:
+def _convert(column: Column, array: Any, parsable: Array | None = None) -> tuple[Any, Array]:
     """The values as :class:`Block` holds them, and which are valid values of the column.
 
+    Args:
+        column: The column.
+        array: pyarrow array ``(n,)``: ids, values of the column's type, or a dictionary of texts.
+        parsable: Which values count, ``(n,)`` bool; None: all.
     Returns:
         Values ``(n,)`` and ``(n,)`` bool.
     """
+    in_range = np.ones(len(array), bool) if parsable is None else parsable
     if column.kind == "id":
-        return array, np.ones(len(array), bool)
-    if column.kind in ("name", "date"):
-        if column.kind == "date":
-            known = [parse_date(text) for text in array.dictionary.to_pylist()]
-        else:
-            codes = {name: code for code, name in enumerate(column.names)}
-            known = [codes.get(text) for text in array.dictionary.to_pylist()]
+        return array, in_range
+    if pa.types.is_dictionary(array.type):
+        found = [column.parse(text) for text in array.dictionary.to_pylist()]
         index = np.asarray(array.indices)
-        in_range = np.array([code is not None for code in known], bool)[index]
-        return np.array([code or 0 for code in known], np.int32)[index], in_range
-    values = array.to_numpy(zero_copy_only=False)
+        in_range = in_range & np.array([value is not None for value in found], bool)[index]
+        values = np.array([value or 0 for value in found], np.int32)[index]
+    else:
+        values = array.to_numpy(zero_copy_only=False)
     if column.kind == "flag":
-        return values, np.ones(len(values), bool)
-    return values, (values >= column.low) & (values <= column.high)  # False for NaN
+        return values.astype(bool), in_range
+    if column.kind in ("integer", "number"):  # False for NaN
+        in_range = in_range & (values >= column.low) & (values <= column.high)
+    return values, in_range

@@ -13,6 +13,7 @@ from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
 from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
 from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
+from maskmoe_kernels.experiments.skip.data.packed import stem
 from maskmoe_kernels.experiments.skip.data.records import (
     FORMAT,
     LOGS_FOLDER,
@@ -34,7 +35,7 @@ class LogFile:
     """A log file to convert, and where its results go.
 
     Attributes:
-        source: ``log_*.csv``, or ``.csv.gz``.
+        source: ``log_*.csv``, plain or compressed.
         out: Folder of the shards.
         tracks: Digest of the table of tracks in ``out``.
         row_group: Sessions of a row group.
@@ -54,7 +55,7 @@ class LogFile:
     @property
     def name(self) -> str:
         """The file's name without its endings; the shards have the same name."""
-        return self.source.name.removesuffix(".gz").removesuffix(".csv")
+        return stem(self.source)
 
     @property
     def record(self) -> Path:

@@ -25,6 +25,7 @@ from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
 from maskmoe_kernels.experiments.skip.data.log_file import LogFile, convert
+from maskmoe_kernels.experiments.skip.data.packed import ENDINGS
 from maskmoe_kernels.experiments.skip.data.records import (
     FORMAT,
     LOGS_FOLDER,
@@ -36,7 +37,10 @@ from maskmoe_kernels.experiments.skip.data.tracks import prepare_tracks
 
 #: Sessions whose digests are compared at a time, in 320 MB.
 _COMPARED = 20_000_000
-_REMEDY = "Name the folder that holds the official log_*.csv and tf_*.csv, or those files."
+_REMEDY = (
+    "Name the folder that holds the official log_*.csv and tf_*.csv, unpacked from their "
+    "archives (`tar -xf`, `unzip`), or those files."
+)
 
 
 #: Opens a progress bar over the bytes of files; returns what advances it by a number of bytes.
@@ -77,7 +81,7 @@ def find_sources(*paths: str | Path) -> tuple[list[Path], list[Path]]:
     tracks: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            found = [p for suffix in (".csv", ".csv.gz") for p in path.rglob(f"*{suffix}")]
+            found = [p for ending in ENDINGS for p in path.rglob(f"*{ending}")]
         elif path.is_file():
             found = [path]
         else:
@@ -292,10 +296,11 @@ def _write_manifest(
         for split in SPLITS
     }
     if not any(splits.values()):
-        counts = _summary(table, records).counts
+        summary = _summary(table, records)
+        first = [examples[0] for examples in summary.examples.values() if examples]
         raise DataError(
             f"{', '.join(str(log.source) for log in logs)}: expected sessions, got none that is "
-            f"whole; problems: {counts}. Use strict to see the first."
+            f"whole; problems: {summary.counts}. {' '.join(first[:3])}".rstrip()
         )
     digests = {log.name: record["digest"] for log, record in zip(logs, records, strict=True)}
     parts = {
@@ -337,8 +342,8 @@ def _bars(shown: bool) -> Iterator[_OpenBar]:
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
 
         def open_bar(name: str, files: Sequence[Path]) -> Callable[[int], None]:
-            # The decompressed size of gzip files is unknown: the bar then shows no end.
-            packed = any(file.suffix == ".gz" for file in files)
+            # The decompressed size of packed files is unknown: the bar then shows no end.
+            packed = any(file.suffix != ".csv" for file in files)
             total = None if packed else sum(f.stat().st_size for f in files if f.is_file())
             task: TaskID = bars.add_task(name, total=total)
             return lambda count: bars.advance(task, count)

@@ -146,7 +146,11 @@ def _read(files: Sequence[CsvFile], strict: bool) -> tuple[Any, UInt64s, dict[st
             lines.append(block.lines[block.valid])
         file.problems.raise_first(strict)
     if not sum(map(len, ids)):
-        raise DataError(f"{', '.join(str(file.path) for file in files)}: expected tracks, got none")
+        first = [examples[0] for f in files for examples in f.problems.examples.values()]
+        raise DataError(
+            f"{', '.join(str(file.path) for file in files)}: expected tracks, got none that is "
+            f"valid. {' '.join(first[:1])}".rstrip()
+        )
     names, line = pa.concat_arrays(ids), np.concatenate(lines)
     digest = np.concatenate([hash_ids(part) for part in ids])
     ids.clear()
@@ -167,7 +171,11 @@ def _add_repeats(file: CsvFile, names: Any, line: Array, repeats: Array, strict:
         "duplicate track",
         line[repeats],
         lambda i: line_message(
-            file.path, int(line[repeats[i]]), "each track once", f"{names[int(repeats[i])]} again"
+            file.path,
+            int(line[repeats[i]]),
+            "each track once",
+            f"{names[int(repeats[i])]} again",
+            "The first counts; remove the other.",
         ),
     )
     file.problems.raise_first(strict)

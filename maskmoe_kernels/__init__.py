@@ -5,6 +5,7 @@ The names below are the public contract; see README.md for a tour.
 
 from maskmoe_kernels import testing
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
+from maskmoe_kernels.explain import interactions, moebius, shapley, sufficient
 from maskmoe_kernels.layout import BlockLayout, SubsetFamily
 from maskmoe_kernels.models import InterpretableGRU, InterpretableMLP, InterpretableTransformer
 from maskmoe_kernels.nn import (
@@ -39,8 +40,12 @@ __all__ = [
     "SubsetFamily",
     "gem_loss",
     "info",
+    "interactions",
     "masked_linear",
     "mixture",
+    "moebius",
     "selection",
+    "shapley",
+    "sufficient",
     "testing",
 ]

@@ -18,13 +18,13 @@ NAMES = """
     SubsetFamily SubsetFamily.powerset BlockLayout BlockLayout.between BlockLayout.from_mask
     masked_linear MaskedLinear MaskedLinear.from_layout MaskedLinear.from_linear
     MaskedLinear.dense_weight MaskedLinear.to_linear
-    InterpretableMLP mixture selection gem_loss info
+    InterpretableMLP mixture selection gem_loss info sufficient shapley interactions moebius
     testing testing.dense_oracle testing.assert_blind testing.assert_gradient_isolated
     testing.strategies.families testing.strategies.layouts testing.strategies.masks
 """.split()
 FAMILY = """
     num_groups num_experts in_features membership inclusion strict
-    hasse_edges input_layout hidden_layout
+    hasse_edges input_layout hidden_layout with_top
 """.split()
 LAYOUT = "in_features out_features num_weights density mask grad_mask pack unpack".split()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import constant_in_trace
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.explain.game import Game, complete_game_of, game_of
 from maskmoe_kernels.explain.regression import regression_weights, residual_weights
@@ -57,10 +58,9 @@ def shapley(
             not known or known twice, a shape that does not fit, or an unknown method.
     """
     values, moved = experts_last(logits, family, dim)
-    game, weights = _shapley_weights(family, method, base is not None)
-    key = f"shapley {method} {game.has_base}"
-    phi = _apply(values, family, base, key, weights)
-    phi = _of_all_groups(phi, family, game, -1)
+    if method not in ("exact", "regression"):
+        raise LayoutError(f"method must be 'exact' or 'regression', got {method!r}")
+    phi = _of_all_groups(_apply(values, family, base, method), family, base, -1)
     return phi.transpose(-1, -2) if moved else phi
 
 
@@ -77,10 +77,7 @@ def shapley_residual(
         :func:`shapley`.
     """
     values, _ = experts_last(logits, family, dim)
-    game = game_of(family, base is not None)
-    key = f"shapley residual {game.has_base}"
-    left = _apply(values, family, base, key, lambda: residual_weights(game))
-    return left.square().sum(-1).sqrt()
+    return _apply(values, family, base, "residual").square().sum(-1).sqrt()
 
 
 def interactions(
@@ -100,12 +97,10 @@ def interactions(
         ``(*, G, G)`` or ``(*, G, G, K)``, symmetric. Arguments and errors as for :func:`shapley`.
     """
     values, moved = experts_last(logits, family, dim)
-    game = complete_game_of(family, base is not None)
-    key = f"interactions {game.has_base}"
-    flat = _apply(values, family, base, key, lambda: _interaction_weights(game))
-    count = len(game.players)
-    result = _of_all_groups(flat.unflatten(-1, (count, count)), family, game, -1)
-    result = _of_all_groups(result, family, game, -2)
+    result = _apply(values, family, base, "interactions")
+    count = _player_count(family, base is not None)
+    result = _of_all_groups(result.unflatten(-1, (count, count)), family, base, -1)
+    result = _of_all_groups(result, family, base, -2)
     return result.movedim(-3, -1) if moved else result
 
 
@@ -132,24 +127,14 @@ def moebius(
     """
     values, moved = experts_last(logits, family, dim)
     if base is not None:
-        if not family.membership.any(1).all():
-            game_of(family, True)  # which says what is wrong
+        _check_base(family)
         values = values - _column(base, values)
-    game = None if family.num_experts < _FAST else _powerset_game(family)
-    found = _product(values, family) if game is None else _butterfly(values, family, game)
+    fast = family.num_experts >= _FAST and _is_power_set(family)
+    found = _butterfly(values, family) if fast else _product(values, family)
     return found.transpose(-1, -2) if moved else found
 
 
-def _shapley_weights(
-    family: SubsetFamily, method: str, has_base: bool
-) -> tuple[Game, Callable[[], Tensor]]:
-    if method == "exact":
-        game = complete_game_of(family, has_base)
-        return game, game.shapley_weights
-    if method == "regression":
-        game = game_of(family, has_base)
-        return game, lambda: regression_weights(game)
-    raise LayoutError(f"method must be 'exact' or 'regression', got {method!r}")
+# --- Linear maps of the logits ------------------------------------------------------------------
 
 
 def _interaction_weights(game: Game) -> Tensor:
@@ -158,23 +143,41 @@ def _interaction_weights(game: Game) -> Tensor:
     return (half + torch.diag_embed(main.T).permute(1, 2, 0)).flatten(0, 1)
 
 
-def _apply(
-    values: Tensor,
-    family: SubsetFamily,
-    base: Base,
-    key: str,
-    weights: Callable[[], Tensor],
-) -> Tensor:
-    """``weights @ v`` for each sample, ``(*, rows of weights)``; the base is the last column."""
-    table = family.caches.table(
-        f"{key} {values.dtype}", values.device, lambda: weights().T.to(values.dtype)
-    )
+#: Name to the weights of a game, ``(results, columns)``, float64.
+_WEIGHTS: dict[str, Callable[[Game], Tensor]] = {
+    "exact": Game.shapley_weights,
+    "interactions": _interaction_weights,
+    "regression": regression_weights,
+    "residual": residual_weights,
+}
+
+
+def _apply(values: Tensor, family: SubsetFamily, base: Base, name: str) -> Tensor:
+    """``weights @ v`` for each sample, ``(*, results)``; the base is the last column."""
+    key = _keep_weights(family, name, base is not None, values.dtype, values.device)
+    table = family.caches.tables[key]
     experts = family.num_experts
     with torch.autocast(values.device.type, enabled=False):
         result = values @ table[:experts]
         if base is not None:
             result = result + _column(base, values) * table[experts]
     return result
+
+
+@constant_in_trace
+def _keep_weights(
+    family: SubsetFamily, name: str, has_base: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[str, torch.device]:
+    """The key of the table, which is there afterwards: a trace could not build it."""
+    key = f"{name} {has_base} {dtype}"
+    needs_all = name in ("exact", "interactions")
+
+    def build() -> Tensor:
+        game = complete_game_of(family, has_base) if needs_all else game_of(family, has_base)
+        return _WEIGHTS[name](game).T.to(dtype)
+
+    family.caches.table(key, device, build)
+    return key, device
 
 
 def _column(base: float | Tensor, values: Tensor) -> Tensor:
@@ -193,31 +196,65 @@ def _column(base: float | Tensor, values: Tensor) -> Tensor:
     return column[..., None]
 
 
-def _of_all_groups(of_players: Tensor, family: SubsetFamily, game: Game, dim: int) -> Tensor:
+def _of_all_groups(of_players: Tensor, family: SubsetFamily, base: Base, dim: int) -> Tensor:
     """Zeros for the groups that do not play, along ``dim``."""
-    if len(game.players) == game.groups:
+    if _player_count(family, base is not None) == family.num_groups:
         return of_players
+    key = _keep_players(family, base is not None, of_players.device)
     shape = [*of_players.shape]
-    shape[dim] = game.groups
-    players = torch.tensor(game.players, dtype=torch.int64, device="cpu")
-    index = family.caches.table("players", of_players.device, lambda: players)
-    return of_players.new_zeros(shape).index_copy(dim, index, of_players)
+    shape[dim] = family.num_groups
+    return of_players.new_zeros(shape).index_copy(dim, family.caches.tables[key], of_players)
 
 
-# --- Moebius ---------------------------------------------------------------------------------
+@constant_in_trace
+def _player_count(family: SubsetFamily, has_base: bool) -> int:
+    return len(game_of(family, has_base).players)
+
+
+@constant_in_trace
+def _keep_players(
+    family: SubsetFamily, has_base: bool, device: torch.device
+) -> tuple[str, torch.device]:
+    key, players = f"players {has_base}", game_of(family, has_base).players
+    family.caches.table(key, device, lambda: torch.tensor(players, dtype=torch.int64, device="cpu"))
+    return key, device
+
+
+# --- Moebius ------------------------------------------------------------------------------------
+
+
+@constant_in_trace
+def _check_base(family: SubsetFamily) -> None:
+    """Raise LayoutError if the family has an expert of the empty subset."""
+    if not family.membership.any(1).all():
+        game_of(family, True)  # which says so
+
+
+@constant_in_trace
+def _is_power_set(family: SubsetFamily) -> bool:
+    """Is every subset of the groups there, the empty one perhaps excepted?"""
+    game = game_of(family, bool(family.membership.any(1).all()))
+    return game.is_complete and len(game.players) == game.groups
 
 
 def _product(values: Tensor, family: SubsetFamily) -> Tensor:
     """Coefficients of any family, as a product with the inverse of its inclusion."""
-    device, dtype = values.device, values.dtype
-    inverse = family.caches.table(f"moebius {dtype}", device, lambda: _inverse(family).T.to(dtype))
+    inverse = family.caches.tables[_keep_inverse(family, values.dtype, values.device)]
     # A product with 0 would carry a NaN to experts that do not contain it.
     unknown = ~values.isfinite()
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(values.device.type, enabled=False):
         found = values.masked_fill(unknown, 0) @ inverse
-        reached = unknown.to(dtype) @ (inverse != 0).to(dtype) > 0
+        reached = unknown.to(inverse.dtype) @ (inverse != 0).to(inverse.dtype) > 0
     result: Tensor = found.masked_fill(reached, torch.nan)
     return result
+
+
+@constant_in_trace
+def _keep_inverse(
+    family: SubsetFamily, dtype: torch.dtype, device: torch.device
+) -> tuple[str, torch.device]:
+    family.caches.table(f"moebius {dtype}", device, lambda: _inverse(family).T.to(dtype))
+    return f"moebius {dtype}", device
 
 
 def _inverse(family: SubsetFamily) -> Tensor:
@@ -230,20 +267,21 @@ def _inverse(family: SubsetFamily) -> Tensor:
     return solved.round()[back][:, back]
 
 
-def _powerset_game(family: SubsetFamily) -> Game | None:
-    """The game of a family of all subsets, the empty one perhaps excepted."""
-    game = game_of(family, bool(family.membership.any(1).all()))
-    full = game.is_complete and len(game.players) == game.groups
-    return game if full else None
-
-
-def _butterfly(values: Tensor, family: SubsetFamily, game: Game) -> Tensor:
+def _butterfly(values: Tensor, family: SubsetFamily) -> Tensor:
     """The same for a power set: group by group, what it adds (fast Moebius transform)."""
-    groups, device = game.groups, values.device
-    code = (family.membership.long() << torch.arange(groups)).sum(1)
-    at = family.caches.table("moebius order", device, lambda: code)
+    groups = family.num_groups
+    at = family.caches.tables[_keep_order(family, values.device)]
     tree = values.new_zeros((*values.shape[:-1], 2**groups)).index_copy(-1, at, values)
     for group in range(groups):
         without, with_it = tree.unflatten(-1, (-1, 2, 2**group)).unbind(-2)
         tree = torch.stack([without, with_it - without], -2).flatten(-3)
     return tree.index_select(-1, at)
+
+
+@constant_in_trace
+def _keep_order(family: SubsetFamily, device: torch.device) -> tuple[str, torch.device]:
+    """Where each expert lies if bit n of the position says whether group n is in its subset."""
+    bits = torch.arange(family.num_groups, device="cpu")
+    key = "moebius order"
+    family.caches.table(key, device, lambda: (family.membership.long() << bits).sum(1))
+    return key, device

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import constant_in_trace
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.explain.values import experts_last
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -63,7 +64,7 @@ def sufficient(
             gap = difference.amax(-2) - difference.amin(-2)
         else:
             gap = 2 * difference.abs()
-        size = family.caches.table("subset sizes", values.device, lambda: family.membership.sum(1))
+        size = family.caches.tables[_keep_sizes(family, values.device)]
         # By size, then by gap. The top expert suffices itself, unless it is NaN.
         fits = gap <= tolerance
         smallest = torch.where(fits, size, family.num_groups + 1).amin(-1, keepdim=True)
@@ -73,6 +74,7 @@ def sufficient(
     return Sufficient(prediction, expert, gap.gather(-1, expert[..., None])[..., 0])
 
 
+@constant_in_trace
 def top_expert(family: SubsetFamily) -> int:
     """The expert that sees all that another sees.
 
@@ -89,3 +91,10 @@ def top_expert(family: SubsetFamily) -> int:
             "each the largest of their kind; family.with_top() adds one"
         )
     return int(tops[0])
+
+
+@constant_in_trace
+def _keep_sizes(family: SubsetFamily, device: torch.device) -> tuple[str, torch.device]:
+    """The number of groups of each subset, ``(H,)``, as a table: a trace could not build it."""
+    family.caches.table("subset sizes", device, lambda: family.membership.sum(1))
+    return "subset sizes", device

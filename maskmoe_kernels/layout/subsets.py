@@ -112,6 +112,25 @@ class SubsetFamily:
         )
         return cls(groups, {"+".join(members) or "none": members for members in chosen})
 
+    def with_top(self, name: str = "all") -> SubsetFamily:
+        """This family with an expert that sees all groups, last; itself if it has one.
+
+        Args:
+            name: Of the expert that is added.
+
+        Raises:
+            LayoutError: Another expert has this name.
+        """
+        everything = tuple(self.groups)
+        if everything in self.subsets.values():
+            return self
+        if name in self.subsets:
+            raise LayoutError(
+                f"name {name!r} is that of the expert that sees {list(self.subsets[name])}; pass "
+                "another for the one that sees all groups"
+            )
+        return SubsetFamily(self.groups, {**self.subsets, name: everything})
+
     @property
     def names(self) -> list[str]:
         """Names of the experts, in order."""

@@ -99,11 +99,12 @@ def test_moebius_sums_back(family, seed):
 
 @pytest.mark.parametrize("count", [5, 6, 7])
 def test_the_fast_transform_is_the_product(count):
-    from maskmoe_kernels.explain.shapley import _butterfly, _powerset_game, _product
+    from maskmoe_kernels.explain.shapley import _butterfly, _is_power_set, _product
 
     for family in (shuffled(powerset(count), 3), shuffled(powerset(count, 0), 4)):
         logits = draw(4, 2, family.num_experts, seed=count)
-        fast = _butterfly(logits, family, _powerset_game(family))
+        assert _is_power_set(family)
+        fast = _butterfly(logits, family)
         torch.testing.assert_close(fast, _product(logits, family), rtol=0, atol=1e-9)
         assert torch.equal(
             moebius(logits, family), fast if family.num_experts >= 63 else _product(logits, family)
@@ -326,3 +327,12 @@ def test_bad_logits(function, logits):
 def test_without_a_player_there_is_nothing_to_share():
     family = mk.SubsetFamily({"a": 1}, {"a": ["a"]})
     assert shapley(draw(3, 1), family).tolist() == [[0.0]] * 3
+
+
+@pytest.mark.parametrize("count", [3, 6])
+def test_one_graph_of_torch_compile(count):
+    family = powerset(count)
+    logits = draw(5, family.num_experts, dtype=torch.float32)
+    for function in (shapley, interactions, moebius, shapley_residual):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, family, 0.5), function(logits, family, 0.5))

@@ -97,3 +97,10 @@ def test_the_prediction_is_differentiable():
 def test_bad_tolerance(tolerance):
     with pytest.raises(mk.LayoutError, match="tolerance must be"):
         sufficient(torch.zeros(2, 4), FAMILY, tolerance)
+
+
+def test_one_graph_of_torch_compile():
+    logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(sufficient, fullgraph=True, backend="aot_eager")
+    for ours, eager in zip(compiled(logits, FAMILY), sufficient(logits, FAMILY), strict=True):
+        torch.testing.assert_close(ours, eager)

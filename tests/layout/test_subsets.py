@@ -179,3 +179,15 @@ def test_bad_widths_are_refused():
         PAPER.input_layout([3, 4])
     with pytest.raises(mk.LayoutError, match="out_width must hold integers of at least 1"):
         PAPER.hidden_layout(3, 0)
+
+
+def test_with_top():
+    family = mk.SubsetFamily({"a": 2, "b": 1, "c": 1}, {"b": ["b"], "ab": ["a", "b"]})
+    top = family.with_top()
+    assert top.subsets == {"b": ("b",), "ab": ("a", "b"), "all": ("a", "b", "c")}
+    assert top.groups == family.groups
+    assert top.with_top() is top
+    named = mk.SubsetFamily({"a": 1, "b": 1}, {"all": ["a"]})
+    with pytest.raises(mk.LayoutError, match=r"'all' is that of the expert that sees \['a'\]"):
+        named.with_top()
+    assert named.with_top("both").names == ["all", "both"]

@@ -767,7 +767,7 @@ def test_in_float64_the_op_refuses_and_layer_after_layer_runs():
     with pytest.raises(RuntimeError, match=r"masked_mlp: weights\[0\] is Double; .*='torch'"):
         ops.masked_mlp(*double, *rest)
     expected = ops.masked_mlp(*inputs, *rest)[0]
-    torch.testing.assert_close(ops.layered_mlp(*double, *rest)[0].float(), expected)
+    torch.testing.assert_close(ops.torch_mlp(*double, *rest)[0].float(), expected)
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	    UBSAN_OPTIONS=print_stacktrace=1 \
 	    CXXFLAGS="$(SANITIZE)" \
 	    MASKMOE_EXTENSION=$(CURDIR)/build/sanitize/maskmoe_kernels/_C.abi3.so; \
-	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["obstacle"])' && \
+	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["unsupported_reason"])' && \
 	$(PYTEST) $(wildcard tests/ops/test_native.py) tests/ops
 
 emulate: $(READY) ## Run the kernels' tests on AMX tiles computed in plain C++

@@ -114,7 +114,7 @@ def _info(arguments: argparse.Namespace, console: Console) -> None:
             versions.add_row(name, "none" if value is None else str(value))
     backends = Table("backend", "what it is", "runs here", title="Backends, fastest first")
     for name, entry in facts["backends"].items():
-        reason = entry["obstacle"]
+        reason = entry["unsupported_reason"]
         state = "[green]yes[/]" if reason is None else f"[yellow]no:[/] {_plain(reason)}"
         backends.add_row(name, _plain(entry["description"]), state)
     console.print(versions, backends)

@@ -130,7 +130,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 def test_info_says_why_a_backend_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    entry = {"description": "kernels", "obstacle": "no GPU; pip install x[triton]"}
+    entry = {"description": "kernels", "unsupported_reason": "no GPU; pip install x[triton]"}
     monkeypatch.setattr(mk, "info", lambda: {"cuda": None, "backends": {"triton": entry}})
     assert main(["info"]) == 0
     assert "no: no GPU; pip install x[triton]" in capsys.readouterr().out

@@ -295,7 +295,7 @@ def _warn_once(text: str) -> None:
 
 
 class Info(dict[str, Any]):
-    """Facts by name; printed, a line each."""
+    """Facts by name; printed, a line each. A reason why something cannot run prints as such."""
 
     def __repr__(self) -> str:
         return "\n".join(_lines(self))
@@ -304,12 +304,16 @@ class Info(dict[str, Any]):
 def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and "unsupported_reason" in value:
+            reason = value["unsupported_reason"]
+            can = "yes" if reason is None else f"no: {reason}"
+            yield f"{indent}{name:<{width}}  {can} ({value['description']})"
+        elif isinstance(value, dict) and value:
             yield f"{indent}{name}"
             yield from _lines(value, indent + "  ")
         else:
-            shown = "none" if value is None or value == {} else str(value)
-            yield f"{indent}{name:<{width}}  {shown}"
+            shown = ", ".join(value) if isinstance(value, list) else value
+            yield f"{indent}{name:<{width}}  {'none' if shown in (None, {}, '') else shown}"
 
 
 def info() -> Info:
@@ -334,13 +338,18 @@ def info() -> Info:
         "isa": {"used": native.isa(), "available": native.isas()},
         "build": native.build_record(),
         "cuda": torch.cuda.get_device_name() if cuda else None,
-        "networks": {
-            "description": "whole networks as one op, in C++ and CUDA",
-            "obstacle": native.UNSUPPORTED_REASON,
-            "cuda": native.CUDA_UNSUPPORTED_REASON,
+        "masked_mlp": {
+            "cpu": {
+                "description": "whole networks as one op, in C++",
+                "unsupported_reason": native.UNSUPPORTED_REASON,
+            },
+            "cuda": {
+                "description": "whole networks as one op, in CUDA C++",
+                "unsupported_reason": native.CUDA_UNSUPPORTED_REASON,
+            },
         },
         "backends": {
-            name: {"description": DESCRIPTIONS[name], "obstacle": reason(name)}
+            name: {"description": DESCRIPTIONS[name], "unsupported_reason": reason(name)}
             for name in BACKENDS
         },
     })  # fmt: skip

@@ -25,14 +25,15 @@ def test_info_knows_the_versions_and_every_backend():
     assert told["threads"] == torch.get_num_threads()
     assert list(told["backends"]) == list(BACKENDS)
     for name in ("torch", "reference"):  # PyTorch alone: they run wherever torch does
-        assert told["backends"][name]["obstacle"] is None
+        assert told["backends"][name]["unsupported_reason"] is None
 
 
 def test_info_is_a_dictionary_that_prints_as_text():
     told = mk.info()
     assert isinstance(told, dict)
     lines = repr(told).splitlines()
-    assert f"torch     {torch.__version__}" in lines
+    assert ["torch", torch.__version__] in [line.split() for line in lines]
+    assert "  reference  yes (plain differentiable" in repr(told)
     assert all(len(line) < 300 and not line.startswith("{") for line in lines)
 
 

@@ -189,7 +189,7 @@ def test_an_extension_that_does_not_load_gives_its_reason(tmp_path):
     broken.write_bytes(b"not a library")
     code = (
         "import torch, maskmoe_kernels as mk\n"
-        "print(mk.info()['backends']['native']['obstacle'])\n"
+        "print(mk.info()['backends']['native']['unsupported_reason'])\n"
         "layer = mk.MaskedLinear(2, 2, torch.eye(2).bool())\n"
         "print(layer(torch.ones(1, 2)).shape)\n"
     )
@@ -204,7 +204,8 @@ def test_a_missing_reason_is_a_reason():
     """Without the library the package works, and says how to get it."""
     done = run(
         "import sys; sys.modules['maskmoe_kernels._C'] = None\n"
-        "import maskmoe_kernels as mk; print(mk.info()['backends']['native']['obstacle'])",
+        "import maskmoe_kernels as mk\n"
+        "print(mk.info()['backends']['native']['unsupported_reason'])",
         MASKMOE_EXTENSION="",
     )
     assert "the C++ extension is not there" in done.stdout, done.stderr

@@ -1,5 +1,6 @@
 """The package itself: its layers, its public names, its version, what importing it needs."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -89,6 +90,27 @@ def test_no_module_imports_itself_by_others():
 
     for module in imports:
         visit(module)
+
+
+SOURCES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("maskmoe_kernels", "csrc")
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in (".py", ".h", ".cpp", ".cu", ".cc")
+)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_files_and_functions_stay_short(source):
+    text = (ROOT / source).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 500
+    if source.suffix != ".py":
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            kernel = any("triton.jit" in ast.unparse(by) for by in node.decorator_list)
+            most = 80 if kernel else 60
+            assert node.end_lineno - node.lineno < most, node.name
 
 
 def test_private_names_of_torch_stand_in_one_module():

@@ -268,9 +268,8 @@ class _Backward:
         w, of_x = config
         need_x, need_weight, need_bias = needs
         layout, device, rows = pair.forward.layout, x.device, x.shape[0]
-        self._device = device.index
+        self._device, self._nothing = device.index, x.new_empty(0)
         self._index = pair.index(device) if need_x else None
-        self._nothing = x.new_empty(0)
         self._form = _forming(rows * layout.out_features, activation) if w.formed else None
         activation = activation if self._form is None else "none"
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
@@ -298,16 +297,15 @@ class _Backward:
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
-                xt.parts, xt.tiles, xt.units, xt.features, xt.bases,
-                xt.strides, rows, split_k_rows, stride, layout.in_features,
-                layout.out_features, layout.num_weights, num_items, parts,
-                ACT=activation, BIAS=bias, PRECISION=precision,
-                R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
+                xt.parts, xt.tiles, xt.units, xt.features, xt.bases, xt.strides,
+                rows, split_k_rows, stride, layout.in_features, layout.out_features,
+                layout.num_weights, num_items, parts, ACT=activation, BIAS=bias,
+                PRECISION=precision, R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
                 FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
-                XM=of_x.rows, XN=xt.lanes, XK=xt.depth, XPARTS=of_x.parts,
-                XSHARED=xt.shared, XFEATURE_GRAIN=xt.feature_grain,
-                XUNIT_GRAIN=xt.unit_grain, XWEIGHT_GRAIN=xt.weight_grain,
-                OF_W=of_weight, OF_X=of_input, num_warps=warps, num_stages=w.stages,
+                XM=of_x.rows, XN=xt.lanes, XK=xt.depth, XPARTS=of_x.parts, XSHARED=xt.shared,
+                XFEATURE_GRAIN=xt.feature_grain, XUNIT_GRAIN=xt.unit_grain,
+                XWEIGHT_GRAIN=xt.weight_grain, OF_W=of_weight, OF_X=of_input,
+                num_warps=warps, num_stages=w.stages,
                 maxnreg=registers(xt, largest, warps, x.dtype, True) if of_input else None,
             )  # fmt: skip
 

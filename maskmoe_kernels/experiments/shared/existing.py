@@ -1,8 +1,8 @@
 """What a command does about results that its folder holds already: nothing without being asked.
 
-The rule is the same for all commands. A folder with results of an earlier run is refused. With
-``--resume`` the run in it is continued, if it has the same settings. With ``--overwrite`` the
-command starts again and replaces them.
+The rule is the same for all commands, as are the arguments (:func:`.arguments.add_existing`). A
+folder with results of an earlier run is refused. With ``--resume`` the run in it is continued, if
+it has the same settings. With ``--overwrite`` the command starts again and replaces them.
 """
 
 from __future__ import annotations
@@ -17,30 +17,13 @@ from maskmoe_kernels.experiments.shared.files import claim
 _SHOWN = 4
 
 
-def add_existing(parser: argparse.ArgumentParser, resume: str | None = None) -> None:
-    """``--overwrite``, and ``--resume`` where a run can be continued.
-
-    Args:
-        parser: Of the command.
-        resume: What ``--resume`` does, for the help; ``None``: the command has none.
-    """
-    group = parser.add_mutually_exclusive_group()
-    if resume is not None:
-        group.add_argument("--resume", action="store_true", help=resume)
-    group.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="start again and replace the results in --out; without it they are never replaced",
-    )
-
-
 def check_out(
     arguments: argparse.Namespace, results: Sequence[str], continued: Sequence[str] = ()
 ) -> None:
     """Check that a command may write its results to ``--out``.
 
     Args:
-        arguments: With ``out`` and what :func:`add_existing` adds.
+        arguments: With ``out`` and what :func:`.arguments.add_existing` adds.
         results: Patterns of the names of files that the command writes.
         continued: Those of them from which ``--resume`` continues.
 

@@ -366,27 +366,18 @@ class Trainer(Generic[Batch]):
         if not path.exists():
             return False
         saved = load_checkpoint(path)
-        self._check_identity(saved["config"])
+        check_identity(path, saved["config"], self.identity)
         self._check_structure(saved)
         if saved["best"] is not None:
             restore_model(path, self.model, saved["best"]["model"])  # verified here, used by run()
         restore_model(path, self.model, saved["model"])
-        restore_optimizer(path, self.optimizer, saved.get("optimizer"))
+        restore_optimizer(path, self.optimizer, self.model, saved.get("optimizer"))
         if self.scheduler is not None:
             restore_scheduler(path, self.scheduler, saved["scheduler"])
         self.history, self.best = saved["history"], saved["best"]
         if self.pace.save_every is not None:
             self._restore_within_epoch(saved)
         return True
-
-    def _check_identity(self, saved: dict[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if name not in _MAY_CHANGE and saved.get(name) != value:
-                raise DataError(
-                    f"{self.checkpoint}: was trained with {name}={saved.get(name)!r}, this run has "
-                    f"{value!r}. Give the same to continue it, --overwrite to start again and replace "
-                    "it, or another --out folder"
-                )
 
     def _check_structure(self, saved: dict[str, Any]) -> None:
         fail = failing(self.checkpoint)
@@ -416,6 +407,21 @@ class Trainer(Generic[Batch]):
             self.source.load_state_dict(saved["cursor"])
         except DataError as error:
             raise DataError(f"{self.checkpoint}: {error}") from error
+
+
+def check_identity(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Check that the config ``saved`` in a checkpoint is that of a run, as far as it must be.
+
+    Raises:
+        DataError: It has another value; the message names it.
+    """
+    for name, value in identity.items():
+        if name not in _MAY_CHANGE and saved.get(name) != value:
+            raise DataError(
+                f"{path}: was trained with {name}={saved.get(name)!r}, this run has {value!r}. "
+                "Give the same to continue it, --overwrite to start again and replace it, or "
+                "another --out folder"
+            )
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, pace: Pace) -> ReduceLROnPlateau | None:

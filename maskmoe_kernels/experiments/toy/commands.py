@@ -10,10 +10,10 @@ from maskmoe_kernels.experiments.shared.arguments import (
     Commands,
     add_command,
     add_common,
+    add_existing,
     positive,
     usable,
 )
-from maskmoe_kernels.experiments.shared.existing import add_existing, check_out
 
 _RESULTS = ("report.json", "panels.png", "plane.png", "hasse.png")
 
@@ -44,6 +44,7 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _toy(arguments: argparse.Namespace, console: Console) -> None:
+    from maskmoe_kernels.experiments.shared.existing import check_out
     from maskmoe_kernels.experiments.toy.train import run_toy
 
     check_out(arguments, _RESULTS)

@@ -108,20 +108,7 @@ def learning_curves(
         BackendError: matplotlib is missing.
     """
     tables = {name: _columns(history) for name, history in curves.items()}
-    keys = list(dict.fromkeys(key for table in tables.values() for key in table))
-    metrics = [key for key in keys if "@" in key or key.lower() in _METRICS]
-    trained = [key for key in keys if key.endswith("loss")]
-    if not trained + metrics:
-        raise LayoutError(f"nothing to draw: no loss or metric among the columns {keys}")
-    panels = [
-        _Panel(key, f"{name or 'loss'}, training", "nats", True, models)
-        for key in trained
-        for name, models in _models_by_loss(list(tables), losses or {}).items()
-    ]
-    panels += [
-        _Panel(metric, f"{metric}, validation", "0 to 1", False, list(tables))
-        for metric in metrics
-    ]
+    panels = _panels(tables, losses or {})
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     figure = canvas(1.2 + 4.4 * columns, 1.2 + 3.4 * rows + 0.2 * len(tables))
@@ -162,6 +149,25 @@ class _Panel:
     unit: str
     lower: bool
     models: Sequence[str]
+
+
+def _panels(
+    tables: Mapping[str, Mapping[str, Sequence[float]]], losses: Mapping[str, str]
+) -> list[_Panel]:
+    """A panel for each quantity that the histories hold."""
+    keys = list(dict.fromkeys(key for table in tables.values() for key in table))
+    metrics = [key for key in keys if "@" in key or key.lower() in _METRICS]
+    trained = [key for key in keys if key.endswith("loss")]
+    if not trained + metrics:
+        raise LayoutError(f"nothing to draw: no loss or metric among the columns {keys}")
+    panels = [
+        _Panel(key, f"{name or 'loss'}, training", "nats", True, models)
+        for key in trained
+        for name, models in _models_by_loss(list(tables), losses).items()
+    ]
+    return panels + [
+        _Panel(metric, f"{metric}, validation", "0 to 1", False, list(tables)) for metric in metrics
+    ]
 
 
 def _models_by_loss(models: Sequence[str], losses: Mapping[str, str]) -> dict[str, list[str]]:

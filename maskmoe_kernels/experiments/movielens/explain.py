@@ -172,7 +172,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         Column("title", text=True, prose=True),
         Column("probability"),
         Column("decided by", text=True),
-        Column("share"),
+        Column("share", optional=1),
         Column("reason", text=True, prose=True),
     ]
     rows = []

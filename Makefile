@@ -46,7 +46,7 @@ build: $(READY) ## Build the C++ extension in place, or say why it cannot be bui
 	@$(BUILD_IN_PLACE)
 
 demo: $(BUILT) ## Train the toy task (b), print its table, draw its figures
-	@$(BIN)/maskmoe toy --task b --out $(DEMO)
+	@$(BIN)/maskmoe toy --task b --out $(DEMO) --overwrite
 	@echo "The figures lie in $(DEMO):"
 	@ls $(DEMO)/*.png
 

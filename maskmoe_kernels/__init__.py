@@ -3,6 +3,7 @@
 The names below are the public contract; see README.md for a tour.
 """
 
+import maskmoe_kernels._interrupt  # noqa: F401  # first: importing the rest takes seconds
 from maskmoe_kernels import testing
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
 from maskmoe_kernels.explain import interactions, moebius, shapley, sufficient

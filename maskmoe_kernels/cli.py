@@ -8,13 +8,21 @@ import sys
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 import maskmoe_kernels as mk
+from maskmoe_kernels import _interrupt
 from maskmoe_kernels.errors import BackendError, DataError, LayoutError
 from maskmoe_kernels.experiments.movielens import commands as movielens
 from maskmoe_kernels.experiments.shared.arguments import Commands, add_command
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
+from maskmoe_kernels.experiments.shared.output import (
+    Column,
+    open_console,
+    print_line,
+    print_picture,
+    print_table,
+)
 from maskmoe_kernels.experiments.skip import commands as skip
 from maskmoe_kernels.experiments.toy import commands as toy
 from maskmoe_kernels.layout.draw import draw_layout
@@ -24,7 +32,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 # Modules of commands are light: what trains, draws or reads data is imported by the command that
 # runs it. ``maskmoe info`` stays quick, and needs no extra.
 
-_BAD_INPUT, _INTERRUPTED = 2, 130
+_BAD_INPUT = 2
 _USER_ERRORS = (LayoutError, BackendError, DataError, FloatingPointError, OSError)
 _WIDTH = 16  # units per expert in the picture of a layer
 
@@ -41,24 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: 2 for arguments that cannot be parsed, 0 after ``--help`` or ``--version``.
     """
-    arguments = _parser().parse_args(argv)
-    command: Callable[[argparse.Namespace, Console], int | None] = arguments.run
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _interrupt.restore()
+    hint = ""
     try:
+        arguments = _parser().parse_args(argv)
+        hint = arguments.hint
+        command: Callable[[argparse.Namespace, Console], int | None] = arguments.run
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not be text
+            sys.stdout.reconfigure(errors="backslashreplace")
         with denormals_flushed():
-            return command(arguments, Console()) or 0
+            return command(arguments, open_console()) or 0
     except _USER_ERRORS as error:
-        text = " ".join(str(error).split())
-        _stderr().print(f"error: {text}", style="bold red")
+        print_line(open_console(stderr=True), f"error: {error}", style="bold red")
         return _BAD_INPUT
     except KeyboardInterrupt:
-        _stderr().print(f"interrupted{arguments.hint}", style="yellow")
-        return _INTERRUPTED
-
-
-def _stderr() -> Console:
-    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        print_line(open_console(stderr=True), f"interrupted{hint}", style="yellow")
+        return _interrupt.EXIT_STATUS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,23 +111,37 @@ def _info(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.layout is not None:
         family = _family(arguments.layout)
         picture = draw_layout(family.hidden_layout(_WIDTH, _WIDTH), family.names, family.names)
-        console.print(picture, markup=False, highlight=False, soft_wrap=True)
+        print_picture(console, picture)
         return
     facts = mk.info()
-    versions = Table(title=f"maskmoe_kernels {mk.__version__}", show_header=False)
-    for name, value in facts.items():
-        if name != "backends":
-            versions.add_row(name, "none" if value is None else str(value))
-    backends = Table("backend", "what it is", "runs here", title="Backends, fastest first")
+    versions = [
+        row for name, value in facts.items() if name != "backends" for row in _fact(name, value)
+    ]
+    backends = []
     for name, entry in facts["backends"].items():
         reason = entry["unsupported_reason"]
-        state = "[green]yes[/]" if reason is None else f"[yellow]no:[/] {_plain(reason)}"
-        backends.add_row(name, _plain(entry["description"]), state)
-    console.print(versions, backends)
+        state = Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow")
+        backends.append((name, entry["description"], state))
+    about = [Column("name", text=True), Column("value", text=True, prose=True)]
+    print_table(console, f"maskmoe_kernels {mk.__version__}", about, versions)
+    about = [
+        Column("backend", text=True),
+        Column("what it is", text=True, prose=True, optional=1),
+        Column("runs here", text=True, prose=True),
+    ]
+    print_table(console, "Backends, fastest first", about, backends)
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def _fact(name: str, value: object) -> list[tuple[str, str]]:
+    """Rows of a fact: of a dict one for each of its keys, with the names of both."""
+    if isinstance(value, dict) and "unsupported_reason" in value:
+        reason = value["unsupported_reason"]
+        return [(name.replace("_", " "), "yes" if reason is None else f"no: {reason}")]
+    if isinstance(value, dict):
+        return [row for key, inner in value.items() for row in _fact(f"{name} {key}", inner)]
+    if isinstance(value, list | tuple):
+        value = ", ".join(map(str, value))
+    return [(name.replace("_", " "), "none" if value in (None, "") else str(value))]
 
 
 def _family(words: Sequence[str]) -> SubsetFamily:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import json
 import re
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,7 @@ def test_info_needs_no_extra_and_no_experiment() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'pyarrow', 'triton']));"
         "from maskmoe_kernels.__main__ import main; code = main(['info']);"
-        "light = {'commands', 'arguments', 'denormals', 'settings'};"
+        "light = {'commands', 'arguments', 'denormals', 'output', 'settings'};"
         "heavy = [name for name, module in sys.modules.items()"
         " if name.startswith('maskmoe_kernels.experiments')"
         " and not hasattr(module, '__path__') and name.rpartition('.')[2] not in light];"
@@ -225,6 +227,65 @@ def test_out_that_is_a_file(tmp_path: Path, folder: Path, capsys: Any) -> None:
     assert "file" in error_of(capsys, [*words, "--models", "content"])
 
 
+def test_out_where_no_folder_can_be_made(capsys: Any) -> None:
+    told = error_of(capsys, ["toy", "--out", "/proc/x"])
+    assert told == (
+        "error: --out /proc/x: cannot be written: no folder can be made there. Name another "
+        "folder, or give leave to write to this one.\n"
+    )
+
+
+HINT = "matplotlib, which draws the figures, is not installed. Run: pip install "
+PLOT = f'{HINT}"maskmoe_kernels[plot]"'
+DATA = 'which is not installed. Run: pip install "maskmoe_kernels[data]"\n'
+
+
+def test_toy_twice_without_matplotlib(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setattr(toy, "ToyConfig", partial(toy.ToyConfig, steps=5, test_samples=200))
+    words = ["toy", "--epochs", "1", "--out", str(tmp_path)]
+    for flags in ([], ["--overwrite"]):
+        assert main([*words, *flags]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[-2:] == [f"report: {tmp_path}", f"no figures: {PLOT}"]
+    before = (tmp_path / "report.json").read_bytes()
+    told = error_of(capsys, [*words, "--seed", "1"])
+    assert "holds results already (report.json). Give --overwrite to start again" in told
+    assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_the_hints_about_pyarrow_are_whole(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    for words in ("train --data d --out o", "generate --sessions 9 --out o", "prepare d --out o",
+                  "evaluate --data d --out o", "explain --data d --run r"):  # fmt: skip
+        told = error_of(capsys, ["skip", *words.split()])
+        assert told == f"error: sessions are read and written with pyarrow, {DATA}"
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.8])
+def test_ctrl_c_during_the_imports_is_one_line(delay: float) -> None:
+    # It says when it starts to import torch; what is imported before takes no time.
+    code = (
+        "import sys, importlib.abc\n"
+        "class Told(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': print('torch', flush=True)\n"
+        "sys.meta_path.insert(0, Told())\n"
+        "sys.argv[0] = '/somewhere/maskmoe'\n"
+        "from maskmoe_kernels.cli import main\n"
+        "sys.exit(main(['info']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "torch\n"
+    time.sleep(delay / 10)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted\n")
+
+
 # --- movielens ---------------------------------------------------------------------------
 
 
@@ -251,6 +312,51 @@ def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, c
     assert report["options"]["sharpness"] == 2
     told = error_of(capsys, [*words, *TRAIN, "--seed", "1"])
     assert "was trained with seed=0, this run has 1" in told
+
+
+def test_a_run_is_neither_replaced_nor_continued_unasked(
+    trained: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    for path in [*trained.glob("*.pt"), trained / "report.json"]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    words = ["movielens", "--data", str(folder), "--out", str(tmp_path), *TRAIN]
+    told = error_of(capsys, words)
+    assert "Give --resume to continue that run, --overwrite to start again" in told
+    told = error_of(capsys, [*words, "--resume", "--batch-size", "9"])
+    assert "was trained with batch_size=512, this run has 9" in told
+    assert "--overwrite" in told
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_lines_of_training_say_that_metrics_are_of_validation(
+    folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.setattr(plot_style, "unsupported_reason", lambda: "not now")
+    words = ["movielens", "--data", str(folder), "--out", str(tmp_path), *TRAIN]
+    assert main([*words, "--models", "content"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [record] = [line for line in lines if line.startswith("content: epoch 1/1")]
+    names = [field.rpartition(" ")[0] for field in record.split("\t")]
+    assert names[1:4] == ["training loss", "validation HR@10", "validation NDCG@10"]
+    assert lines[0].startswith("most popular movies\ttest HR@10 ")
+    assert not any("\x1b" in line for line in lines)
+
+
+def test_a_checkpoint_of_another_experiment_names_its_command(
+    trained: Path, folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    saved = torch.load(trained / "content.pt", weights_only=True)
+    saved["config"] = {**saved["config"], "experiment": "skip"}
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    words = ["movielens", "explain", "--data", str(folder), "--user", "1", "--checkpoint"]
+    told = error_of(capsys, [*words, str(tmp_path / "checkpoint.pt")])
+    assert "is a checkpoint of `maskmoe skip`, expected one of `maskmoe movielens`; " in told
+    assert f"`maskmoe skip explain --run {tmp_path}` reads it" in told
+    for run in (trained, trained / "interpretable.pt"):
+        told = error_of(capsys, ["skip", "explain", "--data", "d", "--run", str(run)])
+        assert "is a checkpoint of `maskmoe movielens`" in told
+        assert "`maskmoe movielens explain --checkpoint " in told
 
 
 def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -13,6 +13,7 @@ from maskmoe_kernels.experiments.shared.arguments import (
     Commands,
     add_command,
     add_common,
+    add_existing,
     positive,
     share,
     sharpness,
@@ -20,6 +21,10 @@ from maskmoe_kernels.experiments.shared.arguments import (
 )
 
 # What needs pyarrow or figures is imported by the commands that run it.
+
+_CHECKPOINTS = tuple(f"{name}.pt" for name in MODELS)
+_FIGURES = ("learning_curves", "hasse", "attribution", "attribution_chosen", "frontier")
+_RESULTS = (*_CHECKPOINTS, "report.json", *(f"{name}.png" for name in _FIGURES))
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -31,7 +36,8 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "train and compare three recommenders on MovieLens-1M (hours on one core)",
         "Train a content-based model, a black box and the interpretable mixture on MovieLens-1M;\n"
         "rank each user's last movie among 99 others, and show which expert decides. Writes\n"
-        "report.json, figures and one checkpoint a model into --out, after every epoch.\n"
+        "report.json, figures and one checkpoint a model into --out, after every epoch. A folder\n"
+        "that holds a run already is refused without --resume or --overwrite.\n"
         "`maskmoe movielens explain --help` tells how to explain a user's recommendations.",
         "maskmoe movielens --data ml-1m.zip --out runs/ml\n"
         "  maskmoe movielens --data ml-1m.zip --out runs/ml --resume    # after an interruption",
@@ -88,10 +94,10 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         help="shared: every expert that reads an embedding trains it, as the authors do; strict: "
         "only the smallest subsets with that group do (default: %(default)s)",
     )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the checkpoints in --out; finished models are only evaluated",
+    add_existing(
+        parser,
+        "continue the run in --out after its last finished epoch, or start where there is none; "
+        "finished models are only evaluated",
     )
 
 
@@ -148,6 +154,7 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write the explanation there, as json"
     )
+    add_existing(parser)
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +173,10 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _movielens(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.movielens.train import Options, run_movielens
+    from maskmoe_kernels.experiments.shared.existing import check_out
 
+    device = usable(arguments.device)
+    check_out(arguments, _RESULTS, _CHECKPOINTS)
     options = Options(
         models=tuple(dict.fromkeys(arguments.models)),
         epochs=arguments.epochs,
@@ -174,7 +184,7 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         embeddings=arguments.embeddings,
-        device=usable(arguments.device),
+        device=device,
         resume=arguments.resume,
         sharpness=arguments.sharpness,
         max_loss=arguments.max_loss,
@@ -183,8 +193,11 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _explain(arguments: argparse.Namespace, console: Console) -> None:
-    from maskmoe_kernels.experiments.movielens.explain import explain
+    from maskmoe_kernels.experiments.movielens.explain import explain, file_name
+    from maskmoe_kernels.experiments.shared.existing import check_out
 
+    if arguments.out is not None:
+        check_out(arguments, [file_name(arguments.user, arguments.item)])
     explain(
         arguments.data,
         arguments.checkpoint,

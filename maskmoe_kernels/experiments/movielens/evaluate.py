@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
+from maskmoe_kernels.experiments.shared.output import Column, print_table
 from maskmoe_kernels.experiments.shared.report import sealed
 from maskmoe_kernels.models import InterpretableNCF
 from maskmoe_kernels.ops.selection import mixture
@@ -111,31 +111,48 @@ def choose_sharpness(points: Sequence[Mapping[str, Any]], max_loss: float) -> fl
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
     """The table beside the paper's table 1, and the frontier."""
-    table = Table(title="MovieLens-1M (test)")
-    for column in ("model", "parameters", "HR@10", "NDCG@10", "paper HR@10", "paper NDCG@10"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    columns = [
+        Column("model", text=True),
+        Column("parameters", optional=1),
+        Column("HR@10"),
+        Column("NDCG@10"),
+        Column("paper HR@10", optional=2),
+        Column("paper NDCG@10", optional=2),
+    ]
+    rows = []
     for name, model in report["models"].items():
         cells = [model["test"]["HR@10"], model["test"]["NDCG@10"], *model["paper"].values()]
-        table.add_row(name, f"{model['parameters']:,}", *(f"{value:.3f}" for value in cells))
-    console.print(table)
+        rows.append([name, f"{model['parameters']:,}", *(f"{value:.3f}" for value in cells)])
+    print_table(console, "MovieLens-1M (test)", columns, rows)
     interpretable = report["models"].get("interpretable")
-    if interpretable is None:
-        return
+    if interpretable is not None:
+        _print_frontier(interpretable, console)
+
+
+def _print_frontier(interpretable: Mapping[str, Any], console: Console) -> None:
     names = list(interpretable["mean_attribution"])
-    alone = interpretable["largest_expert_alone"]
-    table = Table(
-        title="Interpretable: metrics (test), and what each expert holds, over sharpness",
-        caption="Experts: share of test items decided / mean attribution. "
-        f"* {interpretable['chosen']}. The largest expert alone: HR@10 {alone['HR@10']:.3f}, "
-        f"NDCG@10 {alone['NDCG@10']:.3f}.",
-    )
-    for column in ("sharpness", "HR@10", "NDCG@10", *names):
-        table.add_column(column, justify="right")
+    columns = [Column("sharpness"), Column("HR@10"), Column("NDCG@10")]
+    if console.is_terminal:
+        columns += [Column(name, optional=1) for name in names]
+        about = "Experts: share of test items decided / mean attribution. "
+    else:  # one value a cell
+        columns += [Column(f"{name} {what}") for name in names for what in ("decided", "mean")]
+        about = "decided: share of test items that the expert decides; mean: its mean attribution. "
+    rows = []
     for point in interpretable["frontier"]:
+        pairs = [(point["decided"][n], point["mean_attribution"][n]) for n in names]
+        experts = [f"{decided:.2f}/{mean:.2f}" for decided, mean in pairs]
+        if not console.is_terminal:
+            experts = [f"{value:.2f}" for pair in pairs for value in pair]
         mark = " *" if point["sharpness"] == interpretable["sharpness"] else ""
-        table.add_row(
-            f"{point['sharpness']:g}{mark}",
-            *(f"{value:.3f}" for value in point["test"].values()),
-            *(f"{point['decided'][n]:.2f}/{point['mean_attribution'][n]:.2f}" for n in names),
-        )
-    console.print(table)
+        metrics = [f"{value:.3f}" for value in point["test"].values()]
+        rows.append([f"{point['sharpness']:g}{mark}", *metrics, *experts])
+    alone = interpretable["largest_expert_alone"]
+    print_table(
+        console,
+        "Interpretable: metrics (test), and what each expert holds, over sharpness",
+        columns,
+        rows,
+        f"{about}* {interpretable['chosen']}. The largest expert alone: HR@10 "
+        f"{alone['HR@10']:.3f}, NDCG@10 {alone['NDCG@10']:.3f}.",
+    )

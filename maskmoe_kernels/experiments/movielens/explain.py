@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
@@ -19,12 +18,14 @@ from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
 from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE, SEALED
 from maskmoe_kernels.experiments.shared.checkpoint import (
+    check_experiment,
     failing,
     load_checkpoint,
     restore_model,
     restoring,
 )
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.shared.structure import check
 from maskmoe_kernels.models import InterpretableNCF
@@ -146,32 +147,39 @@ def explain(
     header = _header(data, row, shares, named is not None)
     explanation = Explanation(user, header, sharpness, chosen, shares, movies)
     if out is not None:
-        name = f"explain-user-{user}" + ("" if item is None else f"-item-{item}")
-        write_json(out / f"{name}.json", dataclasses.asdict(explanation))
+        write_json(out / file_name(user, item), dataclasses.asdict(explanation))
     if console is not None:
         print_explanation(explanation, console)
+        if out is not None:
+            print_line(console, f"report: {out / file_name(user, item)}")
     return explanation
+
+
+def file_name(user: int, item: int | None) -> str:
+    """Name of the file that :func:`explain` writes."""
+    return f"explain-user-{user}" + ("" if item is None else f"-item-{item}") + ".json"
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """The header and the table."""
-    console.print(explanation.header, highlight=False, markup=False)
-    console.print(
-        f"Sharpness {explanation.sharpness:g} ({explanation.chosen}).", highlight=False, style="dim"
-    )
+    print_line(console, explanation.header)
+    print_line(console, f"Sharpness {explanation.sharpness:g} ({explanation.chosen}).", "dim")
     if not explanation.movies:
-        console.print("No rated movie is left that this user has not seen.")
+        print_line(console, "No rated movie is left that this user has not seen.")
         return
-    table = Table(title=f"User {explanation.user}: what to watch, and why")
-    for column in ("rank", "title", "probability", "decided by", "share", "reason"):
-        numeric = column in ("rank", "probability", "share")
-        table.add_column(column, justify="right" if numeric else "left")
+    columns = [
+        Column("rank"),
+        Column("title", text=True, prose=True),
+        Column("probability"),
+        Column("decided by", text=True),
+        Column("share", optional=1),
+        Column("reason", text=True, prose=True),
+    ]
+    rows = []
     for m in explanation.movies:
         rank = m.status if m.rank is None else str(m.rank)
-        # Titles hold brackets, which rich would take for markup.
-        cells = [rank, m.title, f"{m.probability:.3f}", m.expert, f"{m.share:.0%}", m.reason]
-        table.add_row(*(cell.replace("[", r"\[") for cell in cells))
-    console.print(table)
+        rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, f"{m.share:.0%}", m.reason])
+    print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows)
 
 
 def reason_in_words(data: MovieLens, user: int, movie: int, expert: str, favours: bool) -> str:
@@ -327,6 +335,7 @@ def _row_of(ids: Tensor, wanted: int, what: str, file: str) -> int:
 
 def _checkpoint_of_interpretable(path: Path) -> dict[str, Any]:
     saved = load_checkpoint(path)
+    check_experiment(path, saved["config"], "movielens")
     check(saved["config"], {"model": str, "options": str}, failing(path), "config")
     if saved["best"] is None:
         raise failing(path)("expected the best epoch, got None")

@@ -24,6 +24,9 @@ from maskmoe_kernels.experiments.shared.plot_style import (
 )
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
+#: How much of a metric's range 0..1 the frontier shows at the least.
+_SPAN = 0.2
+
 
 def draw(report: Mapping[str, Any], out: Path) -> str | None:
     """All figures of a report, as png files in ``out``.
@@ -35,7 +38,10 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
     if missing is not None:
         return missing
     histories = {name: model["history"] for name, model in report["models"].items()}
-    charts.learning_curves(histories, out / "learning_curves.png")
+    losses = {
+        name: "GEM loss" if name == "interpretable" else "cross-entropy" for name in histories
+    }
+    charts.learning_curves(histories, out / "learning_curves.png", losses=losses)
     interpretable = report["models"].get("interpretable")
     if interpretable is None:
         return None
@@ -102,9 +108,13 @@ def frontier(
     at = sharpness.index(chosen)
     for ax, key, name in ((left, "hr", "HR@10"), (middle, "ndcg", "NDCG@10")):
         _frontier_panel(ax, points, key, at, largest)
-        if black_box is not None:
-            ax.axhline(black_box[key], color=BLACK, ls="--", lw=1.2, label="black box")
-        ax.set_ylabel(f"{name} (0 to 1)")
+        levels = [] if black_box is None else [black_box[key]]
+        for level in levels:
+            ax.axhline(level, color=BLACK, ls="--", lw=1.2, label="black box")
+        low, high = _shown_range([*(point[key] for point in points), *levels])
+        ax.set_ylim(low, high)
+        cut = "" if (low, high) == (0, 1) else f"; axis cut: {low:g} to {high:g}"
+        ax.set_ylabel(f"{name} (0 to 1{cut})")
         ax.set_title(f"{name}: higher is better", fontsize=11)
     _decided_panel(right, points, at)
     figure.suptitle(
@@ -124,6 +134,19 @@ def frontier(
     save(figure, path)
 
 
+def _shown_range(values: Sequence[float]) -> tuple[float, float]:
+    """A fifth of 0..1 around the values, on tenths of the whole; all of it if they need more.
+
+    Both metrics have the same scale, so that a small difference looks small in both panels.
+    """
+    middle = (min(values) + max(values)) / 2
+    low = round(10 * (middle - _SPAN / 2)) / 10
+    low = min(max(low, 0.0), 1 - _SPAN)
+    if min(values) < low or max(values) > low + _SPAN:
+        return 0.0, 1.0
+    return low, round(low + _SPAN, 6)
+
+
 def _frontier_panel(
     ax: Any, points: Sequence[Mapping[str, Any]], key: str, chosen: int, largest: str
 ) -> None:
@@ -136,7 +159,10 @@ def _frontier_panel(
         ax.plot(x[k], y[k], label=name, **style)
     star = {"marker": "*", "ms": 19, "color": VERMILLION, "mec": BLACK, "ls": "", "zorder": 5}
     ax.plot(
-        x[chosen], y[chosen], label=f"chosen: sharpness {points[chosen]['sharpness']:g}", **star
+        x[chosen],
+        y[chosen],
+        label=f"chosen (star, line): sharpness {points[chosen]['sharpness']:g}",
+        **star,
     )
     ax.set_xlabel(f"items decided by {largest!r} (%)")
     ax.margins(0.12)
@@ -152,7 +178,7 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) ->
         others = (SKY, PURPLE, GREEN, ORANGE, BLUE, GREY)
         color = BLACK if k == len(experts) - 1 else others[k % len(others)]
         ax.plot(x, y, color=color, label=f"decided by {expert}", **marker)
-    ax.axvline(x[chosen], color=VERMILLION, lw=1.5, zorder=0, label="chosen (line)")
+    ax.axvline(x[chosen], color=VERMILLION, lw=1.5, zorder=0)
     if min(x) > 0 and max(x) / min(x) > 4:
         ax.set_xscale("log", base=2)
         labelled = [x[0]]  # on a log axis neighbours closer than this would overlap

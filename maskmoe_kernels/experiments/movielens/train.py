@@ -23,11 +23,13 @@ from maskmoe_kernels.experiments.movielens.evaluate import (
     scores,
 )
 from maskmoe_kernels.experiments.movielens.figures import draw
+from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import print_record, print_written
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.source import TensorSource
-from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer
+from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer, check_identity
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 
 #: Table 1 of the paper: HR@10 and NDCG@10.
@@ -107,15 +109,15 @@ def run_movielens(
         OSError: ``out`` is no folder that can be written to.
     """
     claim(out)
+    if options.resume:
+        _check_checkpoints(out, options)
     task = Task(read_movielens(path), options.seed, negatives, options.device)
     report = _opening_report(task, path, negatives, options)
     if console is not None:
-        check = report["most_popular"]
-        console.print(
-            f"most popular: HR@10 {check['HR@10']:.3f}  NDCG@10 {check['NDCG@10']:.3f}"
-            + ("  (known: 0.453, 0.254 with these negatives)" if task.fixed_negatives else ""),
-            highlight=False,
-        )
+        fields = {f"test {name}": f"{value:.3f}" for name, value in report["most_popular"].items()}
+        if task.fixed_negatives:
+            fields["(known: 0.453, 0.254 with these negatives)"] = ""
+        print_record(console, "most popular movies", fields)
     for name in options.models:
         model, run = train(name, task, out, options, console)
         report["models"][name] = {
@@ -129,8 +131,34 @@ def run_movielens(
     missing = draw(report, out)
     if console is not None:
         print_report(report, console)
-        console.print(f"no figures: {missing}" if missing else f"report and figures: {out}")
+        print_written(console, "checkpoints, report", "figures", out, missing)
     return report
+
+
+def _check_checkpoints(out: Path, options: Options) -> None:
+    """Check before any work that the checkpoints in ``out`` are of the same settings."""
+    for name in options.models:
+        path = out / f"{name}.pt"
+        if path.exists():
+            check_identity(path, load_checkpoint(path)["config"], _identity(name, options))
+
+
+def _identity(name: str, options: Options) -> dict[str, Any]:
+    pace = _pace(options)
+    return {
+        "model": name,
+        "epochs": pace.epochs,
+        "patience": pace.patience,
+        "batch_size": options.batch_size,
+        "learning_rate": pace.learning_rate,
+        "seed": options.seed,
+        "monitor": MONITOR,
+        "options": f"embeddings={options.embeddings}" if name == "interpretable" else "",
+    }
+
+
+def _pace(options: Options) -> Pace:
+    return Pace(epochs=options.epochs, patience=options.patience)
 
 
 def _opening_report(
@@ -175,24 +203,13 @@ def train(
         logits = task.list_logits(model, task.validation_lists)
         return task.ranking(scores(model, logits), task.validation_lists)
 
-    pace = Pace(epochs=options.epochs, patience=options.patience)
-    identity = {
-        "model": name,
-        "epochs": pace.epochs,
-        "patience": pace.patience,
-        "batch_size": options.batch_size,
-        "learning_rate": pace.learning_rate,
-        "seed": options.seed,
-        "monitor": MONITOR,
-        "options": f"embeddings={options.embeddings}" if name == "interpretable" else "",
-    }
     trainer = Trainer(
         model,
         TensorSource(lambda epoch: task.epoch(options.seed, epoch), options.batch_size),
         lambda batch: loss_of(*batch),
         validate,
-        pace,
-        identity,
+        _pace(options),
+        _identity(name, options),
         out / f"{name}.pt",
         monitor=MONITOR,
         ranks=Ranks(task.device),

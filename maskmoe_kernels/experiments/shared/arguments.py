@@ -80,6 +80,23 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_existing(parser: argparse.ArgumentParser, resume: str | None = None) -> None:
+    """``--overwrite``, and ``--resume`` where a run can be continued.
+
+    Args:
+        parser: Of the command.
+        resume: What ``--resume`` does, for the help; ``None``: the command has none.
+    """
+    group = parser.add_mutually_exclusive_group()
+    if resume is not None:
+        group.add_argument("--resume", action="store_true", help=resume)
+    group.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="start again and replace the results in --out; without it they are never replaced",
+    )
+
+
 def usable(device: str) -> str:
     """``device``, if torch can use it here.
 

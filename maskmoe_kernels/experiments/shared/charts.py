@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,44 +88,93 @@ def learning_curves(
     path: str | Path,
     monitor: str = "NDCG@10",
     title: str = "Learning curves",
+    losses: Mapping[str, str] | None = None,
 ) -> None:
     """Training loss and validation metrics per epoch; the kept epoch of each model is marked.
 
     Args:
         curves: Model name to its history: column name to one value per epoch, or one record
-            per epoch. Columns that end in ``loss`` go into the first panel, those with an ``@``
-            or named ``accuracy``, ``acc``, ``maa`` or ``metric`` into panels of their own; others
-            are not drawn.
+            per epoch. Columns that end in ``loss``, have an ``@``, or are named ``accuracy``,
+            ``acc``, ``maa`` or ``metric`` are drawn, each in a panel of its own; others are not.
         path: Where to write the PNG.
         monitor: Column whose largest value names the kept epoch; the first metric where a
             model has no such column.
         title: First line of the figure.
+        losses: Model name to the name of its training loss. Losses of different names are
+            different quantities and have panels of their own.
 
     Raises:
         LayoutError: No model, or no epoch at all.
         BackendError: matplotlib is missing.
     """
     tables = {name: _columns(history) for name, history in curves.items()}
-    columns = list(dict.fromkeys(key for table in tables.values() for key in table))
-    metrics = [key for key in columns if "@" in key or key.lower() in _METRICS]
-    losses = [key for key in columns if key.endswith("loss")]
-    if not losses + metrics:
-        raise LayoutError(f"nothing to draw: no loss or metric among the columns {columns}")
-    panels = [losses] * bool(losses) + [[metric] for metric in metrics]
-    figure = canvas(1.2 + 4.4 * len(panels), 4.6 + 0.2 * len(tables))
-    for ax, keys in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        _curves_panel(ax, tables, keys, monitor)
+    panels = _panels(tables, losses or {})
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = canvas(1.2 + 4.4 * columns, 1.2 + 3.4 * rows + 0.2 * len(tables))
+    places = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, panel in zip(places, panels, strict=False):
+        _curves_panel(ax, tables, panel, monitor)
+    for ax in places[len(panels) :]:
+        ax.set_visible(False)
     handles, labels = [], []
     for ax in figure.axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)
-    star = {"marker": "*", "ms": 14, "mfc": "white", "mec": BLACK, "ls": ""}
-    handles.append(module("lines").Line2D([], [], label="kept epoch", **star))
-    figure.suptitle(f"{title}\nThe starred epoch is the one whose weights are kept", fontsize=13)
+    if any(_kept_epoch(table, monitor) is not None for table in tables.values()):
+        star = {"marker": "*", "ms": 14, "mfc": "white", "mec": BLACK, "ls": ""}
+        handles.append(module("lines").Line2D([], [], label="kept epoch", **star))
+        title += "\nThe starred epoch is the one whose weights are kept"
+    figure.suptitle(title, fontsize=13)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     save(figure, path)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """One quantity over the epochs.
+
+    Attributes:
+        key: Its column.
+        name: Of the quantity.
+        unit: Of its axis.
+        lower: Whether lower is better.
+        models: Those to draw.
+    """
+
+    key: str
+    name: str
+    unit: str
+    lower: bool
+    models: Sequence[str]
+
+
+def _panels(
+    tables: Mapping[str, Mapping[str, Sequence[float]]], losses: Mapping[str, str]
+) -> list[_Panel]:
+    """A panel for each quantity that the histories hold."""
+    keys = list(dict.fromkeys(key for table in tables.values() for key in table))
+    metrics = [key for key in keys if "@" in key or key.lower() in _METRICS]
+    trained = [key for key in keys if key.endswith("loss")]
+    if not trained + metrics:
+        raise LayoutError(f"nothing to draw: no loss or metric among the columns {keys}")
+    panels = [
+        _Panel(key, f"{name or 'loss'}, training", "nats", True, models)
+        for key in trained
+        for name, models in _models_by_loss(list(tables), losses).items()
+    ]
+    return panels + [
+        _Panel(metric, f"{metric}, validation", "0 to 1", False, list(tables)) for metric in metrics
+    ]
+
+
+def _models_by_loss(models: Sequence[str], losses: Mapping[str, str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for model in models:
+        found.setdefault(losses.get(model, ""), []).append(model)
+    return found
 
 
 def _columns(history: History) -> dict[str, list[float]]:
@@ -135,26 +185,27 @@ def _columns(history: History) -> dict[str, list[float]]:
 
 
 def _curves_panel(
-    ax: Any, tables: Mapping[str, Mapping[str, Sequence[float]]], keys: Sequence[str], monitor: str
+    ax: Any, tables: Mapping[str, Mapping[str, Sequence[float]]], panel: _Panel, monitor: str
 ) -> None:
+    epochs = 1
     for m, (name, table) in enumerate(tables.items()):
+        values = table.get(panel.key)
+        if name not in panel.models or not values:
+            continue
+        epochs = max(epochs, len(values))
         color, marker = CURVES[m % len(CURVES)], MARKERS[m % len(MARKERS)]
-        for k, key in enumerate(key for key in keys if key in table):
-            values = table[key]
-            label = name if len(keys) == 1 else f"{name}, {key.replace('_', ' ')}"
-            style = {"color": color, "marker": marker, "ms": 4, "ls": ("-", "--", ":")[k % 3]}
-            epochs = range(1, len(values) + 1)
-            ax.plot(epochs, values, label=label if len(keys) > 1 else name, **style)
-            kept = _kept_epoch(table, monitor)
-            if kept is not None and kept < len(values):
-                star = {"marker": "*", "ms": 15, "mfc": color, "mec": BLACK, "zorder": 4}
-                ax.plot(kept + 1, values[kept], **star)
-    loss = keys[0].endswith("loss")
-    name = "loss" if len(keys) > 1 else keys[0].replace("_", " ")
-    ax.set_title(f"{name}: {'lower' if loss else 'higher'} is better", fontsize=11)
-    ax.set_ylabel("loss (nats)" if loss else f"{name}, validation (0 to 1)")
+        style = {"color": color, "marker": marker, "ms": 4}
+        ax.plot(range(1, len(values) + 1), values, label=name, **style)
+        kept = _kept_epoch(table, monitor)
+        if kept is not None and kept < len(values):
+            star = {"marker": "*", "ms": 15, "mfc": color, "mec": BLACK, "zorder": 4}
+            ax.plot(kept + 1, values[kept], **star)
+    ax.set_title(f"{panel.name}: {'lower' if panel.lower else 'higher'} is better", fontsize=11)
+    ax.set_ylabel(f"{panel.unit}; axis cut" if ax.get_ylim()[0] > 0 else panel.unit)
     ax.set_xlabel("epoch")
-    ax.xaxis.set_major_locator(module("ticker").MaxNLocator(integer=True))
+    margin = 0.5 if epochs == 1 else 0.04 * epochs
+    ax.set_xlim(1 - margin, epochs + margin)
+    ax.xaxis.set_major_locator(module("ticker").MaxNLocator(integer=True, min_n_ticks=1))
     light_grid(ax, "both")
 
 

@@ -38,6 +38,11 @@ _COMMON: Spec = {
     "model": _TENSORS,
     "best": (None, {"epoch": int, "metrics": {str: float}, "model": _TENSORS}),
 }
+#: Experiment -> the command that reads its checkpoints.
+_READERS = {
+    "movielens": "maskmoe movielens explain --checkpoint {path}",
+    "skip": "maskmoe skip explain --run {folder}",
+}
 #: All globals that a pickle of tensors and plain values names.
 _GLOBALS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"} | {
     f"torch {kind}Storage"
@@ -87,11 +92,32 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return result
 
 
+def check_experiment(path: Path, config: dict[str, Any], experiment: str) -> None:
+    """Check that a checkpoint is of this experiment.
+
+    Args:
+        path: Of the checkpoint, for the error.
+        config: Its config. That of an experiment other than MovieLens names it.
+        experiment: A key of ``_READERS``.
+
+    Raises:
+        DataError: It is of another one; the message names the command that reads it.
+    """
+    own = config.get("experiment", "movielens")
+    if own != experiment:
+        reader = _READERS.get(str(own))
+        remedy = f"`{reader}` reads it" if reader else "this version does not know it"
+        raise DataError(
+            f"{path}: is a checkpoint of `maskmoe {own}`, expected one of `maskmoe {experiment}`; "
+            + remedy.format(path=path, folder=path.parent)
+        )
+
+
 def failing(path: Path) -> Callable[[str], DataError]:
     """A function from what is wrong with the content of a checkpoint to the error about it."""
     return lambda what: DataError(
         f"{path}: {what}; the checkpoint is damaged or of another version. Restore a copy of it, "
-        "or train again into another --out folder"
+        "start again with --overwrite, or train into another --out folder"
     )
 
 
@@ -140,8 +166,16 @@ def restore_model(path: Path, model: nn.Module, weights: Mapping[str, Tensor]) -
         model.load_state_dict(weights)
 
 
-def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Any) -> None:
+def restore_optimizer(
+    path: Path, optimizer: torch.optim.Optimizer, model: nn.Module, saved: Any
+) -> None:
     """Load the state of an optimizer of the same parameters; its learning rate comes with it.
+
+    Args:
+        path: Of the checkpoint, for the error.
+        optimizer: Of the parameters of ``model``.
+        model: Names the parameters in the error.
+        saved: The state.
 
     Raises:
         DataError: It is of other parameters, or of another optimizer.
@@ -158,7 +192,10 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Any) 
             if key in group and group[key] != own[key]:
                 name = f"optimizer.param_groups[{i}].{key}"
                 raise fail(f"expected {name} to be {own[key]!r}, got {group[key]!r}")
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    parameters = [
+        (names[id(p)], tuple(p.shape)) for group in optimizer.param_groups for p in group["params"]
+    ]
     for number, state in saved["state"].items():
         _check_moments(state, number, parameters, fail)
     with restoring(path, "optimizer state"):
@@ -168,20 +205,30 @@ def restore_optimizer(path: Path, optimizer: torch.optim.Optimizer, saved: Any) 
 def _check_moments(
     state: dict[str, Tensor],
     number: int,
-    parameters: list[Tensor],
+    parameters: list[tuple[str, tuple[int, ...]]],
     fail: Callable[[str], DataError],
 ) -> None:
-    """Check that Adam's averages have the shape and type of the parameter of this number."""
+    """Check that Adam's averages have the shape and type of the parameter of this number.
+
+    Args:
+        state: Adam's, of the parameter.
+        number: Of the parameter.
+        parameters: Name and shape of each.
+        fail: Makes the error.
+    """
     name = f"optimizer.state.{number}"
     if not 0 <= number < len(parameters):
         raise fail(f"expected {name} to be of one of {len(parameters)} parameters")
-    shape = tuple(parameters[number].shape)
+    parameter, shape = parameters[number]
     for key, own in (("step", ()), ("exp_avg", shape), ("exp_avg_sq", shape)):
         check(state, {key: Tensor}, fail, name)
         value = state[key]
         if tuple(value.shape) != own or not value.is_floating_point():
-            got = f"{value.dtype} {tuple(value.shape)}"
-            raise fail(f"expected {name}.{key} to be floating point and {own}, got {got}")
+            raise fail(
+                f"expected {name}.{key} to be floating point and {own} for the parameter "
+                f"{parameter} {shape}, got {value.dtype} {tuple(value.shape)}: this state is of "
+                "another layer, so a layer was swapped or its size changed"
+            )
         # An average of squares may be infinite: its weight no longer changes, but is finite.
         if bool(value.isnan().any()):
             raise fail(f"expected numbers in {name}.{key}, got NaN")

@@ -48,6 +48,7 @@ _REASONS = {
     errno.EISDIR: "there is a folder of this name",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EEXIST: "expected a folder, got a file",
+    errno.ENOENT: "no folder can be made there",
 }
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
 

@@ -68,7 +68,11 @@ def hasse(
     ax.set_ylim(0, height)
     ax.axis("off")
     _draw_hasse(ax, [node for node in nodes.values() if node.name], paths, heads)
-    line = "A line joins nearest subsets: the one on the left lies inside the one on the right"
+    line = (
+        "A line joins nearest subsets: the one on the left lies inside the one on the right"
+        if edges
+        else "No subset lies inside another"
+    )
     figure.text(0.5, 1 - 0.18 / page, title, ha="center", va="top", fontsize=14)
     figure.text(
         0.5,

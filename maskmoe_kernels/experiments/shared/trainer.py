@@ -29,7 +29,8 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
     restoring,
     save_checkpoint,
 )
-from maskmoe_kernels.experiments.shared.progress import duration, progress_bar
+from maskmoe_kernels.experiments.shared.output import print_line, print_record
+from maskmoe_kernels.experiments.shared.progress import duration, shown_progress
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.source import Batch, Source
 from maskmoe_kernels.experiments.shared.structure import Spec, check
@@ -197,7 +198,8 @@ class Trainer(Generic[Batch]):
             text = f"starting afresh, {self.checkpoint} will be replaced"
         else:
             text = f"starting, into {self.checkpoint.parent}"
-        self._print(f"{self.name}: {text}")
+        if self.console is not None:
+            print_line(self.console, f"{self.name}: {text}")
 
     def run(self) -> Run:
         """Train to the end; the model then holds the best epoch's weights.
@@ -231,16 +233,15 @@ class Trainer(Generic[Batch]):
         started = time.perf_counter() - self.seconds
         epoch, save_every = len(self.history) + 1, self.pace.save_every
         total, batches = self.source.epoch(epoch, self.done)
-        with progress_bar(self.console) as bar:
-            name = f"{self.name} {epoch}/{self.pace.epochs}"
-            task = bar.add_task(name, total=total, completed=self.done, speed="")
+        name = f"{self.name} {epoch}/{self.pace.epochs}"
+        with shown_progress(self.console, name, total, self.done) as advance:
             for batch in batches:
                 self._step(batch)
                 self.seconds = time.perf_counter() - started
                 if self.done % _CHECK_EVERY == 0:
                     self._checked_sums()
-                if self.done % _SHOW_EVERY == 0 and not bar.disable:
-                    bar.update(task, completed=self.done, speed=self._speed())
+                if self.done % _SHOW_EVERY == 0:
+                    advance(self.done, self._speed)
                 if save_every is not None and self.done % save_every == 0 and self.done < total:
                     self.save()
         self._checked_sums()  # waits for the device
@@ -275,7 +276,8 @@ class Trainer(Generic[Batch]):
         self.save()
         if self.report is not None:
             self.report(self.history)
-        self._print(self._line(record, seconds))
+        if self.console is not None:
+            self._print_epoch(self.console, record, seconds)
 
     def _checked_metrics(self) -> Metrics:
         """Metrics after an epoch; weights and metrics are finite."""
@@ -307,28 +309,28 @@ class Trainer(Generic[Batch]):
 
     # --- What the console shows ------------------------------------------------------------
 
-    def _print(self, text: str) -> None:
-        if self.console is not None:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
-
     def _speed(self) -> str:
         count = self.samples if self.source.by_sample else self.done
         speed = self.samples * self.ranks.world / self.seconds
-        return f"loss {float(self.loss_sum) / count:.4f}  {speed:,.0f} {self.source.unit}/s"
+        loss = f"training loss {float(self.loss_sum) / count:.4f}"
+        return f"{loss}  {speed:,.0f} {self.source.unit}/s"
 
-    def _line(self, record: dict[str, float], seconds: float) -> str:
+    def _print_epoch(self, console: Console, record: dict[str, float], seconds: float) -> None:
         epoch, best = len(self.history), 0 if self.best is None else self.best["epoch"]
         speed = f"{self.source.unit}_per_s"
-        hidden = ("epoch", "learning_rate", speed)
-        parts = [f"{name} {value:.4f}" for name, value in record.items() if name not in hidden]
+        own = ("epoch", "train_loss", "learning_rate", speed)
+        fields = {"training loss": f"{record['train_loss']:.4f}"}
+        fields |= {f"validation {k}": f"{v:.4f}" for k, v in record.items() if k not in own}
         if "learning_rate" in record:
-            parts.append(f"rate {record['learning_rate']:.1e}")
-        parts += [f"{record[speed]:,.0f} {self.source.unit}/s", duration(seconds)]
+            fields["learning rate"] = f"{record['learning_rate']:.1e}"
+        fields["speed"] = f"{record[speed]:,.0f} {self.source.unit}/s"
+        fields["time"] = duration(seconds)
         kept = "kept" if best == epoch else f"best is epoch {best}"
         # Training may end earlier, when patience does.
         most = min(self.pace.epochs, best + self.pace.patience) - epoch
         left = "" if most < 1 else f", {duration(most * seconds)} left if none is better"
-        return f"{self.name}: epoch {epoch}/{self.pace.epochs}  {'  '.join(parts)}  ({kept}{left})"
+        fields[f"({kept}{left})"] = ""
+        print_record(console, f"{self.name}: epoch {epoch}/{self.pace.epochs}", fields)
 
     # --- Checkpoints -----------------------------------------------------------------------
 
@@ -364,27 +366,18 @@ class Trainer(Generic[Batch]):
         if not path.exists():
             return False
         saved = load_checkpoint(path)
-        self._check_identity(saved["config"])
+        check_identity(path, saved["config"], self.identity)
         self._check_structure(saved)
         if saved["best"] is not None:
             restore_model(path, self.model, saved["best"]["model"])  # verified here, used by run()
         restore_model(path, self.model, saved["model"])
-        restore_optimizer(path, self.optimizer, saved.get("optimizer"))
+        restore_optimizer(path, self.optimizer, self.model, saved.get("optimizer"))
         if self.scheduler is not None:
             restore_scheduler(path, self.scheduler, saved["scheduler"])
         self.history, self.best = saved["history"], saved["best"]
         if self.pace.save_every is not None:
             self._restore_within_epoch(saved)
         return True
-
-    def _check_identity(self, saved: dict[str, Any]) -> None:
-        for name, value in self.identity.items():
-            if name not in _MAY_CHANGE and saved.get(name) != value:
-                raise DataError(
-                    f"{self.checkpoint}: was trained with {name}={saved.get(name)!r}, this run has "
-                    f"{value!r}; use the same, or another --out folder, or start over without "
-                    "resuming"
-                )
 
     def _check_structure(self, saved: dict[str, Any]) -> None:
         fail = failing(self.checkpoint)
@@ -414,6 +407,21 @@ class Trainer(Generic[Batch]):
             self.source.load_state_dict(saved["cursor"])
         except DataError as error:
             raise DataError(f"{self.checkpoint}: {error}") from error
+
+
+def check_identity(path: Path, saved: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Check that the config ``saved`` in a checkpoint is that of a run, as far as it must be.
+
+    Raises:
+        DataError: It has another value; the message names it.
+    """
+    for name, value in identity.items():
+        if name not in _MAY_CHANGE and saved.get(name) != value:
+            raise DataError(
+                f"{path}: was trained with {name}={saved.get(name)!r}, this run has {value!r}. "
+                "Give the same to continue it, --overwrite to start again and replace it, or "
+                "another --out folder"
+            )
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, pace: Pace) -> ReduceLROnPlateau | None:

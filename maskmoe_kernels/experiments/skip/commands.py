@@ -16,10 +16,17 @@ from maskmoe_kernels.experiments.shared.arguments import (
     add_command,
     add_common,
     add_device,
+    add_existing,
     natural,
     positive,
     seed,
     usable,
+)
+from maskmoe_kernels.experiments.shared.output import (
+    open_console,
+    print_line,
+    print_record,
+    print_written,
 )
 from maskmoe_kernels.experiments.skip.generator.settings import (
     CHUNK,
@@ -36,6 +43,10 @@ from maskmoe_kernels.experiments.skip.settings import (
 # Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional and
 # other commands start quickly. The settings are light and imported here, for their defaults.
 
+#: What ``evaluate`` writes.
+_EVALUATION = (
+    "evaluation.json", "subsets.png", "learning_curves.png", "attribution-*.png", "causes-*.png",
+)  # fmt: skip
 #: Kind of model -> default number of layers.
 _LAYERS = {"transformer": 3, "gru": 1}
 #: The arguments that are fields of :class:`Settings`.
@@ -74,27 +85,37 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.data.prepare import prepare
+    from maskmoe_kernels.experiments.shared.existing import check_out
+    from maskmoe_kernels.experiments.skip.data.prepare import find_sources, prepare
+    from maskmoe_kernels.experiments.skip.data.records import LOGS_FOLDER, MANIFEST
 
+    logs, _ = find_sources(*arguments.sources)
+    records = f"{LOGS_FOLDER}/*.json"
+    check_out(arguments, (MANIFEST, records), (MANIFEST, records))
+    if arguments.overwrite:  # without its record, a file is converted again
+        for path in (arguments.out / MANIFEST, *arguments.out.glob(records)):
+            path.unlink(missing_ok=True)
+    print_line(console, f"preparing {len(logs):,} log files, into {arguments.out}")
     made = prepare(
         arguments.sources,
         arguments.out,
         strict=arguments.strict,
         workers=arguments.workers,
         row_group=arguments.row_group,
-        progress=console.is_terminal,
+        progress=open_console(stderr=True).is_terminal,
     )
     sizes = ", ".join(f"{count:,} {split}" for split, count in made.sessions.items())
     lines = [f"{made.tracks:,} tracks; sessions: {sizes}; left out: {made.dropped:,}"]
     for kind, count in made.counts.items():
         lines += [f"{kind}: {count:,}", *(f"  {text}" for text in made.examples.get(kind, []))]
     for line in [*lines, f"shards: {arguments.out}"]:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(console, line)
 
 
 def _generate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.generator.generate import generate
+    from maskmoe_kernels.experiments.shared.existing import check_out
+    from maskmoe_kernels.experiments.skip.generator.generate import SETTINGS, generate, remove
 
     try:
         settings = GeneratorSettings(
@@ -102,18 +123,24 @@ def _generate(arguments: argparse.Namespace, console: Console) -> None:
         )
     except ValueError as error:
         raise DataError(str(error)) from error
-    generate(arguments.out, settings, workers=arguments.workers, progress=console.is_terminal)
-    text = f"{settings.sessions:,} sessions and their causes: {arguments.out}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    check_out(arguments, (SETTINGS,), (SETTINGS,))
+    if arguments.overwrite:
+        remove(arguments.out)
+    print_line(console, f"generating {settings.chunks:,} log files, into {arguments.out}")
+    generate(arguments.out, settings, workers=arguments.workers, console=console)
+    print_line(console, f"{settings.sessions:,} sessions and their causes: {arguments.out}")
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
+    from maskmoe_kernels.experiments.shared.existing import check_out
     from maskmoe_kernels.experiments.shared.ranks import joined
     from maskmoe_kernels.experiments.skip import figures as skip_figures
     from maskmoe_kernels.experiments.skip import train as skip
     from maskmoe_kernels.experiments.skip.pace import Pace
+    from maskmoe_kernels.experiments.skip.runs import CHECKPOINT, REPORT
 
+    device = usable(arguments.device)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     layers = arguments.layers or _LAYERS[arguments.model.rpartition("-")[2]]
@@ -130,21 +157,25 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
         save_every=arguments.save_every,
     )
     means = skip.Means(arguments.workers, arguments.resume, arguments.compile)
-    with joined(usable(arguments.device)) as ranks:
+    with joined(device) as ranks:
+        if ranks.first:  # which alone writes
+            check_out(arguments, (CHECKPOINT, REPORT, "learning_curves.png"), (CHECKPOINT,))
         _, run = skip.train(arguments.data, arguments.out, settings, pace, means, ranks, console)
     if not ranks.first:
         return
     missing = skip_figures.draw_curves({arguments.model: run.history}, arguments.out)
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in run.best.items())
-    console.print(f"best epoch {run.best_epoch}: {metrics}", highlight=False)
-    text = f"no figure: {missing}" if missing else f"checkpoint, report, figure: {arguments.out}"
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    metrics = {f"validation {name}": f"{value:.4f}" for name, value in run.best.items()}
+    print_record(console, f"best epoch {run.best_epoch}", metrics)
+    print_written(console, "checkpoint, report", "figure", arguments.out, missing)
 
 
 def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
+    from maskmoe_kernels.experiments.shared.existing import check_out
     from maskmoe_kernels.experiments.skip.evaluate import evaluate
 
+    device = usable(arguments.device)
+    check_out(arguments, _EVALUATION)
     evaluate(
         arguments.data,
         arguments.out,
@@ -152,15 +183,22 @@ def _evaluate(arguments: argparse.Namespace, console: Console) -> None:
         causes=arguments.causes,
         split=arguments.split,
         sharpness=arguments.sharpness,
-        device=usable(arguments.device),
+        device=device,
         console=console,
     )
 
 
 def _explain(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
-    from maskmoe_kernels.experiments.skip.explain import explain
+    from maskmoe_kernels.experiments.shared.existing import check_out
+    from maskmoe_kernels.experiments.skip.explain import explain, file_name
 
+    def check(session: str | None) -> None:
+        if arguments.out is not None:
+            names = [] if session is None else [f"{file_name(session)}.*"]
+            check_out(arguments, names)
+
+    check(None)  # can anything be written there, before long work
     explain(
         arguments.data,
         arguments.run_folder,
@@ -170,6 +208,7 @@ def _explain(arguments: argparse.Namespace, console: Console) -> None:
         sharpness=arguments.sharpness,
         out=arguments.out,
         console=console,
+        check=check,
     )
 
 
@@ -193,10 +232,10 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
         _prepare,
         "convert the official csv files to checked shards, once",
         "Convert log_*.csv and tf_*.csv to typed, checked shards of sessions, split 80-10-10.\n"
-        "Invalid rows are counted and shown, and their sessions left out. Files that an earlier\n"
-        "run converted are not converted again.",
+        "Invalid rows are counted and shown, and their sessions left out. With --resume, files\n"
+        "that an earlier run converted are not converted again unless they changed.",
         "maskmoe skip prepare mssd/ --out runs/skip/data --workers 4",
-        hint="; finished files are kept: run the same command to continue",
+        hint="; finished files are kept: run the same command with --resume to go on",
     )
     parser.add_argument(
         "sources", nargs="+", type=Path, metavar="PATH", help="the csv files, or their folders"
@@ -208,6 +247,9 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
         "--row-group", type=positive, default=2048, metavar="N",
         help="sessions that are read together (default: %(default)s)",
     )  # fmt: skip
+    add_existing(
+        parser, "keep what an earlier run converted in --out, and convert new and changed files"
+    )
 
 
 def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -220,7 +262,7 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         "each label of the second half, so that the right expert is known. Writes log_*.csv,\n"
         "tf_0.csv and causes_*.parquet.",
         "maskmoe skip generate --sessions 200000 --out runs/skip/csv",
-        hint="; finished files are kept: run the same command to continue",
+        hint="; finished files are kept: run the same command with --resume to go on",
     )
     parser.add_argument(
         "--sessions", type=positive, required=True, metavar="N", help="number of sessions"
@@ -235,6 +277,7 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     _add_workers(parser, 1, "processes that write files in parallel (default: 1)")
     _add_out(parser)
+    add_existing(parser, "keep the sessions of the same settings in --out, and write the rest")
     parser.add_argument("--seed", type=seed, default=0, help="of all random numbers (default: 0)")
 
 
@@ -243,14 +286,15 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "train",
         _train,
-        "train a model on prepared sessions; resumes an interrupted run",
-        "Train one model. Writes a checkpoint after every epoch and every --save-every steps, and\n"
-        "resumes from the one in --out. A run that was killed and resumed ends with the same\n"
-        "weights. Under torchrun the processes share each batch (gloo on CPUs, nccl on GPUs).",
+        "train a model on prepared sessions, and resume an interrupted run",
+        "Train one model. Writes a checkpoint after every epoch and every --save-every steps.\n"
+        "A folder that holds a run already is refused without --resume or --overwrite. A run that\n"
+        "was killed and resumed ends with the same weights. Under torchrun the processes share\n"
+        "each batch (gloo on CPUs, nccl on GPUs).",
         "maskmoe skip train --data runs/skip/data --out runs/skip/model\n"
         "  torchrun --nproc-per-node 4 -m maskmoe_kernels skip train --device cuda \\\n"
         "      --data runs/skip/data --out runs/skip/model",
-        hint="; the last checkpoint is kept: run the same command to continue",
+        hint="; the last checkpoint is kept: run the same command with --resume to go on",
     )
     _add_data(parser)
     parser.add_argument(
@@ -354,10 +398,11 @@ def _add_means(parser: argparse.ArgumentParser) -> None:
         "--save-every", type=positive, default=500, metavar="STEPS",
         help="steps between checkpoints within an epoch (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default=True,
-        help="resume from the checkpoint in --out, if there is one (default: yes)",
-    )  # fmt: skip
+    add_existing(
+        parser,
+        "continue the run in --out from its last checkpoint, or start where there is none: give "
+        "it from the beginning where a scheduler restarts the command",
+    )
 
 
 def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -378,6 +423,7 @@ def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     _add_judging(parser)
     _add_out(parser)
+    add_existing(parser)
     add_device(parser)
 
 
@@ -403,6 +449,7 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument("--session", metavar="ID", help="its id (default: the first of the split)")
     _add_judging(parser)
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write json and figure there")
+    add_existing(parser)
 
 
 def _add_judging(parser: argparse.ArgumentParser) -> None:

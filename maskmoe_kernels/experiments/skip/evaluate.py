@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import (
+    Column,
+    print_line,
+    print_table,
+    print_written,
+)
+from maskmoe_kernels.experiments.shared.progress import counted
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip import figures as skip_figures
@@ -80,9 +85,9 @@ def evaluate(
     entries: dict[str, _Baseline | _Trained] = {name: _Baseline(name) for name in BASELINES}
     for name, (model, settings, run) in trained.items():
         entries[name] = _Trained(model, settings, run, sharpness)
-    for batch in track(
-        sessions, "evaluating", sessions.schedule().batches, console=console or Console(quiet=True)
-    ):
+    if console is not None:
+        print_line(console, f"evaluating {len(sessions.shards):,} sessions, into {out}")
+    for batch in counted(console, "evaluating", sessions, sessions.schedule().batches, "batches"):
         label_causes = None if known is None else known.of(batch.session_ids)
         moved = batch.to(device)
         for entry in entries.values():
@@ -98,8 +103,7 @@ def evaluate(
     missing = skip_figures.draw(report, out)
     if console is not None:
         print_report(report, console)
-        text = f"no figures: {missing}" if missing else f"report and figures: {out}"
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_written(console, "report", "figures", out, missing)
     return report
 
 
@@ -204,14 +208,10 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         report: From :func:`evaluate`.
         console: Where to print.
     """
-    table = Table(
-        title=f"Skip prediction, {report['sessions']:,} sessions ({report['split']}), per cent",
-        caption="paper: table 2, other sessions",
-    )
-    table.add_column("model")
+    columns = [Column("model", text=True)]
     for name in METRICS:
-        table.add_column(name, justify="right")
-        table.add_column("paper", justify="right", style="dim")
+        columns += [Column(name), Column(f"paper {name}", optional=1, style="dim")]
+    rows = []
     for name, row in report["models"].items():
         paper = row["paper"] or {}
         cells = [
@@ -219,30 +219,36 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             for key in METRICS
             for text in (f"{100 * row[key]:.1f}", f"{paper[key]:.1f}" if key in paper else "")
         ]
-        table.add_row(name, *cells)
-    console.print(table)
+        rows.append([name, *cells])
+    title = f"Skip prediction, {report['sessions']:,} sessions ({report['split']}), per cent"
+    print_table(console, title, columns, rows, "paper: table 2, other sessions")
     for name, row in report["models"].items():
         if "decided" in row:
             _print_deciders(name, row, console)
 
 
 def _print_deciders(name: str, row: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=f"{name}: who decides, per cent (sharpness {row['sharpness']:g})")
-    for column in ("expert", "mean attribution", "most attributed"):
-        table.add_column(column, justify="left" if column == "expert" else "right")
-    for expert, share in row["mean_attribution"].items():
-        table.add_row(expert, f"{100 * share:.1f}", f"{100 * row['decided'][expert]:.1f}")
-    console.print(table)
+    columns = [Column("expert", text=True), Column("mean attribution"), Column("most attributed")]
+    rows = [
+        [expert, f"{100 * share:.1f}", f"{100 * row['decided'][expert]:.1f}"]
+        for expert, share in row["mean_attribution"].items()
+    ]
+    title = f"{name}: who decides, per cent (sharpness {row['sharpness']:g})"
+    print_table(console, title, columns, rows)
     if "decisive" not in row:
         return
-    table = Table(
-        title=f"{name}: tracks whose cause is known and decisive",
-        caption="per cent whose most attributed expert sees the cause; is the smallest that does",
-    )
-    for column in ("cause", "tracks", "sees it", "smallest"):
-        table.add_column(column, justify="left" if column == "cause" else "right")
-    rows = {**row["decisive"]["causes"], "all": row["decisive"]}
-    for cause, counts in rows.items():
+    columns = [
+        Column("cause", text=True), Column("tracks", optional=1), Column("sees it"),
+        Column("smallest"),
+    ]  # fmt: skip
+    rows = []
+    for cause, counts in {**row["decisive"]["causes"], "all": row["decisive"]}.items():
         shares = (f"{100 * counts[key]:.1f}" for key in ("sees", "smallest"))
-        table.add_row(cause, f"{counts['tracks']:,}", *shares)
-    console.print(table)
+        rows.append([cause, f"{counts['tracks']:,}", *shares])
+    print_table(
+        console,
+        f"{name}: tracks whose cause is known and decisive",
+        columns,
+        rows,
+        "per cent whose most attributed expert sees the cause; is the smallest that does",
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import print_line, print_written
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
 from maskmoe_kernels.experiments.skip.data.columns import CONTEXT_TYPES, HISTORY
@@ -98,6 +99,7 @@ def explain(
     sharpness: float | None = None,
     out: Path | None = None,
     console: Console | None = None,
+    check: Callable[[str], None] | None = None,
 ) -> Explanation:
     """Explain the predictions for one session.
 
@@ -110,6 +112,7 @@ def explain(
         sharpness: Sharpness of the prediction; ``None``: the one the model was trained with.
         out: Folder for ``explain-ID.json`` and ``explain-ID.png`` (figure 11).
         console: Where the explanation is printed; ``None`` is quiet.
+        check: Called with the id of the session before it is explained; may raise.
 
     Raises:
         DataError: Shards, run or causes are missing or damaged, the model has no experts, or the
@@ -125,6 +128,8 @@ def explain(
         )
     shards = Shards(data, split)
     batch, table = shards.find(_first(shards) if session is None else session)
+    if check is not None:
+        check(batch.session_ids[0])
     power = settings.sharpness if sharpness is None else sharpness
     with torch.inference_mode():
         logits = logits_of(model, batch, settings)[~batch.second_padding].double()
@@ -142,23 +147,28 @@ def explain(
     if console is not None:
         print_explanation(explanation, console)
         if out is not None:
-            text = f"no figure: {missing}" if missing else f"report and figure: {out}"
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
+            print_written(console, "report", "figure", out, missing)
     return explanation
+
+
+def file_name(session: str) -> str:
+    """Name of the files that :func:`explain` writes, without its ending."""
+    # Ids come from the data: replace what is special in file names, separators first of all.
+    return "explain-" + "".join(c if c.isalnum() or c in "-_" else "_" for c in session)
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """Print the header, a sentence a track (wrong predictions in red), and the experts' shares."""
-    console.print(explanation.header, highlight=False, markup=False)
+    print_line(console, explanation.header)
     for track in explanation.tracks:
         style = None if track.skipped == track.predicted else "red"
-        console.print(sentence(track), style=style, highlight=False, markup=False)
+        print_line(console, sentence(track), style)
     right = sum(track.skipped == track.predicted for track in explanation.tracks)
     descending = sorted(explanation.shares.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {share:.0%}" for name, share in descending if share >= 0.005)
-    console.print(
+    print_line(
+        console,
         f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {shares}.",
-        highlight=False,
     )
 
 
@@ -301,9 +311,8 @@ def _write(explanation: Explanation, out: Path) -> str | None:
     Returns:
         Why there is no figure, in words; ``None`` if there is one.
     """
-    # Ids come from the data: replace what is special in file names, separators first of all.
-    name = "".join(c if c.isalnum() or c in "-_" else "_" for c in explanation.session)
-    write_json(out / f"explain-{name}.json", dataclasses.asdict(explanation))
+    name = file_name(explanation.session)
+    write_json(out / f"{name}.json", dataclasses.asdict(explanation))
     missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
@@ -313,7 +322,7 @@ def _write(explanation: Explanation, out: Path) -> str | None:
             [track.position for track in tracks],
             [track.skipped for track in tracks],
             [track.probability for track in tracks],
-            out / f"explain-{name}.png",
+            out / f"{name}.png",
             f"Session {explanation.session}",
         )
     return missing

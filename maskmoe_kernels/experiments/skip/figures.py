@@ -51,22 +51,31 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
             path = out / f"causes-{file_name}.png"
             causes(row["decisive"], SubsetFamily(**row["family"]), path, name)
     histories = {name: row["history"] for name, row in models.items() if "history" in row}
-    return draw_curves(histories, out) if histories else None
+    kinds = {name: models[name].get("model", name) for name in histories}
+    return draw_curves(histories, out, kinds) if histories else "no trained model was named"
 
 
-def draw_curves(histories: Mapping[str, Any], out: Path) -> str | None:
+def draw_curves(
+    histories: Mapping[str, Any], out: Path, kinds: Mapping[str, str] | None = None
+) -> str | None:
     """Draw ``learning_curves.png``.
 
     Args:
         histories: Model -> the history of its run.
         out: The folder for the file.
+        kinds: Model -> which of ``MODELS`` it is; ``None``: it is named so.
 
     Returns:
         Why it was not drawn, in words; ``None`` if it was drawn.
     """
     missing = plot_style.unsupported_reason()
     if missing is None:
-        charts.learning_curves(histories, out / "learning_curves.png", "Acc")
+        kinds = kinds or {name: name for name in histories}
+        losses = {
+            name: "GEM loss" if kind.startswith("interpretable") else "cross-entropy"
+            for name, kind in kinds.items()
+        }
+        charts.learning_curves(histories, out / "learning_curves.png", "Acc", losses=losses)
     return missing
 
 
@@ -174,11 +183,15 @@ def session(
     ax.set_xticks(range(tracks), [str(p) for p in positions], fontsize=10)
     ax.set_xlabel("track of the session")
     ax.set_ylabel("expert: share of the decision (%)")
-    handles = [
-        _patch(ORANGE, "skipped"), _patch(_PALE, "played"), _patch(colors(0.9), "decides alone"),
-    ]  # fmt: skip
+    skips = [*labels, *(chance > 0.5 for chance in probability)]
+    handles = [_patch(ORANGE, "skipped")] * any(skips) + [_patch(_PALE, "played")] * (
+        not all(skips)
+    )
+    handles.append(_patch(colors(0.5), "the darker, the larger the expert's share"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\nFramed predictions are wrong", fontsize=12)
+    wrong = sum(label != (chance > 0.5) for label, chance in zip(labels, probability, strict=True))
+    told = f"{wrong} of {tracks} predictions are wrong" + (" (framed)" if wrong else "")
+    figure.suptitle(f"{title}\n{told}", fontsize=12)
     plot_style.save(figure, path)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.checkpoint import (
+    check_experiment,
     check_progress,
     failing,
     load_checkpoint,
@@ -43,10 +44,11 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[SessionModel
             experiment or version.
     """
     path = folder / CHECKPOINT if folder.is_dir() else folder
+    if folder.is_dir() and not path.exists():
+        path = min(folder.glob("*.pt"), default=path)  # of another experiment: it says so below
     saved = load_checkpoint(path)
     config = saved["config"]
-    if config.get("experiment") != EXPERIMENT:
-        raise DataError(f"{path}: expected a run of `maskmoe skip train`, got another experiment's")
+    check_experiment(path, config, EXPERIMENT)
     if saved["best"] is None:
         raise DataError(f"{path}: no epoch is finished yet; let `maskmoe skip train` go on")
     check_progress(path, saved, MONITOR)

@@ -38,7 +38,7 @@ class Means:
     """
 
     workers: int = 0
-    resume: bool = True
+    resume: bool = False
     compile: bool = False
 
 

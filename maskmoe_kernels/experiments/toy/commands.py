@@ -10,9 +10,12 @@ from maskmoe_kernels.experiments.shared.arguments import (
     Commands,
     add_command,
     add_common,
+    add_existing,
     positive,
     usable,
 )
+
+_RESULTS = ("report.json", "panels.png", "plane.png", "hasse.png")
 
 
 def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -37,11 +40,14 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "--epochs", type=positive, help="passes of 500 steps of 256 samples (default: 30)"
     )
     add_common(parser)
+    add_existing(parser)
 
 
 def _toy(arguments: argparse.Namespace, console: Console) -> None:
+    from maskmoe_kernels.experiments.shared.existing import check_out
     from maskmoe_kernels.experiments.toy.train import run_toy
 
+    check_out(arguments, _RESULTS)
     run_toy(
         task=arguments.task,
         seed=arguments.seed,
@@ -50,4 +56,3 @@ def _toy(arguments: argparse.Namespace, console: Console) -> None:
         epochs=arguments.epochs,
         console=console,
     )
-    console.print(f"report and figures: {arguments.out}", markup=False, highlight=False)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from maskmoe_kernels.experiments.shared.output import Column, print_table
 from maskmoe_kernels.experiments.toy.data import ToyTask, held_out, toy_task
 from maskmoe_kernels.models import InterpretableMLP
 from maskmoe_kernels.ops.selection import mixture
@@ -96,19 +96,19 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     runs = report.get("seeds", [report])
     kinds = list(runs[0]["table"][CONFIDENCES[0]]["right_expert"])
     samples = report["config"]["test_samples"]
-    table = Table(
-        title=f"Toy ({report['task']}): {report['title']}",
-        caption=f"{samples:,} fresh samples; right expert: the largest attribution is that of "
-        "the smallest subset that separates the sample's cluster",
-    )
-    table.add_column("confidence")
-    table.add_column("seed", justify="right")
-    for name in ("accuracy", *(f"right expert, {kind}" for kind in kinds)):
-        table.add_column(name, justify="right")
+    columns = [Column("confidence", text=True), Column("seed", optional=1), Column("accuracy")]
+    columns += [Column(f"right expert, {kind}") for kind in kinds]
+    rows = []
     for confidence in runs[0]["table"]:
         for entry in runs:
             row = _numbers(entry["table"])[confidence]
             cells = ["-" if value is None else f"{value:.4f}" for value in row.values()]
-            table.add_row(confidence, str(entry["seed"]), *cells)
-        table.add_section()
-    console.print(table)
+            rows.append([confidence, str(entry["seed"]), *cells])
+    print_table(
+        console,
+        f"Toy ({report['task']}): {report['title']}",
+        columns,
+        rows,
+        f"{samples:,} fresh samples; right expert: the largest attribution is that of the "
+        "smallest subset that separates the sample's cluster",
+    )

@@ -124,6 +124,7 @@ def toy_panels(
     columns = 3
     rows = -(-(len(names) + 3) // columns)
     figure = canvas(3.6 * columns, 3.5 * rows * len(planes) + 1.5)
+    figure.get_layout_engine().set(hspace=0.1)  # a label of an axis is above a title
     axes = figure.subplots(rows * len(planes), columns, squeeze=False)
     for k, plane in enumerate(planes):
         flat = [ax for row in axes[k * rows : (k + 1) * rows] for ax in row]

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
-from maskmoe_kernels.experiments.shared.progress import progress_bar
+from maskmoe_kernels.experiments.shared.output import print_line, print_written
+from maskmoe_kernels.experiments.shared.progress import shown_progress
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import take_step
 from maskmoe_kernels.experiments.toy.data import ToyTask, sample, toy_task
@@ -78,13 +79,16 @@ def train(
     optimizer = torch.optim.Adam(net.parameters(), lr=config.learning_rate, fused=True)
     losses: list[float] = []
     started = time.perf_counter()
-    with progress_bar(progress) as bar:
-        job = bar.add_task(f"toy {task.name}", total=config.epochs, speed="")
+
+    def state() -> str:
+        samples = len(losses) * config.steps * config.batch
+        speed = samples / (time.perf_counter() - started)
+        return f"training loss {losses[-1]:.4f}  {speed:,.0f} samples/s"
+
+    with shown_progress(progress, f"toy {task.name}", config.epochs, unit="epochs") as advance:
         for epoch in range(1, config.epochs + 1):
             losses.append(_epoch(net, optimizer, task, config, generator))
-            speed = epoch * config.steps * config.batch / (time.perf_counter() - started)
-            text = f"loss {losses[-1]:.4f}  {speed:,.0f} samples/s"
-            bar.update(job, completed=epoch, speed=text)
+            advance(epoch, state)
     return net, losses, time.perf_counter() - started
 
 
@@ -177,6 +181,8 @@ def run_toy(
     if confidence is not None:
         config = replace(config, confidence=confidence)
     claim(out)
+    if console is not None:
+        print_line(console, f"toy {task}: starting, {config.epochs} epochs, into {out}")
     report, net = run(task, seed, config, device, console)
     write_json(Path(out) / "report.json", report)
     missing = plot_style.unsupported_reason() if draw else None
@@ -184,8 +190,10 @@ def run_toy(
         draw_figures(net, toy_task(task), config.predict, Path(out), seed)
     if console is not None:
         print_report(report, console)
-        if missing is not None:
-            console.print(f"no figures: {missing}")
+        if draw:
+            print_written(console, "report", "figures", Path(out), missing)
+        else:
+            print_line(console, f"report: {out}")
     return report
 
 

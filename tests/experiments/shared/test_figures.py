@@ -50,6 +50,32 @@ def test_learning_curves_mark_the_kept_epoch(tmp_path):
         charts.learning_curves({"black box": {"seconds": [1.0]}}, tmp_path / "x.png")
 
 
+def test_losses_of_two_kinds_have_panels_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(charts, "save", lambda figure, path: figures.append(figure))
+    one = {"train_loss": [0.5], "Acc": [0.4]}
+    losses = {"experts": "GEM loss", "black box": "cross-entropy"}
+    charts.learning_curves({"experts": one, "black box": one}, tmp_path / "x.png", losses=losses)
+    panels = [ax for ax in figures[0].axes if ax.get_visible()]
+    assert [ax.get_title().partition(":")[0] for ax in panels] == [
+        "GEM loss, training", "cross-entropy, training", "Acc, validation"
+    ]  # fmt: skip
+    figures[0].canvas.draw()
+    for ax in panels:  # one epoch, one tick
+        low, high = ax.get_xlim()
+        assert [tick for tick in ax.get_xticks() if low <= tick <= high] == [1]
+
+
+def test_hasse_explains_lines_only_where_there_are_some(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(hasse, "save", lambda figure, path: figures.append(figure))
+    apart = SubsetFamily({"a": 1, "b": 1}, {"a": ["a"], "b": ["b"]})
+    for family in (PLANE, apart):
+        hasse.hasse(family, tmp_path / "x.png")
+    said = [" ".join(text.get_text() for text in figure.texts) for figure in figures]
+    assert ["A line joins" in text for text in said] == [True, False]
+
+
 @pytest.mark.parametrize(
     "family",
     [

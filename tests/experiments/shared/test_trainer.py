@@ -227,6 +227,20 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
         problem.fit(tmp_path / "x.pt", resume=True)
 
 
+def test_an_optimizer_state_of_swapped_layers_names_parameter_and_shapes(tmp_path: Path) -> None:
+    Problem().fit(tmp_path / "x.pt", replace(CONFIG, epochs=1))
+    saved = load_checkpoint(tmp_path / "x.pt")
+    state = saved["optimizer"]["state"]
+    state[0], state[2] = state[2], state[0]
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(
+        DataError,
+        match=r"state\.0\.exp_avg .*the parameter 0\.weight \(6, 4\), got torch.float32 \(1, 6\): "
+        r".*a layer was swapped.*--overwrite",
+    ):
+        Problem().fit(tmp_path / "x.pt", resume=True)
+
+
 # --- The checkpoint ----------------------------------------------------------------------
 
 

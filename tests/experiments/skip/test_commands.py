@@ -29,7 +29,7 @@ def test_the_command_has_the_same_defaults(data: Path, monkeypatch: pytest.Monke
         "skip train --data d --out o --model black-box-gru --width 5 --heads 2 --batch 9 --seed 3 "
         "--precision bfloat16 --confidence square --sharpness 2 --weighting selection --normalize "
         "none --epochs 7 --steps 11 --patience 3 --lr 0.01 --least-lr 0.1 --plateau 0 --clip 2 "
-        "--save-every 13 --workers 2 --no-resume --compile"
+        "--save-every 13 --workers 2 --overwrite --compile"
     )
     assert main(words.split()) == 130
     assert got[2] == Settings(

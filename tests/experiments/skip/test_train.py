@@ -54,6 +54,9 @@ def assert_same_run(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert curves[0] == curves[1]
 
 
+RESUME = Means(resume=True)
+
+
 class Stop(Exception):
     pass
 
@@ -81,8 +84,8 @@ def test_interrupted_runs_end_as_an_undisturbed_one(
         left = stop
         torch.manual_seed(100 + k)  # what the process drew meanwhile means nothing
         with pytest.raises(Stop):
-            train(data, tmp_path, TINY, PACE)
-    train(data, tmp_path, TINY, PACE)
+            train(data, tmp_path, TINY, PACE, RESUME)
+    train(data, tmp_path, TINY, PACE, RESUME)
     assert_same_run(checkpoint(tmp_path), undisturbed)
 
 
@@ -95,6 +98,7 @@ def test_killed_runs_end_as_an_undisturbed_one(data: Path, tmp_path: Path) -> No
     # Half-way through writing the third checkpoint; then between two others.
     assert command(killed, "save:3") == -signal.SIGKILL
     assert len(list((tmp_path / "killed").glob(".unfinished-*"))) == 1
+    killed.append("--resume")
     assert command(killed, "step:3") == -signal.SIGKILL
     assert command(killed) == 0
     assert_same_run(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
@@ -125,9 +129,9 @@ def test_epochs_of_so_many_steps_go_on_through_the_data(
 def test_more_epochs_go_on_where_fewer_ended(data: Path, tmp_path: Path) -> None:
     short, whole = tmp_path / "short", tmp_path / "whole"
     train(data, short, TINY, replace(PACE, epochs=1))
-    train(data, short, TINY, replace(PACE, epochs=3))
+    train(data, short, TINY, replace(PACE, epochs=3), RESUME)
     (short / "report.json").unlink()
-    train(data, short, TINY, replace(PACE, epochs=3))
+    train(data, short, TINY, replace(PACE, epochs=3), RESUME)
     assert len(json.loads((short / "report.json").read_text())["history"]) == 3
     train(data, whole, TINY, replace(PACE, epochs=3))
     assert_same_run(checkpoint(short), checkpoint(whole))
@@ -142,12 +146,12 @@ def test_another_setting_or_other_data_is_an_error(
     for change in ({"width": 4}, {"model": MODELS[2]}, {"normalize": "none"}, {"seed": 1}):
         name = next(iter(change))
         with pytest.raises(DataError, match=rf"trained with {name}=.*--out folder"):
-            train(data, tmp_path, replace(TINY, **change), once)
+            train(data, tmp_path, replace(TINY, **change), once, RESUME)
     with pytest.raises(DataError, match=r"trained with learning_rate=0\.001, this run has 0\.1"):
-        train(data, tmp_path, TINY, replace(once, learning_rate=0.1))
+        train(data, tmp_path, TINY, replace(once, learning_rate=0.1), RESUME)
     others = write_sessions(tmp_path_factory.mktemp("others"), 200)[1]
     with pytest.raises(DataError, match="trained with data="):
-        train(others, tmp_path, TINY, once)
+        train(others, tmp_path, TINY, once, RESUME)
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     train(data, tmp_path, replace(TINY, width=4), once, Means(resume=False))
     assert load(tmp_path)[1].width == 4
@@ -157,7 +161,7 @@ def test_a_damaged_checkpoint_is_an_error(data: Path, tmp_path: Path) -> None:
     train(data, tmp_path, TINY, replace(PACE, epochs=1))
     whole = (tmp_path / "checkpoint.pt").read_bytes()
     (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
-    for use in (lambda: train(data, tmp_path, TINY, PACE), lambda: load(tmp_path)):
+    for use in (lambda: train(data, tmp_path, TINY, PACE, RESUME), lambda: load(tmp_path)):
         with pytest.raises(DataError, match="not a readable checkpoint"):
             use()
 

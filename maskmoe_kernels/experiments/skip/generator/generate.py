@@ -15,21 +15,27 @@ from typing import Any
 import pyarrow.parquet as pq
 from pyarrow import csv
 from rich.console import Console
-from rich.progress import track
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import claim, replacing
+from maskmoe_kernels.experiments.shared.progress import counted
 from maskmoe_kernels.experiments.shared.report import read_json, write_json
 from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COLUMNS
 from maskmoe_kernels.experiments.skip.generator import causes
 from maskmoe_kernels.experiments.skip.generator.chunk import catalogue_of, draw_chunk
 from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
 
-_REMEDY = "Name an empty folder, or delete this one."
+#: File of the settings, which is written first.
+SETTINGS = "generation.json"
+_REMEDY = "Give --overwrite to replace them, or name an empty folder."
 
 
 def generate(
-    out: str | Path, settings: GeneratorSettings, *, workers: int = 1, progress: bool = False
+    out: str | Path,
+    settings: GeneratorSettings,
+    *,
+    workers: int = 1,
+    console: Console | None = None,
 ) -> None:
     """Write ``tf_0.csv``, ``log_*.csv`` and ``causes_*.parquet`` to ``out``.
 
@@ -39,7 +45,7 @@ def generate(
         out: The folder; made if missing.
         settings: What to generate.
         workers: Processes that write chunks in parallel.
-        progress: Show a progress bar on the terminal.
+        console: Where progress is shown; ``None`` is quiet.
     Raises:
         DataError: ``out`` holds sessions of other or unknown settings.
         ValueError: ``workers`` is below 1.
@@ -54,9 +60,17 @@ def generate(
         _write_csv(out / "tf_0.csv", header, catalogue.table())
     todo = [k for k in range(settings.chunks) if not (out / f"log_{k}.csv").is_file()]
     done = _write_chunks(out, settings, todo, workers)
-    console = Console(stderr=True)
-    for _ in track(done, "generate", len(todo), console=console, disable=not progress):
+    for _ in counted(console, "generate", done, len(todo), "log files"):
         pass
+
+
+def remove(out: Path) -> None:
+    """Remove the sessions that :func:`generate` wrote; a folder of other sessions stays."""
+    if not (out / SETTINGS).is_file():
+        return
+    for pattern in ("log_*.csv", "tf_0.csv", "causes_*.parquet", SETTINGS):
+        for path in out.glob(pattern):
+            path.unlink()
 
 
 def check_settings(out: Path, settings: GeneratorSettings) -> None:
@@ -65,7 +79,7 @@ def check_settings(out: Path, settings: GeneratorSettings) -> None:
     Raises:
         DataError: The folder holds sessions of other or unknown settings.
     """
-    path = out / "generation.json"
+    path = out / SETTINGS
     if path.is_file():
         found = read_json(path, _REMEDY)
         if found != vars(settings):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.generator.chunk import draw_chunk
@@ -51,7 +53,7 @@ def quick_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_processes_write_the_same(tmp_path: Path) -> None:
     settings = GeneratorSettings(60, tracks=2_000, chunk=30)
     generate(tmp_path / "one", settings)
-    generate(tmp_path / "two", settings, workers=2, progress=True)
+    generate(tmp_path / "two", settings, workers=2, console=Console(file=io.StringIO()))
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 

@@ -139,6 +139,8 @@ def _fact(name: str, value: object) -> list[tuple[str, str]]:
         return [(name.replace("_", " "), "yes" if reason is None else f"no: {reason}")]
     if isinstance(value, dict):
         return [row for key, inner in value.items() for row in _fact(f"{name} {key}", inner)]
+    if name in ("build cpu", "build cuda") and value is None:  # else: why it was not
+        value = "built"
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
     return [(name.replace("_", " "), "none" if value in (None, "") else str(value))]

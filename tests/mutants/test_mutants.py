@@ -189,6 +189,9 @@ def test_samples_are_seeded_and_touch_no_text_twice():
     compile(text, "f.py", "exec")
 
 
+@pytest.mark.skipif(
+    not (trial.ROOT / "maskmoe_kernels").is_dir(), reason="the suite runs against a wheel"
+)
 def test_every_target_has_tests_that_exist():
     for table in (targets.PYTHON, targets.CPP):
         for pattern, tests in table.items():

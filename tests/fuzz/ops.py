@@ -315,6 +315,8 @@ def all_calls():
     compiled = [*linear_calls(), *mlp_calls()[0]]
     slow = [call for call in compiled if call[0].startswith("triton")]
     fast = [call for call in compiled if not call[0].startswith("triton")]
+    if triton.unsupported_reason(CPU) is not None:
+        slow = []  # without its interpreter the op refuses what is on the CPU
     return fast, [*slow, *objective_calls()]
 
 

@@ -74,14 +74,18 @@ def masked_linear(
     """:func:`dense_oracle` in the dtype of its inputs: what plain PyTorch makes of it."""
     dense = layout.unpack(weight)
     outputs, order = [], []
+    # As a matrix: of more dimensions, torch folds some where a gradient is asked for, and then the
+    # bits are others.
+    matrix = x.reshape(-1, layout.in_features)
     for units, features, routed in _patterns(layout):
         columns = torch.tensor(features, dtype=torch.int64, device=x.device)
         rows = torch.tensor(units, device=x.device)
-        seen = x[..., columns]
+        seen = matrix[:, columns]
         seen = torch.where(torch.tensor(routed, device=x.device).bool(), seen, seen.detach())
         outputs.append(F.linear(seen, dense[rows][:, columns]))
         order.append(rows)
-    z = torch.cat(outputs, dim=-1)[..., torch.cat(order).argsort()]
+    z = torch.cat(outputs, dim=-1)[:, torch.cat(order).argsort()]
+    z = z.reshape(*x.shape[:-1], layout.out_features)
     return ACTIVATIONS[activation](z if bias is None else z + bias)
 
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialized_layout
-from maskmoe_kernels.ops.dispatch import BACKENDS
+from maskmoe_kernels.ops.dispatch import BACKENDS, unsupported_reason
 from maskmoe_kernels.testing import assert_close_to_oracle, dense_oracle
 from tests.ops.runners import ON_CPU
 
@@ -531,3 +531,20 @@ def test_parameters_may_be_trained_in_place_of_each_other():
     z = mk.masked_linear(whole, weight, bias, layout, "gelu")
     (expected,) = torch.autograd.grad(z, whole, torch.ones_like(z).cumsum(0))
     torch.testing.assert_close(grad_x, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(2, 1, 4), (3, 1, 2), (1, 1), (4,)])
+@pytest.mark.filterwarnings("ignore:.*mask:UserWarning")
+def test_the_same_bits_with_and_without_a_graph(shape, backend):
+    """torch folds a product of more than two dimensions where a gradient is asked for, else not."""
+    if unsupported_reason("masked_linear", backend, None, (torch.empty(0),)) is not None:
+        pytest.skip("these kernels do not run on the CPU")
+    mask = torch.rand(5, 25, generator=torch.Generator().manual_seed(0)) < 0.6
+    for layout in (*LAYOUTS.values(), mk.BlockLayout.from_mask(mask)):
+        x, weight, _ = drawn(layout, *shape, dtype=torch.float32)
+        x = x.movedim(-1, 0).contiguous().movedim(0, -1)  # features far apart
+        y = mk.masked_linear(x, weight.requires_grad_(), None, layout, None, backend)
+        with torch.no_grad():
+            again = mk.masked_linear(x, weight, None, layout, None, backend)
+        assert torch.equal(y.view(torch.int32), again.view(torch.int32))

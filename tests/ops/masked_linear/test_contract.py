@@ -543,7 +543,8 @@ def test_the_same_bits_with_and_without_a_graph(shape, backend):
     mask = torch.rand(5, 25, generator=torch.Generator().manual_seed(0)) < 0.6
     for layout in (*LAYOUTS.values(), mk.BlockLayout.from_mask(mask)):
         x, weight, _ = drawn(layout, *shape, dtype=torch.float32)
-        x = x.movedim(-1, 0).contiguous().movedim(0, -1)  # features far apart
+        order = [*reversed(range(x.dim()))]
+        x = x.permute(order).contiguous().permute(order)  # features lie far apart
         y = mk.masked_linear(x, weight.requires_grad_(), None, layout, None, backend)
         with torch.no_grad():
             again = mk.masked_linear(x, weight, None, layout, None, backend)

@@ -17,6 +17,10 @@ WORKSPACE = 256 << 20
 _L1 = 96 << 10
 # Every part in one program.
 ALL = 1 << 20
+# Rows from which on packed weights are worth a launch of their own, and how many may be packed:
+# their index takes four bytes each.
+_PACKED_ROWS = 4096
+_PACKED = 16 << 20
 # What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
 _MEMORY, _CACHE = 4e6, 6e6  # bytes
 _PRODUCTS = {"16 bit": 350e6, "tf32": 175e6, "tf32x3": 60e6, "ieee": 15e6}
@@ -33,6 +37,7 @@ class Config:
         parts: Tiles that a program walks one after another, at most.
         warps: Warps of a program.
         stages: Chunks in flight.
+        packed: Are the weights put into the order of the tiles first?
         apart: Of grad_W: does grad_x have a launch of its own?
         formed: Of grad_W: is the gradient before the activation formed once, beforehand?
         features: Of grad_W: features of an item, as :func:`item_features` says where it is 0.
@@ -44,6 +49,7 @@ class Config:
     parts: int
     warps: int
     stages: int
+    packed: bool = False
     apart: bool = False
     formed: bool = False
     features: int = 0
@@ -103,6 +109,48 @@ def candidates(
     return list(dict.fromkeys(options))
 
 
+def packed_options(
+    chunks: Callable[[int, int], list[int]],
+    layout: BlockLayout,
+    rows: int,
+    dtype: torch.dtype,
+    precision: str,
+) -> list[Config]:
+    """At most four ways to multiply packed weights, the likeliest first.
+
+    Args:
+        chunks: Gives the number of chunks of each packed tile of so many lanes and so deep chunks.
+        layout: Its columns are what is multiplied.
+        rows: Rows of the batch.
+        dtype: Of all matrices.
+        precision: How products are taken: ``tl.dot``'s input precision.
+    """
+    narrow = dtype.itemsize == 2
+    if rows < _PACKED_ROWS or not (narrow or precision == "tf32"):
+        return []
+    depth = min(64 if narrow else 32, max(16, _power(layout.in_features)))
+    widest = max(16, _power(layout.out_features))
+    found = []
+    for lanes in (64, 128, 256) if widest > 64 else (widest,):
+        counts = chunks(lanes, depth)
+        entries = sum(counts) * depth
+        if lanes <= widest and entries * lanes <= _PACKED:
+            products = entries * lanes / (600e6 if narrow else 300e6)
+            cached = entries * dtype.itemsize / _CACHE
+            found.append((max(products, cached) + 0.2 * (products + cached), lanes))
+    found.sort()
+    options = []
+    for lanes in [lanes for _, lanes in found[:2]]:
+        # Four warps issue fewer instructions for the same products; eight hold more sums.
+        high = Config(128, lanes, depth, 1, 8 if lanes > 64 else 4, 3, packed=True)
+        options.append(high)
+        if lanes <= 128:
+            options.append(replace(high, rows=64 if lanes <= 64 else 128, warps=4))
+        else:
+            options.append(replace(high, rows=64, warps=4))
+    return list(dict.fromkeys(options))
+
+
 def _cost(
     tiles: Tiles,
     layout: BlockLayout,
@@ -144,17 +192,26 @@ def gradient_options(
     """
     step = 16 if of_weight[0].stages == 1 else 64 if dtype.itemsize == 2 else 32
     of_weight = [replace(w, rows=step, parts=1) for w in of_weight]
-    pairs = [
-        (of_weight[min(k, len(of_weight) - 1)], of_x[min(k, len(of_x) - 1)])
-        for k in range(min(4, max(len(of_weight), len(of_x))))
+    packed, plain = [x for x in of_x if x.packed], [x for x in of_x if not x.packed]
+    together = [
+        (of_weight[min(k, len(of_weight) - 1)], plain[min(k, len(plain) - 1)])
+        for k in range(min(4, max(len(of_weight), len(plain))))
     ]
-    if dtype.itemsize == 2:
-        lanes = list(dict.fromkeys((w.lanes, w.depth) for w in of_weight))
-        for k, (width, depth) in enumerate(lanes[:2]):
-            once = replace(of_weight[0], lanes=width, depth=depth, formed=True, features=128)
-            pairs.append((replace(once, apart=True), of_x[min(k, len(of_x) - 1)]))
-        pairs.append((replace(of_weight[0], formed=True, features=128), of_x[0]))
-    return list(dict.fromkeys(pairs))
+    narrow = dtype.itemsize == 2
+    if not narrow and not packed:
+        return list(dict.fromkeys(together))
+    cuts = list(dict.fromkeys((w.lanes, w.depth) for w in of_weight))[:2]
+    features = 128 if narrow else 0
+    formed = [
+        replace(of_weight[0], lanes=n, depth=k, formed=True, features=features) for n, k in cuts
+    ]
+    apart = [replace(w, apart=True) for w in formed]
+    if packed:
+        pairs = [(apart[0], x) for x in packed[:3]]
+        pairs += [(w, packed[0]) for w in apart[1:]]
+        return list(dict.fromkeys([*pairs, *together[:2], (apart[0], plain[0])]))
+    pairs = [(w, plain[min(k, len(plain) - 1)]) for k, w in enumerate(apart)]
+    return list(dict.fromkeys([*together, *pairs, (formed[0], plain[0])]))
 
 
 def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precision: str) -> int:

@@ -13,6 +13,11 @@ A program owns what it writes and no sum depends on timing: the same bits every 
 What a lane may not see is either in none of its chunks, or (in shared tiles) multiplied by 0, and
 rows for which that is not enough, with NaN or infinity in them, are done again (:func:`_part`).
 Padding is loaded as 0 on both sides of the product, so that no NaN beside the tile enters it.
+
+Where PACKED, ``pack`` has put the weights into the order of the tiles first: for each chunk a
+matrix of lanes x features, 0 where a lane does not see a feature. A step of the loop then loads
+neighbouring weights from neighbouring addresses, and features are the inner dimension, as the
+tensor cores want it for 32 bits.
 """
 
 from __future__ import annotations
@@ -118,6 +123,39 @@ def _multiply(
 
 
 @triton.jit
+def pack(weight, packed, index, size, SIZE: tl.constexpr):
+    """The weights in the order of the tiles; 0 where ``index`` is negative."""
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    place = tl.load(index + at, mask=at < size, other=-1)
+    tl.store(packed + at, tl.load(weight + place, mask=place >= 0, other=0.0), mask=at < size)
+
+
+@triton.jit
+def _multiply_packed(
+    chunk, last, rows, row_mask, x, saved, x_stride, packed, features,
+    ACT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GRAIN: tl.constexpr,
+    PRECISION: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_multiply`, "plain" or "clean", with the weights that ``pack`` has put in order."""
+    acc = tl.zeros((M, N), tl.float32)
+    cleaned = tl.zeros((M, K), tl.int32)
+    at = tl.arange(0, N)[:, None] * K + tl.arange(0, K)[None, :]
+    weights = packed + chunk * (N * K) + at
+    feature = _features(features, chunk, last, GRAIN, K)
+    for c in tl.range(chunk, last, num_stages=None if HOW == "plain" else 1):
+        a = _load(x, saved, rows, row_mask, feature, x_stride, ACT)
+        if HOW == "clean":
+            finite = tl.abs(a.to(tl.float32)) < float("inf")
+            cleaned = tl.maximum(cleaned, 1 - finite.to(tl.int32))
+            a = tl.where(finite, a, 0.0).to(a.dtype)
+        b = tl.load(weights)
+        acc = _dot(a, tl.trans(b), acc, PRECISION)
+        weights += N * K
+        feature = _features(features, c + 1, last, GRAIN, K)
+    return acc, tl.max(cleaned, 1)
+
+
+@triton.jit
 def _put(
     acc, rows, mask, unit, lane, slot, num_rows, bias, y, z, partial, out_features,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
@@ -157,12 +195,12 @@ def _units(units, tile, lane, GRAIN: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _part(
-    tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight, tiles, units,
-    features, bases, strides, bias, y, z, partial, out_features,
+    tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight, packed, tiles,
+    units, features, packed_features, bases, strides, bias, y, z, partial, out_features,
     IN_ACT: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-    FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, FEATURE_GRAIN: tl.constexpr, PACKED_GRAIN: tl.constexpr,
+    UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiplies and stores a part of a tile.
 
@@ -172,10 +210,17 @@ def _part(
     """
     lane = tl.arange(0, N)
     unit = _units(units, tile, lane, UNIT_GRAIN, N)
-    acc, _ = _multiply(
-        tile, chunk, last, rows, row_mask, unit, 0, x, saved, x_stride, weight, tiles, features,
-        bases, strides, IN_ACT, M, N, K, N, SHARED, FEATURE_GRAIN, WEIGHT_GRAIN, PRECISION, "plain",
-    )  # fmt: skip
+    if PACKED:
+        acc, _ = _multiply_packed(
+            chunk, last, rows, row_mask, x, saved, x_stride, packed, packed_features, IN_ACT, M, N,
+            K, PACKED_GRAIN, PRECISION, "plain",
+        )  # fmt: skip
+    else:
+        acc, _ = _multiply(
+            tile, chunk, last, rows, row_mask, unit, 0, x, saved, x_stride, weight, tiles,
+            features, bases, strides, IN_ACT, M, N, K, N, SHARED, FEATURE_GRAIN, WEIGHT_GRAIN,
+            PRECISION, "plain",
+        )  # fmt: skip
     _put(
         acc, rows, row_mask[:, None], unit, lane, slot, num_rows, bias, y, z, partial,
         out_features, ACT, BIAS, KEEP, SPLIT, N,
@@ -185,19 +230,20 @@ def _part(
         if tl.min(finite, None) == 0:
             _repair(
                 tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight,
-                tiles, units, features, bases, strides, bias, y, z, partial, out_features, IN_ACT,
-                ACT, BIAS, KEEP, SPLIT, M, N, K, FEATURE_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
+                packed, tiles, units, features, packed_features, bases, strides, bias, y, z,
+                partial, out_features, IN_ACT, ACT, BIAS, KEEP, SPLIT, M, N, K, PACKED,
+                FEATURE_GRAIN, PACKED_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
             )  # fmt: skip
 
 
 @triton.jit
 def _repair(
-    tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight, tiles, units,
-    features, bases, strides, bias, y, z, partial, out_features,
+    tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight, packed, tiles,
+    units, features, packed_features, bases, strides, bias, y, z, partial, out_features,
     IN_ACT: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
-    SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
-    FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PACKED: tl.constexpr,
+    FEATURE_GRAIN: tl.constexpr, PACKED_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr,
+    WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The rows that hold values that are not finite, once more.
 
@@ -206,11 +252,19 @@ def _repair(
     """
     W: tl.constexpr = min(N, 32)
     lane = tl.arange(0, N)
-    acc, cleaned = _multiply(
-        tile, chunk, last, rows, row_mask, _units(units, tile, lane, UNIT_GRAIN, N), 0, x, saved,
-        x_stride, weight, tiles, features, bases, strides, IN_ACT, M, N, K, N, True,
-        FEATURE_GRAIN, WEIGHT_GRAIN, PRECISION, "clean",
-    )  # fmt: skip
+    if PACKED:
+        acc, cleaned = _multiply_packed(
+            chunk, last, rows, row_mask, x, saved, x_stride, packed, packed_features, IN_ACT, M, N,
+            K, PACKED_GRAIN, PRECISION, "clean",
+        )  # fmt: skip
+        chunk = tl.load(tiles + tile * 4 + 2)  # of the tables that are not packed, for the others
+        last = tl.load(tiles + tile * 4 + 3)
+    else:
+        acc, cleaned = _multiply(
+            tile, chunk, last, rows, row_mask, _units(units, tile, lane, UNIT_GRAIN, N), 0, x,
+            saved, x_stride, weight, tiles, features, bases, strides, IN_ACT, M, N, K, N, True,
+            FEATURE_GRAIN, WEIGHT_GRAIN, PRECISION, "clean",
+        )  # fmt: skip
     dirty = (row_mask & (cleaned > 0))[:, None]
     tl.debug_barrier()  # other threads may have stored what is stored again here
     _put(
@@ -235,12 +289,13 @@ def _repair(
 
 @triton.jit
 def forward(
-    x, weight, bias, y, z, partial, parts, tiles, units, features, bases, strides,
+    x, weight, packed, bias, y, z, partial,
+    parts, tiles, units, features, packed_features, bases, strides,
     num_rows, x_stride, out_features, num_parts,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
-    FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, FEATURE_GRAIN: tl.constexpr, PACKED_GRAIN: tl.constexpr,
+    UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, and z where KEEP, for M rows and PARTS parts.
 
@@ -254,9 +309,10 @@ def forward(
     for part in range(start, tl.minimum(start + PARTS, num_parts)):
         _part(
             tl.load(parts + part * 4), tl.load(parts + part * 4 + 1), tl.load(parts + part * 4 + 2),
-            tl.load(parts + part * 4 + 3), rows, row_mask, num_rows, x, x, x_stride, weight, tiles,
-            units, features, bases, strides, bias, y, z, partial, out_features, "none", ACT, BIAS,
-            KEEP, SPLIT, M, N, K, SHARED, FEATURE_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
+            tl.load(parts + part * 4 + 3), rows, row_mask, num_rows, x, x, x_stride, weight, packed,
+            tiles, units, features, packed_features, bases, strides, bias, y, z, partial,
+            out_features, "none", ACT, BIAS, KEEP, SPLIT, M, N, K, SHARED, PACKED, FEATURE_GRAIN,
+            PACKED_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
         )  # fmt: skip
 
 
@@ -345,16 +401,17 @@ def form(grad_y, saved, grad_z, size, ACT: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def backward(
-    grad_y, saved, x, transposed_weight, grad_x, weight_sums, bias_sums,
+    grad_y, saved, x, transposed_weight, packed, grad_x, weight_sums, bias_sums,
     items, tiles, units, features, bases, strides,
-    x_parts, x_tiles, x_units, x_features, x_bases, x_strides,
+    x_parts, x_tiles, x_units, x_features, packed_features, x_bases, x_strides,
     num_rows, split_k_rows, x_stride, in_features, out_features, num_weights, num_items, num_parts,
     ACT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     R: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
     FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
     XM: tl.constexpr, XN: tl.constexpr, XK: tl.constexpr, XPARTS: tl.constexpr,
-    XSHARED: tl.constexpr, XFEATURE_GRAIN: tl.constexpr, XUNIT_GRAIN: tl.constexpr,
-    XWEIGHT_GRAIN: tl.constexpr, OF_W: tl.constexpr, OF_X: tl.constexpr,
+    XSHARED: tl.constexpr, XPACKED: tl.constexpr, XFEATURE_GRAIN: tl.constexpr,
+    PACKED_GRAIN: tl.constexpr, XUNIT_GRAIN: tl.constexpr, XWEIGHT_GRAIN: tl.constexpr,
+    OF_W: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the weights (OF_W) and of x (OF_X), by split-K chunks of rows.
 
@@ -387,10 +444,10 @@ def backward(
                 _part(
                     tl.load(x_parts + part * 4), tl.load(x_parts + part * 4 + 1),
                     tl.load(x_parts + part * 4 + 2), -1, rows, row_mask, num_rows, grad_y, saved,
-                    out_features, transposed_weight, x_tiles, x_units, x_features, x_bases,
-                    x_strides, grad_x, grad_x, grad_x, grad_x, in_features, ACT, "none", False,
-                    False, False, XM, XN, XK, XSHARED, XFEATURE_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN,
-                    PRECISION,
+                    out_features, transposed_weight, packed, x_tiles, x_units, x_features,
+                    packed_features, x_bases, x_strides, grad_x, grad_x, grad_x, grad_x,
+                    in_features, ACT, "none", False, False, False, XM, XN, XK, XSHARED, XPACKED,
+                    XFEATURE_GRAIN, PACKED_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN, PRECISION,
                 )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """Launches: which tables, which configuration, how much workspace; then the kernels.
 
 Workspace beside the outputs, from torch's allocator: the routed weights once more (transposed, for
-grad_x); grad_z, where it is formed first; float32 partial sums of grad_W and grad_b, at most
-``configs.WORKSPACE`` bytes; and where small batches meet long row blocks, float32 partial sums of
-those rows' outputs.
+grad_x); the weights in the order of the tiles, where they are packed; grad_z, where it is formed
+first; float32 partial sums of grad_W and grad_b, at most ``configs.WORKSPACE`` bytes; and where
+small batches meet long row blocks, float32 partial sums of those rows' outputs.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import (
     split_k_chunks,
 )
 from maskmoe_kernels.ops.masked_linear.triton.products import Pair, Product, products_of
+from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles
 from maskmoe_kernels.ops.triton_support import INTERPRETED
 from maskmoe_kernels.ops.triton_support.device import is_current, on, processors
 from maskmoe_kernels.ops.triton_support.launcher import Launch
@@ -37,6 +38,8 @@ PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 _TOTAL = 1024
 # Entries of grad_z that a program of ``form`` forms.
 _FORMED = 4096
+# Weights that a program of ``pack`` packs.
+_PACKED = 1024
 
 
 def forward(
@@ -198,6 +201,37 @@ def _chosen(
     return job(chosen)
 
 
+class _Packing:
+    """Puts weights into the order of the tiles of ``product``, where ``config`` says so.
+
+    Attributes:
+        arguments: What a kernel is given beside the tables of ``tiles``: parts, packed features,
+            and as keywords whether weights are packed and the grain of these features.
+    """
+
+    def __init__(self, product: Product, config: Config, tiles: Tiles, device: torch.device) -> None:
+        self._launch: Launch | None = None
+        self.parts, self.features = tiles.parts, tiles.features
+        self.grain, self.is_on = tiles.feature_grain, config.packed
+        self._device = device.index
+        if config.packed:
+            packed = product.packed(config, device)
+            self.parts, self.features = packed.parts, packed.features
+            self.grain, self._size = packed.feature_grain, packed.index.numel()
+            self._launch = Launch(
+                kernels.pack, (triton.cdiv(self._size, _PACKED),), packed.index, self._size,
+                SIZE=_PACKED,
+            )  # fmt: skip
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        """The packed weights; ``weight`` itself where they are not packed."""
+        if self._launch is None or not self._size:
+            return weight
+        packed = weight.new_empty(self._size)
+        self._launch(self._device, weight.contiguous(), packed)
+        return packed
+
+
 class _Forward:
     """One kernel over all parts; where parts are of split tiles, another that adds them up."""
 
@@ -215,17 +249,19 @@ class _Forward:
         out, device = y.shape[-1], x.device
         row_tiles = triton.cdiv(rows, config.rows)
         t = product.tiles(config, device, row_tiles)
-        parts = t.parts.shape[0]
+        self._packing = packing = _Packing(product, config, t, device)
+        parts = packing.parts.shape[0]
         epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z is not None}
         self._device = device.index
         self._no_sums = x.new_empty(0, dtype=torch.float32)
         self._sums = t.num_slots * rows * t.lanes
         self._multiply = Launch(
             kernels.forward, (row_tiles * triton.cdiv(parts, config.parts),),
-            t.parts, t.tiles, t.units, t.features, t.bases, t.strides,
+            packing.parts, t.tiles, t.units, t.features, packing.features, t.bases, t.strides,
             rows, stride, out, parts,
             **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
-            PARTS=config.parts, SHARED=t.shared, FEATURE_GRAIN=t.feature_grain,
+            PARTS=config.parts, SHARED=t.shared, PACKED=packing.is_on,
+            FEATURE_GRAIN=t.feature_grain, PACKED_GRAIN=packing.grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
             maxnreg=registers(t, config.rows * t.lanes, config.warps, x.dtype),
@@ -244,7 +280,7 @@ class _Forward:
         sums = self._no_sums
         if self._sums:
             sums = x.new_empty(self._sums, dtype=torch.float32)
-        self._multiply(self._device, x, weight, bias, y, z, sums)
+        self._multiply(self._device, x, weight, self._packing(weight), bias, y, z, sums)
         if self._sums:
             self._reduce(self._device, sums, bias, y, z)
 
@@ -269,11 +305,16 @@ class _Backward:
         need_x, need_weight, need_bias = needs
         layout, device, rows = pair.forward.layout, x.device, x.shape[0]
         self._device, self._nothing = device.index, x.new_empty(0)
-        self._index = pair.index(device) if need_x else None
         self._form = _forming(rows * layout.out_features, activation) if w.formed else None
         activation = activation if self._form is None else "none"
+        formed = activation == "none"
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
         features = w.features or item_features(layout, t, x.dtype, precision)
+        self._packing = packing = _Packing(pair.transposed, of_x, xt, device)
+        self._need_x = need_x
+        # Tiles of one row block have no use for the weights as they come.
+        transposed = need_x and (xt.shared or not of_x.packed)
+        self._index = pair.index(device) if transposed else None
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
         count, split_k_rows = 1, rows
@@ -287,23 +328,27 @@ class _Backward:
 
         def multiply(of_weight: bool, of_input: bool) -> Launch:
             num_items = len(items) if of_weight else 0
-            parts = len(xt.parts) if of_input else 0
+            parts = len(packing.parts) if of_input else 0
             sums_of_w, sums_of_x = features * t.lanes, of_x.rows * xt.lanes
             # The derivative of 128 rows takes more warps.
-            many = (of_weight and sums_of_w >= 8192) or (of_input and of_x.rows >= 128)
+            many = (of_weight and sums_of_w >= 8192) or (
+                of_input and of_x.rows >= 128 and not (of_x.packed and formed)
+            )
             warps = 8 if many else of_x.warps
             largest = max(sums_of_w * of_weight, sums_of_x * of_input)
             of_rows = triton.cdiv(split_k_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
-                xt.parts, xt.tiles, xt.units, xt.features, xt.bases, xt.strides,
+                packing.parts, xt.tiles, xt.units, xt.features, packing.features, xt.bases,
+                xt.strides,
                 rows, split_k_rows, stride, layout.in_features, layout.out_features,
                 layout.num_weights, num_items, parts, ACT=activation, BIAS=bias,
                 PRECISION=precision, R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
                 FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
                 XM=of_x.rows, XN=xt.lanes, XK=xt.depth, XPARTS=of_x.parts, XSHARED=xt.shared,
-                XFEATURE_GRAIN=xt.feature_grain, XUNIT_GRAIN=xt.unit_grain,
+                XPACKED=packing.is_on, XFEATURE_GRAIN=xt.feature_grain, PACKED_GRAIN=packing.grain,
+                XUNIT_GRAIN=xt.unit_grain,
                 XWEIGHT_GRAIN=xt.weight_grain, OF_W=of_weight, OF_X=of_input,
                 num_warps=warps, num_stages=w.stages,
                 maxnreg=registers(xt, largest, warps, x.dtype, True) if of_input else None,
@@ -327,6 +372,7 @@ class _Backward:
         grad_bias: Tensor | None,
     ) -> None:
         xt = weight if self._index is None else weight.index_select(0, self._index)
+        packed = self._packing(weight) if self._need_x else weight
         if grad_x is None:
             grad_x = self._nothing
         if grad_weight is None:
@@ -342,7 +388,7 @@ class _Backward:
             of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
             of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
         for multiply in self._multiply:
-            multiply(self._device, grad_y, saved, x, xt, grad_x, of_weight, of_bias)
+            multiply(self._device, grad_y, saved, x, xt, packed, grad_x, of_weight, of_bias)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 

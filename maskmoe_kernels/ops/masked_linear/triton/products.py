@@ -13,7 +13,8 @@ from torch import Tensor
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, transposed_layout
-from maskmoe_kernels.ops.masked_linear.triton.configs import Config, candidates
+from maskmoe_kernels.ops.masked_linear.triton.configs import Config, candidates, packed_options
+from maskmoe_kernels.ops.masked_linear.triton.packed import Packed, chunk_counts, pack_tables
 from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles, cut
 from maskmoe_kernels.ops.triton_support.device import is_capturing, processors
 
@@ -27,13 +28,22 @@ _MANY = 4096
 _SHORT = 4
 # Calls of so many kinds are kept ready.
 _JOBS = 256
+#: Configurations that are measured for a call.
+MOST = 7
 
 
 class Product:
-    """The tiles of one layout, which whoever asks for them holds."""
+    """The tiles of one layout, which whoever asks for them holds.
 
-    def __init__(self, layout: BlockLayout) -> None:
+    Args:
+        layout: The layout.
+        origin: Where its packed weights stand among those of the layer; ``None``: they are those.
+    """
+
+    def __init__(self, layout: BlockLayout, origin: Tensor | None = None) -> None:
         self._layout = ref(layout)  # tiles are kept as long as their layout: not the other way
+        self._origin = origin
+        self._chunks: dict[tuple[int, int], list[int]] = {}
         self._host: dict[tuple[int, int], Tiles] = {}
         self._device: dict[tuple[object, ...], Any] = {}
 
@@ -48,7 +58,26 @@ class Product:
     def options(self, rows: Tensor, precision: str, gradient: bool = False) -> list[Config]:
         """Ways to multiply ``rows``, the likeliest first; or to take the weight gradient."""
         count, dtype = processors(rows.device), rows.dtype
-        return candidates(self.cut, self.layout, rows.shape[0], dtype, precision, count, gradient)
+        found = candidates(self.cut, self.layout, rows.shape[0], dtype, precision, count, gradient)
+        if gradient:
+            return found
+        packed = packed_options(self.chunks, self.layout, rows.shape[0], dtype, precision)
+        return [*packed, *found[: MOST - len(packed)]]
+
+    def chunks(self, lanes: int, depth: int) -> list[int]:
+        """How many chunks each packed tile has."""
+        counts = self._chunks.get((lanes, depth))
+        if counts is None:
+            counts = self._chunks[lanes, depth] = chunk_counts(self.layout, lanes, depth)
+        return counts
+
+    def packed(self, config: Config, device: torch.device) -> Packed:
+        """The tables of packed tiles on ``device``."""
+        key = ("packed", config.lanes, config.depth, device)
+        return self._on(
+            key,
+            lambda: pack_tables(self.layout, config.lanes, config.depth, self._origin).to(device),
+        )
 
     def cut(self, lanes: int, depth: int) -> Tiles:
         """The tiles, on the CPU."""
@@ -64,7 +93,7 @@ class Product:
         """
         host = self.cut(config.lanes, config.depth)
         longest = None
-        if row_tiles is not None and config.parts == 1:
+        if row_tiles is not None and config.parts == 1 and not config.packed:
             enough = 2 * processors(device)
             share = max(_SHORT, math.ceil(row_tiles * host.chunk_walks / enough))
             share = 1 << (share - 1).bit_length()  # few kinds of tables
@@ -105,7 +134,7 @@ class Pair:
     def __init__(self, layout: BlockLayout) -> None:
         self.forward = Product(layout)
         self._transposed_layout, self._index = transposed_layout(layout)
-        self.transposed = Product(self._transposed_layout)
+        self.transposed = Product(self._transposed_layout, self._index)
         self.jobs: dict[Hashable, Callable[..., None]] = {}
         self.chosen: dict[tuple[str, torch.device], Any] = {}
         products = self.forward, self.transposed
@@ -144,6 +173,7 @@ def _fits(product: Product) -> bool:
     layout = product.layout
     if layout.num_blocks > _MANY and not layout.has_blocks:  # not worth the time to cut them
         return False
-    config = product.options(torch.empty(128, 0, dtype=torch.bfloat16, device="cpu"), "ieee")[0]
+    rows = torch.empty(128, 0, dtype=torch.bfloat16, device="cpu")  # so few are never packed
+    config = product.options(rows, "ieee")[0]
     padded = product.cut(config.lanes, config.depth).chunk_walks * config.depth * config.lanes
     return padded <= max(_FEW, _MOST_PADDING * layout.out_features * layout.in_features)

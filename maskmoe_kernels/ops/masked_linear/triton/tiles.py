@@ -80,7 +80,7 @@ class Tiles:
 
     def split(self, longest: int) -> Tiles:
         """The same with tiles of more than ``longest`` chunks cut into parts of equal length."""
-        parts, splits = _parts(self.tiles.numpy(), longest)
+        parts, splits = parts_of(self.tiles.numpy(), longest)
         return replace(self, parts=torch.from_numpy(parts), splits=torch.from_numpy(splits))
 
     def to(self, device: torch.device) -> Tiles:
@@ -118,16 +118,16 @@ def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:
         lanes: Units of a tile, a power of two of at least 16.
         depth: Features of a chunk, a power of two of at least 16.
     """
-    groups = list(_groups(layout, lanes))
-    cutter = _Cutter(layout, lanes, depth, shared=any(len(group) > 1 for group in groups))
-    for group in groups:
+    found = list(groups(layout, lanes))
+    cutter = _Cutter(layout, lanes, depth, shared=any(len(group) > 1 for group in found))
+    for group in found:
         cutter.add(np.array(group))
     tiles = np.array(cutter.tiles, dtype=np.int32).reshape(-1, 4)
     units = _stacked(cutter.units, lanes)
     chunks = _stacked(cutter.features, depth)
     bases = _stacked(cutter.bases, lanes)
     strides = _stacked(cutter.strides, lanes)
-    parts, splits = _parts(tiles, None)
+    parts, splits = parts_of(tiles, None)
     return Tiles(
         lanes,
         depth,
@@ -141,13 +141,13 @@ def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:
         torch.from_numpy(strides),
         chunk_walks=int((tiles[:, 3] - tiles[:, 2]).sum()),
         longest=int((tiles[:, 3] - tiles[:, 2]).max()),
-        feature_grain=_grain(chunks),
-        unit_grain=_grain(units),
+        feature_grain=grain_of(chunks),
+        unit_grain=grain_of(units),
         weight_grain=_lane_grain(bases, strides) if cutter.shared else _divisor(tiles[:, :2]),
     )
 
 
-def _groups(layout: BlockLayout, lanes: int) -> Iterator[list[int]]:
+def groups(layout: BlockLayout, lanes: int) -> Iterator[list[int]]:
     """Row blocks by tile: wide ones alone, the others in the company that reads most alike."""
     all_sizes = np.array(layout.row_sizes)
     small = np.flatnonzero(2 * all_sizes <= lanes)
@@ -189,8 +189,8 @@ class _Cutter:
         seen = self.present * self.col_sizes
         #: Where each column block starts in the packed (fan-in, units) matrix of each row block.
         self.starts = seen.cumsum(1) - seen
-        self.row_order = _order(layout.row_order, layout.out_features)
-        self.col_order = _order(layout.col_order, layout.in_features)
+        self.row_order = order_of(layout.row_order, layout.out_features)
+        self.col_order = order_of(layout.col_order, layout.in_features)
         self.num_chunks = 0
         self.tiles: list[tuple[int, int, int, int]] = []
         self.units: list[np.ndarray] = []
@@ -263,7 +263,8 @@ class _Cutter:
         self.strides.append(np.pad(sizes[member], (0, self.lanes - len(member))))
 
 
-def _order(order: Tensor | None, size: int) -> np.ndarray:
+def order_of(order: Tensor | None, size: int) -> np.ndarray:
+    """A layout's order of units or features; ``None`` is as they come."""
     return np.arange(size) if order is None else order.numpy()
 
 
@@ -273,7 +274,8 @@ def _stacked(tables: list[np.ndarray], width: int) -> np.ndarray:
     return np.concatenate([t.reshape(-1, width) for t in tables]).astype(np.int32)
 
 
-def _parts(tiles: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+def parts_of(tiles: np.ndarray, longest: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """``parts`` and ``splits`` of :class:`Tiles`, with parts of at most ``longest`` chunks."""
     parts: list[tuple[int, int, int, int]] = []
     splits: list[tuple[int, int, int]] = []
     slot = 0
@@ -298,7 +300,8 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([values, np.arange(len(values) - size, 0)])
 
 
-def _grain(table: np.ndarray, absent: int | None = None) -> int:
+def grain_of(table: np.ndarray, absent: int | None = None) -> int:
+    """The longest aligned runs of neighbours, of 16 entries at most, in all rows of ``table``."""
     for grain in _GRAINS:
         groups = table.reshape(-1, grain)
         present = groups[(groups != absent).any(1)]
@@ -314,6 +317,6 @@ def _divisor(table: np.ndarray) -> int:
 def _lane_grain(bases: np.ndarray, strides: np.ndarray) -> int:
     for grain in _GRAINS:
         groups = strides.reshape(-1, grain)
-        if grain <= min(_grain(bases, -1), _divisor(strides)) and not np.diff(groups).any():
+        if grain <= min(grain_of(bases, -1), _divisor(strides)) and not np.diff(groups).any():
             return grain
     return 1

@@ -1,0 +1,113 @@
+"""Weights in the order of the tiles: where each of them stands, and which features they meet.
+
+A packed tile has the units of the same tile of :func:`tiles.cut`, and chunks of ``depth`` features
+that any of its row blocks reads, whichever reads which: the weight of a feature that a lane does
+not see is 0. So chunks are full but for a tile's last one, however small the blocks are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.masked_linear.triton.tiles import grain_of, groups, order_of, parts_of
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The tables of one layout; int32, on one device once ``to`` was called.
+
+    Attributes:
+        index: ``(chunks, lanes, depth)``: position of each weight in the layout's packed weights,
+            -1 where there is none.
+        features: ``(chunks, depth)``: input feature, negative behind a tile's last one.
+        parts: ``(tiles, 4)``: tile, first chunk, last chunk + 1, -1. Longest first.
+        feature_grain: Aligned runs of this many features lie together in every chunk.
+    """
+
+    index: Tensor
+    features: Tensor
+    parts: Tensor
+    feature_grain: int
+
+    def to(self, device: torch.device) -> Packed:
+        """The same tables on ``device``."""
+        moved = {
+            f.name: getattr(self, f.name).to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def chunk_counts(layout: BlockLayout, lanes: int, depth: int) -> list[int]:
+    """The chunks of each packed tile, without their tables."""
+    sizes = np.array(layout.col_sizes)
+    return [
+        -(-int(sizes[columns].sum()) // depth) for _, _, columns in _packed_tiles(layout, lanes)
+    ]
+
+
+def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | None) -> Packed:
+    """The tables of ``layout``.
+
+    Args:
+        layout: Its rows are the units, its columns the features.
+        lanes: Units of a tile, a power of two of at least 16.
+        depth: Features of a chunk, a power of two of at least 16.
+        origin: Where ``layout``'s packed weights stand in the tensor that is packed;
+            ``None``: they are that tensor.
+    """
+    row_sizes, col_sizes = np.array(layout.row_sizes), np.array(layout.col_sizes)
+    present = layout.present.numpy()
+    seen = present * col_sizes
+    starts = seen.cumsum(1) - seen  # of each column block in the rows of a row block's weights
+    weights, col_offsets = np.array(layout.weight_offsets), np.array(layout.col_offsets)
+    col_order = order_of(layout.col_order, layout.in_features)
+    index, features, counts = [], [], []
+    for members, first_lane, columns in _packed_tiles(layout, lanes):
+        sizes = col_sizes[columns]
+        total = int(sizes.sum())
+        column = np.repeat(np.arange(len(columns)), sizes)
+        within = np.arange(total) - np.repeat(sizes.cumsum() - sizes, sizes)
+        count = -(-total // depth)
+        table = np.arange(-count * depth, 0)
+        table[:total] = col_order[col_offsets[columns][column] + within]
+        sees = present[members][:, columns][:, column]
+        place = (starts[members][:, columns][:, column] + within) * row_sizes[members][:, None]
+        place = np.where(sees, weights[members][:, None] + place, -1)
+        units = row_sizes[members]
+        member = np.repeat(np.arange(len(members)), units)[first_lane : first_lane + lanes]
+        unit = np.concatenate([np.arange(n) for n in units])[first_lane : first_lane + lanes]
+        lane_place = place[member]
+        lane_place = np.where(lane_place < 0, -1, lane_place + unit[:, None])
+        full = np.full((lanes, count * depth), -1)
+        full[: len(member), :total] = lane_place
+        index.append(full.astype(np.int32).reshape(lanes, count, depth).transpose(1, 0, 2))
+        features.append(table.reshape(count, depth).astype(np.int32))
+        counts.append(count)
+    ends = np.cumsum(counts)
+    bounds = [(0, 0, end - n, end) for n, end in zip(counts, ends.tolist(), strict=True)]
+    parts, _ = parts_of(np.array(bounds, dtype=np.int32).reshape(-1, 4), None)
+    of_features = np.concatenate(features)
+    places = torch.from_numpy(np.ascontiguousarray(np.concatenate(index)))
+    if origin is not None and origin.numel():
+        places = torch.where(places < 0, places, origin[places.clamp(min=0).long()].int())
+    return Packed(places, torch.from_numpy(of_features), torch.from_numpy(parts), grain_of(of_features))
+
+
+def _packed_tiles(
+    layout: BlockLayout, lanes: int
+) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+    """Row blocks, first lane among their units, and the column blocks that any of them reads."""
+    present = layout.present.numpy()
+    for group in groups(layout, lanes):
+        members = np.array(group)
+        columns = np.flatnonzero(present[members].any(0))
+        for first_lane in range(0, int(np.array(layout.row_sizes)[members].sum()), lanes):
+            yield members, first_lane, columns

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops.dispatch import BACKENDS
+from maskmoe_kernels.ops.masked_linear.reference import dense_oracle
 from maskmoe_kernels.testing import assert_blind, assert_close_to_oracle, strategies
 
 GROUPS = {"a": 7, "b": 1, "c": 33, "d": 16}
@@ -113,6 +114,96 @@ def test_matches_oracle_at_sizes_of_a_gpu(layout, rows, dtype, backend, where):
 def test_is_blind(layout, dtype, where):
     x, weight, bias, _ = drawn(layout, 17, dtype, where)
     assert_blind(lambda x: mk.masked_linear(x, weight, bias, layout, "relu"), x, layout.mask())
+
+
+CUTS = {
+    "small blocks": mk.SubsetFamily.powerset(dict.fromkeys("abcd", 16)).hidden_layout(16, 16),
+    "wide blocks": mk.SubsetFamily.powerset(dict.fromkeys("abc", 64)).hidden_layout(64, 64),
+    "wide tiles": mk.SubsetFamily.powerset(dict.fromkeys("ab", 136)).hidden_layout(136, 136),
+    "ragged": LAYOUTS["ragged"],
+    "interleaved": LAYOUTS["interleaved"],
+}
+#: Largest relative error of the norm.
+ERRORS = {"float32": 1e-5, "tf32": 3e-3, "bfloat16": 2e-2, "float16": 3e-3}
+
+
+@pytest.fixture
+def ways(monkeypatch, where):
+    """Gives what ``run`` returns, once for each configuration that would be measured."""
+    launch = pytest.importorskip("maskmoe_kernels.ops.masked_linear.triton.launch")
+    from maskmoe_kernels.ops.masked_linear.triton import configs, products, tune
+
+    if where.type == "cpu":
+        monkeypatch.setattr(configs, "_PACKED_ROWS", 1)
+
+    def each(run):
+        k = most = 0
+        while k <= most:
+            numbers = []
+
+            def choose(kind, layout, rows, precision, options, run, k=k, numbers=numbers):
+                found = options()
+                numbers.append(len(found) - 1)
+                return found[min(k, len(found) - 1)]
+
+            monkeypatch.setattr(tune, "choose", choose)
+            products.forget()
+            yield k, run(launch)
+            k, most = k + 1, max(numbers)
+        monkeypatch.undo()
+        products.forget()
+
+    return each
+
+
+@pytest.mark.parametrize("layout", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("dtype", ERRORS)
+def test_every_way_to_cut_it_is_right_and_blind(layout, dtype, ways, where):
+    if where.type == "cpu" and (dtype != "float16" or layout.in_features > 150):
+        pytest.skip("for a GPU: the interpreter takes a minute")
+    rows, size = (19 if where.type == "cpu" else 4133), torch.float32
+    if dtype != "tf32":
+        size = getattr(torch, dtype)
+    x, weight, bias, grad = drawn(layout, rows, size, where)
+    unseen, unrouted = ~layout.mask(), ~layout.grad_mask()
+    dirty_x, dirty_grad = x.clone(), grad.clone()
+    features = [0, layout.in_features // 2, layout.in_features - 1]
+    units = [0, layout.out_features // 2, layout.out_features - 1]
+    for row, feature, unit, value in zip(
+        (0, rows // 2, rows - 1), features, units, (float("nan"), float("inf"), -float("inf")),
+        strict=True,
+    ):  # fmt: skip
+        dirty_x[row, feature] = value
+        dirty_grad[row, unit] = value
+
+    act, needs = "leaky_relu", (True, True, True)
+
+    def run(launch):
+        y, _ = launch.forward(x, weight, bias, layout, act, True)
+        grads = launch.backward(grad, x, weight, y, layout, act, needs)
+        dirty_y, _ = launch.forward(dirty_x, weight, bias, layout, act, True)
+        dirty_gx, *_ = launch.backward(dirty_grad, x, weight, y, layout, act, needs)
+        return y, *grads, dirty_y, dirty_gx
+
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    expected = dense_oracle(*leaves, layout, act)
+    wanted = [expected, *torch.autograd.grad(expected, leaves, grad.double())]
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == "tf32" else "highest")
+    try:
+        for k, (*found, dirty_y, dirty_gx) in ways(run):
+            for name, a, b in zip("y x weight bias".split(), found, wanted, strict=True):
+                error = (a.double() - b).norm() / b.norm()
+                assert error < ERRORS[dtype], f"way {k}, {name}: {error:.2e}"
+            for row, feature, unit in zip((0, rows // 2, rows - 1), features, units, strict=True):
+                blind = unseen[:, feature].to(where)
+                assert torch.equal(dirty_y[row, blind], found[0][row, blind]), f"way {k}"
+                assert not dirty_y[row, ~blind].isfinite().any(), f"way {k}"
+                blind = unrouted[unit].to(where)
+                assert torch.equal(dirty_gx[row, blind], found[1][row, blind]), f"way {k}"
+                assert not dirty_gx[row, ~blind].isfinite().any(), f"way {k}"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- Invariant 8: offsets past 2^31 ------------------------------------------------------

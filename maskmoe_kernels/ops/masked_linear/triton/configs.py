@@ -21,6 +21,8 @@ ALL = 1 << 20
 # their index takes four bytes each.
 _PACKED_ROWS = 4096
 _PACKED = 16 << 20
+# Of a multiprocessor.
+_REGISTERS = 1 << 16
 # What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
 _MEMORY, _CACHE = 4e6, 6e6  # bytes
 _PRODUCTS = {"16 bit": 350e6, "tf32": 175e6, "tf32x3": 60e6, "ieee": 15e6}
@@ -40,6 +42,8 @@ class Config:
         packed: Are the weights put into the order of the tiles first?
         apart: Of grad_W: does grad_x have a launch of its own?
         formed: Of grad_W: is the gradient before the activation formed once, beforehand?
+        transposed: Of grad_W: are x and that gradient transposed beforehand? Tensor cores take
+            factors of 32 bits only with the summed dimension, here the rows, as the inner one.
         features: Of grad_W: features of an item, as :func:`item_features` says where it is 0.
     """
 
@@ -52,6 +56,7 @@ class Config:
     packed: bool = False
     apart: bool = False
     formed: bool = False
+    transposed: bool = False
     features: int = 0
 
 
@@ -137,18 +142,16 @@ def packed_options(
         if lanes <= widest and entries * lanes <= _PACKED:
             products = entries * lanes / (600e6 if narrow else 300e6)
             cached = entries * dtype.itemsize / _CACHE
-            found.append((max(products, cached) + 0.2 * (products + cached), lanes))
+            alone = 1.2 if lanes > 128 else 1.0  # a program takes all registers of a processor
+            found.append((alone * (max(products, cached) + 0.2 * (products + cached)), lanes))
     found.sort()
-    options = []
-    for lanes in [lanes for _, lanes in found[:2]]:
-        # Four warps issue fewer instructions for the same products; eight hold more sums.
-        high = Config(128, lanes, depth, 1, 8 if lanes > 64 else 4, 3, packed=True)
-        options.append(high)
-        if lanes <= 128:
-            options.append(replace(high, rows=64 if lanes <= 64 else 128, warps=4))
-        else:
-            options.append(replace(high, rows=64, warps=4))
-    return list(dict.fromkeys(options))
+    # Four warps issue fewer instructions for the same products; eight hold more sums.
+    options = [
+        Config(128, lanes, depth, 1, 8 if lanes > 64 else 4, 3, packed=True) for _, lanes in found
+    ]
+    options += [replace(c, warps=4) for c in options if c.lanes == 128]
+    options += [replace(c, rows=64) for c in options if c.lanes <= 64]
+    return options[:4]
 
 
 def _cost(
@@ -184,9 +187,11 @@ def _depth(layout: BlockLayout, lanes: int, dtype: torch.dtype) -> int:
 
 
 def gradient_options(
-    of_weight: list[Config], of_x: list[Config], dtype: torch.dtype
+    of_weight: list[Config], of_x: list[Config], dtype: torch.dtype, most_units: int
 ) -> list[tuple[Config, Config]]:
     """At most seven ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
+
+    ``most_units`` are those of the layer.
 
     ``rows`` of the first are those of a step through the batch.
     """
@@ -206,10 +211,17 @@ def gradient_options(
         replace(of_weight[0], lanes=n, depth=k, formed=True, features=features) for n, k in cuts
     ]
     apart = [replace(w, apart=True) for w in formed]
+    if not narrow:
+        wide = [n for n in (128, 64) if n <= max(64, _power(most_units))]
+        transposed = [
+            replace(of_weight[0], lanes=n, apart=True, formed=True, transposed=True, features=n)
+            for n in wide
+        ]
+        apart = [*transposed, *apart]
     if packed:
         pairs = [(apart[0], x) for x in packed[:3]]
         pairs += [(w, packed[0]) for w in apart[1:]]
-        return list(dict.fromkeys([*pairs, *together[:2], (apart[0], plain[0])]))
+        return list(dict.fromkeys([*pairs[:4], *together[:2], (apart[0], plain[0])]))
     pairs = [(w, plain[min(k, len(plain) - 1)]) for k, w in enumerate(apart)]
     return list(dict.fromkeys([*together, *pairs, (formed[0], plain[0])]))
 
@@ -229,7 +241,7 @@ def registers(
 ) -> int | None:
     """Limit of registers a thread for a kernel that can repair: what its main loop needs.
 
-    Without a limit, the compiler gives the kernel what the repair needs, twice as many, and half as
+    It is as high as it can be for as many programs to run at once. Without a limit, the compiler gives the kernel what the repair needs, twice as many, and half as
     many programs run at once. With it, the repair spills some values to memory, which costs
     nothing until it runs.
 
@@ -243,18 +255,30 @@ def registers(
     """
     if not tiles.shared or tiles.feature_grain < 8:
         return None
-    own = 64 + 16 * backward + 48 * (dtype.itemsize > 2)
-    return min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
+    own = (64 if warps >= 8 else 96) + 16 * backward + 48 * (dtype.itemsize > 2)
+    needed = min(255, own + math.ceil(sums / (32 * warps)))
+    programs = max(1, _REGISTERS // (32 * warps * needed))  # that run at once
+    return min(255, _REGISTERS // (32 * warps * programs) // 8 * 8)
 
 
-def split_k_chunks(rows: int, items: int, sums: int, processors: int) -> int:
+def split_k_chunks(rows: int, items: int, sums: int, processors: int, alone: bool = False) -> int:
     """Number of split-K chunks of rows of the weight gradient.
 
     Enough for two programs a processor, not so many that a chunk has under 256 rows or the
-    ``sums`` partial sums of each chunk, in float32, pass ``WORKSPACE``.
+    ``sums`` partial sums of each chunk, in float32, pass ``WORKSPACE``. Where no other programs
+    fill the processors at the end (``alone``), the number up to four times as high for which the
+    last round of programs is fullest.
     """
-    wanted = math.ceil(2 * processors / max(items, 1))
-    return max(1, min(wanted, rows // 256, WORKSPACE // (4 * max(sums, 1))))
+    most = max(1, min(rows // 256, WORKSPACE // (4 * max(sums, 1))))
+    at_once = 2 * processors
+    wanted = min(most, math.ceil(at_once / max(items, 1)))
+    if not alone:
+        return wanted
+
+    def time(chunks: int) -> float:  # of each chunk's rows, and of the sum over the chunks
+        return math.ceil(items * chunks / at_once) / chunks + 1e-3 * chunks
+
+    return min(range(max(1, wanted - 1), min(most, 4 * wanted) + 1), key=time)
 
 
 def _config(rows: int, lanes: int, depth: int, parts: int, exact: bool, precision: str) -> Config:

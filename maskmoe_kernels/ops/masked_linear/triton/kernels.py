@@ -41,6 +41,13 @@ def _load(matrix, saved, rows, row_mask, columns, stride, ACT: tl.constexpr):
 
 
 @triton.jit
+def _load_transposed(matrix, columns, rows, row_mask, stride):
+    """Columns x rows of a matrix that lies column after column, ``stride`` apart. Padding is 0."""
+    at = columns.to(tl.int64)[:, None] * stride + rows[None, :]
+    return tl.load(matrix + at, mask=(columns >= 0)[:, None] & row_mask[None, :], other=0.0)
+
+
+@triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     if PRECISION == "exact":  # the interpreter's bfloat16
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
@@ -344,9 +351,12 @@ def _grad_weight(
     tiles, units, features, bases, strides, num_weights, out_features,
     ACT: tl.constexpr, R: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
     SHARED: tl.constexpr, BIAS: tl.constexpr, FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr,
-    WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
-    """F features x lanes of grad_W over a split-K chunk of rows; the first item sums the bias."""
+    """F features x lanes of grad_W over a split-K chunk of rows; the first item sums the bias.
+
+    TRANSPOSED: x and grad_y are ``(features, x_stride)`` and ``(units, x_stride)``.
+    """
     lane = tl.arange(0, N)
     tile = tl.load(items + item * 4)
     at = tl.load(items + item * 4 + 1)
@@ -357,13 +367,19 @@ def _grad_weight(
     feature = tl.max_contiguous(tl.multiple_of(feature, FEATURE_GRAIN), FEATURE_GRAIN)
     unit = _units(units, tile, lane, UNIT_GRAIN, N)
     acc = tl.zeros((F, N), tl.float32)
-    bias = tl.zeros((R, N), tl.float32)  # summed over its rows at the end, across threads
+    # Summed over its rows at the end, across threads.
+    bias = tl.zeros((N, R) if TRANSPOSED else (R, N), tl.float32)
     for row in range(first_row, last_row, R):
         rows = row + tl.arange(0, R).to(tl.int64)
         row_mask = rows < last_row
-        a = _load(x, x, rows, row_mask, feature, x_stride, "none")
-        b = _load(grad_y, saved, rows, row_mask, unit, out_features, ACT)
-        acc = _dot(tl.trans(a), b, acc, PRECISION)
+        if TRANSPOSED:
+            a = _load_transposed(x, feature, rows, row_mask, x_stride)
+            b = _load_transposed(grad_y, unit, rows, row_mask, x_stride)
+            acc = _dot(a, tl.trans(b), acc, PRECISION)
+        else:
+            a = _load(x, x, rows, row_mask, feature, x_stride, "none")
+            b = _load(grad_y, saved, rows, row_mask, unit, out_features, ACT)
+            acc = _dot(tl.trans(a), b, acc, PRECISION)
         if BIAS:
             if is_first == 1:
                 bias += b.to(tl.float32)
@@ -386,8 +402,20 @@ def _grad_weight(
     if BIAS:
         if is_first == 1:
             bias_sums += split_k.to(tl.int64) * out_features
-            total = tl.sum(bias, 0).to(bias_sums.dtype.element_ty)
+            total = tl.sum(bias, 1 if TRANSPOSED else 0).to(bias_sums.dtype.element_ty)
             tl.store(bias_sums + unit, total, mask=unit >= 0)
+
+
+@triton.jit
+def transpose(matrix, transposed, num_rows, columns, stride, row_stride, SIZE: tl.constexpr):
+    """SIZE rows x SIZE columns of ``matrix``, column after column, ``row_stride`` apart."""
+    rows = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    column = tl.program_id(1) * SIZE + tl.arange(0, SIZE)
+    at = rows[:, None] * stride + column[None, :]
+    value = tl.load(matrix + at, mask=(rows < num_rows)[:, None] & (column < columns)[None, :])
+    at = column.to(tl.int64)[:, None] * row_stride + rows[None, :]
+    mask = (column < columns)[:, None] & (rows < num_rows)[None, :]
+    tl.store(transposed + at, tl.trans(value), mask=mask)
 
 
 @triton.jit
@@ -411,7 +439,7 @@ def backward(
     XM: tl.constexpr, XN: tl.constexpr, XK: tl.constexpr, XPARTS: tl.constexpr,
     XSHARED: tl.constexpr, XPACKED: tl.constexpr, XFEATURE_GRAIN: tl.constexpr,
     PACKED_GRAIN: tl.constexpr, XUNIT_GRAIN: tl.constexpr, XWEIGHT_GRAIN: tl.constexpr,
-    OF_W: tl.constexpr, OF_X: tl.constexpr,
+    TRANSPOSED: tl.constexpr, OF_W: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the weights (OF_W) and of x (OF_X), by split-K chunks of rows.
 
@@ -433,6 +461,7 @@ def backward(
                 local, split_k, first_row, last_row, x, grad_y, saved, x_stride, weight_sums,
                 bias_sums, items, tiles, units, features, bases, strides, num_weights, out_features,
                 ACT, R, F, N, K, SHARED, BIAS, FEATURE_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
+                TRANSPOSED,
             )  # fmt: skip
     else:
         if OF_X:

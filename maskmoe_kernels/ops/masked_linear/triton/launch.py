@@ -40,6 +40,8 @@ _TOTAL = 1024
 _FORMED = 4096
 # Weights that a program of ``pack`` packs.
 _PACKED = 1024
+# Rows and columns that a program of ``transpose`` moves.
+_SQUARE = 64
 
 
 def forward(
@@ -149,9 +151,8 @@ def gradients(
 
             def options() -> list[tuple[Config, Config]]:
                 of_weight = pair.forward.options(matrix, precision, gradient=True)
-                return gradient_options(
-                    of_weight, pair.transposed.options(matrix, precision), x.dtype
-                )
+                of_x = pair.transposed.options(matrix, precision)
+                return gradient_options(of_weight, of_x, x.dtype, layout.out_features)
 
             def made(config: tuple[Config, Config]) -> _Backward:
                 return _Backward(pair, config, matrix, stride, activation, needs, precision)
@@ -304,59 +305,53 @@ class _Backward:
         w, of_x = config
         need_x, need_weight, need_bias = needs
         layout, device, rows = pair.forward.layout, x.device, x.shape[0]
-        self._device, self._nothing = device.index, x.new_empty(0)
+        self._device, self._nothing, self._need_x = device.index, x.new_empty(0), need_x
         self._form = _forming(rows * layout.out_features, activation) if w.formed else None
-        activation = activation if self._form is None else "none"
-        formed = activation == "none"
+        activation = "none" if w.formed else activation
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
+        self._packing = _Packing(pair.transposed, of_x, xt, device)
+        # Packed tiles of one row block each have no use for the weights as they come.
+        in_order = need_x and (xt.shared or not of_x.packed)
+        self._index = pair.index(device) if in_order else None
+        self._transposed = _Transposed(x, stride, layout, w.transposed and need_weight)
         features = w.features or item_features(layout, t, x.dtype, precision)
-        self._packing = packing = _Packing(pair.transposed, of_x, xt, device)
-        self._need_x = need_x
-        # Tiles of one row block have no use for the weights as they come.
-        transposed = need_x and (xt.shared or not of_x.packed)
-        self._index = pair.index(device) if transposed else None
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
+        apart = w.apart and need_weight and need_x
         count, split_k_rows = 1, rows
         if need_weight:
-            count, split_k_rows = _split_k(rows, len(items), sum(sums), processors(device))
+            alone = apart or not need_x
+            count, split_k_rows = _split_k(rows, len(items), sum(sums), processors(device), alone)
         self._sums = [count * entries for entries in sums] if count > 1 else []
         bias = need_bias and need_weight
         # Derivatives that are formed on the way take registers: shorter steps.
         hungry = activation != "none" and (t.shared or activation in NEEDS_INPUT)
-        step = max(16, w.rows // (2 if hungry else 1))
 
         def multiply(of_weight: bool, of_input: bool) -> Launch:
             num_items = len(items) if of_weight else 0
+            packing = self._packing
             parts = len(packing.parts) if of_input else 0
-            sums_of_w, sums_of_x = features * t.lanes, of_x.rows * xt.lanes
-            # The derivative of 128 rows takes more warps.
-            many = (of_weight and sums_of_w >= 8192) or (
-                of_input and of_x.rows >= 128 and not (of_x.packed and formed)
-            )
-            warps = 8 if many else of_x.warps
-            largest = max(sums_of_w * of_weight, sums_of_x * of_input)
+            warps, limit = _resources(config, t, xt, features, x.dtype, activation, of_weight, of_input)
             of_rows = triton.cdiv(split_k_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
                 items, t.tiles, t.units, t.features, t.bases, t.strides,
                 packing.parts, xt.tiles, xt.units, xt.features, packing.features, xt.bases,
-                xt.strides,
-                rows, split_k_rows, stride, layout.in_features, layout.out_features,
-                layout.num_weights, num_items, parts, ACT=activation, BIAS=bias,
-                PRECISION=precision, R=step, F=features, N=t.lanes, K=t.depth, SHARED=t.shared,
-                FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
-                XM=of_x.rows, XN=xt.lanes, XK=xt.depth, XPARTS=of_x.parts, XSHARED=xt.shared,
-                XPACKED=packing.is_on, XFEATURE_GRAIN=xt.feature_grain, PACKED_GRAIN=packing.grain,
-                XUNIT_GRAIN=xt.unit_grain,
-                XWEIGHT_GRAIN=xt.weight_grain, OF_W=of_weight, OF_X=of_input,
-                num_warps=warps, num_stages=w.stages,
-                maxnreg=registers(xt, largest, warps, x.dtype, True) if of_input else None,
+                xt.strides, rows, split_k_rows, self._transposed.stride, layout.in_features,
+                layout.out_features, layout.num_weights, num_items, parts,
+                ACT=activation, BIAS=bias, PRECISION=precision,
+                R=max(16, w.rows // (2 if hungry else 1)), F=features, N=t.lanes, K=t.depth,
+                SHARED=t.shared, FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain,
+                WEIGHT_GRAIN=t.weight_grain, XM=of_x.rows, XN=xt.lanes, XK=xt.depth,
+                XPARTS=of_x.parts, XSHARED=xt.shared, XPACKED=packing.is_on,
+                XFEATURE_GRAIN=xt.feature_grain, PACKED_GRAIN=packing.grain,
+                XUNIT_GRAIN=xt.unit_grain, XWEIGHT_GRAIN=xt.weight_grain,
+                TRANSPOSED=self._transposed.is_on, OF_W=of_weight, OF_X=of_input,
+                num_warps=warps, num_stages=w.stages, maxnreg=limit,
             )  # fmt: skip
 
-        apart = w.apart and need_weight and need_x
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
-        self._multiply = [multiply(*kind) for kind in kinds if any(kind)]
+        self._multiply = [(kind[0], multiply(*kind)) for kind in kinds if any(kind)]
         self._total = Launch(
             kernels.total, (triton.cdiv(sum(sums), _TOTAL),), *sums, count, BIAS=bias, SIZE=_TOTAL
         )
@@ -387,10 +382,64 @@ class _Backward:
         if self._sums:
             of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
             of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
-        for multiply in self._multiply:
-            multiply(self._device, grad_y, saved, x, xt, packed, grad_x, of_weight, of_bias)
+        for is_of_weight, multiply in self._multiply:
+            of = (grad_y, saved, x)
+            if is_of_weight and self._transposed.is_on:
+                of = self._transposed(grad_y, x)
+            multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
+
+
+class _Transposed:
+    """Transposes grad_z and x for a weight gradient that asks for it.
+
+    Attributes:
+        stride: Of what that gradient reads: from one row of x to the next, or from one column of
+            it to the next where it is transposed.
+    """
+
+    def __init__(self, x: Tensor, stride: int, layout: BlockLayout, is_on: bool) -> None:
+        self._device, self.is_on, self.stride = x.device.index, is_on, stride
+        if is_on:
+            rows, self.stride = x.shape[0], triton.cdiv(x.shape[0], 16) * 16  # aligned columns
+            self._launches = []
+            self._columns = (layout.out_features, layout.in_features)
+            for columns, of in zip(self._columns, (layout.out_features, stride), strict=True):
+                grid = (triton.cdiv(rows, _SQUARE), triton.cdiv(columns, _SQUARE))
+                sizes = (rows, columns, of, self.stride)
+                self._launches.append(Launch(kernels.transpose, grid, *sizes, SIZE=_SQUARE))
+
+    def __call__(self, grad_z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What stands for grad_z, saved, and x."""
+        made = []
+        for launch, columns, matrix in zip(
+            self._launches, self._columns, (grad_z, x), strict=True
+        ):
+            made.append(x.new_empty(columns * self.stride))
+            launch(self._device, matrix, made[-1])
+        return made[0], made[0], made[1]
+
+
+def _resources(
+    config: tuple[Config, Config],
+    t: Tiles,
+    xt: Tiles,
+    features: int,
+    dtype: torch.dtype,
+    activation: str,
+    of_weight: bool,
+    of_input: bool,
+) -> tuple[int, int | None]:
+    """Warps of a backward kernel, and its limit of registers a thread."""
+    _, of_x = config
+    of_w, of_rows = features * t.lanes * of_weight, of_x.rows * xt.lanes * of_input
+    # The derivative of 128 rows takes more warps.
+    high = of_input and of_x.rows >= 128 and not (of_x.packed and activation == "none")
+    warps = 8 if of_w >= 8192 or high else of_x.warps
+    if not of_input:
+        return warps, None
+    return warps, registers(xt, max(of_w, of_rows), warps, dtype, activation != "none")
 
 
 def _forming(size: int, activation: str) -> Launch | None:
@@ -401,8 +450,8 @@ def _forming(size: int, activation: str) -> Launch | None:
     return Launch(kernels.form, grid, size, ACT=activation, SIZE=_FORMED)
 
 
-def _split_k(rows: int, items: int, sums: int, count: int) -> tuple[int, int]:
+def _split_k(rows: int, items: int, sums: int, count: int, alone: bool) -> tuple[int, int]:
     """Number of split-K chunks on ``count`` multiprocessors, and rows of each."""
-    chunks = split_k_chunks(rows, items, sums, count)
+    chunks = split_k_chunks(rows, items, sums, count, alone)
     size = rows if chunks == 1 else -(-triton.cdiv(rows, chunks) // 128) * 128
     return triton.cdiv(rows, size), size

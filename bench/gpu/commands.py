@@ -40,9 +40,11 @@ def prove(lab: Lab) -> list[Task]:
         f"tests/ops/masked_linear/test_{name}.py" for name in ("masked_linear", "contract", "needs")
     ]
     return [
-        *pytest(lab, "layers", CUDA_TESTS, "-k", "oracle or blind or waits", shards=3),
+        # Each layout that a test draws compiles a new kernel or two, and one test all that would be
+        # measured: for up to two minutes.
+        *pytest(lab, "layers", CUDA_TESTS, "-k", "oracle or blind or waits", shards=6,
+                MASKMOE_TEST_SECONDS="150"),
         *pytest(lab, "mlp", *MLP_TESTS, "-m", "cuda", shards=2),
-        # Each layout that a test draws compiles a new kernel or two, for up to a minute.
         *pytest(lab, "contract", *contract, *not_slow, shards=3, MASKMOE_TEST_SECONDS="150"),
         *pytest(lab, "objectives", *objectives, *not_slow, shards=2),
         *_sanitizer(lab),

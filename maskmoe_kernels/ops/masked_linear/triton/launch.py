@@ -210,7 +210,9 @@ class _Packing:
             and as keywords whether weights are packed and the grain of these features.
     """
 
-    def __init__(self, product: Product, config: Config, tiles: Tiles, device: torch.device) -> None:
+    def __init__(
+        self, product: Product, config: Config, tiles: Tiles, device: torch.device
+    ) -> None:
         self._launch: Launch | None = None
         self.parts, self.features = tiles.parts, tiles.features
         self.grain, self.is_on = tiles.feature_grain, config.packed
@@ -331,7 +333,9 @@ class _Backward:
             num_items = len(items) if of_weight else 0
             packing = self._packing
             parts = len(packing.parts) if of_input else 0
-            warps, limit = _resources(config, t, xt, features, x.dtype, activation, of_weight, of_input)
+            warps, limit = _resources(
+                config, t, xt, features, x.dtype, activation, of_weight, of_input
+            )
             of_rows = triton.cdiv(split_k_rows, of_x.rows) * triton.cdiv(parts, of_x.parts)
             return Launch(
                 kernels.backward, (count * (num_items + of_rows),),
@@ -413,9 +417,7 @@ class _Transposed:
     def __call__(self, grad_z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What stands for grad_z, saved, and x."""
         made = []
-        for launch, columns, matrix in zip(
-            self._launches, self._columns, (grad_z, x), strict=True
-        ):
+        for launch, columns, matrix in zip(self._launches, self._columns, (grad_z, x), strict=True):
             made.append(x.new_empty(columns * self.stride))
             launch(self._device, matrix, made[-1])
         return made[0], made[0], made[1]

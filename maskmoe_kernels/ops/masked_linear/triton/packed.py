@@ -98,12 +98,12 @@ def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | No
     places = torch.from_numpy(np.ascontiguousarray(np.concatenate(index)))
     if origin is not None and origin.numel():
         places = torch.where(places < 0, places, origin[places.clamp(min=0).long()].int())
-    return Packed(places, torch.from_numpy(of_features), torch.from_numpy(parts), grain_of(of_features))
+    return Packed(
+        places, torch.from_numpy(of_features), torch.from_numpy(parts), grain_of(of_features)
+    )
 
 
-def _packed_tiles(
-    layout: BlockLayout, lanes: int
-) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+def _packed_tiles(layout: BlockLayout, lanes: int) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
     """Row blocks, first lane among their units, and the column blocks that any of them reads."""
     present = layout.present.numpy()
     for group in groups(layout, lanes):

@@ -90,7 +90,8 @@ def test_an_op_returns_the_gradients_that_are_asked_for(name, runner):
         ):
             if not need:
                 assert found.numel() == 0
-            elif runner in INTERPRETED:  # a bias alone is a sum of PyTorch's
+            elif runner in INTERPRETED or (runner, needs) == ("triton", (False, False, True)):
+                # a bias alone is a sum of PyTorch's
                 torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
             else:
                 assert same_bits(found, whole)

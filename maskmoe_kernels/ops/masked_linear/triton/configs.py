@@ -241,9 +241,9 @@ def registers(
 ) -> int | None:
     """Limit of registers a thread for a kernel that can repair: what its main loop needs.
 
-    It is as high as it can be for as many programs to run at once. Without a limit, the compiler gives the kernel what the repair needs, twice as many, and half as
-    many programs run at once. With it, the repair spills some values to memory, which costs
-    nothing until it runs.
+    It is as high as it can be for as many programs to run at once. Without a limit, the compiler
+    gives the kernel what the repair needs, twice as many, and half as many programs run at once.
+    With it, the repair spills some values to memory, which costs nothing until it runs.
 
     Args:
         tiles: That it walks. Only shared ones are repaired. Ragged features are loaded value by

@@ -311,7 +311,7 @@ class _Backward:
         self._form = _forming(rows * layout.out_features, activation) if w.formed else None
         activation = "none" if w.formed else activation
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
-        self._packing = _Packing(pair.transposed, of_x, xt, device)
+        self._packing = packing = _Packing(pair.transposed, of_x, xt, device)
         # Packed tiles of one row block each have no use for the weights as they come.
         in_order = need_x and (xt.shared or not of_x.packed)
         self._index = pair.index(device) if in_order else None
@@ -319,20 +319,18 @@ class _Backward:
         features = w.features or item_features(layout, t, x.dtype, precision)
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
-        apart = w.apart and need_weight and need_x
+        apart, bias = w.apart and need_weight and need_x, need_bias and need_weight
         count, split_k_rows = 1, rows
         if need_weight:
             alone = apart or not need_x
             count, split_k_rows = _split_k(rows, len(items), sum(sums), processors(device), alone)
         self._sums = [count * entries for entries in sums] if count > 1 else []
-        bias = need_bias and need_weight
         # Derivatives that are formed on the way take registers: shorter steps.
         hungry = activation != "none" and (t.shared or activation in NEEDS_INPUT)
+        step = max(16, w.rows // (2 if hungry else 1))
 
         def multiply(of_weight: bool, of_input: bool) -> Launch:
-            num_items = len(items) if of_weight else 0
-            packing = self._packing
-            parts = len(packing.parts) if of_input else 0
+            num_items, parts = len(items) * of_weight, len(packing.parts) * of_input
             warps, limit = _resources(
                 config, t, xt, features, x.dtype, activation, of_weight, of_input
             )
@@ -343,19 +341,14 @@ class _Backward:
                 packing.parts, xt.tiles, xt.units, xt.features, packing.features, xt.bases,
                 xt.strides, rows, split_k_rows, self._transposed.stride, layout.in_features,
                 layout.out_features, layout.num_weights, num_items, parts,
-                ACT=activation, BIAS=bias, PRECISION=precision,
-                R=max(16, w.rows // (2 if hungry else 1)), F=features, N=t.lanes, K=t.depth,
-                SHARED=t.shared, FEATURE_GRAIN=t.feature_grain, UNIT_GRAIN=t.unit_grain,
-                WEIGHT_GRAIN=t.weight_grain, XM=of_x.rows, XN=xt.lanes, XK=xt.depth,
-                XPARTS=of_x.parts, XSHARED=xt.shared, XPACKED=packing.is_on,
-                XFEATURE_GRAIN=xt.feature_grain, PACKED_GRAIN=packing.grain,
-                XUNIT_GRAIN=xt.unit_grain, XWEIGHT_GRAIN=xt.weight_grain,
+                ACT=activation, BIAS=bias, PRECISION=precision, R=step, F=features,
                 TRANSPOSED=self._transposed.is_on, OF_W=of_weight, OF_X=of_input,
+                **_tiles_of_weight(t), **_tiles_of_x(xt, of_x, packing),
                 num_warps=warps, num_stages=w.stages, maxnreg=limit,
             )  # fmt: skip
 
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
-        self._multiply = [(kind[0], multiply(*kind)) for kind in kinds if any(kind)]
+        self._multiply = [(of_w, multiply(of_w, of_i)) for of_w, of_i in kinds]
         self._total = Launch(
             kernels.total, (triton.cdiv(sum(sums), _TOTAL),), *sums, count, BIAS=bias, SIZE=_TOTAL
         )
@@ -393,6 +386,24 @@ class _Backward:
             multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
+
+
+def _tiles_of_weight(t: Tiles) -> dict[str, Any]:
+    """What the backward kernel knows of the tiles of grad_W when it is compiled."""
+    return {
+        "N": t.lanes, "K": t.depth, "SHARED": t.shared, "FEATURE_GRAIN": t.feature_grain,
+        "UNIT_GRAIN": t.unit_grain, "WEIGHT_GRAIN": t.weight_grain,
+    }  # fmt: skip
+
+
+def _tiles_of_x(t: Tiles, config: Config, packing: _Packing) -> dict[str, Any]:
+    """What the backward kernel knows of the tiles of grad_x when it is compiled."""
+    return {
+        "XM": config.rows, "XN": t.lanes, "XK": t.depth, "XPARTS": config.parts,
+        "XSHARED": t.shared, "XPACKED": packing.is_on, "XFEATURE_GRAIN": t.feature_grain,
+        "PACKED_GRAIN": packing.grain, "XUNIT_GRAIN": t.unit_grain,
+        "XWEIGHT_GRAIN": t.weight_grain,
+    }  # fmt: skip
 
 
 class _Transposed:

@@ -115,7 +115,7 @@ def cache_file(device: torch.device) -> Path:
 def _source() -> str:
     # Other kernels have other times: the version of this package, to the byte.
     digest = hashlib.sha256()
-    for name in ("kernels.py", "configs.py", "activations.py"):
+    for name in ("kernels.py", "tile_products.py", "configs.py", "activations.py"):
         digest.update((Path(__file__).parent / name).read_bytes())
     return digest.hexdigest()
 

@@ -70,7 +70,7 @@ def launched(monkeypatch):
         get_current_stream=lambda device: STREAM,
     )
     monkeypatch.setattr(driver, "_active", gpu)
-    names = ("forward", "reduce_parts", "backward", "total")
+    names = ("forward", "reduce_parts", "backward", "total", "pack", "form", "transpose")
     made = {name: Kernel(getattr(kernels, name), found) for name in names}
     monkeypatch.setattr(launch, "kernels", SimpleNamespace(**made))
     monkeypatch.setenv("MASKMOE_TUNE", "0")
@@ -155,12 +155,16 @@ def test_what_is_remembered_is_what_triton_would_choose(layout, launched, monkey
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (True, True, False),
                                    (False, True, True)])  # fmt: skip
 @pytest.mark.parametrize("rows", [40, 4096])
-def test_with_slabs_and_without(needs, rows, launched, monkeypatch):
+def test_with_split_k_and_without(needs, rows, launched, monkeypatch):
     chosen = compared(launched, monkeypatch)
     x, weight = room(rows, EVEN.in_features), room(EVEN.num_weights, offset=1)
     grad_y = room(rows, EVEN.out_features)
     launch.backward(grad_y, x, weight, grad_y, EVEN, "gelu", needs)
-    expected = ["backward", *["total"] * (needs[1] and rows == 4096)]
+    expected = ["backward"]
+    if rows == 4096:  # packed, formed, and a launch for each gradient
+        of_x, of_weight, _ = needs
+        expected = [*["pack"] * of_x, "form", *["backward"] * (of_x + of_weight)]
+        expected += ["total"] * of_weight
     assert [name for name, _ in chosen] == expected
 
 

@@ -89,9 +89,9 @@ TOO_FINE = (
 _NO_TILES = (
     "its layout does not fit tiles: they would multiply more than twice what a dense product does"
 )
-_NOT_MEASURED = (
-    "its CUDA kernels are not chosen by themselves yet: of whole networks, only the toy was "
-    "measured on a GPU; name them with backend='native'"
+_NOT_BY_ITSELF = (
+    "its CUDA kernels are not chosen by themselves yet: which networks they make faster depends on "
+    "size and dtype (README has what was measured); name them with backend='native'"
 )
 
 
@@ -143,7 +143,7 @@ def reason_against(
         return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
     reason = unsupported_reason(op, implementation, layout, tensors, confidence)
     if reason is None and backend is None and op == "masked_mlp" and implementation == "native":
-        return _NOT_MEASURED if device == "cuda" else None
+        return _NOT_BY_ITSELF if device == "cuda" else None
     return reason
 
 

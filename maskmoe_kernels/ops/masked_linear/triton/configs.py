@@ -237,13 +237,18 @@ def item_features(layout: BlockLayout, tiles: Tiles, dtype: torch.dtype, precisi
 
 
 def registers(
-    tiles: Tiles, sums: int, warps: int, dtype: torch.dtype, backward: bool = False
+    tiles: Tiles,
+    sums: int,
+    warps: int,
+    dtype: torch.dtype,
+    backward: bool = False,
+    packed: bool = False,
 ) -> int | None:
     """Limit of registers a thread for a kernel that can repair: what its main loop needs.
 
-    It is as high as it can be for as many programs to run at once. Without a limit, the compiler
-    gives the kernel what the repair needs, twice as many, and half as many programs run at once.
-    With it, the repair spills some values to memory, which costs nothing until it runs.
+    Without a limit, the compiler gives the kernel what the repair needs, twice as many, and half as
+    many programs run at once. With it, the repair spills some values to memory, which costs
+    nothing until it runs.
 
     Args:
         tiles: That it walks. Only shared ones are repaired. Ragged features are loaded value by
@@ -252,11 +257,14 @@ def registers(
         warps: Of a program.
         dtype: Of the factors; wide ones take more.
         backward: Is it the backward, which also forms the gradient before the activation?
+        packed: Are weights packed? The limit is then as high as it can be for as many programs.
     """
     if not tiles.shared or tiles.feature_grain < 8:
         return None
-    own = (64 if warps >= 8 else 96) + 16 * backward + 48 * (dtype.itemsize > 2)
-    needed = min(255, own + math.ceil(sums / (32 * warps)))
+    own = 64 + 16 * backward + 48 * (dtype.itemsize > 2) + 32 * (packed and warps < 8)
+    needed = min(255, 8 * math.ceil((own + sums / (32 * warps)) / 8))
+    if not packed:
+        return needed
     programs = max(1, _REGISTERS // (32 * warps * needed))  # that run at once
     return min(255, _REGISTERS // (32 * warps * programs) // 8 * 8)
 

@@ -267,7 +267,9 @@ class _Forward:
             FEATURE_GRAIN=t.feature_grain, PACKED_GRAIN=packing.grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
-            maxnreg=registers(t, config.rows * t.lanes, config.warps, x.dtype),
+            maxnreg=registers(
+                t, config.rows * t.lanes, config.warps, x.dtype, packed=config.packed
+            ),
         )  # fmt: skip
         self._reduce = Launch(
             kernels.reduce_parts, (triton.cdiv(rows, 16), t.splits.shape[0]),
@@ -452,7 +454,8 @@ def _resources(
     warps = 8 if of_w >= 8192 or high else of_x.warps
     if not of_input:
         return warps, None
-    return warps, registers(xt, max(of_w, of_rows), warps, dtype, activation != "none")
+    formed = activation == "none"
+    return warps, registers(xt, max(of_w, of_rows), warps, dtype, not formed, of_x.packed)
 
 
 def _forming(size: int, activation: str) -> Launch | None:

@@ -159,7 +159,7 @@ def ways(monkeypatch, where):
 @pytest.mark.parametrize("layout", CUTS.values(), ids=CUTS)
 @pytest.mark.parametrize("dtype", ERRORS)
 def test_every_way_to_cut_it_is_right_and_blind(layout, dtype, ways, where):
-    if where.type == "cpu" and (dtype != "float16" or layout.in_features > 150):
+    if where.type == "cpu" and (dtype, layout) != ("float16", CUTS["small blocks"]):
         pytest.skip("for a GPU: the interpreter takes a minute")
     rows, size = (19 if where.type == "cpu" else 4133), torch.float32
     if dtype != "tf32":

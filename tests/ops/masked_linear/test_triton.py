@@ -14,6 +14,7 @@ from maskmoe_kernels.ops import triton_support as package
 from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import configs
 from maskmoe_kernels.ops.masked_linear.triton.configs import ALL, Config, candidates, split_k_chunks
+from maskmoe_kernels.ops.masked_linear.triton.packed import chunk_counts, pack_tables
 from maskmoe_kernels.ops.masked_linear.triton.tiles import cut
 from maskmoe_kernels.ops.triton_support import unsupported_reason
 from maskmoe_kernels.testing import strategies
@@ -70,6 +71,29 @@ def test_tiles_read_every_weight_once_and_nothing_else(layout, sizes):
     assert sorted(units.tolist()) == list(range(layout.out_features))
 
 
+def packed_positions(layout, sizes, origin=None):
+    """The same of packed tiles, whose units are those of the tiles that are not packed."""
+    packed, units = pack_tables(layout, *sizes, origin), cut(layout, *sizes).units
+    found, counts = {}, {}
+    for tile, first, last, slot in packed.parts.tolist():
+        assert slot == -1
+        counts[tile] = last - first
+        for chunk in range(first, last):
+            for lane, k in (packed.index[chunk] >= 0).nonzero().tolist():
+                key = int(units[tile, lane]), int(packed.features[chunk, k])
+                assert min(key) >= 0 and key not in found
+                found[key] = int(packed.index[chunk, lane, k])
+    assert [counts[tile] for tile in range(len(units))] == chunk_counts(layout, *sizes)
+    return found
+
+
+@given(strategies.layouts(), cuts)
+def test_packed_tiles_hold_every_weight_once_and_nothing_else(layout, sizes):
+    dense = layout.unpack(torch.arange(1.0, layout.num_weights + 1)).long()
+    expected = {(u, f): int(dense[u, f]) - 1 for u, f in dense.nonzero().tolist()}
+    assert packed_positions(layout, sizes) == expected
+
+
 @given(strategies.layouts(), cuts)
 def test_the_transposed_layout_reads_the_routed_weights(layout, sizes):
     of, index = transposed_layout(layout)
@@ -77,6 +101,7 @@ def test_the_transposed_layout_reads_the_routed_weights(layout, sizes):
     expected = {(f, u): int(routed[u, f]) - 1 for u, f in routed.nonzero().tolist()}
     found = positions(cut(of, *sizes))
     assert {key: int(index[at]) for key, at in found.items()} == expected
+    assert packed_positions(of, sizes, index) == expected
 
 
 @given(strategies.layouts(), cuts, st.integers(1, 5), st.sampled_from([16, 32]))

@@ -26,6 +26,8 @@ SEES_TORCH := -c 'import sys, torch; \
 	sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' >/dev/null 2>&1
 SETUPTOOLS := -c 'import setuptools, sys; \
 	sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null
+# Who works on the kernels builds those for GPUs too, where nvcc is: naming it asks for them.
+export CUDACXX ?= $(shell command -v nvcc 2>/dev/null)
 # One thread a worker: the processes share the cores already.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)

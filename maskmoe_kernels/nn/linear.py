@@ -19,6 +19,7 @@ from maskmoe_kernels.nn.packing import (
     packing_mismatch,
     packing_state,
 )
+from maskmoe_kernels.nn.sharding import sharded_like, whole
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend
 from maskmoe_kernels.ops.masked_linear.api import masked_linear, traced_masked_linear
@@ -175,12 +176,15 @@ class MaskedLinear(nn.Module):
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
             if self.bias is not None:
-                linear.bias.copy_(self.bias)
+                linear.bias.copy_(whole(self.bias))
         return linear
 
     def dense_weight(self) -> Tensor:
-        """The weight as ``(out_features, in_features)`` with zeros where the mask is false."""
-        return self.layout.unpack(self.weight)
+        """The weight as ``(out_features, in_features)`` with zeros where the mask is false.
+
+        If it is sharded (FSDP2), it is gathered: all processes have to call this.
+        """
+        return self.layout.unpack(whole(self.weight))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -193,9 +197,10 @@ class MaskedLinear(nn.Module):
             per_unit = bound.repeat_interleave(torch.tensor(layout.row_sizes))
             if layout.row_order is not None:
                 per_unit = per_unit[layout.row_order.argsort()]
-        self.weight.uniform_(-1, 1).mul_(per_weight.to(self.weight))
-        if self.bias is not None:
-            self.bias.uniform_(-1, 1).mul_(per_unit.to(self.bias))
+        for parameter, scale in ((self.weight, per_weight), (self.bias, per_unit)):
+            if parameter is not None:
+                scale = scale.to(parameter.device, parameter.dtype)
+                parameter.uniform_(-1, 1).mul_(sharded_like(scale, parameter))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
@@ -234,7 +239,8 @@ class MaskedLinear(nn.Module):
         key = prefix + "_extra_state"
         if weight is not None and weight.dim() == 2:
             if tuple(weight.shape) == expected:
-                state_dict[prefix + "weight"] = self.layout.pack(weight)
+                packed = self.layout.pack(whole(weight))
+                state_dict[prefix + "weight"] = sharded_like(packed, self.weight)
             else:
                 error_msgs.append(
                     f"size mismatch for {prefix}weight: a dense weight must be (out_features, "

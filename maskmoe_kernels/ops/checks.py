@@ -103,10 +103,10 @@ def check_exactly(
 
 def refuse_sharded(x: Tensor | None, *parameters: Tensor | None) -> None:
     """Raise BackendError if a parameter is a DTensor and ``x`` is none."""
-    if _is_sharded(x):
+    if is_sharded(x):
         return  # the user's own sharding strategies may know the op
     for parameter in parameters:
-        if _is_sharded(parameter):
+        if is_sharded(parameter):
             raise BackendError(
                 "the parameters are DTensors and the input is none: fully_shard gathers them "
                 "while the module that it was given is called. Call that module, or a method of "
@@ -115,6 +115,7 @@ def refuse_sharded(x: Tensor | None, *parameters: Tensor | None) -> None:
             )
 
 
-def _is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Is it a DTensor?"""
     # By name: most programs have no need of torch.distributed.tensor, and have not imported it.
     return type(tensor).__module__.startswith("torch.distributed.tensor")

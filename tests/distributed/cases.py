@@ -43,4 +43,5 @@ def gradients(net: nn.Module) -> list[Tensor]:
 
 def assert_same(found: list[Tensor], expected: list[Tensor], message: str = "") -> None:
     for k, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(ours, theirs, msg=lambda text: f"{message}, {k}: {text}")
+        where = f"{message}, {k}: "
+        torch.testing.assert_close(ours, theirs, msg=where.__add__)

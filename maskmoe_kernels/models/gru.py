@@ -52,6 +52,7 @@ class InterpretableGRU(SessionExperts):
     ) -> None:
         second = second_layout(family, second_groups, width)
         super().__init__(family, second_groups)
+        check_layers(layers)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.encoder = MaskedGRU(family, width, layers, batch_first=True, **options)
         self.decoder = MaskedGRU(

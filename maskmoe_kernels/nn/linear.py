@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import plain_tensor
+from maskmoe_kernels.layout.arguments import check_integer, check_kind, plain_tensor
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.packing import (
     degrees_mismatch,
@@ -67,6 +67,8 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         mask = plain_tensor("mask", mask)
+        check_integer("in_features", in_features, 1)
+        check_integer("out_features", out_features, 1)
         if tuple(mask.shape) != (out_features, in_features):
             raise LayoutError(
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
@@ -85,6 +87,7 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_kind(BlockLayout, layout=layout)
         activation_name(activation)
         check_backend(backend)
         self.layout = layout
@@ -144,6 +147,7 @@ class MaskedLinear(nn.Module):
         backend: str | None = None,
     ) -> MaskedLinear:
         """A copy of ``linear`` with the weights that ``mask`` leaves; see the constructor."""
+        check_kind(nn.Linear, linear=linear)
         layer = cls(
             linear.in_features,
             linear.out_features,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import BackendError, LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 #: Classes that add nothing to a tensor; ``NoneType`` for a bias that is not there.
@@ -64,6 +65,33 @@ def check_places(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise LayoutError(
                 f"x is {x.dtype} on {x.device} but {name} is {other.dtype} on {other.device}; "
                 "move both to one dtype and device"
+            )
+
+
+def check_floats(**given: Tensor) -> None:
+    """Raise LayoutError unless all are floating-point tensors on one device."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise LayoutError(f"{name} must be a floating-point tensor, got {described(value)}")
+        if first is None:
+            first = name, value.device
+        elif value.device != first[1]:
+            raise LayoutError(
+                f"{name} is on {value.device} but {first[0]} is on {first[1]}; move both to one "
+                "device"
+            )
+
+
+def check_beside(x: Tensor, **given: Tensor | None) -> None:
+    """Raise LayoutError unless all are tensors on the device of ``x``; None is left out."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        check_kind(Tensor, **{name: value})
+        if value.device != x.device:
+            raise LayoutError(
+                f"{name} is on {value.device}, the input on {x.device}; move it there"
             )
 
 

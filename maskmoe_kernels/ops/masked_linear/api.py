@@ -18,6 +18,7 @@ from maskmoe_kernels._compat import (
     func_transforms,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
+from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, serialized_layout
 from maskmoe_kernels.ops.activations import FUNCTIONS, activation_name
@@ -71,11 +72,18 @@ def masked_linear(
             parameters are DTensors.
     """
     name = "none" if activation is None else activation
-    if name not in FUNCTIONS:
+    if not isinstance(name, str) or name not in FUNCTIONS:
         activation_name(activation)
+    if not (
+        isinstance(x, Tensor) and isinstance(weight, Tensor) and isinstance(layout, BlockLayout)
+    ):
+        check_kind(Tensor, x=x, weight=weight)
+        check_kind(BlockLayout, layout=layout)
     if any_autocast():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
+        if bias is not None:
+            check_kind(Tensor, bias=bias)
         refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()

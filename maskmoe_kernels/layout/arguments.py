@@ -33,10 +33,12 @@ def check_kind(expected: type, **given: object) -> None:
             raise LayoutError(f"{name} must be a {expected.__name__}, got {described(value)}{how}")
 
 
-def check_integer(argument: str, value: int, least: int) -> None:
-    """Raise LayoutError unless ``value`` is an integer of at least ``least``."""
-    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex) or value < least:
-        raise LayoutError(f"{argument} must be an integer of at least {least}, got {value!r}")
+def check_integer(argument: str, value: int, least: int | None = None) -> None:
+    """Raise LayoutError unless ``value`` is an integer, and not below ``least``."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        raise LayoutError(f"{argument} must be an integer, got {value!r:.80}")
+    if least is not None and value < least:
+        raise LayoutError(f"{argument} must be at least {least}, got {value}")
 
 
 def block_sizes(

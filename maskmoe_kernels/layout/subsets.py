@@ -102,9 +102,9 @@ class SubsetFamily:
             LayoutError: The sizes are not ``0 <= min_size <= max_size <= len(groups)``.
         """
         check_kind(Mapping, groups=groups)
-        check_integer("min_size", min_size, 0)
+        check_integer("min_size", min_size)
         if max_size is not None:
-            check_integer("max_size", max_size, 0)
+            check_integer("max_size", max_size)
         top = len(groups) if max_size is None else max_size
         if not 0 <= min_size <= top <= len(groups):
             raise LayoutError(

@@ -149,7 +149,8 @@ class InterpretableMLP(nn.Module):
         if isinstance(x, Inputs):
             shape, device = x.shape, x.device
         else:
-            check_kind(Tensor, x=x)
+            if not isinstance(x, Tensor):
+                check_kind(Tensor, x=x)
             shape, device = x.shape[:-1], x.device
         check_loss(shape, device, target, confidence, weighting, normalize, mask, sharpness)
         by_name = isinstance(confidence, str) and not target.requires_grad

@@ -67,8 +67,8 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         mask = plain_tensor("mask", mask)
-        check_integer("in_features", in_features, 1)
-        check_integer("out_features", out_features, 1)
+        check_integer("in_features", in_features)
+        check_integer("out_features", out_features)
         if tuple(mask.shape) != (out_features, in_features):
             raise LayoutError(
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "

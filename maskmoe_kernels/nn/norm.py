@@ -74,8 +74,9 @@ class ExpertNorm(nn.Module):
         Raises:
             LayoutError: The last dimension is not the experts' units.
         """
-        check_floats(x=x)
-        if self.weight is not None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            check_floats(x=x)
+        if self.weight is not None and x.device != self.weight.device:
             check_floats(x=x, weight=self.weight)
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise LayoutError(f"x must be (*, {self.features}), got {tuple(x.shape)}")

@@ -208,9 +208,8 @@ def check_loss(
         raise LayoutError(f"weighting must be one of {list(WEIGHTINGS)}, got {weighting!r}")
     if not isinstance(normalize, (str, type(None))) or normalize not in _NORMALIZE:
         raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
-    check_kind(Tensor, target=target)
-    if mask is not None:
-        check_kind(Tensor, mask=mask)
+    if not isinstance(target, Tensor) or not isinstance(mask, (Tensor, type(None))):
+        check_kind(Tensor, target=target, mask=target if mask is None else mask)
     for name, value in (("target", target), ("mask", mask)):
         if value is not None and value.device != device:
             raise LayoutError(
@@ -237,8 +236,9 @@ def check_confidence(confidence: Confidence, sharpness: float) -> None:
 
 def check_logits(logits: Tensor, family: SubsetFamily) -> None:
     """Raise LayoutError unless ``logits`` are floating-point ``(*, H)``."""
-    check_kind(Tensor, logits=logits)
-    check_kind(SubsetFamily, family=family)
+    if not isinstance(logits, Tensor) or not isinstance(family, SubsetFamily):
+        check_kind(Tensor, logits=logits)
+        check_kind(SubsetFamily, family=family)
     if not logits.is_floating_point():
         raise LayoutError(f"logits must be floating-point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] != family.num_experts:

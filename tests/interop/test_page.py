@@ -22,7 +22,7 @@ def test_its_code_does_what_it_says(tmp_path):
     names = {"path": str(tmp_path / "model.safetensors")}
     for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text("utf-8"), re.M | re.S):
         exec(block, names)
-    net, x, family, last = (names[name] for name in ("net", "x", "family", "last"))
+    net, x, last = (names[name] for name in ("net", "x", "last"))
     assert sum(isinstance(layer, mk.MaskedLinear) for layer in names["flow"].modules()) == 6
     assert names["flow"]().log_prob(torch.randn(4, 3)).isfinite().all()
 

@@ -214,7 +214,7 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 #: What modules and layouts ask of each other, with arguments that were checked before.
 NO_INPUT = {
     "BlockLayout.table", "BlockLayout.weight_index", "MaskedMLP.fused",
-    "MaskedGRUCell.split", "MaskedGRUCell.step", "MaskedLinear.get_extra_state",
+    "MaskedGRUCell.split", "MaskedGRUCell.step",
     "MaskedLinear.set_extra_state", "SubsetFamily.table",
 }  # fmt: skip
 

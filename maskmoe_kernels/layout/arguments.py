@@ -19,10 +19,10 @@ _HOW_TO_MAKE = {
 
 
 def described(value: object) -> str:
-    """What an argument is, for an error: dtype, shape and device of a tensor, else the class."""
+    """What an argument is, for an error: shape, dtype and device of a tensor, else its class."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)} {value.dtype} on {value.device}"
-    return "None" if value is None else f"a {type(value).__name__}"
+    return "None" if value is None else type(value).__name__
 
 
 def check_kind(expected: type, **given: object) -> None:

@@ -146,13 +146,8 @@ class InterpretableMLP(nn.Module):
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """
-        if isinstance(x, Inputs):
-            shape, device = x.shape, x.device
-        else:
-            if not isinstance(x, Tensor):
-                check_kind(Tensor, x=x)
-            shape, device = x.shape[:-1], x.device
-        check_loss(shape, device, target, confidence, weighting, normalize, mask, sharpness)
+        shape = _batch_shape(x)
+        check_loss(shape, x.device, target, confidence, weighting, normalize, mask, sharpness)
         by_name = isinstance(confidence, str) and not target.requires_grad
         call = self._fused(x) if by_name else None
         if call is None:
@@ -245,6 +240,13 @@ class InterpretableMLP(nn.Module):
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward
+
+
+def _batch_shape(x: Tensor | Inputs) -> torch.Size:
+    if isinstance(x, Inputs):
+        return x.shape
+    check_kind(Tensor, x=x)
+    return x.shape[:-1]
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

@@ -21,6 +21,8 @@ PLAIN = (nn.Parameter, Tensor, type(None))
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
     """Raise LayoutError unless these are a masked linear map's; see :func:`masked_linear`."""
+    if not isinstance(weight, Tensor) or not isinstance(bias, (Tensor, type(None))):
+        check_kind(Tensor, weight=weight, bias=weight if bias is None else bias)
     # Layers can be so small that looking twice would show.
     dtype, device = x.dtype, x.device
     if (

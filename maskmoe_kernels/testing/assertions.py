@@ -66,9 +66,7 @@ def assert_blind(
         LayoutError: Arguments that do not fit each other; or two runs on the same input differ,
             so that nothing can be said.
     """
-    if not callable(module):
-        raise LayoutError(f"module must be a function or a module, got {described(module)}")
-    x = _checked_input(x).detach()
+    x = _checked_input(module, x).detach()
     visible = _checked_visible(visible, x)
     per_run = _fills_of(fills, x)
     patterns, which = torch.unique(visible, dim=0, return_inverse=True)
@@ -95,7 +93,9 @@ class _Result:
     grad_x: Tensor | None  # (rows, in)
 
 
-def _checked_input(x: Tensor) -> Tensor:
+def _checked_input(module: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    if not callable(module):
+        raise LayoutError(f"module must be a function or a module, got {described(module)}")
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or not x.numel():
         shown = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise LayoutError(f"x must be a floating-point (*, in) tensor with rows, got {shown}")

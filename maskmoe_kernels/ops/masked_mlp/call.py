@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,10 +46,10 @@ class Inputs:
         if self.x is not None:
             check_kind(Tensor, x=self.x)
         for name, parts in (("tables", self.tables), ("ids", self.ids), ("order", self.order)):
-            if not isinstance(parts, (list, tuple)):
-                raise LayoutError(f"{name} must be a list or a tuple, got {described(parts)}")
+            if isinstance(parts, (Tensor, str)) or not hasattr(parts, "__getitem__"):
+                raise LayoutError(f"{name} must be a sequence, got {described(parts)}")
         for part in self.order:
-            if not isinstance(part, int):
+            if not isinstance(part, (int, np.integer)):
                 raise LayoutError(f"order must hold integers, got {part!r}")
         for t, rows in enumerate(self.ids):
             check_kind(Tensor, **{f"ids[{t}]": rows})

@@ -20,19 +20,22 @@ FUZZED := layers:100000 mlp:30000 ops:100000 files:10000
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
+INTEROP := build/interop
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
 	sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' >/dev/null 2>&1
 SETUPTOOLS := -c 'import setuptools, sys; \
 	sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null
+# Who works on the kernels builds those for GPUs too, where nvcc is: naming it asks for them.
+export CUDACXX ?= $(shell command -v nvcc 2>/dev/null)
 # One thread a worker: the processes share the cores already.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -123,6 +126,9 @@ test-oldest: $(BUILT) $(OLDEST)/.ready ## Run the suite in build/oldest: Python 
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest \
 	    -n $(JOBS) --dist worksteal $(ARGS)
 
+test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows, pyro, captum, peft, accelerate, safetensors
+	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop $(ARGS)
+
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -207,6 +213,28 @@ $(OLDEST)/.ready: pyproject.toml
 	    torch==2.11.0 'triton==3.6.0; platform_system == "Linux"'
 	@missing=$$($(OLDEST)/bin/python -c "$$MISSING") || exit 1; test -z "$$missing" || \
 	    printf '%s\n' "$$missing" | $(OLDEST)/bin/python -m pip $(INSTALL) -r /dev/stdin
+	@touch $@
+
+# What people use beside this package comes with much else, so it gets a venv on top of .venv.
+define ON_TOP
+import sysconfig, pathlib
+over = {"base": "$(INTEROP)", "platbase": "$(INTEROP)"}
+lines = [f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")]
+site = pathlib.Path(sysconfig.get_path("purelib", "venv", over))
+(site / "borrowed.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+endef
+define INTEROP_EXTRA
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    print(*tomllib.load(file)["project"]["optional-dependencies"]["interop"], sep="\n")
+endef
+export ON_TOP INTEROP_EXTRA
+
+$(INTEROP)/.ready: pyproject.toml | $(READY)
+	@$(PY) -m venv $(INTEROP) && $(PY) -c "$$ON_TOP"
+	@$(PY) -c "$$INTEROP_EXTRA" | while read -r line; do \
+	    $(INTEROP)/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
+	        echo "$$line could not be installed; its tests are skipped." >&2; done
 	@touch $@
 
 # pip has built the extension already, without a word; what is compiled is not compiled again. Its

@@ -6,6 +6,8 @@ What was built, and why the rest was not, is written to maskmoe_kernels/_build.j
 
 Environment: MASKMOE_BUILD=auto|cpu|cuda|none (auto builds what it can; with another value a failed
 build is an error), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, CMAKE, NINJA, MAX_JOBS.
+
+CUDA takes minutes, so auto leaves it out unless there is an NVIDIA GPU or CUDACXX names a compiler.
 """
 
 import hashlib
@@ -58,6 +60,27 @@ def find_program(variable: str, *names: str, path: str = PATH) -> list[str]:
     raise CannotBuild(f"no {' or '.join(names)} found; install one or name it in {variable}")
 
 
+def has_gpu() -> bool:
+    """Does NVIDIA's driver name a GPU?"""
+    program = shutil.which("nvidia-smi", path=PATH)
+    if program is None:
+        return False
+    try:
+        done = subprocess.run([program, "-L"], capture_output=True, check=False, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0 and done.stdout.startswith(b"GPU ")
+
+
+def left_out(mode: str) -> dict[str, str]:
+    """Parts that ``mode`` does not ask for, and why."""
+    if mode == "cpu":
+        return {"cuda": "MASKMOE_BUILD=cpu was set when it was installed"}
+    if mode == "auto" and not os.environ.get("CUDACXX") and not has_gpu():
+        return {"cuda": "there was no GPU when it was installed; install with MASKMOE_BUILD=cuda"}
+    return {}
+
+
 def reason(said: str) -> str:
     """What is wrong, in the words of a compiler or CMake."""
     line = re.search(r"^.*\b(?:error|fatal) *:(?! ld returned).*", said, re.M)
@@ -105,8 +128,7 @@ def make(mode: str, record: dict) -> Path:
     options = ["-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     options += [f"-DTORCH={torch}", f"-DPYTHON_INCLUDE={include}", "-UWITHOUT_*"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    asked = {"cuda": "MASKMOE_BUILD=cpu was set when it was installed"}
-    without = asked if mode == "cpu" else {}
+    without = left_out(mode)
     while True:
         left = [f"-DWITHOUT_{part}:STRING={why}" for part, why in without.items()]
         failed = call(environment, cmake, *options, *left)

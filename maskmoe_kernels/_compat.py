@@ -8,7 +8,7 @@ package's lowest layer holds this module, because layouts need it as well as ops
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
@@ -43,6 +43,7 @@ __all__ = [
     "plain_call",
     "register_constant",
     "transformed",
+    "without_autocast",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -82,6 +83,11 @@ def forward_mode() -> bool:
 def transformed() -> bool:
     """Is a torch.func transform or forward-mode AD active? The fused ops have rules for neither."""
     return func_transforms() or forward_mode()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """The dtypes of the tensors count, under autocast too. It knows no meta device (2.11, 2.13)."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def is_batched(tensor: Tensor) -> bool:

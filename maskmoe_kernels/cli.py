@@ -28,6 +28,7 @@ from maskmoe_kernels.experiments.toy import commands as toy
 from maskmoe_kernels.layout.draw import draw_layout
 from maskmoe_kernels.layout.families import FAMILIES, family_named
 from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.ops.dispatch import yes_or_why_not
 
 # Modules of commands are light: what trains, draws or reads data is imported by the command that
 # runs it. ``maskmoe info`` stays quick, and needs no extra.
@@ -120,7 +121,7 @@ def _info(arguments: argparse.Namespace, console: Console) -> None:
     backends = []
     for name, entry in facts["backends"].items():
         reason = entry["unsupported_reason"]
-        state = Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow")
+        state = Text(yes_or_why_not(reason), "green" if reason is None else "yellow")
         backends.append((name, entry["description"], state))
     about = [Column("name", text=True), Column("value", text=True, prose=True)]
     print_table(console, f"maskmoe_kernels {mk.__version__}", about, versions)
@@ -135,12 +136,11 @@ def _info(arguments: argparse.Namespace, console: Console) -> None:
 def _fact(name: str, value: object) -> list[tuple[str, str]]:
     """Rows of a fact: of a dict one for each of its keys, with the names of both."""
     if isinstance(value, dict) and "unsupported_reason" in value:
-        reason = value["unsupported_reason"]
-        return [(name.replace("_", " "), "yes" if reason is None else f"no: {reason}")]
+        return [(name.replace("_", " "), yes_or_why_not(value["unsupported_reason"]))]
     if isinstance(value, dict):
         return [row for key, inner in value.items() for row in _fact(f"{name} {key}", inner)]
-    if name in ("build cpu", "build cuda") and value is None:  # else: why it was not
-        value = "built"
+    if name in ("build cpu", "build cuda"):  # why it was not built
+        return [(name, yes_or_why_not(None if value is None else str(value)))]
     if isinstance(value, list | tuple):
         value = ", ".join(map(str, value))
     return [(name.replace("_", " "), "none" if value in (None, "") else str(value))]

@@ -325,12 +325,32 @@ def test_auto_leaves_out_the_parts_that_fail(project):
     assert not (project / LIBRARY).exists()
 
 
+@needs_compiler
+@pytest.mark.parametrize(
+    ("says", "asked"),
+    [("exit 9", False), ("echo No devices were found", False), ("echo 'GPU 0: H100'", True)],
+)
+def test_auto_asks_for_cuda_where_there_is_a_gpu(project, says, asked):
+    """An nvcc alone does not: it takes minutes."""
+    write(project, {"cuda/twice.cu": "__global__ void twice() {}"})
+    (project / "bin").mkdir()
+    for name, script in (("nvidia-smi", says), ("nvcc", "exit 1")):
+        (project / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (project / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(project / "bin"), os.environ.get("PATH", os.defpath)])
+    done = run(project, *IN_PLACE, CXXFLAGS="-O0", PATH=path)
+    assert done.returncode == 0, done.stderr
+    told = record_of(project)["cuda"]  # always a reason: that nvcc builds nothing
+    assert told
+    assert ("there was no GPU" in told and "MASKMOE_BUILD=cuda" in told) != asked
+
+
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_cuda_file_that_does_not_compile_leaves_the_cpu_kernels(project):
     write(project, {"cuda/twice.cu": "this is not CUDA;"})
-    done = run(project, *IN_PLACE, CXXFLAGS="-O0")
+    done = run(project, *IN_PLACE, CXXFLAGS="-O0", CUDACXX="nvcc")
     assert done.returncode == 0, done.stderr
     assert record_of(project)["isas"] == ["avx2"]
     assert record_of(project)["cuda"].startswith("csrc/cuda/twice.cu(1): error")

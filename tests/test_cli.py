@@ -138,6 +138,16 @@ def test_info_says_why_a_backend_cannot_run(
     assert "no: no GPU; pip install x[triton]" in capsys.readouterr().out
 
 
+def test_info_says_whether_a_part_was_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"build": {"cpu": None, "cuda": "no nvcc [here]"}, "cuda": None, "backends": {}}
+    monkeypatch.setattr(mk, "info", lambda: facts)
+    assert main(["info"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert {"build cpu\tyes", "build cuda\tno: no nvcc [here]", "cuda\tnone"} <= set(told)
+
+
 @pytest.mark.parametrize(
     ("words", "experts"),
     [("ncf4", 4), ("toy3", 3), ("powerset4", 15), ("user item user+item", 3), ("a+b", 1)],

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from maskmoe_kernels._compat import constant_in_trace
+from maskmoe_kernels._compat import constant_in_trace, without_autocast
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.explain.game import Game, complete_game_of, game_of
 from maskmoe_kernels.explain.regression import regression_weights, residual_weights
@@ -157,7 +157,7 @@ def _apply(values: Tensor, family: SubsetFamily, base: Base, name: str) -> Tenso
     key = _keep_weights(family, name, base is not None, values.dtype, values.device)
     table = family.caches.tables[key]
     experts = family.num_experts
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device):
         result = values @ table[:experts]
         if base is not None:
             result = result + _column(base, values) * table[experts]
@@ -242,7 +242,7 @@ def _product(values: Tensor, family: SubsetFamily) -> Tensor:
     inverse = family.caches.tables[_keep_inverse(family, values.dtype, values.device)]
     # A product with 0 would carry a NaN to experts that do not contain it.
     unknown = ~values.isfinite()
-    with torch.autocast(values.device.type, enabled=False):
+    with without_autocast(values.device):
         found = values.masked_fill(unknown, 0) @ inverse
         reached = unknown.to(inverse.dtype) @ (inverse != 0).to(inverse.dtype) > 0
     result: Tensor = found.masked_fill(reached, torch.nan)

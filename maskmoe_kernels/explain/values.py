@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 
@@ -24,6 +25,9 @@ def experts_last(logits: Tensor, family: SubsetFamily, dim: int | None) -> tuple
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         shown = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise LayoutError(f"logits must be a floating-point tensor, got {shown}")
+    check_kind(SubsetFamily, family=family)
+    if isinstance(dim, Tensor):
+        raise LayoutError(f"dim must be -1, -2 or None, got {dim!r}")
     experts, shape = family.num_experts, tuple(logits.shape)
     if dim is None:
         fits = [axis for axis in (-1, -2) if len(shape) >= -axis and shape[axis] == experts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -11,9 +12,41 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 
+_HOW_TO_MAKE = {
+    "Tensor": "; torch.as_tensor makes one of an array or a list",
+    "BlockLayout": "; BlockLayout.from_mask makes one of a mask",
+}
 
-def block_sizes(argument: str, sizes: int | Sequence[int], count: int) -> tuple[int, ...]:
+
+def described(value: object) -> str:
+    """What an argument is, for an error: shape, dtype and device of a tensor, else its class."""
+    if isinstance(value, Tensor):
+        return f"a tensor {tuple(value.shape)} {value.dtype} on {value.device}"
+    return "None" if value is None else type(value).__name__
+
+
+def check_kind(expected: type, **given: object) -> None:
+    """Raise LayoutError for the first of the arguments that is no ``expected``."""
+    for name, value in given.items():
+        if not isinstance(value, expected):
+            how = _HOW_TO_MAKE.get(expected.__name__, "")
+            raise LayoutError(f"{name} must be a {expected.__name__}, got {described(value)}{how}")
+
+
+def check_integer(argument: str, value: int, least: int | None = None) -> None:
+    """Raise LayoutError unless ``value`` is an integer, and not below ``least``."""
+    if isinstance(value, (bool, Tensor)) or not isinstance(value, SupportsIndex):
+        raise LayoutError(f"{argument} must be an integer, got {value!r:.80}")
+    if least is not None and value < least:
+        raise LayoutError(f"{argument} must be at least {least}, got {value}")
+
+
+def block_sizes(
+    argument: str, sizes: int | Sequence[int], count: int | None = None
+) -> tuple[int, ...]:
     """``sizes`` as ``count`` integers of at least 1; an int is repeated.
+
+    ``None`` for ``count``: as many as there are, which an int does not say.
 
     Raises:
         LayoutError: Not integers, below 1, none at all, or not ``count`` of them.
@@ -21,6 +54,12 @@ def block_sizes(argument: str, sizes: int | Sequence[int], count: int) -> tuple[
     try:
         if isinstance(sizes, (str, bool)):
             raise TypeError
+        if count is None:
+            if not isinstance(sizes, (Sequence, Tensor, np.ndarray)):
+                raise LayoutError(
+                    f"{argument} must be a sequence of integers, got {described(sizes)}"
+                )
+            count = len(sizes)
         listed = (
             [operator.index(size) for size in sizes]
             if isinstance(sizes, (Sequence, Tensor, np.ndarray))

@@ -19,6 +19,8 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import (
     block_sizes,
     bool_matrix,
+    check_kind,
+    described,
     permutation,
     refuse_absent_routes,
 )
@@ -82,8 +84,8 @@ class BlockLayout:
         row_order: Tensor | None = None,
         col_order: Tensor | None = None,
     ) -> None:
-        self.row_sizes = block_sizes("row_sizes", row_sizes, len(list(row_sizes)))
-        self.col_sizes = block_sizes("col_sizes", col_sizes, len(list(col_sizes)))
+        self.row_sizes = block_sizes("row_sizes", row_sizes)
+        self.col_sizes = block_sizes("col_sizes", col_sizes)
         shape = (len(self.row_sizes), len(self.col_sizes))
         self.present = bool_matrix("present", present, shape)
         self.routes_grad = (
@@ -146,6 +148,9 @@ class BlockLayout:
         Raises:
             LayoutError: The families share no group name, or a width does not fit.
         """
+        for argument, family in (("rows", rows), ("cols", cols)):
+            if not hasattr(family, "groups") or not hasattr(family, "subsets"):
+                raise LayoutError(f"{argument} must be a SubsetFamily, got {described(family)}")
         names = list(dict.fromkeys([*rows.groups, *cols.groups]))
         if not set(rows.groups) & set(cols.groups):
             raise LayoutError(
@@ -300,6 +305,7 @@ class BlockLayout:
         Raises:
             LayoutError: ``dense`` is not ``(out_features, in_features)``.
         """
+        check_kind(Tensor, dense=dense)
         expected = (self.out_features, self.in_features)
         if tuple(dense.shape) != expected:
             raise LayoutError(
@@ -320,6 +326,7 @@ class BlockLayout:
 
     def check_weight(self, weight: Tensor) -> None:
         """Raise LayoutError unless ``weight`` is ``(num_weights,)``."""
+        check_kind(Tensor, weight=weight)
         if tuple(weight.shape) != (self.num_weights,):
             raise LayoutError(
                 f"weight must hold the packed blocks, ({self.num_weights},), got "

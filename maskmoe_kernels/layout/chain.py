@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import serialized_layout
 
@@ -33,8 +34,14 @@ class LayoutChain:
     """
 
     def __init__(self, layouts: Sequence[BlockLayout]) -> None:
+        if not isinstance(layouts, Sequence) or isinstance(layouts, str):
+            raise LayoutError(
+                f"layouts must be a sequence of BlockLayouts, got {described(layouts)}"
+            )
         if not layouts:
             raise LayoutError("layouts must hold at least one layout, got none")
+        for k, layout in enumerate(layouts):
+            check_kind(BlockLayout, **{f"layouts[{k}]": layout})
         self.layouts = (*layouts,)
         self.in_features = layouts[0].in_features
         self.out_features = layouts[-1].out_features

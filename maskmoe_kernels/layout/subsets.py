@@ -12,7 +12,7 @@ from torch import Tensor
 
 from maskmoe_kernels._compat import register_constant
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes, check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.caches import Caches
 
@@ -101,6 +101,10 @@ class SubsetFamily:
         Raises:
             LayoutError: The sizes are not ``0 <= min_size <= max_size <= len(groups)``.
         """
+        check_kind(Mapping, groups=groups)
+        check_integer("min_size", min_size)
+        if max_size is not None:
+            check_integer("max_size", max_size)
         top = len(groups) if max_size is None else max_size
         if not 0 <= min_size <= top <= len(groups):
             raise LayoutError(
@@ -121,6 +125,7 @@ class SubsetFamily:
         Raises:
             LayoutError: Another expert has this name.
         """
+        check_kind(str, name=name)
         everything = tuple(self.groups)
         if everything in self.subsets.values():
             return self

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from maskmoe_kernels.layout.arguments import check_integer
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.models.sessions import (
     SessionBlackBox,
@@ -52,6 +53,7 @@ class InterpretableGRU(SessionExperts):
     ) -> None:
         second = second_layout(family, second_groups, width)
         super().__init__(family, second_groups)
+        check_integer("layers", layers)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.encoder = MaskedGRU(family, width, layers, batch_first=True, **options)
         self.decoder = MaskedGRU(

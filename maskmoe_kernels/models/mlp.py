@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import block_sizes, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
@@ -78,9 +79,13 @@ class InterpretableMLP(nn.Module):
                 f"hidden must be a sequence with one entry per hidden layer, got {hidden!r}; write "
                 f"[{hidden!r}] for a single layer"
             )
+        check_kind(SubsetFamily, family=family)
         widths: list[Width] = [*hidden, 1]
+        for k, width in enumerate(hidden):
+            block_sizes(f"hidden[{k}]", width, family.num_experts)
         default = family.input_layout(widths[0])
         if input_layout is not None:
+            check_kind(BlockLayout, input_layout=input_layout)
             _refuse_unfit(input_layout, default)
         layouts = [default if input_layout is None else input_layout]
         layouts += [family.hidden_layout(a, b) for a, b in itertools.pairwise(widths)]
@@ -141,8 +146,8 @@ class InterpretableMLP(nn.Module):
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """
-        shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
-        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
+        shape = _batch_shape(x)
+        check_loss(shape, x.device, target, confidence, weighting, normalize, mask, sharpness)
         by_name = isinstance(confidence, str) and not target.requires_grad
         call = self._fused(x) if by_name else None
         if call is None:
@@ -235,6 +240,13 @@ class InterpretableMLP(nn.Module):
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward
+
+
+def _batch_shape(x: Tensor | Inputs) -> torch.Size:
+    if isinstance(x, Inputs):
+        return x.shape
+    check_kind(Tensor, x=x)
+    return x.shape[:-1]
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

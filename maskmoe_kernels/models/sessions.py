@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes, check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.ops.checks import check_beside, check_floats
 from maskmoe_kernels.ops.selection.api import Mixture, mixture
 from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
@@ -34,6 +35,8 @@ def second_layout(
     Raises:
         LayoutError: A group that is not among the family's, none at all, or a bad width.
     """
+    check_kind(SubsetFamily, family=family)
+    check_kind(Mapping, second_groups=second_groups)
     unknown = [name for name in second_groups if name not in family.groups]
     if unknown:
         raise LayoutError(
@@ -51,8 +54,7 @@ def second_layout(
 
 def check_layers(layers: int) -> None:
     """Raise LayoutError unless there is a layer."""
-    if layers < 1:
-        raise LayoutError(f"layers must be at least 1, got {layers}")
+    check_integer("layers", layers, 1)
 
 
 class SessionModel(nn.Module):
@@ -80,6 +82,8 @@ class SessionModel(nn.Module):
         Raises:
             LayoutError: Shapes or types that do not fit.
         """
+        check_floats(first=first, second=second)
+        check_beside(first, first_padding=first_padding, second_padding=second_padding)
         halves = (
             ("first", first, first_padding, self.first_features),
             ("second", second, second_padding, self.second_features),

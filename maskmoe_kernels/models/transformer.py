@@ -152,6 +152,7 @@ class InterpretableTransformer(SessionExperts):
         if feedforward is None:
             widths = block_sizes("width", width, family.num_experts)
             feedforward = [FEEDFORWARD_FACTOR * units for units in widths]
+        feedforward = block_sizes("feedforward", feedforward, family.num_experts)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.first_input = MaskedLinear.from_layout(family.input_layout(width), **options)
         self.second_input = MaskedLinear.from_layout(second, **options)

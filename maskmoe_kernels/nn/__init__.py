@@ -6,6 +6,7 @@ from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
+from maskmoe_kernels.nn.optimizers import pack_optimizer_state
 from maskmoe_kernels.nn.stacked import StackedLinear
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "MaskedMLP",
     "MaskedMultiheadAttention",
     "StackedLinear",
+    "pack_optimizer_state",
     "table_of",
 ]

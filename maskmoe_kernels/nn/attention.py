@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.stacked import StackedLinear
+from maskmoe_kernels.ops.checks import check_beside, check_floats
 
 
 class MaskedMultiheadAttention(nn.Module):
@@ -79,6 +80,11 @@ class MaskedMultiheadAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_kind(SubsetFamily, family=family)
+        if kv_family is not None:
+            check_kind(SubsetFamily, kv_family=kv_family)
+            kv_width = width if kv_width is None else kv_width
+            block_sizes("kv_width", kv_width, kv_family.num_experts)
         if kv_family is None and kv_width is not None:
             raise LayoutError(
                 f"kv_width={kv_width!r} needs kv_family: in self-attention, keys and values are "
@@ -151,6 +157,8 @@ class MaskedMultiheadAttention(nn.Module):
         """
         if is_causal and attn_mask is None:
             raise LayoutError("is_causal is a hint about attn_mask; pass the causal mask as well")
+        check_floats(query=query, key=key, value=value)
+        check_beside(query, key_padding_mask=key_padding_mask, attn_mask=attn_mask)
         shared = (query is key, key is value)
         batched = query.dim() == 3
         query, key, value = (self._batch_first(t, batched) for t in (query, key, value))

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.arguments import (
+    block_sizes,
+    check_integer,
+    check_kind,
+    described,
+)
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.nn.stacked import StackedLinear
+from maskmoe_kernels.ops.checks import check_beside, check_floats
 
 
 class MaskedGRUCell(nn.Module):
@@ -61,6 +67,9 @@ class MaskedGRUCell(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_kind(SubsetFamily, family=family)
+        if input_layout is not None:
+            check_kind(BlockLayout, input_layout=input_layout)
         widths = block_sizes("hidden_size", hidden_size, family.num_experts)
         if input_layout is None:
             input_layout = family.input_layout(widths)
@@ -79,6 +88,9 @@ class MaskedGRUCell(nn.Module):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Next state ``(*, hidden_size)`` from input ``(*, input_size)`` and state, or zeros."""
+        check_floats(input=input)
+        if hx is not None:
+            check_floats(input=input, hx=hx)
         gates = self.input_gates(input)
         if hx is None:
             hx = gates.new_zeros(*gates.shape[:-1], self.hidden_size)
@@ -148,8 +160,9 @@ class MaskedGRU(nn.Module):
                 "bidirectional=True is not available; run a second MaskedGRU on the reversed "
                 "sequence"
             )
-        if num_layers < 1:
-            raise LayoutError(f"num_layers must be at least 1, got {num_layers}")
+        check_kind(SubsetFamily, family=family)
+        check_integer("num_layers", num_layers, 1)
+        block_sizes("hidden_size", hidden_size, family.num_experts)
         if not 0 <= dropout <= 1:
             raise LayoutError(f"dropout must be a probability, got {dropout!r}")
         layouts = [input_layout]
@@ -215,6 +228,9 @@ class MaskedGRU(nn.Module):
             if lengths is not None or padding_mask is not None:
                 raise LayoutError("a PackedSequence has its lengths; pass no other padding")
             return self._packed(input, hx)
+        check_floats(input=input)
+        if hx is not None:
+            check_floats(input=input, hx=hx)
         batched = input.dim() == 3
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             raise LayoutError(
@@ -300,6 +316,9 @@ def _padded(x: Tensor, lengths: Tensor | None, padding_mask: Tensor | None) -> T
     if lengths is not None and padding_mask is not None:
         raise LayoutError("padding is given twice; pass lengths or padding_mask")
     if lengths is not None:
+        check_kind(Tensor, lengths=lengths)
+        if lengths.is_meta and not x.is_meta:
+            raise LayoutError(f"lengths must have values, got {described(lengths)}")
         if tuple(lengths.shape) != (batch,) or lengths.is_floating_point():
             raise LayoutError(
                 f"lengths must be ({batch},) integers, got {lengths.dtype} {tuple(lengths.shape)}"
@@ -307,6 +326,7 @@ def _padded(x: Tensor, lengths: Tensor | None, padding_mask: Tensor | None) -> T
         step = torch.arange(steps, device=x.device)[:, None, None]
         return step >= lengths.to(x.device)[:, None]
     if padding_mask is not None:
+        check_beside(x, padding_mask=padding_mask)
         if tuple(padding_mask.shape) != (batch, steps) or padding_mask.dtype != torch.bool:
             raise LayoutError(
                 f"padding_mask must be bool {(batch, steps)}, got {padding_mask.dtype} "

@@ -11,7 +11,7 @@ from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import plain_tensor
+from maskmoe_kernels.layout.arguments import check_integer, check_kind, plain_tensor
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.packing import (
     degrees_mismatch,
@@ -19,6 +19,7 @@ from maskmoe_kernels.nn.packing import (
     packing_mismatch,
     packing_state,
 )
+from maskmoe_kernels.nn.sharding import sharded_like, whole
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend
 from maskmoe_kernels.ops.masked_linear.api import masked_linear, traced_masked_linear
@@ -66,6 +67,8 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         mask = plain_tensor("mask", mask)
+        check_integer("in_features", in_features)
+        check_integer("out_features", out_features)
         if tuple(mask.shape) != (out_features, in_features):
             raise LayoutError(
                 f"mask must be (out_features, in_features) = ({out_features}, {in_features}), got "
@@ -84,6 +87,7 @@ class MaskedLinear(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
+        check_kind(BlockLayout, layout=layout)
         activation_name(activation)
         check_backend(backend)
         self.layout = layout
@@ -143,6 +147,7 @@ class MaskedLinear(nn.Module):
         backend: str | None = None,
     ) -> MaskedLinear:
         """A copy of ``linear`` with the weights that ``mask`` leaves; see the constructor."""
+        check_kind(nn.Linear, linear=linear)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -175,12 +180,15 @@ class MaskedLinear(nn.Module):
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
             if self.bias is not None:
-                linear.bias.copy_(self.bias)
+                linear.bias.copy_(whole(self.bias))
         return linear
 
     def dense_weight(self) -> Tensor:
-        """The weight as ``(out_features, in_features)`` with zeros where the mask is false."""
-        return self.layout.unpack(self.weight)
+        """The weight as ``(out_features, in_features)`` with zeros where the mask is false.
+
+        If it is sharded (FSDP2), it is gathered: all processes have to call this.
+        """
+        return self.layout.unpack(whole(self.weight))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -193,9 +201,10 @@ class MaskedLinear(nn.Module):
             per_unit = bound.repeat_interleave(torch.tensor(layout.row_sizes))
             if layout.row_order is not None:
                 per_unit = per_unit[layout.row_order.argsort()]
-        self.weight.uniform_(-1, 1).mul_(per_weight.to(self.weight))
-        if self.bias is not None:
-            self.bias.uniform_(-1, 1).mul_(per_unit.to(self.bias))
+        for parameter, scale in ((self.weight, per_weight), (self.bias, per_unit)):
+            if parameter is not None:
+                scale = scale.to(parameter.device, parameter.dtype)
+                parameter.uniform_(-1, 1).mul_(sharded_like(scale, parameter))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
@@ -234,7 +243,8 @@ class MaskedLinear(nn.Module):
         key = prefix + "_extra_state"
         if weight is not None and weight.dim() == 2:
             if tuple(weight.shape) == expected:
-                state_dict[prefix + "weight"] = self.layout.pack(weight)
+                packed = self.layout.pack(whole(weight))
+                state_dict[prefix + "weight"] = sharded_like(packed, self.weight)
             else:
                 error_msgs.append(
                     f"size mismatch for {prefix}weight: a dense weight must be (out_features, "

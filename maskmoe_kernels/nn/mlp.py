@@ -147,6 +147,8 @@ class MaskedMLP(nn.Sequential):
         if isinstance(found, str):
             return None
         weights, biases, activation = found
+        if not isinstance(x, (Tensor, Inputs)):
+            return None  # the first layer says so
         given, like = x.x if isinstance(x, Inputs) else x, weights[0]
         fits = given is None or (given.dtype == like.dtype and given.device == like.device)
         if not fits and not torch.is_autocast_enabled(like.device.type):

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.arguments import block_sizes
+from maskmoe_kernels.layout.arguments import block_sizes, check_kind
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.ops.checks import check_floats
 
 
 class ExpertNorm(nn.Module):
@@ -50,6 +51,7 @@ class ExpertNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_kind(SubsetFamily, family=family)
         self.widths = block_sizes("width", width, family.num_experts)
         self.features = sum(self.widths)
         self.eps = eps
@@ -72,6 +74,10 @@ class ExpertNorm(nn.Module):
         Raises:
             LayoutError: The last dimension is not the experts' units.
         """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            check_floats(x=x)
+        if self.weight is not None and x.device != self.weight.device:
+            check_floats(x=x, weight=self.weight)
         if x.dim() == 0 or x.shape[-1] != self.features:
             raise LayoutError(f"x must be (*, {self.features}), got {tuple(x.shape)}")
         y = self._normalised(x)

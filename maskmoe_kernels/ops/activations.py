@@ -43,7 +43,7 @@ def activation_name(activation: str | None) -> str:
         LayoutError: An activation the op does not have.
     """
     name = "none" if activation is None else activation
-    if name not in FUNCTIONS:
+    if not isinstance(name, str) or name not in FUNCTIONS:
         raise LayoutError(
             f"activation must be None or one of {sorted(FUNCTIONS)}, got {activation!r}; apply "
             "any other element-wise function to the output"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import BackendError, LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 #: Classes that add nothing to a tensor; ``NoneType`` for a bias that is not there.
@@ -20,6 +21,8 @@ PLAIN = (nn.Parameter, Tensor, type(None))
 
 def check_linear(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> None:
     """Raise LayoutError unless these are a masked linear map's; see :func:`masked_linear`."""
+    if not isinstance(weight, Tensor) or not isinstance(bias, (Tensor, type(None))):
+        check_kind(Tensor, weight=weight, bias=weight if bias is None else bias)
     # Layers can be so small that looking twice would show.
     dtype, device = x.dtype, x.device
     if (
@@ -67,6 +70,33 @@ def check_places(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             )
 
 
+def check_floats(**given: Tensor) -> None:
+    """Raise LayoutError unless all are floating-point tensors on one device."""
+    first: tuple[str, torch.device] | None = None
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise LayoutError(f"{name} must be a floating-point tensor, got {described(value)}")
+        if first is None:
+            first = name, value.device
+        elif value.device != first[1]:
+            raise LayoutError(
+                f"{name} is on {value.device} but {first[0]} is on {first[1]}; move both to one "
+                "device"
+            )
+
+
+def check_beside(x: Tensor, **given: Tensor | None) -> None:
+    """Raise LayoutError unless all are tensors on the device of ``x``; None is left out."""
+    for name, value in given.items():
+        if value is None:
+            continue
+        check_kind(Tensor, **{name: value})
+        if value.device != x.device:
+            raise LayoutError(
+                f"{name} is on {value.device}, the input on {x.device}; move it there"
+            )
+
+
 def check_count(name: str, given: int, expected: int) -> None:
     """Raise LayoutError unless an argument that the layout determines is what it says."""
     if given != expected:
@@ -103,10 +133,10 @@ def check_exactly(
 
 def refuse_sharded(x: Tensor | None, *parameters: Tensor | None) -> None:
     """Raise BackendError if a parameter is a DTensor and ``x`` is none."""
-    if _is_sharded(x):
+    if is_sharded(x):
         return  # the user's own sharding strategies may know the op
     for parameter in parameters:
-        if _is_sharded(parameter):
+        if is_sharded(parameter):
             raise BackendError(
                 "the parameters are DTensors and the input is none: fully_shard gathers them "
                 "while the module that it was given is called. Call that module, or a method of "
@@ -115,6 +145,7 @@ def refuse_sharded(x: Tensor | None, *parameters: Tensor | None) -> None:
             )
 
 
-def _is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
+    """Is it a DTensor?"""
     # By name: most programs have no need of torch.distributed.tensor, and have not imported it.
     return type(tensor).__module__.startswith("torch.distributed.tensor")

@@ -301,15 +301,21 @@ class Info(dict[str, Any]):
         return "\n".join(_lines(self))
 
 
+def yes_or_why_not(reason: str | None) -> str:
+    """What :func:`info` says of something that can run, or cannot for a reason, in words."""
+    return "yes" if reason is None else f"no: {reason}"
+
+
 def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
     width = max(map(len, facts), default=0)
     for name, value in facts.items():
         if isinstance(value, dict) and "unsupported_reason" in value:
-            reason = value["unsupported_reason"]
-            can = "yes" if reason is None else f"no: {reason}"
+            can = yes_or_why_not(value["unsupported_reason"])
             yield f"{indent}{name:<{width}}  {can} ({value['description']})"
         elif isinstance(value, dict) and value:
             yield f"{indent}{name}"
+            if name == "build":  # of these two it holds why they were not built
+                value = value | {part: yes_or_why_not(value[part]) for part in ("cpu", "cuda")}
             yield from _lines(value, indent + "  ")
         else:
             shown = ", ".join(value) if isinstance(value, list) else value

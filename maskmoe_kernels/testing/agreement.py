@@ -7,7 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.checks import check_floats
 from maskmoe_kernels.testing.oracle import dense_algebra, dense_oracle
 
 
@@ -48,6 +51,12 @@ def assert_close_to_oracle(
         AssertionError: A value further from the oracle than the rule allows.
         LayoutError: Arguments that do not fit the layout.
     """
+    if not callable(op):
+        raise LayoutError(f"op must be a function, got {described(op)}")
+    check_floats(x=x, weight=weight)
+    if bias is not None:
+        check_floats(x=x, bias=bias)
+    check_kind(BlockLayout, layout=layout)
     inputs = [t.detach().requires_grad_() for t in (x, weight, bias) if t is not None]
     double = [t.detach().double().requires_grad_() for t in inputs]
     reference = dense_oracle(*_three(double), layout, activation)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.testing.agreement import random_cotangent
@@ -65,7 +66,7 @@ def assert_blind(
         LayoutError: Arguments that do not fit each other; or two runs on the same input differ,
             so that nothing can be said.
     """
-    x = _checked_input(x).detach()
+    x = _checked_input(module, x).detach()
     visible = _checked_visible(visible, x)
     per_run = _fills_of(fills, x)
     patterns, which = torch.unique(visible, dim=0, return_inverse=True)
@@ -92,10 +93,14 @@ class _Result:
     grad_x: Tensor | None  # (rows, in)
 
 
-def _checked_input(x: Tensor) -> Tensor:
+def _checked_input(module: Callable[[Tensor], Any], x: Tensor) -> Tensor:
+    if not callable(module):
+        raise LayoutError(f"module must be a function or a module, got {described(module)}")
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() == 0 or not x.numel():
         shown = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise LayoutError(f"x must be a floating-point (*, in) tensor with rows, got {shown}")
+    if x.is_meta:
+        raise LayoutError("x must have values, got a tensor on the meta device")
     if not x.isfinite().all():
         raise LayoutError("x must be finite: the assertion itself fills in NaN and Inf")
     return x
@@ -113,6 +118,8 @@ def _checked_visible(visible: Any, x: Tensor) -> Tensor:
             f"visible must be bool (out, in) with in={x.shape[-1]}, got {matrix.dtype} "
             f"{tuple(matrix.shape)}"
         )
+    if matrix.is_meta:
+        raise LayoutError("visible must have values, got a tensor on the meta device")
     return matrix.to(x.device)
 
 
@@ -324,6 +331,10 @@ def assert_gradient_isolated(
         LayoutError: Logits that do not fit the family or carry no gradient, an unknown name in
             ``shared``, or an expert whose loss moves nothing, so that nothing can be said of it.
     """
+    check_kind(nn.Module, net=net)
+    check_kind(SubsetFamily, family=family)
+    for part in x if isinstance(x, tuple) else (x,):
+        check_kind(Tensor, x=part)
     named = {name: p for name, p in net.named_parameters() if p.requires_grad}
     if unknown := sorted(set(shared) - set(dict(net.named_parameters()))):
         raise LayoutError(f"shared names {unknown}, but net has {sorted(named)}")

@@ -95,6 +95,8 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
     "maskmoe_kernels/nn/interception.py": _CALLED,
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],
+    "maskmoe_kernels/nn/optimizers.py": ["tests/nn/test_optimizers.py"],
+    "maskmoe_kernels/nn/sharding.py": ["tests/distributed/test_fsdp.py"],
     "maskmoe_kernels/nn/linear.py": [
         "tests/nn/test_linear.py",
         "tests/nn/test_zuko.py",

@@ -37,6 +37,20 @@ def test_info_is_a_dictionary_that_prints_as_text():
     assert all(len(line) < 300 and not line.startswith("{") for line in lines)
 
 
+@pytest.mark.parametrize("reason", [None, "no nvcc found"])
+def test_info_says_whether_a_part_was_built(reason, monkeypatch):
+    """A record without a reason is that of a part that was built."""
+    record = {"cpu": None, "cuda": reason, "isas": [], "left_out": {}, "compiler": "c++"}
+    monkeypatch.setattr(native, "build_record", lambda: record)
+    told = mk.info()
+    assert told["build"] == record
+    lines = [line.split(maxsplit=1) for line in repr(told).splitlines()]
+    build = lines[lines.index(["build"]) + 1 :]
+    assert build[:2] == [["cpu", "yes"], ["cuda", "yes" if reason is None else f"no: {reason}"]]
+    monkeypatch.setattr(native, "build_record", dict)  # never built
+    assert ["build", "none"] in [line.split(maxsplit=1) for line in repr(mk.info()).splitlines()]
+
+
 # --- A named backend is used, or it is an error ---------------------------------------------------
 
 SMALL = FAMILIES["toy3"]().hidden_layout(4, 4)

@@ -23,7 +23,6 @@ from maskmoe_kernels.experiments.shared.arguments import (
     usable,
 )
 from maskmoe_kernels.experiments.shared.output import (
-    open_console,
     print_line,
     print_record,
     print_written,
@@ -102,7 +101,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
         strict=arguments.strict,
         workers=arguments.workers,
         row_group=arguments.row_group,
-        progress=open_console(stderr=True).is_terminal,
+        console=console,
     )
     sizes = ", ".join(f"{count:,} {split}" for split, count in made.sessions.items())
     lines = [f"{made.tracks:,} tracks; sessions: {sizes}; left out: {made.dropped:,}"]

@@ -18,9 +18,10 @@ from maskmoe_kernels._compat import (
     func_transforms,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
+from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, serialized_layout
-from maskmoe_kernels.ops.activations import FUNCTIONS, activation_name
+from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.checks import PLAIN, check_linear, check_places, refuse_sharded
 from maskmoe_kernels.ops.dispatch import LayoutHandle, choose, warn_of_fallback
 from maskmoe_kernels.ops.masked_linear import reference
@@ -70,9 +71,9 @@ def masked_linear(
         BackendError: The named backend cannot run, forward-mode AD was asked for, or the
             parameters are DTensors.
     """
-    name = "none" if activation is None else activation
-    if name not in FUNCTIONS:
-        activation_name(activation)
+    name = activation_name(activation)
+    if not isinstance(x, Tensor) or not isinstance(layout, BlockLayout):
+        _refuse_kinds(x, layout)
     if any_autocast():
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
@@ -170,6 +171,11 @@ def traced_masked_linear(
     return result
 
 
+def _refuse_kinds(x: object, layout: object) -> None:
+    check_kind(Tensor, x=x)
+    check_kind(BlockLayout, layout=layout)
+
+
 def _refuse_transform(backend: str | None) -> None:
     """Under torch.func's transforms the reference runs, for which the ops have no rules."""
     if backend not in (None, "reference"):
@@ -197,7 +203,9 @@ def autocast(device: str, tensors: Iterable[Tensor | None]) -> list[Any]:
     dtype = torch.get_autocast_dtype(device)
 
     def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+        known = isinstance(t, Tensor)  # else a check after this one says so
+        floats = known and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if floats else t
 
     return [None if t is None else cast(t) for t in tensors]
 

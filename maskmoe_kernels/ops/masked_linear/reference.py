@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskmoe_kernels._compat import constant_in_trace, outside_of_modes
+from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.checks import check_linear
@@ -59,6 +60,10 @@ def dense_oracle(
         LayoutError: A shape that does not fit, or an unknown activation.
     """
     activation_name(activation)
+    check_kind(Tensor, x=x, weight=weight)
+    if bias is not None:
+        check_kind(Tensor, bias=bias)
+    check_kind(BlockLayout, layout=layout)
     inputs = (x.double(), weight.double(), None if bias is None else bias.double())
     check_linear(*inputs, layout)
     return masked_linear(*inputs, layout, activation)

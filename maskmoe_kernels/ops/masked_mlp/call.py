@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from maskmoe_kernels._compat import any_autocast
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind, described
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.ops.dispatch import LayoutHandle
 from maskmoe_kernels.ops.masked_linear.api import autocast
@@ -41,6 +43,16 @@ class Inputs:
     order: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        if self.x is not None:
+            check_kind(Tensor, x=self.x)
+        for name, parts in (("tables", self.tables), ("ids", self.ids), ("order", self.order)):
+            if isinstance(parts, (Tensor, str)) or not hasattr(parts, "__getitem__"):
+                raise LayoutError(f"{name} must be a sequence, got {described(parts)}")
+        for part in self.order:
+            if not isinstance(part, (int, np.integer)):
+                raise LayoutError(f"order must hold integers, got {part!r}")
+        for t, rows in enumerate(self.ids):
+            check_kind(Tensor, **{f"ids[{t}]": rows})
         for t, table in enumerate(self.tables):
             if not isinstance(table, Tensor):
                 raise LayoutError(
@@ -53,8 +65,25 @@ class Inputs:
         """Shape of the batch, ``(*,)``."""
         return self.ids[0].shape if self.x is None else self.x.shape[:-1]
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self.ids[0].device if self.x is None else self.x.device
+
     def joined(self) -> Tensor:
-        """All parts side by side, ``(*, in_features)``."""
+        """All parts side by side, ``(*, in_features)``.
+
+        Raises:
+            LayoutError: Parts that do not fit each other.
+        """
+        check_inputs(self.x, self.tables, self.ids, self.order, None)
+        for name, tensors in (("tables", self.tables), ("ids", self.ids)):
+            for t, tensor in enumerate(tensors):
+                if tensor.device != self.device:
+                    raise LayoutError(
+                        f"{name}[{t}] is on {tensor.device}, but {self.device} holds "
+                        f"{'ids[0]' if self.x is None else 'x'}; move all to one device"
+                    )
         return gather(self.x, self.tables, self.ids, self.order)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
+from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops import dispatch
 from maskmoe_kernels.ops.selection import autograd as fused
@@ -106,7 +107,7 @@ def mixture(
     Raises:
         LayoutError: As :func:`selection`; an unknown ``missing``.
     """
-    if missing not in _MISSING:
+    if not isinstance(missing, str) or missing not in _MISSING:
         raise LayoutError(f"missing must be one of {list(_MISSING)}, got {missing!r}")
     is_fused = _is_fused(logits, family, confidence, sharpness)
     differentiable = torch.is_grad_enabled() and logits.requires_grad
@@ -161,7 +162,9 @@ def gem_loss(
             normalization.
     """
     check_logits(logits, family)
-    check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
+    check_loss(
+        logits.shape[:-1], logits.device, target, confidence, weighting, normalize, mask, sharpness
+    )
     check_labels(target, mask)
     if not target.requires_grad and _is_fused(logits, family, confidence, sharpness):
         return fused.gem_loss(
@@ -187,6 +190,7 @@ def _is_fused(
 
 def check_loss(
     shape: torch.Size,
+    device: torch.device,
     target: Tensor,
     confidence: Confidence,
     weighting: str,
@@ -196,14 +200,21 @@ def check_loss(
 ) -> None:
     """Raise LayoutError unless the arguments of :func:`gem_loss` fit logits ``(*shape, H)``.
 
+    The logits are on ``device``.
     The values of ``target`` are another matter: see :func:`check_labels`.
     """
     check_confidence(confidence, sharpness)
-    if weighting not in WEIGHTINGS:
+    if not isinstance(weighting, str) or weighting not in WEIGHTINGS:
         raise LayoutError(f"weighting must be one of {list(WEIGHTINGS)}, got {weighting!r}")
-    if normalize not in _NORMALIZE:
+    if not isinstance(normalize, (str, type(None))) or normalize not in _NORMALIZE:
         raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
+    if not isinstance(target, Tensor) or not isinstance(mask, (Tensor, type(None))):
+        check_kind(Tensor, target=target, mask=target if mask is None else mask)
     for name, value in (("target", target), ("mask", mask)):
+        if value is not None and value.device != device:
+            raise LayoutError(
+                f"{name} is on {value.device}, and x or logits on {device}; move both to one device"
+            )
         if value is not None and value.shape != shape:
             raise LayoutError(
                 f"{name} must be the logits' shape without its last dimension, {tuple(shape)}, "
@@ -225,6 +236,9 @@ def check_confidence(confidence: Confidence, sharpness: float) -> None:
 
 def check_logits(logits: Tensor, family: SubsetFamily) -> None:
     """Raise LayoutError unless ``logits`` are floating-point ``(*, H)``."""
+    if not isinstance(logits, Tensor) or not isinstance(family, SubsetFamily):
+        check_kind(Tensor, logits=logits)
+        check_kind(SubsetFamily, family=family)
     if not logits.is_floating_point():
         raise LayoutError(f"logits must be floating-point, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] != family.num_experts:

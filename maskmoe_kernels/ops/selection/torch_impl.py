@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from maskmoe_kernels._compat import without_autocast
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
@@ -232,7 +233,7 @@ def _parts(
     through to experts outside its subset, and so would the derivative of one. With ``of_known``,
     an expert is sharpened if a superset of its subset is that of a known expert.
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         z = logits if logits.dtype == torch.float64 else logits.float()
         unknown = z.isnan()
         g, log_rest = _confidence(z.masked_fill(unknown, 0), confidence)

@@ -14,7 +14,7 @@ from maskmoe_kernels.experiments.shared.output import (
     print_table,
     print_written,
 )
-from maskmoe_kernels.experiments.shared.progress import shown_progress
+from maskmoe_kernels.experiments.shared.progress import shown_bytes, shown_progress
 
 COLUMNS = [
     Column("model", text=True),
@@ -103,6 +103,32 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(monkeypatch) -> None:
             advance(done, lambda: "speed [x]")
     expected = [f"content 1/20: {done} of 5,000 steps speed [x]" for done in (10, 20, 30)]
     assert text_of(console).splitlines() == expected
+
+
+def test_progress_of_files_in_a_pipe_is_a_line_every_ten_seconds_too(monkeypatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    console = piped()
+    with shown_bytes(console) as open_bar:
+        plain, packed = open_bar("log_0", 30_000_000), open_bar("log_1.csv.gz", None)
+        for _ in range(15):
+            now += 1.0
+            plain(1_000_000)
+            packed(0)
+        now += 5.0
+        packed(70_000)
+    assert text_of(console) == "log_0: 10.0 of 30.0 MB\nlog_1.csv.gz: 0.1 MB\n"
+    with shown_bytes(None) as open_bar:
+        open_bar("log_0", None)(1)
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_bars_of_files_leave_nothing_behind(width: int) -> None:
+    console = terminal(width)
+    with shown_bytes(console) as open_bar:
+        open_bar("log_0", 10)(10)
+        open_bar("log_1", None)(10)
+    assert text_of(console).endswith("\x1b[2K")  # the last line is cleared
 
 
 def test_a_full_disk_is_told_of_what_is_printed() -> None:

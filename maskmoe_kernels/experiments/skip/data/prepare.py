@@ -9,19 +9,18 @@ import ctypes
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.progress import OpenBar, shown_bytes
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
 from maskmoe_kernels.experiments.skip.data.log_file import LogFile, convert
@@ -41,10 +40,6 @@ _REMEDY = (
     "Name the folder that holds the official log_*.csv and tf_*.csv, unpacked from their "
     "archives (`tar -xf`, `unzip`), or those files."
 )
-
-
-#: Opens a progress bar over the bytes of files; returns what advances it by a number of bytes.
-_OpenBar = Callable[[str, Sequence[Path]], Callable[[int], None]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +106,7 @@ def prepare(
     strict: bool = False,
     workers: int = 1,
     row_group: int = ROW_GROUP,
-    progress: bool = False,
+    console: Console | None = None,
 ) -> Prepared:
     """Convert the official csv files in ``sources`` to shards in ``out``.
 
@@ -125,7 +120,7 @@ def prepare(
         strict: Stop at the first problem instead of leaving out the session.
         workers: Processes that convert log files in parallel.
         row_group: Sessions of a row group.
-        progress: Show progress bars on the terminal.
+        console: Where to show how far it is; ``None`` is quiet.
     Raises:
         DataError: A file cannot be read or lacks a column, no session is left, or ``strict`` and
             there is a problem; the message names file and line. ``out`` then has no manifest.
@@ -138,8 +133,8 @@ def prepare(
     for folder in (out, *(out / name for name in (TRACKS_FOLDER, LOGS_FOLDER, *SPLITS))):
         claim(folder)
     (out / MANIFEST).unlink(missing_ok=True)
-    with _bars(progress) as open_bar:
-        advance = open_bar("tracks", tracks)
+    with shown_bytes(console) as open_bar:
+        advance = open_bar("tracks", _bytes(tracks))
         table = prepare_tracks(tracks, out, strict=strict, advance=advance)
         files = [LogFile(path, out, table["digest"], row_group, strict) for path in logs]
         records = _records(files, workers, open_bar)
@@ -148,7 +143,7 @@ def prepare(
     return _summary(table, records)
 
 
-def _records(logs: Sequence[LogFile], workers: int, open_bar: _OpenBar) -> list[dict[str, Any]]:
+def _records(logs: Sequence[LogFile], workers: int, open_bar: OpenBar) -> list[dict[str, Any]]:
     """The record of each log file; a file without a valid one is converted."""
     records = [log.valid_record() for log in logs]
     digests = {log.name: r["digest"] for log, r in zip(logs, records, strict=True) if r}
@@ -165,15 +160,15 @@ def _records(logs: Sequence[LogFile], workers: int, open_bar: _OpenBar) -> list[
     return [record for record in records if record is not None]
 
 
-def _convert_all(logs: Sequence[LogFile], workers: int, open_bar: _OpenBar) -> list[dict[str, Any]]:
+def _convert_all(logs: Sequence[LogFile], workers: int, open_bar: OpenBar) -> list[dict[str, Any]]:
     """Convert log files, in several processes if there are several files and workers."""
     if len(logs) > 1 and workers > 1:
         return _convert_in_processes(logs, workers, open_bar)
-    return [convert(log, open_bar(log.name, [log.source])) for log in logs]
+    return [convert(log, open_bar(log.name, _bytes([log.source]))) for log in logs]
 
 
 def _convert_in_processes(
-    logs: Sequence[LogFile], workers: int, open_bar: _OpenBar
+    logs: Sequence[LogFile], workers: int, open_bar: OpenBar
 ) -> list[dict[str, Any]]:
     # Spawn, do not fork: the threads of pyarrow and torch do not survive a fork.
     context = multiprocessing.get_context("spawn")
@@ -184,7 +179,7 @@ def _convert_in_processes(
         tasks: list[Future[dict[str, Any]]] = [
             pool.submit(_convert_counted, log, i) for i, log in enumerate(logs)
         ]
-        advance = [open_bar(log.name, [log.source]) for log in logs]
+        advance = [open_bar(log.name, _bytes([log.source])) for log in logs]
         shown = [0] * len(logs)
         try:
             waiting: set[Future[dict[str, Any]]] = set(tasks)
@@ -217,7 +212,7 @@ def _convert_counted(log: LogFile, number: int) -> dict[str, Any]:
 
 
 def _remove_repeats(
-    logs: Sequence[LogFile], records: list[dict[str, Any]], workers: int, open_bar: _OpenBar
+    logs: Sequence[LogFile], records: list[dict[str, Any]], workers: int, open_bar: OpenBar
 ) -> None:
     """Convert the files that repeat sessions of earlier files again, without those sessions.
 
@@ -332,20 +327,8 @@ def _summary(table: dict[str, Any], records: Sequence[dict[str, Any]]) -> Prepar
     )
 
 
-@contextmanager
-def _bars(shown: bool) -> Iterator[_OpenBar]:
-    """Progress bars on the terminal, if ``shown``."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(),
-        TextColumn("{task.percentage:3.0f} %"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bars:
-
-        def open_bar(name: str, files: Sequence[Path]) -> Callable[[int], None]:
-            # The decompressed size of packed files is unknown: the bar then shows no end.
-            packed = any(file.suffix != ".csv" for file in files)
-            total = None if packed else sum(f.stat().st_size for f in files if f.is_file())
-            task: TaskID = bars.add_task(name, total=total)
-            return lambda count: bars.advance(task, count)
-
-        yield open_bar
+def _bytes(files: Sequence[Path]) -> int | None:
+    """How many bytes of csv there are; None of packed files, whose contents' size is unknown."""
+    if any(file.suffix != ".csv" for file in files):
+        return None
+    return sum(file.stat().st_size for file in files if file.is_file())

@@ -19,6 +19,7 @@ from maskmoe_kernels.experiments.skip.data.columns import TRACK_FEATURES
 from maskmoe_kernels.experiments.skip.data.features import READ, Rows, SessionBatch, assemble
 from maskmoe_kernels.experiments.skip.data.records import (
     FORMAT,
+    LOGS_FOLDER,
     MANIFEST,
     TRACKS_FOLDER,
     is_intact,
@@ -26,7 +27,7 @@ from maskmoe_kernels.experiments.skip.data.records import (
 from maskmoe_kernels.experiments.skip.data.shard_format import SPLITS, is_part_intact
 from maskmoe_kernels.experiments.skip.data.tracks import FEATURES, TRACKS
 
-_REMEDY = "Run `maskmoe skip prepare` again."
+_REMEDY = "Run `maskmoe skip prepare` again with --resume: it makes what is missing or damaged."
 _SPEC: Spec = {
     "digest": str,
     "splits": {str: [{"file": str, "bytes": int, "row_groups": [int]}]},
@@ -160,9 +161,13 @@ class Shards:
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
-        raise DataError(
-            f"{path}: expected the manifest of prepared shards, got No such file. {_REMEDY}"
-        )
+        text = f"{path}: expected the manifest of prepared shards, got No such file. "
+        if any((folder / name).is_dir() for name in (TRACKS_FOLDER, LOGS_FOLDER)):
+            raise DataError(
+                f"{text}`maskmoe skip prepare` did not finish in this folder. Run it again with "
+                "--resume: it goes on where it was."
+            )
+        raise DataError(f"{text}Run `maskmoe skip prepare` first, or name its folder.")
     # Check the format first: another format may compute its checksum in another way.
     manifest = read_json(path, _REMEDY, seal=False)
     if manifest.get("format") != FORMAT:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import io
 import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.report import write_json
@@ -197,10 +199,31 @@ def test_session_comes_back_when_its_other_file_goes(folder: Path, tmp_path: Pat
 
 def test_processes_write_the_same(source: Path, tmp_path: Path) -> None:
     one = prepare([source], tmp_path / "one")
-    two = prepare([source], tmp_path / "two", workers=2, progress=True)
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    two = prepare([source], tmp_path / "two", workers=2, console=terminal)
     assert one == two
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert manifest(tmp_path / "one") == manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.usefixtures("quick_processes")
+def test_a_pipe_gets_a_line_now_and_then(
+    source: Path, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskmoe_kernels.experiments.shared.progress._INTERVAL", 0.0)
+    console = Console(file=io.StringIO(), width=20)
+    prepare([source], tmp_path, workers=workers, console=console)
+    assert isinstance(console.file, io.StringIO)
+    last = {}
+    for line in console.file.getvalue().splitlines():
+        name, done, of, total, unit = line.split()
+        assert (of, unit) == ("of", "MB")
+        last[name.rstrip(":")] = done, total
+    assert list(last) == ["tracks", "log_0", "log_1"]
+    assert all(done == total for done, total in last.values())
+    mb = sum((source / f"log_{k}.csv").stat().st_size for k in (0, 1)) / 1e6
+    assert sum(float(last[f"log_{k}"][1]) for k in (0, 1)) == pytest.approx(mb, rel=0, abs=0.1)
 
 
 @pytest.mark.usefixtures("quick_processes")

@@ -17,6 +17,9 @@ from tests.experiments.skip.data.batches import loader
 def test_damaged_folders(data: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected the manifest of prepared shards, got No such"):
         Shards(tmp_path, "train")
+    (tmp_path / "logs").mkdir()
+    with pytest.raises(DataError, match=r"did not finish in this folder\. Run it again .*--resume"):
+        Shards(tmp_path, "train")
     manifest = json.loads((data / "manifest.json").read_text())
     path = tmp_path / "manifest.json"
     for text, message in (

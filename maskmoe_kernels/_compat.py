@@ -7,8 +7,9 @@ package's lowest layer holds this module, because layouts need it as well as ops
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, TypeVar
 
@@ -42,6 +43,7 @@ __all__ = [
     "parameters_of_any_size",
     "plain_call",
     "register_constant",
+    "to_standard_operators",
     "transformed",
 ]
 
@@ -98,14 +100,29 @@ def is_fake(tensor: Tensor) -> bool:
 def outside_of_modes() -> ExitStack:
     """What runs in this context makes plain tensors, whatever mode is active.
 
-    No fake tensors of a trace; no inference tensors, which a later backward could not save; no
-    subclasses that a torch function mode makes. (2.11, 2.13)
+    No fake tensors of a trace; no nodes of torch.jit.trace; no inference tensors, which a later
+    backward could not save; no subclasses that a torch function mode makes. (2.11, 2.13)
     """
     stack = ExitStack()
+    stack.enter_context(_without_tracer())
     stack.enter_context(_disable_current_modes())
     stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(torch.inference_mode(False))
     return stack
+
+
+@contextmanager
+def _without_tracer() -> Iterator[None]:
+    """torch.jit.trace records nothing of what runs in this context. (2.11, 2.13)"""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        yield
+        return
+    torch._C._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 #: In a backward: will the graph be kept for another one? (2.11, 2.13)
@@ -154,6 +171,16 @@ def _dense(device: torch.device) -> frozenset[int]:
         with torch.inference_mode(inference):
             found.append(_keys(torch.empty(0, device=device)).raw_repr())
     return frozenset(found)
+
+
+@constant_in_trace
+def to_standard_operators() -> bool:
+    """Does a trace go where only torch's own operators are known: TorchScript, or ONNX?
+
+    An export to ONNX shows by its module, which nobody imports for another reason. (2.11, 2.13)
+    """
+    onnx = sys.modules.get("torch.onnx")
+    return _traced() is not None or (onnx is not None and onnx.is_in_onnx_export())
 
 
 # --- torch.compile -------------------------------------------------------------------------------

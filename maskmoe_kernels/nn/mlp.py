@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import parameters_of_any_size, transformed
+from maskmoe_kernels._compat import parameters_of_any_size, to_standard_operators, transformed
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -140,7 +140,8 @@ class MaskedMLP(nn.Sequential):
         Raises:
             LayoutError: A shape, dtype or device that does not fit.
         """
-        if transformed():
+        # AOTInductor cannot call an op with an empty list, and other formats do not know it.
+        if transformed() or torch.compiler.is_exporting() or to_standard_operators():
             return None
         tracing = torch.compiler.is_dynamo_compiling()
         found = self._arguments(tracing)

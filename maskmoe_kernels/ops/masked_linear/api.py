@@ -16,14 +16,15 @@ from maskmoe_kernels._compat import (
     constant_in_trace,
     forward_mode,
     func_transforms,
+    to_standard_operators,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, serialized_layout
 from maskmoe_kernels.ops.activations import FUNCTIONS, activation_name
 from maskmoe_kernels.ops.checks import PLAIN, check_linear, check_places, refuse_sharded
-from maskmoe_kernels.ops.dispatch import LayoutHandle, choose, warn_of_fallback
-from maskmoe_kernels.ops.masked_linear import reference
+from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend, choose, warn_of_fallback
+from maskmoe_kernels.ops.masked_linear import reference, torch_impl
 from maskmoe_kernels.ops.masked_linear.autograd import (
     APPLY,
     MaskedLinearFunction,
@@ -79,6 +80,8 @@ def masked_linear(
         refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()
+    if to_standard_operators():
+        return _standard(x, weight, bias, layout, name, backend)
     runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
     registered, direct = runs or _runs(backend, x, layout, keep=not compiling)
     if forward_mode():
@@ -154,6 +157,8 @@ def traced_masked_linear(
     if x.dim() == 0 or not x.is_floating_point():
         raise LayoutError(f"x must be floating-point, (*, in_features), got {x.dtype} {x.shape}")
     check_places(x, weight, bias)
+    if to_standard_operators():
+        return _standard(x, weight, bias, layout(), name, backend)
     chosen = choose("masked_linear", backend, handle, (x,))
     if chosen == "reference":
         return reference.masked_linear(x, weight, bias, layout(), name)
@@ -168,6 +173,25 @@ def traced_masked_linear(
         return y
     result: Tensor = run.forward(x, weight, bias, *run.of_forward, name, False)[0]
     return result
+
+
+def _standard(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    """What TorchScript and ONNX record."""
+    check_backend(backend)
+    if backend in ("native", "triton"):
+        raise BackendError(
+            f"backend {backend!r} has no operators in TorchScript or ONNX; leave the choice open "
+            "with backend=None, which records torch's own, or use torch.export, which keeps the "
+            "kernels"
+        )
+    return torch_impl.standard(x, weight, bias, layout, activation)
 
 
 def _refuse_transform(backend: str | None) -> None:

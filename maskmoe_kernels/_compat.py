@@ -20,6 +20,10 @@ from torch.autograd import forward_ad
 # 2.11, 2.13. Called when a module or global hook exists: torch.nn's own fast paths ask it.
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
+# 2.11, 2.13. What ``weight_norm`` and ``spectral_norm`` of ``parametrizations`` register.
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralParametrization
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
+
 # 2.11, 2.13. Leaves every mode of torch.overrides and of the dispatcher, FakeTensorMode included.
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -30,9 +34,12 @@ __all__ = [
     "DISABLED_TORCH_FUNCTION",
     "MODULE_CALL",
     "MODULE_CALL_IMPL",
+    "SpectralParametrization",
+    "WeightNormParametrization",
     "any_autocast",
     "assert_async",
     "constant_in_trace",
+    "foreign_format",
     "forward_mode",
     "func_transforms",
     "has_any_global_hook",
@@ -43,7 +50,6 @@ __all__ = [
     "parameters_of_any_size",
     "plain_call",
     "register_constant",
-    "to_standard_operators",
     "transformed",
 ]
 
@@ -114,15 +120,15 @@ def outside_of_modes() -> ExitStack:
 @contextmanager
 def _without_tracer() -> Iterator[None]:
     """torch.jit.trace records nothing of what runs in this context. (2.11, 2.13)"""
-    state = torch._C._get_tracing_state()
+    state = _traced()
     if state is None:
         yield
         return
-    torch._C._set_tracing_state(None)
+    _set_traced(None)
     try:
         yield
     finally:
-        torch._C._set_tracing_state(state)
+        _set_traced(state)
 
 
 #: In a backward: will the graph be kept for another one? (2.11, 2.13)
@@ -147,6 +153,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _profiled = torch._C._autograd._profiler_enabled
 _traced = torch._C._get_tracing_state
+_set_traced: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
 
 
 def plain_call(x: Tensor) -> bool:
@@ -174,13 +181,15 @@ def _dense(device: torch.device) -> frozenset[int]:
 
 
 @constant_in_trace
-def to_standard_operators() -> bool:
-    """Does a trace go where only torch's own operators are known: TorchScript, or ONNX?
+def foreign_format() -> str | None:
+    """Where a trace goes that knows torch's own operators alone, if it does: TorchScript or ONNX.
 
-    An export to ONNX shows by its module, which nobody imports for another reason. (2.11, 2.13)
+    An export to ONNX has imported its module. (2.11, 2.13)
     """
     onnx = sys.modules.get("torch.onnx")
-    return _traced() is not None or (onnx is not None and onnx.is_in_onnx_export())
+    if onnx is not None and onnx.is_in_onnx_export():
+        return "ONNX"
+    return None if _traced() is None else "TorchScript"
 
 
 # --- torch.compile -------------------------------------------------------------------------------

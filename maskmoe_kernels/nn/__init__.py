@@ -6,6 +6,7 @@ from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
+from maskmoe_kernels.nn.routed import unrouted
 from maskmoe_kernels.nn.stacked import StackedLinear
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "MaskedMultiheadAttention",
     "StackedLinear",
     "table_of",
+    "unrouted",
 ]

@@ -14,9 +14,9 @@ from torch.compiler import is_compiling
 from maskmoe_kernels._compat import (
     any_autocast,
     constant_in_trace,
+    foreign_format,
     forward_mode,
     func_transforms,
-    to_standard_operators,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
@@ -80,7 +80,7 @@ def masked_linear(
         refuse_sharded(x, weight, bias)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()
-    if to_standard_operators():
+    if foreign_format() is not None:
         return _standard(x, weight, bias, layout, name, backend)
     runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
     registered, direct = runs or _runs(backend, x, layout, keep=not compiling)
@@ -157,7 +157,7 @@ def traced_masked_linear(
     if x.dim() == 0 or not x.is_floating_point():
         raise LayoutError(f"x must be floating-point, (*, in_features), got {x.dtype} {x.shape}")
     check_places(x, weight, bias)
-    if to_standard_operators():
+    if foreign_format() is not None:
         return _standard(x, weight, bias, layout(), name, backend)
     chosen = choose("masked_linear", backend, handle, (x,))
     if chosen == "reference":
@@ -185,13 +185,25 @@ def _standard(
 ) -> Tensor:
     """What TorchScript and ONNX record."""
     check_backend(backend)
+    _warn_or_refuse_format(backend)
+    return torch_impl.standard(x, weight, bias, layout, activation)
+
+
+@constant_in_trace
+def _warn_or_refuse_format(backend: str | None) -> None:
+    where = foreign_format()
     if backend in ("native", "triton"):
         raise BackendError(
-            f"backend {backend!r} has no operators in TorchScript or ONNX; leave the choice open "
-            "with backend=None, which records torch's own, or use torch.export, which keeps the "
+            f"backend {backend!r} has no operators in {where}; leave the choice open with "
+            "backend=None, which records PyTorch's own, or use torch.export, which keeps the "
             "kernels"
         )
-    return torch_impl.standard(x, weight, bias, layout, activation)
+    if backend is None and where == "TorchScript":
+        warnings.warn(
+            "torch.jit.trace records masked_linear as PyTorch's own operators, which are slower "
+            "than its kernels; torch.export keeps the kernels (backend='torch' says that you know)",
+            stacklevel=5,
+        )
 
 
 def _refuse_transform(backend: str | None) -> None:

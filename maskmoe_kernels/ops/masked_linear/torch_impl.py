@@ -13,7 +13,6 @@ unseen values are set aside first: a multiply by zero is not absence.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +20,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from maskmoe_kernels._compat import constant_in_trace
+from maskmoe_kernels._compat import constant_in_trace, outside_of_modes
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import transposed_layout
 from maskmoe_kernels.ops.activations import FUNCTIONS, NEEDS_INPUT, grad_before
@@ -177,9 +176,9 @@ def _features(x: Tensor, features: list[int], routed: bool) -> Tensor:
     return seen if routed else seen.detach()
 
 
+@constant_in_trace
 def _constant(values: list[int], device: torch.device) -> Tensor:
-    with warnings.catch_warnings():  # torch.jit.trace says that it is one, which it shall be
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+    with outside_of_modes():
         return torch.tensor(values, device=device)
 
 

@@ -71,7 +71,7 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     call = ctx.call.with_tensors(x, tensors)
-    # torch cannot repeat an op that returns a list for a batch of gradients; it can those of layers.
+    # For a batch of gradients torch repeats the ops of layers, but none that returns a list.
     op = layers_backward if is_batched(grad_logits) else BACKWARD
     found = run(
         op, grad_logits, *call[:6], saved, call.serialized, call.layouts, call.activation,

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# 2.11, 2.13.
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # 2.11, 2.13. Called when a module or global hook exists: torch.nn's own fast paths ask it.
@@ -51,6 +54,7 @@ __all__ = [
     "plain_call",
     "register_constant",
     "transformed",
+    "without_tracer",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,7 +97,12 @@ def transformed() -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Does a batch of ``torch.func.vmap`` or of ``is_grads_batched`` hide in it? (2.11, 2.13)"""
+    """Does a batch of ``torch.func.vmap`` or of ``is_grads_batched`` hide in it? (2.11, 2.13)
+
+    Not in a tensor of a trace.
+    """
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -106,11 +115,14 @@ def is_fake(tensor: Tensor) -> bool:
 def outside_of_modes() -> ExitStack:
     """What runs in this context makes plain tensors, whatever mode is active.
 
-    No fake tensors of a trace; no nodes of torch.jit.trace; no inference tensors, which a later
-    backward could not save; no subclasses that a torch function mode makes. (2.11, 2.13)
+    No fake tensors of a trace; no nodes of torch.jit.trace; no wrappers of torch.func; no inference
+    tensors, which a later backward could not save; no subclasses that a torch function mode makes.
+    (2.11, 2.13)
     """
     stack = ExitStack()
-    stack.enter_context(_without_tracer())
+    if torch._C._are_functorch_transforms_active():
+        stack.enter_context(temporarily_clear_interpreter_stack())
+    stack.enter_context(without_tracer())
     stack.enter_context(_disable_current_modes())
     stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(torch.inference_mode(False))
@@ -118,7 +130,7 @@ def outside_of_modes() -> ExitStack:
 
 
 @contextmanager
-def _without_tracer() -> Iterator[None]:
+def without_tracer() -> Iterator[None]:
     """torch.jit.trace records nothing of what runs in this context. (2.11, 2.13)"""
     state = _traced()
     if state is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe_kernels._compat import constant_in_trace, register_constant
+from maskmoe_kernels._compat import register_constant
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import (
     block_sizes,
@@ -304,7 +304,7 @@ class BlockLayout:
 
     def weight_index(self, device: torch.device) -> Tensor:
         """Position in the flattened ``(out, in)`` matrix of each packed weight, int64."""
-        return _weight_index(self, device)
+        return self.table("weight_index", device, lambda: self._weight_index)
 
     def table(self, name: str, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
         """A table of this layout, built by ``build()`` once and kept on each ``device``."""
@@ -398,11 +398,6 @@ class BlockLayout:
         if self.row_order is not None or self.col_order is not None:
             text += ", interleaved"
         return text + ")"
-
-
-@constant_in_trace
-def _weight_index(layout: BlockLayout, device: torch.device) -> Tensor:
-    return layout.table("weight_index", device, lambda: layout._weight_index)
 
 
 # A trace compares it by ``==``, and may pass it to a function that it calls.

@@ -20,7 +20,7 @@ from maskmoe_kernels.nn.packing import (
     packing_mismatch,
     packing_state,
 )
-from maskmoe_kernels.nn.parametrized import Parametrizations, note_way_to_prune, refuse_old_style
+from maskmoe_kernels.nn.parametrized import Parametrizations, make_right, note_way_to_prune
 from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend
@@ -49,9 +49,10 @@ class MaskedLinear(Routed):
     torch's tools see the packed weight, which has one dimension:
 
     - ``torch.nn.utils.parametrizations``: ``weight_norm`` is by unit and ``spectral_norm`` by the
-      norm of the matrix, as of ``nn.Linear`` (of its argument ``n_power_iterations`` a layer learns
-      nothing; set it on ``layer.parametrizations.weight[0].inner``). ``orthogonal`` raises: a mask
-      and orthogonal rows exclude each other. Their older namesakes in ``torch.nn.utils`` raise.
+      norm of the matrix, as of ``nn.Linear``; so are their older namesakes in ``torch.nn.utils``.
+      (A layer cannot see the argument ``n_power_iterations`` of the newer one; set it on
+      ``layer.parametrizations.weight[0].inner``.) ``orthogonal`` raises, for masked rows can
+      hardly be orthogonal.
     - ``torch.nn.utils.prune``: unstructured methods choose among the visible weights. A mask of the
       matrix is packed first: ``custom_from_mask(layer, "weight", layer.layout.pack(mask))``;
       structured methods, which need a matrix, raise.
@@ -127,12 +128,8 @@ class MaskedLinear(Routed):
             note_way_to_prune()  # torch puts the weight back where pruning it has failed
 
     def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
-        """As torch's.
-
-        Raises:
-            LayoutError: The hook is that of ``torch.nn.utils.weight_norm`` or ``spectral_norm``.
-        """
-        refuse_old_style(self, hook)
+        """As torch's."""
+        make_right(hook, self)
         return super().register_forward_pre_hook(hook, **options)
 
     def _make_handle(self) -> None:
@@ -297,6 +294,14 @@ class MaskedLinear(Routed):
         for name, weight in dense.items():
             if tuple(weight.shape) == expected:
                 state_dict[prefix + name] = self.layout.pack(weight)
+                if name in _DIRECTIONS and not torch.equal(
+                    self.layout.unpack(state_dict[prefix + name]), weight
+                ):
+                    error_msgs.append(
+                        f"mask mismatch for {prefix}{name}: the norms of the checkpoint are of "
+                        "weights outside of this layer's mask, too; load a weight without "
+                        "weight_norm, and register that afterwards."
+                    )
             else:
                 error_msgs.append(
                     f"size mismatch for {prefix}{name}: a dense weight must be (out_features, "
@@ -337,11 +342,13 @@ class MaskedLinear(Routed):
         return text
 
 
+#: A weight of which weight_norm takes the direction.
+_DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
 #: Under which names a weight is saved: its own; and torch's, where it is pruned or parametrized.
 _WEIGHTS = (
     "weight",
     "weight_orig",
     "weight_mask",
     "parametrizations.weight.original",
-    "parametrizations.weight.original1",
+    *_DIRECTIONS,
 )

@@ -19,7 +19,6 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from maskmoe_kernels._compat import SpectralParametrization, WeightNormParametrization
-from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 
 
@@ -128,24 +127,41 @@ def note_way_to_prune() -> None:
         )
 
 
-def refuse_old_style(module: nn.Module, hook: object) -> None:
-    """Raise LayoutError for the hooks of torch's older ``weight_norm`` and ``spectral_norm``.
+class _OlderWeightNorm(WeightNorm):
+    on_matrix: OnMatrix
 
-    They compute with a packed weight as with a matrix of one column. The module is as it was.
+    def compute_weight(self, module: nn.Module) -> Any:
+        return self.on_matrix(module.weight_g, module.weight_v)
+
+
+class _OlderSpectralNorm(SpectralNorm):
+    layout: BlockLayout
+
+    def reshape_weight_to_matrix(self, weight: Tensor) -> Tensor:
+        return self.layout.unpack(weight)
+
+
+def make_right(hook: Any, module: Any) -> None:
+    """Have a hook of torch's older ``weight_norm`` or ``spectral_norm`` see the matrix.
+
+    Args:
+        hook: Any forward pre-hook; others stay as they are.
+        module: A layer with packed weights, which has what the hook needs already.
     """
-    if not isinstance(hook, (WeightNorm, SpectralNorm)) or hook.name != "weight":
+    if getattr(hook, "name", None) != "weight":
         return
-    if isinstance(hook, WeightNorm) and hook.dim == -1:
-        return  # one norm for all weights, in whatever order
-    kept = module._parameters["weight_v" if isinstance(hook, WeightNorm) else "weight_orig"]
-    delattr(module, "weight")
-    for name in ("weight_g", "weight_v", "weight_orig"):
-        module._parameters.pop(name, None)
-    for name in ("weight_u", "weight_v"):
-        module._buffers.pop(name, None)
-    module.register_parameter("weight", kept)
-    name = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-    raise LayoutError(
-        f"torch.nn.utils.{name} knows no packed weight; torch.nn.utils.parametrizations.{name} "
-        f"does here: by {'units' if name == 'weight_norm' else 'the norm of the matrix'}"
-    )
+    kind = type(hook)
+    if kind is WeightNorm and hook.dim != -1:  # -1: one norm of all, in whatever order
+        hook.__class__ = _OlderWeightNorm
+        hook.on_matrix = _on_matrix(WeightNormParametrization(hook.dim), module.layout, Tensor)
+        with torch.no_grad():
+            norms, _ = hook.on_matrix.right_inverse(module.weight_v)
+        module.weight_g = nn.Parameter(norms)
+        module.weight = hook.compute_weight(module)
+    elif kind is SpectralNorm:
+        hook.__class__ = _OlderSpectralNorm
+        hook.layout = module.layout
+        sizes = {"weight_u": module.layout.out_features, "weight_v": module.layout.in_features}
+        for name, size in sizes.items():
+            vector = module.weight_orig.new_empty(size).normal_()
+            setattr(module, name, nn.functional.normalize(vector.detach(), dim=0, eps=hook.eps))

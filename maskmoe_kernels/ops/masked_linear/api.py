@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from maskmoe_kernels._compat import (
     any_autocast,
@@ -17,6 +17,7 @@ from maskmoe_kernels._compat import (
     foreign_format,
     forward_mode,
     func_transforms,
+    without_tracer,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
@@ -78,10 +79,12 @@ def masked_linear(
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
+    if foreign_format() is not None:
+        with without_tracer():  # which would make a tensor of each size
+            check_linear(x, weight, bias, layout)
+        return _standard(x, weight, bias, layout, name, backend)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()
-    if foreign_format() is not None:
-        return _standard(x, weight, bias, layout, name, backend)
     runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
     registered, direct = runs or _runs(backend, x, layout, keep=not compiling)
     if forward_mode():
@@ -89,6 +92,8 @@ def masked_linear(
     if func_transforms():
         _refuse_transform(backend)
         registered = None
+    if registered is None and is_dynamo_compiling():
+        return torch_impl.standard(x, weight, bias, layout, name)
     if registered is None:
         return reference.masked_linear(x, weight, bias, layout, name)
     if direct is not None and unwatched(x, weight, bias):
@@ -161,7 +166,7 @@ def traced_masked_linear(
         return _standard(x, weight, bias, layout(), name, backend)
     chosen = choose("masked_linear", backend, handle, (x,))
     if chosen == "reference":
-        return reference.masked_linear(x, weight, bias, layout(), name)
+        return torch_impl.standard(x, weight, bias, layout(), name)
     op = "triton_linear" if chosen == "triton" and not x.is_cuda else OP_OF[chosen]
     _, layout_id, out_features = handle.numbers.shape
     run = registered_run(op, handle.serialized, layout_id, out_features)

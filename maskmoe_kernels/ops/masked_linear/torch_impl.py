@@ -19,6 +19,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels._compat import constant_in_trace, outside_of_modes
 from maskmoe_kernels.layout.blocks import BlockLayout
@@ -113,10 +114,11 @@ def backward(
 def standard(
     x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout, activation: str
 ) -> Tensor:
-    """The map in torch's own operators alone, for TorchScript and ONNX.
+    """The map in torch's own operators alone, for TorchScript, ONNX, and traces of the reference.
 
     One matrix product a row block. Unseen features are in none, so absent is absent there, too.
-    Autograd derives the routed gradients: what a block without a route reads is detached.
+    Autograd derives the routed gradients, of any order: what a block without a route reads is
+    detached. No table of the layout is read, which a trace could not make.
     """
     parts = []
     rows = _standard_rows(layout)
@@ -176,8 +178,9 @@ def _features(x: Tensor, features: list[int], routed: bool) -> Tensor:
     return seen if routed else seen.detach()
 
 
-@constant_in_trace
 def _constant(values: list[int], device: torch.device) -> Tensor:
+    if is_dynamo_compiling():
+        return torch.tensor(values, device=device)
     with outside_of_modes():
         return torch.tensor(values, device=device)
 

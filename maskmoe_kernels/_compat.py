@@ -196,12 +196,15 @@ def _dense(device: torch.device) -> frozenset[int]:
 def foreign_format() -> str | None:
     """Where a trace goes that knows torch's own operators alone, if it does: TorchScript or ONNX.
 
-    An export to ONNX has imported its module. (2.11, 2.13)
+    (2.11, 2.13)
     """
+    state = _traced()
+    if state is None and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return None  # asking further would take longer than a small layer
     onnx = sys.modules.get("torch.onnx")
     if onnx is not None and onnx.is_in_onnx_export():
         return "ONNX"
-    return None if _traced() is None else "TorchScript"
+    return None if state is None else "TorchScript"
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -80,8 +80,6 @@ def masked_linear(
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
     if foreign_format() is not None:
-        with without_tracer():  # which would make a tensor of each size
-            check_linear(x, weight, bias, layout)
         return _standard(x, weight, bias, layout, name, backend)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()
@@ -92,20 +90,27 @@ def masked_linear(
     if func_transforms():
         _refuse_transform(backend)
         registered = None
-    if registered is None and is_dynamo_compiling():
-        return torch_impl.standard(x, weight, bias, layout, name)
     if registered is None:
-        return reference.masked_linear(x, weight, bias, layout, name)
+        plain = torch_impl.standard if is_dynamo_compiling() else reference.masked_linear
+        return plain(x, weight, bias, layout, name)
     if direct is not None and unwatched(x, weight, bias):
         registered = direct
+    apply = MaskedLinearFunction.apply if compiling else APPLY
+    return _called(registered, apply, x, weight, bias, name)
+
+
+def _called(
+    run: Run, apply: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """What ``run`` computes, through autograd if a gradient is asked for."""
+    y: Tensor
     if torch.is_grad_enabled() and (
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        apply: Any = MaskedLinearFunction.apply if compiling else APPLY
-        y: Tensor = apply(x, weight, bias, (registered, name))
-        return y
-    result: Tensor = registered[0](x, weight, bias, *registered[2], name, False)[0]
-    return result
+        y = apply(x, weight, bias, (run, activation))
+    else:
+        y = run.forward(x, weight, bias, *run.of_forward, activation, False)[0]
+    return y
 
 
 def _runs(
@@ -170,14 +175,7 @@ def traced_masked_linear(
     op = "triton_linear" if chosen == "triton" and not x.is_cuda else OP_OF[chosen]
     _, layout_id, out_features = handle.numbers.shape
     run = registered_run(op, handle.serialized, layout_id, out_features)
-    if torch.is_grad_enabled() and (
-        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        apply: Any = MaskedLinearFunction.apply
-        y: Tensor = apply(x, weight, bias, (run, name))
-        return y
-    result: Tensor = run.forward(x, weight, bias, *run.of_forward, name, False)[0]
-    return result
+    return _called(run, MaskedLinearFunction.apply, x, weight, bias, name)
 
 
 def _standard(
@@ -191,6 +189,9 @@ def _standard(
     """What TorchScript and ONNX record."""
     check_backend(backend)
     _warn_or_refuse_format(backend)
+    if not is_dynamo_compiling():
+        with without_tracer():  # which would make a tensor of each size
+            check_linear(x, weight, bias, layout)
     return torch_impl.standard(x, weight, bias, layout, activation)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -44,7 +44,12 @@ class Routed(nn.Module):
 
 def unrouted(module: M) -> M:
     """:meth:`Routed.unrouted` of any module: of your own that has such layers inside, say."""
-    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    tensors = [*module.parameters(), *module.buffers()]
+    # A pruned weight is neither: an attribute with a graph, which cannot be copied.
+    tensors += [
+        t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor)
+    ]
+    shared = {id(tensor): tensor for tensor in tensors}
     twin = copy.deepcopy(module, shared)
     for part in twin.modules():
         if isinstance(part, Routed):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
@@ -201,6 +202,29 @@ def test_the_twin_runs_as_one_op_with_its_own_gradients():
             torch.testing.assert_close(
                 [*found], [t.to(f.dtype) for t, f in zip(expected, found, strict=True)]
             )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+def test_pruned_and_normed_layers_have_a_twin(change):
+    module, x = made("mlp")
+    change(module.layers[1])
+    module.eval()(x)  # weights that hooks compute are there, with their graphs
+    twin = module.unrouted()
+    torch.testing.assert_close(slopes(twin, x)[0], slopes(module, x)[1], rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(twin(x), module(x))
 
 
 def test_embeddings_get_their_derivatives():

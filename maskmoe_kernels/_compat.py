@@ -7,17 +7,25 @@ package's lowest layer holds this module, because layouts need it as well as ops
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+# 2.11, 2.13.
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 # 2.11, 2.13. Called when a module or global hook exists: torch.nn's own fast paths ask it.
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
+
+# 2.11, 2.13. What ``weight_norm`` and ``spectral_norm`` of ``parametrizations`` register.
+from torch.nn.utils.parametrizations import _SpectralNorm as SpectralParametrization
+from torch.nn.utils.parametrizations import _WeightNorm as WeightNormParametrization
 
 # 2.11, 2.13. Leaves every mode of torch.overrides and of the dispatcher, FakeTensorMode included.
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,9 +37,12 @@ __all__ = [
     "DISABLED_TORCH_FUNCTION",
     "MODULE_CALL",
     "MODULE_CALL_IMPL",
+    "SpectralParametrization",
+    "WeightNormParametrization",
     "any_autocast",
     "assert_async",
     "constant_in_trace",
+    "foreign_format",
     "forward_mode",
     "func_transforms",
     "has_any_global_hook",
@@ -44,6 +55,7 @@ __all__ = [
     "register_constant",
     "transformed",
     "without_autocast",
+    "without_tracer",
 ]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -91,7 +103,12 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Does a batch of ``torch.func.vmap`` or of ``is_grads_batched`` hide in it? (2.11, 2.13)"""
+    """Does a batch of ``torch.func.vmap`` or of ``is_grads_batched`` hide in it? (2.11, 2.13)
+
+    Not in a tensor of a trace.
+    """
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
@@ -104,14 +121,32 @@ def is_fake(tensor: Tensor) -> bool:
 def outside_of_modes() -> ExitStack:
     """What runs in this context makes plain tensors, whatever mode is active.
 
-    No fake tensors of a trace; no inference tensors, which a later backward could not save; no
-    subclasses that a torch function mode makes. (2.11, 2.13)
+    No fake tensors of a trace; no nodes of torch.jit.trace; no wrappers of torch.func; no inference
+    tensors, which a later backward could not save; no subclasses that a torch function mode makes.
+    (2.11, 2.13)
     """
     stack = ExitStack()
+    if torch._C._are_functorch_transforms_active():
+        stack.enter_context(temporarily_clear_interpreter_stack())
+    stack.enter_context(without_tracer())
     stack.enter_context(_disable_current_modes())
     stack.enter_context(torch._C.DisableTorchFunction())
     stack.enter_context(torch.inference_mode(False))
     return stack
+
+
+@contextmanager
+def without_tracer() -> Iterator[None]:
+    """torch.jit.trace records nothing of what runs in this context. (2.11, 2.13)"""
+    state = _traced()
+    if state is None:
+        yield
+        return
+    _set_traced(None)
+    try:
+        yield
+    finally:
+        _set_traced(state)
 
 
 #: In a backward: will the graph be kept for another one? (2.11, 2.13)
@@ -136,6 +171,7 @@ _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 _profiled = torch._C._autograd._profiler_enabled
 _traced = torch._C._get_tracing_state
+_set_traced: Callable[[Any], None] = torch._C._set_tracing_state  # type: ignore[attr-defined]
 
 
 def plain_call(x: Tensor) -> bool:
@@ -160,6 +196,21 @@ def _dense(device: torch.device) -> frozenset[int]:
         with torch.inference_mode(inference):
             found.append(_keys(torch.empty(0, device=device)).raw_repr())
     return frozenset(found)
+
+
+@constant_in_trace
+def foreign_format() -> str | None:
+    """Where a trace goes that knows torch's own operators alone, if it does: TorchScript or ONNX.
+
+    (2.11, 2.13)
+    """
+    state = _traced()
+    if state is None and not torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        return None  # asking further would take longer than a small layer
+    onnx = sys.modules.get("torch.onnx")
+    if onnx is not None and onnx.is_in_onnx_export():
+        return "ONNX"
+    return None if state is None else "TorchScript"
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -252,6 +252,22 @@ class BlockLayout:
         """Does every present block route its gradient (an ordinary masked linear map)?"""
         return self.routes_grad is self.present or torch.equal(self.routes_grad, self.present)
 
+    def unrouted(self) -> BlockLayout:
+        """The same blocks, every one routed: the gradient to the input is then the derivative.
+
+        Weights are packed alike, so a weight of this layout is one of that.
+        """
+        return self if self.routes_all else self.caches.derive("unrouted", self._routing_all)
+
+    def _routing_all(self) -> BlockLayout:
+        return BlockLayout(
+            self.row_sizes,
+            self.col_sizes,
+            self.present,
+            row_order=self.row_order,
+            col_order=self.col_order,
+        )
+
     def mask(self) -> Tensor:
         """Entry (o, f): may output unit o see input feature f? ``(out, in)``, bool."""
         return self._expand(self.present)

@@ -48,5 +48,6 @@ class Caches:
         """What ``make()`` returned when ``name`` was first asked for."""
         found: T | None = self.derived.get(name)
         if found is None:
-            found = self.derived[name] = make()
+            with outside_of_modes():  # it outlives the call that needs it first
+                found = self.derived[name] = make()
         return found

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
@@ -15,6 +15,7 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.mlp import MaskedMLP
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 from maskmoe_kernels.ops.selection.api import (
@@ -28,7 +29,7 @@ from maskmoe_kernels.ops.selection.labels import check_labels
 from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
-class InterpretableMLP(nn.Module):
+class InterpretableMLP(Routed):
     """All experts of a family as one masked MLP: expert i's logit is a function of S_i alone.
 
     With h_0 = x, and h_k^i the units of expert i in layer k (eq. 14)::

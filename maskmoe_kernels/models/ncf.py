@@ -15,6 +15,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_unsupported_reason
 from maskmoe_kernels.nn.interception import interceptor
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.ops.selection.api import gem_loss
 
@@ -93,7 +94,7 @@ def _watched(module: nn.Module | None) -> bool:
     return reason is not None
 
 
-class InterpretableNCF(nn.Module):
+class InterpretableNCF(Routed):
     """Four experts: content, content + user, content + item, all (section 4.2.2).
 
     Args:

@@ -11,6 +11,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import block_sizes, check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.checks import check_beside, check_floats
 from maskmoe_kernels.ops.selection.api import Mixture, mixture
 from maskmoe_kernels.ops.selection.torch_impl import Confidence
@@ -108,7 +109,7 @@ def _without(x: Tensor, padding: Tensor | None) -> Tensor:
     return x if padding is None else x.masked_fill(padding.unsqueeze(-1), 0)
 
 
-class SessionExperts(SessionModel):
+class SessionExperts(Routed, SessionModel):
     """A session model with one logit per expert, of a family over the groups of both halves.
 
     Args:

@@ -7,6 +7,7 @@ from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 from maskmoe_kernels.nn.optimizers import pack_optimizer_state
+from maskmoe_kernels.nn.routed import unrouted
 from maskmoe_kernels.nn.stacked import StackedLinear
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "StackedLinear",
     "pack_optimizer_state",
     "table_of",
+    "unrouted",
 ]

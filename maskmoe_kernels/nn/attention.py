@@ -6,18 +6,19 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.arguments import block_sizes, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.nn.stacked import StackedLinear
 from maskmoe_kernels.ops.checks import check_beside, check_floats
 
 
-class MaskedMultiheadAttention(nn.Module):
+class MaskedMultiheadAttention(Routed):
     """``nn.MultiheadAttention`` in which each head belongs to one expert (section 3.4.3).
 
     Head h of expert i is ``softmax(q_h k_h^T / sqrt(d_h)) v_h``. The projections of expert i to q,

@@ -20,11 +20,12 @@ from maskmoe_kernels.layout.arguments import (
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.nn.stacked import StackedLinear
 from maskmoe_kernels.ops.checks import check_beside, check_floats
 
 
-class MaskedGRUCell(nn.Module):
+class MaskedGRUCell(Routed):
     """``nn.GRUCell`` of all experts: one masked product of the input, one of the state.
 
     With h the experts' states side by side, x the input and masked maps W, U (torch's equations)::
@@ -111,7 +112,7 @@ class MaskedGRUCell(nn.Module):
 _CELL_FORWARD = MaskedGRUCell.forward
 
 
-class MaskedGRU(nn.Module):
+class MaskedGRU(Routed):
     """``nn.GRU`` of all experts: blind outside their subset, and each trained by its own loss.
 
     One masked product computes the gates' input for a whole sequence; each step is another masked

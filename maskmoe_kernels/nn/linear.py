@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.utils.hooks import RemovableHandle
 
 from maskmoe_kernels._compat import parameters_of_any_size
 from maskmoe_kernels.errors import LayoutError
@@ -19,13 +20,15 @@ from maskmoe_kernels.nn.packing import (
     packing_mismatch,
     packing_state,
 )
+from maskmoe_kernels.nn.parametrized import Parametrizations, make_right, note_way_to_prune
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.nn.sharding import sharded_like, whole
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend
 from maskmoe_kernels.ops.masked_linear.api import masked_linear, traced_masked_linear
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(Routed):
     """Linear layer over the true entries of a mask, with routed gradients (section 3.4.2).
 
     A drop-in for masked ``nn.Linear`` layers: the constructor takes a dense mask, dense
@@ -43,6 +46,20 @@ class MaskedLinear(nn.Module):
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
+
+    torch's tools see the packed weight, which has one dimension:
+
+    - ``torch.nn.utils.parametrizations``: ``weight_norm`` is by unit and ``spectral_norm`` by the
+      norm of the matrix, as of ``nn.Linear``; so are their older namesakes in ``torch.nn.utils``.
+      (A layer cannot see the argument ``n_power_iterations`` of the newer one; set it on
+      ``layer.parametrizations.weight[0].inner``.) ``orthogonal`` raises, for masked rows can
+      hardly be orthogonal.
+    - ``torch.nn.utils.prune``: unstructured methods choose among the visible weights. A mask of the
+      matrix is packed first: ``custom_from_mask(layer, "weight", layer.layout.pack(mask))``;
+      structured methods, which need a matrix, raise.
+    - ``torch.nn.init``: what needs a fan-in raises; give it :meth:`row_weights`.
+    - An optimizer that tells matrices from vectors by their dimensions (no weight decay for
+      ``p.dim() < 2``, say) takes it for a vector: name the weight.
 
     Attributes:
         weight: Packed visible weights, ``(layout.num_weights,)``.
@@ -103,10 +120,30 @@ class MaskedLinear(nn.Module):
         self.reset_parameters()
         self._make_handle()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "parametrizations" and type(value) is nn.ModuleDict:  # as torch sets it
+            value = Parametrizations(self.layout)
+        super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's."""
+        super().register_parameter(name, param)
+        if name == "weight" and "weight_orig" in self._parameters:
+            note_way_to_prune()  # torch puts the weight back where pruning it has failed
+
+    def register_forward_pre_hook(self, hook: Any, **options: Any) -> RemovableHandle:
+        """As torch's."""
+        make_right(hook, self)
+        return super().register_forward_pre_hook(hook, **options)
+
     def _make_handle(self) -> None:
         # torch.compile finds it but cannot make it; so it exists before the first call, wherever
         # the parameters go.
         self._handle = LayoutHandle.of(self.layout, self.weight.device)
+
+    def _unroute(self) -> None:
+        self.layout = self.layout.unrouted()
+        self._make_handle()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
@@ -201,10 +238,31 @@ class MaskedLinear(nn.Module):
             per_unit = bound.repeat_interleave(torch.tensor(layout.row_sizes))
             if layout.row_order is not None:
                 per_unit = per_unit[layout.row_order.argsort()]
-        for parameter, scale in ((self.weight, per_weight), (self.bias, per_unit)):
+        weight: Any = self.weight
+        parametrized = "weight" not in self._parameters  # so each access computes it
+        weight = torch.empty_like(weight) if parametrized else weight
+        for parameter, scale in ((weight, per_weight), (self.bias, per_unit)):
             if parameter is not None:
                 scale = scale.to(parameter.device, parameter.dtype)
                 parameter.uniform_(-1, 1).mul_(sharded_like(scale, parameter))
+        if parametrized:
+            self.weight = weight
+
+    def row_weights(self) -> list[Tensor]:
+        """Views of the weight as matrices: ``(units, fan-in)`` of each row block that sees any.
+
+        Units of a row block see the same features, in the order of the block's columns. So
+        initializers that need a fan-in take the true one.
+
+        Example:
+            >>> for rows in layer.row_weights():
+            ...     nn.init.kaiming_uniform_(rows, nonlinearity="relu")
+        """
+        layout = self.layout
+        offsets = layout.weight_offsets
+        blocks = zip(offsets, offsets[1:], layout.row_sizes, strict=False)
+        weight = self.weight.detach()
+        return [weight[a:b].view(-1, units).t() for a, b, units in blocks if b > a]
 
     def forward(self, x: Tensor) -> Tensor:
         """``(*, in_features)`` to ``(*, out_features)``."""
@@ -238,27 +296,36 @@ class MaskedLinear(nn.Module):
     ) -> None:
         # torch hands over a copy of the caller's dictionary, so entries may be replaced here.
         # A dense (out, in) weight, as nn.Linear saves it, is packed on the way in.
-        weight = state_dict.get(prefix + "weight")
         expected = (self.out_features, self.in_features)
         key = prefix + "_extra_state"
-        if weight is not None and weight.dim() == 2:
+        found = {name: state_dict.get(prefix + name) for name in _WEIGHTS}
+        dense = {name: t for name, t in found.items() if t is not None and t.dim() == 2}
+        for name, weight in dense.items():
             if tuple(weight.shape) == expected:
                 packed = self.layout.pack(whole(weight))
-                state_dict[prefix + "weight"] = sharded_like(packed, self.weight)
+                if name in _DIRECTIONS and not torch.equal(
+                    self.layout.unpack(packed), whole(weight)
+                ):
+                    error_msgs.append(
+                        f"mask mismatch for {prefix}{name}: the norms of the checkpoint are of "
+                        "weights outside of this layer's mask, too; load a weight without "
+                        "weight_norm, and register that afterwards."
+                    )
+                state_dict[prefix + name] = sharded_like(packed, self.weight)
             else:
                 error_msgs.append(
-                    f"size mismatch for {prefix}weight: a dense weight must be (out_features, "
+                    f"size mismatch for {prefix}{name}: a dense weight must be (out_features, "
                     f"in_features) = {expected}, got {tuple(weight.shape)} from checkpoint."
                 )
-                state_dict[prefix + "weight"] = self.weight.detach()
+                state_dict[prefix + name] = self.weight.detach()
+        if dense or all(value is None for value in found.values()):
+            # Only a packed weight has to say how it is packed; one that does not is refused, as
+            # torch refuses any missing key, unless strict=False.
+            state_dict[key] = self.get_extra_state()
         else:
             reason = packing_mismatch(state_dict.get(key), self.layout.packing_id)
             if reason is not None:
                 error_msgs.append(f"packing mismatch for {prefix}weight, by {key}: {reason}")
-        if weight is None or weight.dim() == 2:
-            # Only a packed weight has to say how it is packed; one that does not is refused, as
-            # torch refuses any missing key, unless strict=False.
-            state_dict[key] = self.get_extra_state()
         # Layers that keep a dense weight (zuko's, nflows', pyro's) save their mask beside it.
         for name, mismatch in (("mask", mask_mismatch), ("degrees", degrees_mismatch)):
             value = state_dict.pop(prefix + name, None)
@@ -283,3 +350,15 @@ class MaskedLinear(nn.Module):
         if self.activation is not None:
             text += f", activation={self.activation}"
         return text
+
+
+#: A weight of which weight_norm takes the direction.
+_DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
+#: Under which names a weight is saved: its own; and torch's, where it is pruned or parametrized.
+_WEIGHTS = (
+    "weight",
+    "weight_orig",
+    "weight_mask",
+    "parametrizations.weight.original",
+    *_DIRECTIONS,
+)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import parameters_of_any_size, transformed
+from maskmoe_kernels._compat import foreign_format, parameters_of_any_size, transformed
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -18,6 +18,7 @@ from maskmoe_kernels.nn.interception import (
     interceptor_of_instance,
 )
 from maskmoe_kernels.nn.linear import MaskedLinear
+from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.dispatch import reason_against
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
@@ -26,7 +27,7 @@ from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 _LAYER_FORWARD = MaskedLinear.forward
 
 
-class MaskedMLP(nn.Sequential):
+class MaskedMLP(Routed, nn.Sequential):
     """``MaskedLinear`` layers with one activation between them and none after the last.
 
     With x the input and L layers, every W masked (eq. 14)::
@@ -96,6 +97,11 @@ class MaskedMLP(nn.Sequential):
         if first is not None:
             self._chain.serialized(first.device)
 
+    def _unroute(self) -> None:
+        self._chain = LayoutChain([layout.unrouted() for layout in self.layouts])
+        self.layouts = self._chain.layouts
+        self._serialize()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedMLP:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to(), to_empty()
         self._serialize()
@@ -140,7 +146,8 @@ class MaskedMLP(nn.Sequential):
         Raises:
             LayoutError: A shape, dtype or device that does not fit.
         """
-        if transformed():
+        # AOTInductor cannot call an op with an empty list, and other formats do not know it.
+        if transformed() or torch.compiler.is_exporting() or foreign_format() is not None:
             return None
         tracing = torch.compiler.is_dynamo_compiling()
         found = self._arguments(tracing)

@@ -68,6 +68,10 @@ class StackedLinear(MaskedLinear):
         for layout in self._runs.values():
             serialized_layout(layout, self.weight.device)
 
+    def _unroute(self) -> None:
+        self._runs = {of: layout.unrouted() for of, layout in self._runs.items()}
+        super()._unroute()
+
     def run(self, x: Tensor, first: int, last: int) -> Tensor:
         """Maps ``first`` to ``last - 1`` alone: ``(*, (last - first) * layout.out_features)``.
 

@@ -78,6 +78,9 @@ class LayoutHandle:
         ]
         return cls(serialized_layout(layout, device), numbers, tuple(unfit))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayoutHandle:
+        return self  # immutable; and a serialized layout is known by its identity
+
 
 Layout = BlockLayout | LayoutHandle | None
 Layouts = Layout | LayoutChain | Sequence[BlockLayout] | SubsetFamily

@@ -78,6 +78,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/ops/masked_linear/torch_impl.py": [
         *_LINEAR,
         "tests/ops/masked_linear/test_torch_impl.py",
+        "tests/nn/test_deployment.py",
     ],
     "maskmoe_kernels/ops/masked_linear/reference.py": _LINEAR,
     "maskmoe_kernels/ops/dispatch.py": ["tests/ops/test_dispatch.py", _NATIVE[0], *_OPS],
@@ -97,7 +98,10 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],
     "maskmoe_kernels/nn/optimizers.py": ["tests/nn/test_optimizers.py"],
     "maskmoe_kernels/nn/sharding.py": ["tests/distributed/test_fsdp.py"],
+    "maskmoe_kernels/nn/parametrized.py": ["tests/nn/test_parametrized.py", _CALLED[0]],
+    "maskmoe_kernels/nn/routed.py": ["tests/nn/test_unrouted.py"],
     "maskmoe_kernels/nn/linear.py": [
+        "tests/nn/test_parametrized.py",
         "tests/nn/test_linear.py",
         "tests/nn/test_zuko.py",
         *reversed(_CALLED),

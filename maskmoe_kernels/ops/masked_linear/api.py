@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from maskmoe_kernels._compat import (
     any_autocast,
     constant_in_trace,
+    foreign_format,
     forward_mode,
     func_transforms,
+    without_tracer,
 )
 from maskmoe_kernels.errors import BackendError, LayoutError
 from maskmoe_kernels.layout.arguments import check_kind
@@ -23,8 +25,8 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, serialized_layout
 from maskmoe_kernels.ops.activations import activation_name
 from maskmoe_kernels.ops.checks import PLAIN, check_linear, check_places, refuse_sharded
-from maskmoe_kernels.ops.dispatch import LayoutHandle, choose, warn_of_fallback
-from maskmoe_kernels.ops.masked_linear import reference
+from maskmoe_kernels.ops.dispatch import LayoutHandle, check_backend, choose, warn_of_fallback
+from maskmoe_kernels.ops.masked_linear import reference, torch_impl
 from maskmoe_kernels.ops.masked_linear.autograd import (
     APPLY,
     MaskedLinearFunction,
@@ -78,6 +80,8 @@ def masked_linear(
         x, weight, bias = autocast(x.device.type, (x, weight, bias))
     if type(weight) not in PLAIN or type(bias) not in PLAIN:
         refuse_sharded(x, weight, bias)
+    if foreign_format() is not None:
+        return _standard(x, weight, bias, layout, name, backend)
     check_linear(x, weight, bias, layout)
     compiling = is_compiling()
     runs = None if compiling else layout.caches.dispatch.get((backend, x.dtype, x.device))
@@ -88,17 +92,26 @@ def masked_linear(
         _refuse_transform(backend)
         registered = None
     if registered is None:
-        return reference.masked_linear(x, weight, bias, layout, name)
+        plain = torch_impl.standard if is_dynamo_compiling() else reference.masked_linear
+        return plain(x, weight, bias, layout, name)
     if direct is not None and unwatched(x, weight, bias):
         registered = direct
+    apply = MaskedLinearFunction.apply if compiling else APPLY
+    return _called(registered, apply, x, weight, bias, name)
+
+
+def _called(
+    run: Run, apply: Any, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """What ``run`` computes, through autograd if a gradient is asked for."""
+    y: Tensor
     if torch.is_grad_enabled() and (
         weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        apply: Any = MaskedLinearFunction.apply if compiling else APPLY
-        y: Tensor = apply(x, weight, bias, (registered, name))
-        return y
-    result: Tensor = registered[0](x, weight, bias, *registered[2], name, False)[0]
-    return result
+        y = apply(x, weight, bias, (run, activation))
+    else:
+        y = run.forward(x, weight, bias, *run.of_forward, activation, False)[0]
+    return y
 
 
 def _runs(
@@ -155,20 +168,49 @@ def traced_masked_linear(
     if x.dim() == 0 or not x.is_floating_point():
         raise LayoutError(f"x must be floating-point, (*, in_features), got {x.dtype} {x.shape}")
     check_places(x, weight, bias)
+    if foreign_format() is not None:
+        return _standard(x, weight, bias, layout(), name, backend)
     chosen = choose("masked_linear", backend, handle, (x,))
     if chosen == "reference":
-        return reference.masked_linear(x, weight, bias, layout(), name)
+        return torch_impl.standard(x, weight, bias, layout(), name)
     op = "triton_linear" if chosen == "triton" and not x.is_cuda else OP_OF[chosen]
     _, layout_id, out_features = handle.numbers.shape
     run = registered_run(op, handle.serialized, layout_id, out_features)
-    if torch.is_grad_enabled() and (
-        weight.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        apply: Any = MaskedLinearFunction.apply
-        y: Tensor = apply(x, weight, bias, (run, name))
-        return y
-    result: Tensor = run.forward(x, weight, bias, *run.of_forward, name, False)[0]
-    return result
+    return _called(run, MaskedLinearFunction.apply, x, weight, bias, name)
+
+
+def _standard(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: BlockLayout,
+    activation: str,
+    backend: str | None,
+) -> Tensor:
+    """What TorchScript and ONNX record."""
+    check_backend(backend)
+    _warn_or_refuse_format(backend)
+    if not is_dynamo_compiling():
+        with without_tracer():  # which would make a tensor of each size
+            check_linear(x, weight, bias, layout)
+    return torch_impl.standard(x, weight, bias, layout, activation)
+
+
+@constant_in_trace
+def _warn_or_refuse_format(backend: str | None) -> None:
+    where = foreign_format()
+    if backend in ("native", "triton"):
+        raise BackendError(
+            f"backend {backend!r} has no operators in {where}; leave the choice open with "
+            "backend=None, which records PyTorch's own, or use torch.export, which keeps the "
+            "kernels"
+        )
+    if backend is None and where == "TorchScript":
+        warnings.warn(
+            "torch.jit.trace records masked_linear as PyTorch's own operators, which are slower "
+            "than its kernels; torch.export keeps the kernels (backend='torch' says that you know)",
+            stacklevel=5,
+        )
 
 
 def _refuse_kinds(x: object, layout: object) -> None:

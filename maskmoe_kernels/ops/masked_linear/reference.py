@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskmoe_kernels._compat import constant_in_trace, outside_of_modes
+from maskmoe_kernels._compat import constant_in_trace
 from maskmoe_kernels.layout.arguments import check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.activations import activation_name
@@ -104,12 +104,11 @@ def _patterns(layout: BlockLayout) -> list[Pattern]:
 
 
 def _find_patterns(layout: BlockLayout) -> list[Pattern]:
-    with outside_of_modes():
-        mask, routed = layout.mask(), layout.grad_mask()
-        rows, which = torch.unique(torch.cat([mask, routed], 1), dim=0, return_inverse=True)
-        found: list[Pattern] = []
-        for k, (sees, routes) in enumerate(row.chunk(2) for row in rows):
-            features = sees.nonzero().squeeze(1)
-            units = (which == k).nonzero().squeeze(1)
-            found.append((units.tolist(), features.tolist(), routes[features].tolist()))
-        return found
+    mask, routed = layout.mask(), layout.grad_mask()
+    rows, which = torch.unique(torch.cat([mask, routed], 1), dim=0, return_inverse=True)
+    found: list[Pattern] = []
+    for k, (sees, routes) in enumerate(row.chunk(2) for row in rows):
+        features = sees.nonzero().squeeze(1)
+        units = (which == k).nonzero().squeeze(1)
+        found.append((units.tolist(), features.tolist(), routes[features].tolist()))
+    return found

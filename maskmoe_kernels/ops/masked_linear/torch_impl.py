@@ -7,6 +7,8 @@ runs are gathered for a single product.
 
 Layouts whose runs are too small for that (a random mask, say) take one dense product, in which
 unseen values are set aside first: a multiply by zero is not absence.
+
+:func:`standard` is the same map for programs that leave PyTorch.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from maskmoe_kernels._compat import constant_in_trace, outside_of_modes
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import transposed_layout
 from maskmoe_kernels.ops.activations import FUNCTIONS, NEEDS_INPUT, grad_before
@@ -105,6 +109,80 @@ def backward(
     if needs[2]:
         grad_bias = grad_z.sum(0)
     return grad_x, grad_weight, grad_bias
+
+
+def standard(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout, activation: str
+) -> Tensor:
+    """The map in torch's own operators alone, for TorchScript, ONNX, and traces of the reference.
+
+    One matrix product a row block. Unseen features are in none, so absent is absent there, too.
+    Autograd derives the routed gradients, of any order: what a block without a route reads is
+    detached. No table of the layout is read, which a trace could not make.
+    """
+    parts = []
+    rows = _standard_rows(layout)
+    for (units, fan_in, reads), packed in zip(
+        rows, weight.split_with_sizes([u * f for u, f, _ in rows]), strict=True
+    ):
+        if not reads:
+            parts.append(x.new_zeros(*x.shape[:-1], units))
+            continue
+        seen = [_features(x, of, routed) for of, routed in reads]
+        joined = seen[0] if len(seen) == 1 else torch.cat(seen, -1)
+        parts.append(joined @ packed.view(fan_in, units))
+    z = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    if layout.row_order is not None:
+        z = z.index_select(-1, _constant(_unit_ranks(layout), x.device))
+    return FUNCTIONS[activation](z if bias is None else z + bias)
+
+
+# Units, fan-in, and what the block reads in the order of its weights: features, and if they route.
+_StandardRow = tuple[int, int, list[tuple[list[int], bool]]]
+
+
+@constant_in_trace
+def _standard_rows(layout: BlockLayout) -> list[_StandardRow]:
+    return layout.caches.derive("standard rows", lambda: _find_standard_rows(layout))
+
+
+def _find_standard_rows(layout: BlockLayout) -> list[_StandardRow]:
+    order = range(layout.in_features) if layout.col_order is None else layout.col_order.tolist()
+    found: list[_StandardRow] = []
+    for i, blocks in enumerate(layout.row_blocks()):
+        reads: list[tuple[list[int], bool]] = []
+        for j in blocks:
+            routed = bool(layout.routes_grad[i, j])
+            if not reads or reads[-1][1] != routed:
+                reads.append(([], routed))
+            reads[-1][0].extend(order[layout.col_offsets[j] : layout.col_offsets[j + 1]])
+        found.append((layout.row_sizes[i], layout.row_fan_in[i], reads))
+    return found
+
+
+@constant_in_trace
+def _unit_ranks(layout: BlockLayout) -> list[int]:
+    """Where each output unit lies in the block order; empty if the blocks lie in that order."""
+    order = layout.row_order
+    return layout.caches.derive(
+        "unit ranks", lambda: [] if order is None else order.argsort().tolist()
+    )
+
+
+def _features(x: Tensor, features: list[int], routed: bool) -> Tensor:
+    first, last = features[0], features[-1] + 1
+    if features == [*range(first, last)]:
+        seen = x[..., first:last]
+    else:
+        seen = x.index_select(-1, _constant(features, x.device))
+    return seen if routed else seen.detach()
+
+
+def _constant(values: list[int], device: torch.device) -> Tensor:
+    if is_dynamo_compiling():
+        return torch.tensor(values, device=device)
+    with outside_of_modes():
+        return torch.tensor(values, device=device)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, layout: BlockLayout) -> Tensor:

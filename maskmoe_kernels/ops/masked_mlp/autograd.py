@@ -14,6 +14,7 @@ from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
 from maskmoe_kernels.ops.masked_mlp.schema import BACKWARD, FORWARD, GEM
+from maskmoe_kernels.ops.masked_mlp.torch_impl import backward as layers_backward
 
 _ONCE = "a fused MLP cannot be differentiated twice; build it with backend='reference', which can"
 
@@ -70,8 +71,10 @@ def _backward(
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     call = ctx.call.with_tensors(x, tensors)
+    # For a batch of gradients torch repeats the ops of layers, but none that returns a list.
+    op = layers_backward if is_batched(grad_logits) else BACKWARD
     found = run(
-        BACKWARD, grad_logits, *call[:6], saved, call.serialized, call.layouts, call.activation,
+        op, grad_logits, *call[:6], saved, call.serialized, call.layouts, call.activation,
         *call.needs(needs),
     )  # fmt: skip
     grads: list[Tensor | None] = call.gradients(found, needs)

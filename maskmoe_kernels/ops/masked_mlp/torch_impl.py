@@ -150,12 +150,10 @@ def grad_inputs(
     """Gradients of x and of each table, as needed, from that of the gathered input."""
     if not need_x and not need_tables:
         return []
-    of_x, start = [grad[..., :0]], 0
+    widths = [-part if part < 0 else tables[part].shape[1] for part in parts]
+    of_x = [grad.narrow(-1, 0, 0)]
     of_table: dict[int, Tensor] = {}
-    for part in parts:
-        width = -part if part < 0 else tables[part].shape[1]
-        columns = grad[..., start : start + width]
-        start += width
+    for part, columns in zip(parts, grad.split_with_sizes(widths, -1), strict=True):
         if part < 0:
             of_x.append(columns)
         elif need_tables:

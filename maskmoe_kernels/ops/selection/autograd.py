@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskmoe_kernels._compat import is_batched
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
 from maskmoe_kernels.ops.selection.tables import table
@@ -140,8 +141,11 @@ class _GemLoss(torch.autograd.Function):
         logits, of_one = ctx.saved_tensors
         graph = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         with torch.no_grad() if graph else nullcontext():
-            grad = torch.empty_like(of_one, dtype=logits.dtype)
-            torch.mul(of_one, grad_loss, out=grad)  # rounds once, also to 16 bits
+            if is_batched(grad_loss):
+                grad = (of_one * grad_loss).to(logits.dtype)
+            else:
+                grad = torch.empty_like(of_one, dtype=logits.dtype)
+                torch.mul(of_one, grad_loss, out=grad)  # rounds once, also to 16 bits
         if graph:
             grad = differentiable_once(grad, _ONCE, grad_loss, logits)
         return (grad, *[None] * 9)

@@ -81,7 +81,8 @@ def packed_positions(layout, sizes, origin=None):
         for chunk in range(first, last):
             for lane, k in (packed.index[chunk] >= 0).nonzero().tolist():
                 key = int(units[tile, lane]), int(packed.features[chunk, k])
-                assert min(key) >= 0 and key not in found
+                assert min(key) >= 0
+                assert key not in found
                 found[key] = int(packed.index[chunk, lane, k])
     assert [counts[tile] for tile in range(len(units))] == chunk_counts(layout, *sizes)
     return found

@@ -126,8 +126,9 @@ test-oldest: $(BUILT) $(OLDEST)/.ready ## Run the suite in build/oldest: Python 
 	@OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) $(OLDEST)/bin/python -m pytest \
 	    -n $(JOBS) --dist worksteal $(ARGS)
 
-test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows, pyro, captum, peft, accelerate, safetensors
-	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop $(ARGS)
+test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows, pyro, captum, peft, accelerate, safetensors, ONNX
+	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/nn/test_deployment.py \
+		tests/nn/test_unrouted.py $(ARGS)
 
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json

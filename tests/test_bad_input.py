@@ -215,6 +215,7 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 NO_INPUT = {
     "BlockLayout.table", "BlockLayout.weight_index", "MaskedMLP.fused",
     "MaskedGRUCell.split", "MaskedGRUCell.step",
+    "MaskedLinear.register_forward_pre_hook", "MaskedLinear.register_parameter",
     "MaskedLinear.set_extra_state", "SubsetFamily.table",
 }  # fmt: skip
 

@@ -39,6 +39,22 @@ struct Elements {
     return load_as<D>(padded, 0);
   }
 
+  // The `count` values at `order`, then zeros.
+  template <Dtype D>
+  static V gather(const void* p, const int64_t* order, int64_t count) {
+    if constexpr (D == Dtype::kFloat32) {
+      const float* from = static_cast<const float*>(p);
+      if (count == L) return I::gather(from, order);
+      float lanes[L] = {};
+      for (int64_t k = 0; k < count; ++k) lanes[k] = from[order[k]];
+      return I::load(lanes);
+    }
+    const uint16_t* from = static_cast<const uint16_t*>(p);
+    uint16_t lanes[L] = {};
+    for (int64_t k = 0; k < count; ++k) lanes[k] = from[order[k]];
+    return load_as<D>(lanes, 0);
+  }
+
   // Calls `run` with the dtype as a template argument.
   template <class F>
   static void with_dtype(Dtype dtype, const F& run) {
@@ -83,10 +99,17 @@ struct Elements {
 
   static void store(void* to, Dtype dtype, const int64_t* order, const float* from,
                     int64_t count) {
+    if (order != nullptr && dtype == Dtype::kFloat32) {
+      // One by one: AVX2's masked stores take tens of cycles on some processors.
+      for (int64_t n = 0; n < count; ++n) static_cast<float*>(to)[order[n]] = from[n];
+      return;
+    }
     if (order != nullptr) {
-      for (int64_t n = 0; n < count; ++n) {
-        V one = I::set(from[n]);
-        store_tail(to, dtype, order[n], 1, one);
+      uint16_t lanes[L];
+      for (int64_t n = 0; n < count; n += L) {
+        const int64_t some = min(L, count - n);
+        store(lanes, dtype, nullptr, from + n, some);
+        for (int64_t k = 0; k < some; ++k) static_cast<uint16_t*>(to)[order[n + k]] = lanes[k];
       }
       return;
     }

@@ -34,9 +34,7 @@ struct LineTile {
     const int64_t step = m.stride * (D == Dtype::kFloat32 ? 4 : 2);
     if (m.order != nullptr) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
-        float lanes[L] = {};
-        for (int64_t k = 0; k < count; ++k) lanes[k] = E::widen(from, D, m.order[column + k]);
-        I::store(to, then(I::load(lanes), r));
+        I::store(to, then(E::template gather<D>(from, m.order + column, count), r));
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {

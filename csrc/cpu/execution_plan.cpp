@@ -243,16 +243,23 @@ class Builder {
       row_of_[b] = panel.depth;
       panel.depth += d_.input_sizes[b];
     }
+    // Forward, neighbouring inputs of a block lie side by side in the weight; backward, those of
+    // neighbouring lanes do. In this order, such copies become one.
+    std::vector<Copy> copies;
     for (size_t k = a; k < d_.lane_sizes.size() && d_.lane_offsets[k] < end; ++k) {
       const auto [lane, lanes] = lanes_of(panel, k);
       const int64_t before = std::max<int64_t>(panel.first - d_.lane_offsets[k], 0);
-      const size_t begin = out_.copies.size();
       for (size_t n = 0; n < d_.seen[k].size(); ++n) {
         const int64_t b = d_.seen[k][n];
-        add_copy(begin, {d_.first[k][n] + before * d_.lane_step[k][n], d_.input_step[k][n],
-                         d_.lane_step[k][n], row_of_[b], d_.input_sizes[b], lane, lanes});
+        copies.push_back({d_.first[k][n] + before * d_.lane_step[k][n], d_.input_step[k][n],
+                          d_.lane_step[k][n], row_of_[b], d_.input_sizes[b], lane, lanes});
       }
     }
+    if (!d_.in_place) {
+      std::stable_sort(copies.begin(), copies.end(),
+                       [](const Copy& one, const Copy& other) { return one.row < other.row; });
+    }
+    for (const Copy& copy : copies) add_copy(panel.copies, copy);
   }
 
   // The lanes of a panel that belong to block `k`: the first, and how many.
@@ -265,14 +272,21 @@ class Builder {
   static uint32_t ones(int32_t count) { return ~0u >> (32 - count); }
 
   // A copy that goes on where the last one ends, in the weight and in the panel, is added to it.
-  void add_copy(size_t begin, const Copy& copy) {
-    if (out_.copies.size() > begin) {
+  void add_copy(int64_t begin, const Copy& copy) {
+    if (static_cast<int64_t>(out_.copies.size()) > begin) {
       Copy& last = out_.copies.back();
-      if (last.input_step == copy.input_step && last.lane_step == copy.lane_step &&
-          last.packed + last.inputs * last.input_step == copy.packed &&
-          last.row + last.inputs == copy.row) {
-        last.inputs += copy.inputs;
-        return;
+      const int64_t from = copy.packed - last.packed;
+      if (last.input_step == copy.input_step && last.lane_step == copy.lane_step) {
+        if (last.lane == copy.lane && last.lanes == copy.lanes &&
+            last.row + last.inputs == copy.row && from == last.inputs * last.input_step) {
+          last.inputs += copy.inputs;
+          return;
+        }
+        if (last.row == copy.row && last.inputs == copy.inputs &&
+            last.lane + last.lanes == copy.lane && from == last.lanes * last.lane_step) {
+          last.lanes += copy.lanes;
+          return;
+        }
       }
     }
     out_.copies.push_back(copy);

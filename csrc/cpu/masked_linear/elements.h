@@ -44,7 +44,6 @@ struct Elements {
   static V gather(const void* p, const int64_t* order, int64_t count) {
     if constexpr (D == Dtype::kFloat32) {
       const float* from = static_cast<const float*>(p);
-      if (count == L) return I::gather(from, order);
       float lanes[L] = {};
       for (int64_t k = 0; k < count; ++k) lanes[k] = from[order[k]];
       return I::load(lanes);
@@ -88,19 +87,30 @@ struct Elements {
       for (int64_t n = 0; n < count; ++n) to[n] = widen(from, dtype, order[n]);
       return;
     }
+    if (dtype == Dtype::kFloat32) return copy(to, static_cast<const float*>(from), count);
     with_dtype(dtype, [&]<Dtype D>() {
       int64_t n = 0;
       for (; n + L <= count; n += L) I::store(to + n, load_as<D>(from, n));
-      if (n < count) {
-        I::store(to + n, load_tail<D>(from, n, count - n), I::mask((1u << (count - n)) - 1));
-      }
+      if (n == count) return;
+      float lanes[L];
+      I::store(lanes, load_tail<D>(from, n, count - n));
+      copy(to + n, lanes, count - n);
     });
+  }
+
+  // Without masked stores, which take tens of cycles with AVX2 on some processors.
+  static void copy(float* to, const float* from, int64_t count) {
+    int64_t n = 0;
+    for (; n + L <= count; n += L) I::store(to + n, I::load(from + n));
+    if (count - n >= 8) __builtin_memcpy(to + n, from + n, 32), n += 8;
+    if (count - n >= 4) __builtin_memcpy(to + n, from + n, 16), n += 4;
+    if (count - n >= 2) __builtin_memcpy(to + n, from + n, 8), n += 2;
+    if (n < count) to[n] = from[n];
   }
 
   static void store(void* to, Dtype dtype, const int64_t* order, const float* from,
                     int64_t count) {
     if (order != nullptr && dtype == Dtype::kFloat32) {
-      // One by one: AVX2's masked stores take tens of cycles on some processors.
       for (int64_t n = 0; n < count; ++n) static_cast<float*>(to)[order[n]] = from[n];
       return;
     }
@@ -113,6 +123,7 @@ struct Elements {
       }
       return;
     }
+    if (dtype == Dtype::kFloat32) return copy(static_cast<float*>(to), from, count);
     int64_t n = 0;
     for (; n + L <= count; n += L) store_as(to, dtype, n, I::load(from + n));
     if (n < count) {

@@ -73,6 +73,24 @@ struct Cut {
   int64_t first, lanes;
 };
 
+// Cuts at the ends of blocks, whatever they see: neighbours of at most half a vector share one, as
+// many as fit. In a chain, one layer's outputs and the next one's gradients lie in the same lines.
+std::vector<Cut> cut_blocks(const Direction& d, int width) {
+  std::vector<Cut> cuts;
+  const size_t blocks = d.lane_sizes.size();
+  for (size_t a = 0, b; a < blocks; a = b) {
+    b = a + 1;
+    int64_t lanes = d.lane_sizes[a];
+    if (2 * lanes <= width) {
+      while (b < blocks && lanes + d.lane_sizes[b] <= width) lanes += d.lane_sizes[b++];
+    }
+    for (int64_t at = 0; at < lanes; at += 2 * width) {
+      cuts.push_back({d.lane_offsets[a] + at, std::min<int64_t>(lanes - at, 2 * width)});
+    }
+  }
+  return cuts;
+}
+
 // Cuts lanes into panels of at most two vectors, so that a row costs least. A panel may cross
 // blocks: it then walks what any of its lanes sees, and masks what not all of them see. Where sorted
 // blocks see nested sets of inputs (MADE), that is one step at the end of each panel.
@@ -166,13 +184,13 @@ class Cuts {
 
 class Builder {
  public:
-  Builder(const Direction& direction, int width) : d_(direction) {
+  Builder(const Direction& direction, const std::vector<Cut>& cuts, int width) : d_(direction) {
     out_.width = width;
     out_.lines = 0;
     out_.slots.resize(d_.lane_offsets.back());
     row_of_.resize(d_.input_sizes.size());
     size_t block = 0;
-    for (const Cut& cut : Cuts(direction, width).take()) {
+    for (const Cut& cut : cuts) {
       while (d_.lane_offsets[block + 1] <= cut.first) ++block;
       add_panel(cut, block);
     }
@@ -329,6 +347,10 @@ class Builder {
 
 Chain plan_execution(int width, std::vector<Layout> layouts) {
   Chain chain;
+  const bool alone = layouts.size() == 1;
+  const auto panels_of = [&](const Direction& d) {
+    return Builder(d, alone ? Cuts(d, width).take() : cut_blocks(d, width), width).take();
+  };
   chain.reserve(layouts.size());  // a layer refers to the slots of the one before
   for (Layout& layout : layouts) {
     ExecutionPlan plan{std::move(layout), {}, {}};
@@ -338,8 +360,8 @@ Chain plan_execution(int width, std::vector<Layout> layouts) {
       throw std::runtime_error("maskmoe: the units of one layer are not the inputs of the next");
     }
     const auto* slots = before == nullptr ? nullptr : &before->forward.slots;
-    plan.forward = Builder(forward_of(plan.layout, slots), width).take();
-    plan.backward = Builder(backward_of(plan.layout, plan.forward), width).take();
+    plan.forward = panels_of(forward_of(plan.layout, slots));
+    plan.backward = panels_of(backward_of(plan.layout, plan.forward));
     chain.push_back(std::move(plan));
   }
   return chain;

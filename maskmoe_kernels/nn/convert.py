@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -80,18 +80,20 @@ class ConvertedLinear(MaskedLinear):
     original: tuple[nn.Module]
 
     @classmethod
-    def of(cls, module: nn.Module, layout: BlockLayout, backend: str | None) -> ConvertedLinear:
+    def of(cls, module: nn.Module, layout: BlockLayout, backend: str | None) -> Self:
         """What replaces ``module``; the bias is shared, visible weights are gathered."""
         weight: Any = module.weight
         # On "meta": no memory, and no draw from a random generator.
-        layer = cls.from_layout(layout, bias=False, backend=backend, device="meta")
+        layer = cls.__new__(cls)
+        layer._build(layout, False, None, backend, "meta", None)
         layer.weight = nn.Parameter(layout.pack(weight.detach()), weight.requires_grad)
         if weight.grad is not None:
             layer.weight.grad = layout.pack(weight.grad.detach())
         layer.register_parameter("bias", module._parameters["bias"])
-        layer.original = (module,)
+        layer.__dict__["original"] = (module,)
         layer._make_handle()
-        return layer.train(module.training)
+        layer.train(module.training)
+        return layer
 
     @property
     def mask(self) -> Tensor:
@@ -108,7 +110,7 @@ class ConvertedLinear(MaskedLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedLinear:
         original = self.original[0]
         original._parameters["bias"] = None  # it is moved with this layer
-        original._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        original._apply(fn, recurse)
         super()._apply(fn, recurse)
         original._parameters["bias"] = self.bias
         return self
@@ -203,9 +205,7 @@ def convert_(
     return ConversionReport(records)
 
 
-def revert_(
-    model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()
-) -> list[str]:
+def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> list[str]:
     """Undo :func:`convert_` in place: the original layers come back, with today's weights.
 
     Weights that the mask leaves out are as they were. The layers follow the model: they have its
@@ -302,12 +302,16 @@ def _difference(module: nn.Module, new: ConvertedLinear) -> str | None:
     x = x.to(weight)
     expected, actual = module(x), new(x)
     # A sum of so many products in any order; weights may be of any size, or not finite.
-    size = torch.nn.functional.linear(x.abs(), weight.abs() * module.mask, None)  # type: ignore[operator]
+    size = torch.nn.functional.linear(x.abs(), weight.abs() * module.mask, None)
     bound = 8 * torch.finfo(x.dtype).eps * (size + expected.abs()) * math.sqrt(new.in_features)
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:
         return "its forward does not return a tensor (*, out_features)"
     same = ((expected - actual).abs() <= bound) | ~size.isfinite()
-    return None if bool(same.all()) else "it computes something else than F.linear(x, weight * mask, bias)"
+    return (
+        None
+        if bool(same.all())
+        else "it computes something else than F.linear(x, weight * mask, bias)"
+    )
 
 
 def _replace_children(model: nn.Module, by: dict[Any, Any]) -> None:

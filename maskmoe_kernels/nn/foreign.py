@@ -1,7 +1,7 @@
 """Masked linear layers of other packages, recognised by name: which they are, and which are plain.
 
-A *plain* layer computes ``F.linear(x, weight * mask, bias)`` from its own parameters and buffers, and
-nothing sees or changes that. Only a plain layer can be replaced.
+A *plain* layer computes ``F.linear(x, weight * mask, bias)`` from its own parameters and buffers,
+and nothing sees or changes that. Only a plain layer can be replaced.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _odd_contents(module: nn.Module) -> str | None:
 
 
 def _odd_tensors(module: nn.Module) -> str | None:
-    weight, bias, mask = module._parameters["weight"], module.bias, module.mask
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    mask = module._buffers["mask"]
     if weight is None or type(weight) not in PLAIN or type(bias) not in PLAIN:
         return f"its weight is a {type(weight).__name__}, its bias a {type(bias).__name__}"
     if not isinstance(mask, Tensor) or weight.dim() != 2 or mask.shape != weight.shape:

@@ -19,7 +19,7 @@ from maskmoe_kernels.ops.dispatch import choose, unsupported_reason
 # Without a number of rows, a layer has to gain at all of these.
 ROWS = (256, 1024, 4096)
 # How many times as fast a layer has to be by the model, whose errors are about as large.
-LEAST_GAIN = 1.05
+LEAST_GAIN = 1.1
 
 
 class DensePrices(NamedTuple):
@@ -85,11 +85,16 @@ def gains(layout: BlockLayout, rows: int) -> tuple[float, float]:
     def ratio(prices: tuple[DensePrices, OurPrices], walked: float, products: int) -> float:
         dense, ours = prices
         before = dense.call + rows * (dense.product * size + dense.copy * edges) + dense.mask * size
-        after = ours.call + ours.pack * present + rows * (
-            ours.product * walked
-            + ours.masked * (walked - products * present)
-            + ours.copy * edges
-            + ours.move * moved
+        after = (
+            ours.call
+            + ours.pack * present
+            + rows
+            * (
+                ours.product * walked
+                + ours.masked * (walked - products * present)
+                + ours.copy * edges
+                + ours.move * moved
+            )
         )
         return before / after
 

@@ -28,7 +28,7 @@ class Replacement(NamedTuple):
 
 
 def check_optimizers(
-    optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter], function: str
+    optimizers: Optimizer | Iterable[Optimizer], parameters: Iterable[nn.Parameter], function: str
 ) -> list[Optimizer]:
     """``optimizers`` as a list, after a check that no other optimizer holds ``parameters``.
 
@@ -53,9 +53,9 @@ def check_optimizers(
         held = [other for other in _holders(wanted) if all(other is not one for one in given)]
     if held:
         raise BackendError(
-            f"the {type(held[0]).__name__} that was created before {function} holds weights that it "
-            f"replaces, and would not update their replacements. Pass it, as {function}(model, "
-            f"optimizers=[optimizer]), or create it after {function}"
+            f"the {type(held[0]).__name__} that was created before {function} holds weights that "
+            f"{function} replaces, and would not update their replacements. Pass it, as "
+            f"{function}(model, optimizers=[optimizer]), or create it after {function}"
         )
     return given
 
@@ -81,9 +81,7 @@ def carry_over(optimizers: Iterable[Optimizer], replacements: Iterable[Replaceme
     by_id: Mapping[int, Replacement] = {id(one.old): one for one in replacements}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"] = [
-                by_id[id(p)].new if id(p) in by_id else p for p in group["params"]
-            ]
+            group["params"] = [by_id[id(p)].new if id(p) in by_id else p for p in group["params"]]
         for old in [p for p in optimizer.state if id(p) in by_id]:
             one, state = by_id[id(old)], optimizer.state.pop(old)
             optimizer.state[one.new] = {

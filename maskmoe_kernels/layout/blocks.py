@@ -223,15 +223,21 @@ class BlockLayout:
         return self.num_weights / (self.out_features * self.in_features)
 
     @cached_property
+    def panel_steps(self) -> tuple[int, int]:
+        """Inputs that panels of 16 neighbouring units walk, and those of them that need a mask.
+
+        A kernel computes a panel at once: all that any of its units sees, with a mask where not
+        all of them do.
+        """
+        return panel_steps(np.packbits(self._expand_ordered(self.present).numpy(), axis=1))
+
+    @property
     def walked_density(self) -> float:
         """Share of the dense matrix that panels of 16 neighbouring units walk, in [0, 1].
 
-        A kernel computes a panel at once, with a mask where not all of its units see an input. For
-        blocks of at least 16 units, and for staircases, this is hardly more than ``density``.
+        For blocks of at least 16 units, and for staircases, hardly more than ``density``.
         """
-        seen = self._expand_ordered(self.present).numpy()
-        steps = panel_steps(np.packbits(seen, axis=1))
-        return steps / (-(-self.out_features // PANEL) * self.in_features)
+        return self.panel_steps[0] / (-(-self.out_features // PANEL) * self.in_features)
 
     @cached_property
     def num_routed_weights(self) -> int:

@@ -15,8 +15,9 @@ Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 # Units that a kernel computes together.
 PANEL = 16
-# What it costs to gather or scatter one unit, in steps of a panel.
+# What it costs to gather or scatter one unit, and more for a step with a mask, in steps of a panel.
 STEPS_PER_MOVE = 1.5
+STEPS_PER_MASK = 1.5
 
 
 class MaskClasses(NamedTuple):
@@ -108,19 +109,27 @@ def _classes(
     if not together:
         return members, torch.from_numpy(order)
     # Fine blocks: a sorted order pays if panels walk so much less that it is worth a gather.
-    saved = panel_steps(signatures) - panel_steps(signatures[order])
-    if saved > max(STEPS_PER_MOVE * len(label), panel_steps(signatures) / 10):
+    before, after = (
+        walked + STEPS_PER_MASK * masked
+        for walked, masked in map(panel_steps, (signatures, signatures[order]))
+    )
+    if before - after > max(STEPS_PER_MOVE * len(label), before / 10):
         return members, torch.from_numpy(order)
     return np.split(np.arange(len(label)), starts[1:]), None
 
 
-def panel_steps(signatures: np.ndarray[Any, np.dtype[np.uint8]]) -> int:
-    """Inputs that panels of neighbouring units walk: all that any unit of a panel sees.
+def panel_steps(signatures: np.ndarray[Any, np.dtype[np.uint8]]) -> tuple[int, int]:
+    """Inputs that panels of neighbouring units walk, and those of them that need a mask.
+
+    A panel walks what any of its units sees; a mask keeps it from those that do not see it.
 
     Args:
         signatures: ``(units, bytes)``, a bit an input.
     """
-    short = -len(signatures) % PANEL
-    padded = np.pad(signatures, ((0, short), (0, 0)))
-    walked = np.bitwise_or.reduce(padded.reshape(-1, PANEL, signatures.shape[1]), axis=1)
-    return int(np.unpackbits(walked).sum())
+    padded = np.pad(signatures, ((0, -len(signatures) % PANEL), (0, 0)), mode="edge")
+    panels = padded.reshape(-1, PANEL, signatures.shape[1])
+    walked, common = (
+        int(np.unpackbits(reduce(panels, axis=1)).sum())
+        for reduce in (np.bitwise_or.reduce, np.bitwise_and.reduce)
+    )
+    return walked, walked - common

@@ -1,8 +1,8 @@
 """Is ``MaskedLinear`` faster than ``F.linear(x, weight * mask, bias)``? A static model of the cost.
 
 A call of a layer takes a sum of products of a price and an amount. Amounts follow from the mask and
-the number of rows; prices were fitted to measurements of 81 layers of zuko, nflows and pyro and of
-random masks, at 64 to 4096 rows (``python -m bench flows`` checks what follows from them).
+the number of rows; prices were fitted to measurements of layers of zuko and pyro and of random masks, at 256 to 4096
+rows (``python -m bench flows`` checks what follows from them).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ class OurPrices(NamedTuple):
     """Nanoseconds of ours, on one core."""
 
     call: float
-    product: float  # a row and weight in a panel; backward, three products
-    masked: float  # more, a row and absent weight in a panel
+    product: float  # a row and step of a panel; in a step of training, of three products
+    masked: float  # more, a row and step with a mask; of two products
     copy: float  # a row and feature or unit
     move: float  # more, a row and interleaved feature or unit
     pack: float  # a present weight
 
 
 # AMD EPYC (Zen 3), AVX2, float32, torch 2.13. Other processors change all prices, ratios hardly.
-FORWARD = DensePrices(20e3, 0.0212, 0.17, 1.1), OurPrices(23e3, 0.0212, 0.041, 0.19, 0.30, 0.6)
-STEP = DensePrices(137e3, 0.0624, 0.98, 2.7), OurPrices(139e3, 0.0210, 0.051, 0.59, 0.57, 2.2)
+FORWARD = DensePrices(21e3, 0.0228, 0.145, 0.81), OurPrices(23.6e3, 0.358, 0.39, 0.169, 0.26, 0.55)
+STEP = DensePrices(131e3, 0.0666, 1.02, 2.69), OurPrices(136e3, 0.378, 1.09, 0.282, 0.39, 1.66)
 
 
 def why_no_gain(
@@ -73,29 +73,24 @@ def why_no_gain(
 
 def gains(layout: BlockLayout, rows: int) -> tuple[float, float]:
     """How many times as fast as a masked dense layer ours should be: forward, and step."""
-    present = layout.num_weights
     size = layout.in_features * layout.out_features
-    forward = layout.walked_density * size
-    transposed, _ = layout.caches.derive("transposed", lambda: transposed_layout(layout))
-    step = 2 * forward + transposed.walked_density * size
     edges = layout.in_features + layout.out_features
     moved = layout.in_features * (layout.col_order is not None)
     moved += layout.out_features * (layout.row_order is not None)
+    walked, masked = layout.panel_steps
+    transposed, _ = layout.caches.derive("transposed", lambda: transposed_layout(layout))
+    walked_back, masked_back = transposed.panel_steps
 
-    def ratio(prices: tuple[DensePrices, OurPrices], walked: float, products: int) -> float:
+    def ratio(prices: tuple[DensePrices, OurPrices], steps: int, with_mask: int) -> float:
         dense, ours = prices
-        before = dense.call + rows * (dense.product * size + dense.copy * edges) + dense.mask * size
-        after = (
-            ours.call
-            + ours.pack * present
-            + rows
-            * (
-                ours.product * walked
-                + ours.masked * (walked - products * present)
-                + ours.copy * edges
-                + ours.move * moved
-            )
+        before = dense.product * size + dense.copy * edges
+        after = ours.product * steps + ours.masked * with_mask
+        after += ours.copy * edges + ours.move * moved
+        return (dense.call + dense.mask * size + rows * before) / (
+            ours.call + ours.pack * layout.num_weights + rows * after
         )
-        return before / after
 
-    return ratio(FORWARD, forward, 1), ratio(STEP, step, 3)
+    return (
+        ratio(FORWARD, walked, masked),
+        ratio(STEP, 2 * walked + walked_back, masked + masked_back),
+    )

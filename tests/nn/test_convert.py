@@ -224,16 +224,16 @@ def _own_forward(model, layer):
 
 
 SPOILS = {
-    "forward hook": (lambda m, of: of.register_forward_hook(lambda *_: None), "a hook wants to see"),
+    "forward hook": (lambda _, of: of.register_forward_hook(lambda *_: None), "a hook wants to"),
     "backward hook": (
-        lambda m, of: of.register_full_backward_hook(lambda *_: None), "a hook wants to see"
+        lambda _, of: of.register_full_backward_hook(lambda *_: None), "a hook wants to see"
     ),
     "state dict hook": (
-        lambda m, of: of.register_state_dict_post_hook(lambda *_: None), "its state dict"
+        lambda _, of: of.register_state_dict_post_hook(lambda *_: None), "its state dict"
     ),
-    "gradient hook": (lambda m, of: of.weight.register_hook(lambda g: g), "gradient of a parameter"),
+    "gradient hook": (lambda _, of: of.weight.register_hook(lambda g: g), "gradient of"),
     "accumulated": (
-        lambda m, of: of.bias.register_post_accumulate_grad_hook(lambda p: None), "gradient of a par"
+        lambda _, of: of.bias.register_post_accumulate_grad_hook(lambda p: None), "gradient of"
     ),
     "parametrization": (
         lambda m, of: parametrize.register_parametrization(of, "weight", Doubling()), "parametrized"
@@ -243,15 +243,15 @@ SPOILS = {
     ),
     "own forward": (_own_forward, "Own has a forward of its own"),
     "forward replaced": (lambda m, of: setattr(of, "forward", lambda x: x), "was replaced"),
-    "compiled": (lambda m, of: of.compile(backend="eager"), "was replaced"),
-    "soft mask": (lambda m, of: of.mask.mul_(0.5), "other numbers than zeros and ones"),
+    "compiled": (lambda _, of: of.compile(backend="eager"), "was replaced"),
+    "soft mask": (lambda _, of: of.mask.mul_(0.5), "other numbers than zeros and ones"),
     "tied": (lambda m, of: setattr(m, "other", _holding(of.weight)), "another module holds"),
-    "more buffers": (lambda m, of: of.register_buffer("scale", torch.ones(1)), "its buffers are"),
+    "more buffers": (lambda _, of: of.register_buffer("scale", torch.ones(1)), "its buffers are"),
     "more parameters": (
-        lambda m, of: of.register_parameter("scale", nn.Parameter(torch.ones(1))), "its parameters"
+        lambda _, of: of.register_parameter("scale", nn.Parameter(torch.ones(1))), "its parameters"
     ),
     "mask of another shape": (lambda m, of: setattr(of, "mask", torch.ones(1, 20)), "the shape of"),
-    "meta": (lambda m, of: of.to("meta"), "on meta"),
+    "meta": (lambda _, of: of.to("meta"), "on meta"),
 }  # fmt: skip
 
 

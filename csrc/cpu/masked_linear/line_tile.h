@@ -36,6 +36,8 @@ struct LineTile {
       int64_t at[L];  // in registers: a store could change what `order` points to
       for (int64_t k = 0; k < L; ++k) at[k] = m.order[column + k];
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        // A part of the next rows: over all columns, the whole.
+        __builtin_prefetch(from + kTogether * step + column * 4);
         I::store(to, then(I::gather(reinterpret_cast<const float*>(from), at), r));
       }
     } else if (m.order != nullptr) {
@@ -86,6 +88,7 @@ struct LineTile {
         int64_t at[L];
         for (int64_t k = 0; k < L; ++k) at[k] = m.rank[n + k];
         for (int64_t r = 0; r < some; ++r) {
+          __builtin_prefetch(first + (kTogether + r) * stride + n);
           I::store(to + r * m.stride + n, I::gather(first + r * stride, at));
         }
       }

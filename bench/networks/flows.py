@@ -82,10 +82,10 @@ class Grid:
     networks: Sequence[str] = tuple(NETWORKS)
     features: Sequence[int] = (16, 64, 256)
     hidden: Sequence[int] = (64, 128, 512, 1024)
-    batch: Sequence[int] = (256, 1024, 4096)
+    batch: Sequence[int] = (256, 4096)
     rounds: int = 7
     budget: float = 0.5
-    longest: float = 4.0
+    longest: float = 3.0
     compile: bool = False
     force: bool = False
 
@@ -119,6 +119,8 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
         before = make(case["features"], case["hidden"])
     except ImportError as error:
         return case | {"unavailable": f"{error.name} is not installed"}
+    except ValueError as error:  # pyro: fewer hidden units than features
+        return case | {"unavailable": str(error)}
     after = copy.deepcopy(before)
     report = mk.convert_(after, batch=case["batch"], force=grid.force)
     count = sum(r.converted for r in report)

@@ -158,6 +158,8 @@ class Cuts {
   double cost_of(int64_t first, int64_t length, size_t block) {
     const double vectors = length > width_ ? 1.0 : 0.6;
     if (first + length <= d_.lane_offsets[block + 1]) return (3.0 + depths_[block]) * vectors;
+    // Beside the sums of two vectors, masks find no registers; one vector waits for loads anyway.
+    const double mask = length > width_ ? 0.4 : 0.0, begin = length > width_ ? 1.5 : 0.7;
     double all = 0, masked = 0;
     int64_t readers = 0;
     touched_.clear();
@@ -169,7 +171,7 @@ class Cuts {
     }
     for (const int64_t b : touched_) {
       all += d_.input_sizes[b];
-      if (seen_by_[b] < readers) masked += 0.3 * d_.input_sizes[b] + 1.0;
+      if (seen_by_[b] < readers) masked += mask * d_.input_sizes[b] + begin;
       seen_by_[b] = 0;
     }
     return (3.0 + all + masked) * vectors;

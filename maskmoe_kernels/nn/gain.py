@@ -1,8 +1,8 @@
 """Is ``MaskedLinear`` faster than ``F.linear(x, weight * mask, bias)``? A static model of the cost.
 
 A call of a layer takes a sum of products of a price and an amount. Amounts follow from the mask and
-the number of rows; prices were fitted to measurements of layers of zuko and pyro and of random masks, at 256 to 4096
-rows (``python -m bench flows`` checks what follows from them).
+the number of rows; prices were fitted to measurements of layers of zuko and pyro and of random
+masks, at 256 to 4096 rows (``python -m bench flows`` checks what follows from them).
 """
 
 from __future__ import annotations

@@ -194,6 +194,8 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
 
 
 def _flows(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.device != "cpu":
+        raise BackendError(f"flows are measured on the CPU, got --device {arguments.device}")
     names = ("networks", "features", "hidden", "batch", "rounds", "budget", "compile", "force")
     given = {name: getattr(arguments, name) for name in names}
     document = flows.run(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -86,9 +87,10 @@ class ConvertedLinear(MaskedLinear):
         # On "meta": no memory, and no draw from a random generator.
         layer = cls.__new__(cls)
         layer._build(layout, False, None, backend, "meta", None)
-        layer.weight = nn.Parameter(layout.pack(weight.detach()), weight.requires_grad)
-        if weight.grad is not None:
-            layer.weight.grad = layout.pack(weight.grad.detach())
+        with torch.inference_mode(False):
+            layer.weight = nn.Parameter(layout.pack(weight.detach()), weight.requires_grad)
+            if weight.grad is not None:
+                layer.weight.grad = layout.pack(weight.grad.detach())
         layer.register_parameter("bias", module._parameters["bias"])
         layer.__dict__["original"] = (module,)
         layer._make_handle()
@@ -300,18 +302,18 @@ def _difference(module: nn.Module, new: ConvertedLinear) -> str | None:
     count = 3 * new.in_features
     x = torch.sin(torch.arange(1, count + 1, device="cpu", dtype=torch.float64)).view(3, -1)
     x = x.to(weight)
-    expected, actual = module(x), new(x)
-    # A sum of so many products in any order; weights may be of any size, or not finite.
-    size = torch.nn.functional.linear(x.abs(), weight.abs() * module.mask, None)
-    bound = 8 * torch.finfo(x.dtype).eps * (size + expected.abs()) * math.sqrt(new.in_features)
+    with torch.autocast(x.device.type, enabled=False):
+        expected, actual = module(x), new(x)
+        size = F.linear(x.abs(), weight.abs() * module.mask, None)
     if not isinstance(expected, Tensor) or expected.shape != actual.shape:
         return "its forward does not return a tensor (*, out_features)"
-    same = ((expected - actual).abs() <= bound) | ~size.isfinite()
-    return (
-        None
-        if bool(same.all())
-        else "it computes something else than F.linear(x, weight * mask, bias)"
-    )
+    eps = torch.finfo(x.dtype).eps
+    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        eps = 2**-8  # products of bfloat16, at worst
+    same = (expected - actual).abs() <= 8 * eps * (size + expected.abs())
+    if bool((same | ~size.isfinite()).all()):
+        return None
+    return "it computes something else than F.linear(x, weight * mask, bias)"
 
 
 def _replace_children(model: nn.Module, by: dict[Any, Any]) -> None:

@@ -87,6 +87,8 @@ def _odd_tensors(module: nn.Module) -> str | None:
         return f"its weight is a {type(weight).__name__}, its bias a {type(bias).__name__}"
     if not isinstance(mask, Tensor) or weight.dim() != 2 or mask.shape != weight.shape:
         return "its mask does not have the shape of its weight"
+    if weight.numel() == 0:
+        return "its weight is empty"
     if weight.is_meta or not weight.is_floating_point() or weight.layout != torch.strided:
         return f"its weight is a {weight.dtype} {weight.layout} tensor on {weight.device}"
     for parameter in (weight, bias):

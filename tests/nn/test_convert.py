@@ -294,6 +294,26 @@ def test_the_comparison_takes_weights_of_any_size():
         mk.revert_(model)
 
 
+def test_converting_under_autocast_or_inference_mode():
+    for mode in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode()):
+        model, call = made("nflows")
+        with mode:
+            assert all(r.converted for r in mk.convert_(model, force=True))
+        call(model, batch()).sum().backward()
+        assert all(layer.weight.grad is not None for layer in converted(model))
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_converting_with_any_precision_of_products(precision):
+    model, _ = made("pyro")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert all(r.converted for r in mk.convert_(model, force=True))
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def test_a_subclass_with_the_same_forward_is_converted():
     model, _ = made("pyro")
 

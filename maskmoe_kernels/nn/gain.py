@@ -34,7 +34,7 @@ class DensePrices(NamedTuple):
 class OurPrices(NamedTuple):
     """Nanoseconds of ours, on one core."""
 
-    call: float
+    call: float  # between layers of other kinds, where it takes longer than call after call
     product: float  # a row and step of a panel; in a step of training, of three products
     masked: float  # more, a row and step with a mask; of two products
     copy: float  # a row and feature or unit
@@ -43,8 +43,8 @@ class OurPrices(NamedTuple):
 
 
 # AMD EPYC (Zen 3), AVX2, float32, torch 2.13. Other processors change all prices, ratios hardly.
-FORWARD = DensePrices(21e3, 0.0228, 0.145, 0.81), OurPrices(23.6e3, 0.358, 0.39, 0.169, 0.26, 0.55)
-STEP = DensePrices(131e3, 0.0666, 1.02, 2.69), OurPrices(136e3, 0.378, 1.09, 0.282, 0.39, 1.66)
+FORWARD = DensePrices(21e3, 0.0228, 0.145, 0.81), OurPrices(35e3, 0.358, 0.39, 0.169, 0.26, 0.55)
+STEP = DensePrices(131e3, 0.0666, 1.02, 2.69), OurPrices(230e3, 0.378, 1.09, 0.282, 0.39, 1.66)
 
 
 def why_no_gain(

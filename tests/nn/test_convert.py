@@ -353,7 +353,7 @@ def test_layers_that_do_not_gain_are_kept():
     pytest.importorskip("pyro")
     from pyro.nn import ConditionalAutoRegressiveNN
 
-    large = ConditionalAutoRegressiveNN(64, 4, [256, 256])
+    large = ConditionalAutoRegressiveNN(64, 4, [512, 512])
     assert repr(mk.convert_(large)).startswith("3 of 3 layers converted\n  layers.0  pyro  ")
     mk.revert_(large)
     assert "torch.float64" in mk.convert_(large.double())[0].reason

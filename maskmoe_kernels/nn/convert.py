@@ -74,6 +74,22 @@ class ConversionReport(Sequence[ConversionRecord]):
 class ConvertedLinear(MaskedLinear):
     """A :class:`MaskedLinear` in the place of another package's layer, which it keeps aside.
 
+    *The function* is the same, but that a NaN or infinity in an input or weight that the mask
+    leaves out no longer reaches a unit. The second derivative needs ``backend="reference"``, which
+    is slow.
+
+    *What is shared*: the bias is the same parameter. ``weight`` holds copies of the visible
+    weights, packed; the dense weight stays aside with the rest of the original layer, for
+    :func:`revert_`. ``.grad``, ``requires_grad`` and the training mode are carried over.
+
+    *State dicts* have the same names ``weight`` (packed, ``(num_weights,)``) and ``bias``; ``mask``
+    and ``degrees`` are gone, ``_extra_state`` says how the weight is packed. Checkpoints of the
+    original model load, except for weights that the mask leaves out. To save one that the original
+    model can load, call :func:`revert_` first.
+
+    *Optimizers* that hold a replaced weight have to be passed to ``convert_`` and ``revert_``: they
+    follow, with their state. One that is created afterwards needs nothing.
+
     Attributes:
         original: The layer that it replaced, in a tuple, so that it is no submodule.
     """
@@ -146,21 +162,8 @@ def convert_(
     ``nflows.transforms.made.MaskedLinear``, ``pyro.nn.auto_reg_nn.MaskedLinear``,
     ``zuko.nn.MaskedLinear`` and their subclasses are found by name: none of the packages has to be
     installed. Outputs and gradients stay the same up to rounding; as before, the gradient flows
-    back through every weight that the mask leaves. (A NaN or infinity in an input or weight that
-    the mask leaves out no longer reaches a unit.) The second derivative needs
-    ``backend="reference"``, which is slow.
-
-    *What is shared*: the bias is the same parameter. The new ``weight`` holds copies of the visible
-    weights, packed; the old one stays aside with the rest of the original layer for
-    :func:`revert_`. ``.grad``, ``requires_grad`` and the training mode are carried over.
-
-    *State dicts* of the model have the same names ``weight`` (now packed, ``(num_weights,)``) and
-    ``bias``; ``mask`` and ``degrees`` are gone, ``_extra_state`` says how the weight is packed.
-    Checkpoints of the original model load; to save one that it can load, call :func:`revert_`
-    first.
-
-    *Optimizers* that hold a replaced weight have to be passed: they follow, with their state. One
-    that is created afterwards needs nothing.
+    back through every weight that the mask leaves. What is shared, what state dicts hold, and what
+    becomes of optimizers: see :class:`ConvertedLinear`.
 
     Args:
         model: Changed in place. Layers that are referred to from outside of it are not replaced
@@ -182,21 +185,7 @@ def convert_(
     _check_model(model, "convert_")
     if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
         raise BackendError(f"batch must be None or a number of rows of at least 1, got {batch!r}")
-    tied = _tied_parameters(model)
-    records: list[ConversionRecord] = []
-    made: dict[nn.Module, ConvertedLinear] = {}
-    for layer in foreign_layers(model):
-        reason, layout = _reason_to_keep(layer, model, tied), None
-        if reason is None:
-            layout = _layout_of(layer.module)
-            reason = None if force else why_no_gain(layout, layer.module.weight, batch, backend)  # type: ignore[arg-type]
-        if reason is None and layout is not None:
-            new = ConvertedLinear.of(layer.module, layout, backend)
-            reason = _difference(layer.module, new)
-            if reason is None:
-                made[layer.module] = new
-        density = _density(layer.module)
-        records.append(ConversionRecord(layer.name, layer.kind, reason is None, reason, density))
+    records, made = _replacements(model, batch, force, backend)
     replacements = [
         Replacement(old.weight, new.weight, new.layout.pack)  # type: ignore[arg-type]
         for old, new in made.items()
@@ -247,6 +236,28 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
         ],
     )
     return list(found.values())
+
+
+def _replacements(
+    model: nn.Module, batch: int | None, force: bool, backend: str | None
+) -> tuple[list[ConversionRecord], dict[nn.Module, ConvertedLinear]]:
+    """The records of all layers, and what is to replace some of them."""
+    tied = _tied_parameters(model)
+    records: list[ConversionRecord] = []
+    made: dict[nn.Module, ConvertedLinear] = {}
+    for layer in foreign_layers(model):
+        reason, layout = _reason_to_keep(layer, model, tied), None
+        if reason is None:
+            layout = _layout_of(layer.module)
+            reason = None if force else why_no_gain(layout, layer.module.weight, batch, backend)  # type: ignore[arg-type]
+        if reason is None and layout is not None:
+            new = ConvertedLinear.of(layer.module, layout, backend)
+            reason = _difference(layer.module, new)
+            if reason is None:
+                made[layer.module] = new
+        density = _density(layer.module)
+        records.append(ConversionRecord(layer.name, layer.kind, reason is None, reason, density))
+    return records, made
 
 
 def _check_model(model: nn.Module, function: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from bench import rivals
 from bench.cases import DTYPES
 from bench.layers.suites import SUITES
-from bench.networks import mlp_training
+from bench.networks import flows, mlp_training
 from bench.networks.training import Schedule
 from maskmoe_kernels.layout.families import FAMILIES
 
@@ -38,6 +38,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     _add_compare(commands)
     _add_train(commands)
+    _add_flows(commands)
     _add_overhead(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
@@ -161,6 +162,32 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     # fmt: on
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--smoke", action="store_true", help="tiny: does it run?")
+    _add_common(parser)
+
+
+def _add_flows(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("flows", help="flows before and after mk.convert_", **_texts(
+        "Normalizing flows of zuko, nflows and pyro before and after mk.convert_: log-likelihood\n"
+        "without a graph, and with its gradients. Writes flows.json into --out, after each case.",
+        f"{PROGRAM} flows --networks 'zuko MAF' --features 64 --hidden 512 --threads 1",
+    ))  # fmt: skip
+    add, grid = parser.add_argument, flows.Grid()
+    names = f"default: all; {', '.join(flows.NETWORKS)}"
+    add("--networks", nargs="+", choices=flows.NETWORKS, default=grid.networks, metavar="NAME",
+        help=names)  # fmt: skip
+    for name, letter, text in (
+        ("features", "F", "of a sample"),
+        ("hidden", "H", "units a hidden layer"),
+        ("batch", "B", "rows"),
+    ):
+        default = getattr(grid, name)
+        add(f"--{name}", nargs="+", type=_positive, metavar=letter, default=default,
+            help=f"{text} (default: {' '.join(map(str, default))})")  # fmt: skip
+    add("--rounds", type=_positive, default=grid.rounds, metavar="N", help="default: %(default)s")
+    add("--budget", type=_seconds, default=grid.budget, metavar="S", help="seconds a case")
+    add("--compile", action="store_true", help="both through torch.compile: a minute a case")
+    add("--force", action="store_true", help="replace layers that do not gain, too")
     add("--smoke", action="store_true", help="tiny: does it run?")
     _add_common(parser)
 

@@ -24,7 +24,7 @@ from bench.layers.run import Run
 from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
-from bench.networks import mlp_training, movielens_training, training
+from bench.networks import flows, mlp_training, movielens_training, training
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
@@ -193,4 +193,21 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
     )
 
 
-_COMMANDS = {"run": _run, "compare": _compare, "overhead": _overhead, "train": _train}
+def _flows(arguments: argparse.Namespace, console: Console) -> int:
+    if arguments.device != "cpu":
+        raise BackendError(f"flows are measured on the CPU, got --device {arguments.device}")
+    names = ("networks", "features", "hidden", "batch", "rounds", "budget", "compile", "force")
+    given = {name: getattr(arguments, name) for name in names}
+    document = flows.run(
+        flows.SMOKE if arguments.smoke else flows.Grid(**given), _folder(arguments), console
+    )
+    return 0 if any("step" in record for record in document["results"]) else 1
+
+
+_COMMANDS = {
+    "run": _run,
+    "compare": _compare,
+    "flows": _flows,
+    "overhead": _overhead,
+    "train": _train,
+}

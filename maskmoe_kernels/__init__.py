@@ -10,12 +10,17 @@ from maskmoe_kernels.explain import interactions, moebius, shapley, sufficient
 from maskmoe_kernels.layout import BlockLayout, SubsetFamily
 from maskmoe_kernels.models import InterpretableGRU, InterpretableMLP, InterpretableTransformer
 from maskmoe_kernels.nn import (
+    ConversionRecord,
+    ConversionReport,
+    ConvertedLinear,
     ExpertNorm,
     MaskedGRU,
     MaskedGRUCell,
     MaskedLinear,
     MaskedMLP,
     MaskedMultiheadAttention,
+    convert_,
+    revert_,
 )
 from maskmoe_kernels.ops import Inputs, masked_linear
 from maskmoe_kernels.ops.dispatch import info
@@ -26,6 +31,9 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BlockLayout",
+    "ConversionRecord",
+    "ConversionReport",
+    "ConvertedLinear",
     "DataError",
     "ExpertNorm",
     "Inputs",
@@ -39,12 +47,14 @@ __all__ = [
     "MaskedMLP",
     "MaskedMultiheadAttention",
     "SubsetFamily",
+    "convert_",
     "gem_loss",
     "info",
     "interactions",
     "masked_linear",
     "mixture",
     "moebius",
+    "revert_",
     "selection",
     "shapley",
     "sufficient",

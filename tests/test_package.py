@@ -19,6 +19,7 @@ NAMES = """
     SubsetFamily SubsetFamily.powerset BlockLayout BlockLayout.between BlockLayout.from_mask
     masked_linear MaskedLinear MaskedLinear.from_layout MaskedLinear.from_linear
     MaskedLinear.dense_weight MaskedLinear.to_linear
+    convert_ revert_
     InterpretableMLP mixture selection gem_loss info sufficient shapley interactions moebius
     testing testing.dense_oracle testing.assert_blind testing.assert_gradient_isolated
     testing.strategies.families testing.strategies.layouts testing.strategies.masks

@@ -80,6 +80,12 @@ class Reader {
   int64_t left_;
 };
 
+std::vector<int64_t> rank_of(const std::vector<int64_t>& order) {
+  std::vector<int64_t> rank(order.size());
+  for (size_t n = 0; n < order.size(); ++n) rank[order[n]] = static_cast<int64_t>(n);
+  return rank;
+}
+
 // Fills in where each row block's weights begin, and what is counted.
 void count_weights(Layout& layout) {
   std::vector<int64_t> weights(layout.rows());
@@ -121,6 +127,8 @@ Layout decode(const Encoded& encoded) {
   reader.take_order(values[3], layout.out_features, layout.row_order);
   reader.take_order(values[4], layout.in_features, layout.col_order);
   reader.end();
+  layout.row_rank = rank_of(layout.row_order);
+  layout.col_rank = rank_of(layout.col_order);
   count_weights(layout);
   return layout;
 }

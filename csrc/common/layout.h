@@ -12,6 +12,7 @@ struct Layout {
   std::vector<int64_t> row_offsets, col_offsets, weight_offsets;  // one longer
   std::vector<uint8_t> present, routes;                           // (rows, cols)
   std::vector<int64_t> row_order, col_order;                      // empty: in order
+  std::vector<int64_t> row_rank, col_rank;  // the position of each in them
   int64_t in_features, out_features, num_weights, num_routed, num_blocks;
 
   size_t rows() const { return row_sizes.size(); }

@@ -13,13 +13,15 @@ namespace maskmoe {
 enum class Dtype : int { kFloat32, kBfloat16, kFloat16 };
 
 // A (rows, features) matrix whose rows lie `stride` elements apart. `order`, where given, is the
-// feature at each position of the block order.
+// feature at each position of the block order; `rank`, beside it or null, the position of each
+// feature.
 struct Matrix {
   void* data;
   Dtype dtype;
   int64_t features;
   int64_t stride;
   const int64_t* order;
+  const int64_t* rank = nullptr;
 };
 
 // y = act(W x + b) on rows of one batch.

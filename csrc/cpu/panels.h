@@ -1,8 +1,8 @@
 // What the kernels iterate over: panels of output lanes, each with the inputs it sees.
 //
-// A kernel never meets a layout. It meets panels: up to two vectors of outputs ("lanes") of one
-// block, or one vector that several small blocks share; and segments: runs of inputs that the same
-// lanes of a panel see. Forward, lanes are units and inputs are features; for grad_x it is the
+// A kernel never meets a layout. It meets panels: up to two vectors of outputs ("lanes"), of one
+// block or of neighbours that share it; and segments: runs of inputs that the same lanes of a panel
+// see. Forward, lanes are units and inputs are features; for grad_x it is the
 // other way round, over routed blocks. These structures are plain: they cross into code compiled
 // for one instruction set.
 #pragma once
@@ -16,7 +16,7 @@ namespace maskmoe {
 struct Segment {
   int64_t first;  // slot
   int64_t length;
-  uint32_t mask;  // bits of lanes; only shared panels read it
+  uint32_t mask;  // bits of lanes; all ones: every lane. Only shared panels read it
 };
 
 // Where a kernel reads a panel's weights: in a buffer, or in place. Inputs whose weights lie far

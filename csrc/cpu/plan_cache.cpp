@@ -28,7 +28,7 @@ struct Compiled {
     for (const ExecutionPlan& plan : chain) {
       const Layout& l = plan.layout;
       for (const auto* sizes : {&l.row_sizes, &l.col_sizes, &l.row_offsets, &l.col_offsets,
-                                &l.weight_offsets, &l.row_order, &l.col_order}) {
+                                &l.weight_offsets, &l.row_order, &l.col_order, &l.row_rank, &l.col_rank}) {
         sum += bytes_of(*sizes);
       }
       sum += bytes_of(l.present) + bytes_of(l.routes);

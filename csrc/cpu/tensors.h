@@ -52,6 +52,10 @@ inline Tensor nothing(const Tensor& like) {
   return empty_like_with(like, &zero, 1);
 }
 
+inline const int64_t* data_or_null(const std::vector<int64_t>& values) {
+  return values.empty() ? nullptr : values.data();
+}
+
 // A tensor (*, features) as a matrix; `held` keeps alive what the matrix points to.
 inline Matrix matrix_of(const Tensor& t, Tensor& held, Dtype dtype,
                         const std::vector<int64_t>& order) {
@@ -63,7 +67,7 @@ inline Matrix matrix_of(const Tensor& t, Tensor& held, Dtype dtype,
   } else if (!t.is_contiguous()) {
     held = torch::stable::contiguous(t);
   }
-  return {held.data_ptr(), dtype, features, stride, order.empty() ? nullptr : order.data()};
+  return {held.data_ptr(), dtype, features, stride, data_or_null(order)};
 }
 
 }  // namespace maskmoe

@@ -25,7 +25,7 @@ from maskmoe_kernels.layout.arguments import (
     refuse_absent_routes,
 )
 from maskmoe_kernels.layout.caches import Caches
-from maskmoe_kernels.layout.mask_classes import mask_classes
+from maskmoe_kernels.layout.mask_classes import PANEL, mask_classes, panel_steps
 
 # Counts changes of the order inside packed weights; see BlockLayout.
 PACKING_VERSION = 2
@@ -35,6 +35,8 @@ SMALL_BLOCK = 16
 MANY_BLOCKS = 1 << 16
 # Features and units a side: kernels count them in 32 bits.
 MOST_FEATURES = 2**31 - 1
+# Panels of units that walk more than this share of the inputs save nothing.
+MOSTLY_DENSE = 0.9
 # Up to this many units a side, a dense product is so cheap that nobody needs a warning.
 SMALL_SIDE = 256
 
@@ -182,8 +184,9 @@ class BlockLayout:
         """The exact layout of any boolean mask, interleaved units and all-false rows included.
 
         Units whose rows (and features whose columns) are equal form a block. Where equal units
-        lie apart, the layout keeps their order and blocks are gathered. A mask without blocks
-        worth having (a random one, say) is still exact; a warning says that it runs as a dense
+        lie apart, the layout keeps their order and blocks are gathered; so do units that see
+        nested sets (MADE) in no order, if their blocks are fine. A mask without blocks worth having
+        (a random one, say) is still exact; a warning says that it is no faster than a dense
         product.
 
         Args:
@@ -204,13 +207,17 @@ class BlockLayout:
             row_order=found.row_order,
             col_order=found.col_order,
         )
-        if not layout.has_blocks and min(layout.out_features, layout.in_features) > SMALL_SIDE:
+        if (
+            not layout.has_blocks
+            and min(layout.out_features, layout.in_features) > SMALL_SIDE
+            and layout.walked_density > MOSTLY_DENSE
+        ):
             warnings.warn(
                 f"this {layout.out_features} x {layout.in_features} mask has "
                 f"{len(found.row_sizes)} distinct rows and {len(found.col_sizes)} distinct "
                 "columns, so its blocks hold "
                 f"{layout.num_weights / max(layout.num_blocks, 1):.1f} weights on average: it is "
-                "computed exactly, by a dense product, and no faster than one",
+                "computed exactly, and no faster than a dense product",
                 stacklevel=2,
             )
         return layout
@@ -219,6 +226,23 @@ class BlockLayout:
     def density(self) -> float:
         """Share of the dense matrix that is stored, in [0, 1]."""
         return self.num_weights / (self.out_features * self.in_features)
+
+    @cached_property
+    def panel_steps(self) -> tuple[int, int]:
+        """Inputs that panels of 16 neighbouring units walk, and those of them that need a mask.
+
+        A kernel computes a panel at once: all that any of its units sees, with a mask where not
+        all of them do.
+        """
+        return panel_steps(np.packbits(self._expand_ordered(self.present).numpy(), axis=1))
+
+    @property
+    def walked_density(self) -> float:
+        """Share of the dense matrix that panels of 16 neighbouring units walk, in [0, 1].
+
+        For blocks of at least 16 units, and for staircases, hardly more than ``density``.
+        """
+        return self.panel_steps[0] / (-(-self.out_features // PANEL) * self.in_features)
 
     @cached_property
     def num_routed_weights(self) -> int:

@@ -1,6 +1,13 @@
 """Modules built on the masked linear op."""
 
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
+from maskmoe_kernels.nn.convert import (
+    ConversionRecord,
+    ConversionReport,
+    ConvertedLinear,
+    convert_,
+    revert_,
+)
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_of
 from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear
@@ -12,6 +19,9 @@ from maskmoe_kernels.nn.stacked import StackedLinear
 
 __all__ = [
     "ContentEncoder",
+    "ConversionRecord",
+    "ConversionReport",
+    "ConvertedLinear",
     "ExpertNorm",
     "MaskedGRU",
     "MaskedGRUCell",
@@ -19,7 +29,9 @@ __all__ = [
     "MaskedMLP",
     "MaskedMultiheadAttention",
     "StackedLinear",
+    "convert_",
     "pack_optimizer_state",
+    "revert_",
     "table_of",
     "unrouted",
 ]

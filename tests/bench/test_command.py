@@ -250,7 +250,7 @@ def test_ctrl_c_says_how_to_continue(
     assert "--resume" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["", "compare", "train", "overhead"])
+@pytest.mark.parametrize("name", ["", "compare", "train", "flows", "overhead"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.entry([*name.split(), "--help"])

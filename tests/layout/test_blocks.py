@@ -207,6 +207,38 @@ def test_a_mask_without_blocks_warns_and_is_exact():
         mk.BlockLayout.from_mask(torch.ones(300, 300).tril().repeat_interleave(8, 1)[:, :300] > 0)
 
 
+@pytest.mark.parametrize("units", [256, 300])
+@pytest.mark.parametrize("ordered", [True, False])
+def test_units_that_see_nested_sets_are_sorted(units, ordered):
+    """MADE with as many degrees as units: no two see the same, and panels still walk half."""
+    generator = torch.Generator().manual_seed(0)
+    degrees, features = torch.arange(units), torch.arange(280)
+    if not ordered:
+        degrees, features = (
+            t[torch.randperm(len(t), generator=generator)] for t in (degrees, features)
+        )
+    mask = degrees[:, None] >= features
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is faster than a dense product
+        layout = mk.BlockLayout.from_mask(mask)
+    assert torch.equal(layout.mask(), mask)
+    assert (layout.row_order is None) == (layout.col_order is None) == ordered
+    assert layout.density < layout.walked_density < layout.density + 0.05
+
+
+def test_panels_that_walk_everything():
+    layout = mk.BlockLayout([16, 16], [1, 3], torch.tensor([[True, False], [True, True]]))
+    assert layout.walked_density == (16 * 1 + 16 * 4) / 128 == layout.density
+    diagonal = mk.BlockLayout.from_mask(torch.eye(17).bool())
+    assert diagonal.walked_density == 17 / (2 * 17)
+
+
+def test_units_of_fine_blocks_stay_where_sorting_saves_nothing():
+    layout = mk.BlockLayout.from_mask(torch.rand(90, 90) < 0.5)
+    assert layout.row_order is None
+    assert layout.col_order is None
+
+
 def test_a_large_mask_is_quick():
     units = torch.arange(4096)
     mask = units[:, None] % 32 >= units % 64  # interleaved, 32 x 32 classes

@@ -6,6 +6,7 @@ _TRUST = ["tests/ops/test_trust.py", "tests/fuzz/test_ops.py"]
 _NEEDS = "tests/ops/masked_linear/test_needs.py"
 _LIFETIMES = "tests/ops/test_lifetimes.py"
 _KINDS = "tests/layout/test_mask_kinds.py"
+_CONVERT = "tests/nn/test_convert.py"
 _OPS = ["tests/ops/masked_linear/test_masked_linear.py", "tests/ops/masked_linear/test_contract.py"]
 _LINEAR = [
     _OPS[0],
@@ -96,10 +97,13 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/testing/*.py": ["tests/testing", *_OPS],
     "maskmoe_kernels/nn/interception.py": _CALLED,
     "maskmoe_kernels/nn/packing.py": [_CALLED[1]],
-    "maskmoe_kernels/nn/optimizers.py": ["tests/nn/test_optimizers.py"],
+    "maskmoe_kernels/nn/optimizers.py": ["tests/nn/test_optimizers.py", _CONVERT],
     "maskmoe_kernels/nn/sharding.py": ["tests/distributed/test_fsdp.py"],
     "maskmoe_kernels/nn/parametrized.py": ["tests/nn/test_parametrized.py", _CALLED[0]],
     "maskmoe_kernels/nn/routed.py": ["tests/nn/test_unrouted.py"],
+    "maskmoe_kernels/nn/convert.py": [_CONVERT],
+    "maskmoe_kernels/nn/foreign.py": [_CONVERT],
+    "maskmoe_kernels/nn/gain.py": [_CONVERT],
     "maskmoe_kernels/nn/linear.py": [
         "tests/nn/test_parametrized.py",
         "tests/nn/test_linear.py",

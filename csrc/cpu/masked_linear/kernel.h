@@ -43,14 +43,11 @@ struct MaskedLinear {
       Product::multiply(f.panels, x, line, f.weight, f.in_place, f.buffer, f.bias, {y, y_stride, 0},
                         applied, rows);
       if (y_here) continue;
-      for (int64_t r = 0; r < rows; ++r) {
-        float* of = y_tile + r * y_stride;
-        if (f.z.data != nullptr) {
-          E::store(E::row_of(f.z, row + r), f.z.dtype, f.z.order, of, f.z.features);
-        }
-        if (!Product::fused(f.activation)) activate_row(f.activation, of, f.y.features);
-        E::store(E::row_of(f.y, row + r), f.y.dtype, f.y.order, of, f.y.features);
+      if (f.z.data != nullptr) Tile::store_rows(f.z, row, y_tile, y_stride, rows);
+      for (int64_t r = 0; r < rows && !Product::fused(f.activation); ++r) {
+        activate_row(f.activation, y_tile + r * y_stride, f.y.features);
       }
+      Tile::store_rows(f.y, row, y_tile, y_stride, rows);
     }
   }
 
@@ -122,10 +119,7 @@ struct MaskedLinear {
         float* out = out_here ? static_cast<float*>(E::row_of(b.grad_x, row)) : out_tile;
         Product::multiply(b.transposed, g, line, nullptr, Place::kNowhere, b.transposed_buffer,
                           nullptr, {out, out_stride, 0}, Activation::kNone, rows);
-        for (int64_t r = 0; !out_here && r < rows; ++r) {
-          E::store(E::row_of(b.grad_x, row + r), b.grad_x.dtype, b.grad_x.order,
-                   out_tile + r * out_stride, b.grad_x.features);
-        }
+        if (!out_here) Tile::store_rows(b.grad_x, row, out_tile, out_stride, rows);
       }
       if (b.need_weight) {
         Tile::load_tile(x, line, b.x, row, rows);

@@ -32,11 +32,17 @@ struct LineTile {
                         int64_t count, const F& then) {
     const char* from = static_cast<const char*>(E::row_of(m, row));
     const int64_t step = m.stride * (D == Dtype::kFloat32 ? 4 : 2);
-    if (m.order != nullptr) {
+    if (D == Dtype::kFloat32 && m.order != nullptr && count == L) {
+      int64_t at[L];  // in registers: a store could change what `order` points to
+      for (int64_t k = 0; k < L; ++k) at[k] = m.order[column + k];
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
-        float lanes[L] = {};
-        for (int64_t k = 0; k < count; ++k) lanes[k] = E::widen(from, D, m.order[column + k]);
-        I::store(to, then(I::load(lanes), r));
+        // A part of the next rows: over all columns, the whole.
+        __builtin_prefetch(from + kTogether * step + column * 4);
+        I::store(to, then(I::gather(reinterpret_cast<const float*>(from), at), r));
+      }
+    } else if (m.order != nullptr) {
+      for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
+        I::store(to, then(E::template gather<D>(from, m.order + column, count), r));
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
@@ -61,6 +67,35 @@ struct LineTile {
         }
       }
     });
+  }
+
+  // Rows of results in block order, `stride` floats apart, to a matrix.
+  static void store_rows(const Matrix& m, int64_t row, const float* from, int64_t stride,
+                         int64_t rows) {
+    if (m.rank == nullptr || m.dtype != Dtype::kFloat32) {
+      for (int64_t r = 0; r < rows; ++r) {
+        E::store(E::row_of(m, row + r), m.dtype, m.order, from + r * stride, m.features);
+      }
+      return;
+    }
+    // Written side by side: what is scattered is read, from a cache.
+    for (int64_t begin = 0; begin < rows; begin += kTogether) {
+      const int64_t some = E::min(kTogether, rows - begin);
+      const float* first = from + begin * stride;
+      float* to = static_cast<float*>(E::row_of(m, row + begin));
+      int64_t n = 0;
+      for (; n + L <= m.features; n += L) {
+        int64_t at[L];
+        for (int64_t k = 0; k < L; ++k) at[k] = m.rank[n + k];
+        for (int64_t r = 0; r < some; ++r) {
+          __builtin_prefetch(first + (kTogether + r) * stride + n);
+          I::store(to + r * m.stride + n, I::gather(first + r * stride, at));
+        }
+      }
+      for (; n < m.features; ++n) {
+        for (int64_t r = 0; r < some; ++r) to[r * m.stride + n] = first[r * stride + m.rank[n]];
+      }
+    }
   }
 
   // Zeros in the rows of a tile that `mask` leaves out: such rows may hold anything, NaN included.

@@ -30,8 +30,9 @@ std::tuple<Tensor, Tensor> masked_linear_op(Tensor x, Tensor weight, std::option
   Tensor z = kept ? empty_like_with(x, sizes.data(), x.dim()) : nothing(x);
   Tensor held;
   const Matrix from = matrix_of(x, held, dtype, layout.col_order);
-  const int64_t* row_order = layout.row_order.empty() ? nullptr : layout.row_order.data();
-  const Matrix to{y.data_ptr(), dtype, layout.out_features, layout.out_features, row_order};
+  const Matrix to{y.data_ptr(),          dtype,
+                  layout.out_features,   layout.out_features,
+                  data_or_null(layout.row_order), data_or_null(layout.row_rank)};
   Matrix pre_activation = to;
   pre_activation.data = kept ? z.data_ptr() : nullptr;
   weight = dense(weight);
@@ -59,7 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward_op(
   const Activation act = activation_named(activation);
   Tensor held_y, held_x, held_saved;
   const Matrix given = matrix_of(grad_y, held_y, dtype, layout.row_order);
-  const Matrix from = matrix_of(x, held_x, dtype, layout.col_order);
+  Matrix from = matrix_of(x, held_x, dtype, layout.col_order);
+  from.rank = data_or_null(layout.col_rank);
   Matrix kept = given;
   if (act != Activation::kNone) {
     checks.matrix(saved, "saved", rows, layout.out_features);

@@ -49,7 +49,7 @@ struct PackedWeights {
   static void copy_block(float* at, int64_t width, const float* from, const Copy& copy) {
     if (copy.lane_step == 1) {
       for (int64_t k = 0; k < copy.inputs; ++k) {
-        E::load(at + k * width, from + k * copy.input_step, Dtype::kFloat32, nullptr, copy.lanes);
+        E::copy(at + k * width, from + k * copy.input_step, copy.lanes);
       }
       return;
     }
@@ -72,8 +72,7 @@ struct PackedWeights {
         float* to = weight + copy.packed;
         if (copy.lane_step == 1) {
           for (int64_t k = 0; k < copy.inputs; ++k) {
-            E::load(to + k * copy.input_step, from + k * width, Dtype::kFloat32, nullptr,
-                    copy.lanes);
+            E::copy(to + k * copy.input_step, from + k * width, copy.lanes);
           }
           continue;
         }

@@ -3,7 +3,7 @@
 // A tile of sums is R rows by one panel of lanes. Its sums stay in registers while the kernel goes
 // through the panel's segments; each step loads the weights of one input for all lanes and
 // multiplies them by that input's value in each row. Inputs that no lane sees are in no segment;
-// where small blocks share a panel, a mask keeps an input from lanes that do not see it.
+// where blocks share a panel, a mask keeps an input from lanes that do not see it.
 #pragma once
 
 #include "cpu/activations.h"
@@ -45,8 +45,9 @@ struct PanelProduct {
   };
 
   // sum += x w for one input: its value in R rows, its weights for N vectors of lanes.
-  template <int R, int N, bool Shared>
-  [[gnu::always_inline]] static void step(V (&sum)[R][N], const float* x, const float* w, M seen) {
+  template <int R, int N, bool Masked>
+  [[gnu::always_inline]] static void step(V (&sum)[R][N], const float* x, const float* w,
+                                          const M (&seen)[N]) {
     V b[N];
 #pragma GCC unroll 2
     for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
@@ -55,13 +56,41 @@ struct PanelProduct {
       V a = I::set(x[r * L]);
 #pragma GCC unroll 2
       for (int v = 0; v < N; ++v) {
-        if constexpr (Shared) {
-          sum[r][v] = I::fma(a, b[v], sum[r][v], seen);
+        if constexpr (Masked) {
+          sum[r][v] = I::fma(a, b[v], sum[r][v], seen[v]);
         } else {
           sum[r][v] = I::fma(a, b[v], sum[r][v]);
         }
       }
     }
+  }
+
+  // All inputs of one segment. Returns the weights after its own.
+  template <int R, int N, bool Masked>
+  [[gnu::always_inline]] static const float* add_segment(V (&sum)[R][N], const Segment& s,
+                                                         const float* tile, int64_t line,
+                                                         const float* w, int64_t w_stride) {
+    M seen[N]{};
+    if constexpr (Masked) {
+      for (int v = 0; v < N; ++v) seen[v] = I::mask(s.mask >> (v * L));
+    }
+    const float* base = tile + static_cast<uint64_t>(s.first) / L * line;
+    int64_t k = static_cast<uint64_t>(s.first) % L;
+    for (int64_t left = s.length; left > 0; base += line, k = 0) {
+      const float* x = base + k;
+      const int64_t steps = E::min(left, L - k);
+      left -= steps;
+      const float* next = base + line + k * L;
+      for (const float* end = x + steps; x != end; ++x, w += w_stride, next += L) {
+        if constexpr (N == 2) {  // large blocks: prefetch the next line's rows and weights
+          __builtin_prefetch(next);
+          __builtin_prefetch(w + kAhead * w_stride);
+          __builtin_prefetch(w + kAhead * w_stride + L);
+        }
+        step<R, N, Masked>(sum, x, w, seen);
+      }
+    }
+    return w;
   }
 
   static constexpr int64_t kAhead = 24;  // inputs
@@ -89,23 +118,10 @@ struct PanelProduct {
     const int64_t w_stride = t.weight_stride, y_stride = t.y_stride, line = t.line;
     const int64_t second = N == 2 ? t.y_second : 0;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
-      M seen{};
-      if constexpr (Shared) seen = I::mask(s->mask);
-      const float* base = t.x + static_cast<uint64_t>(s->first) / L * line;
-      int64_t k = static_cast<uint64_t>(s->first) % L;
-      for (int64_t left = s->length; left > 0; base += line, k = 0) {
-        const float* x = base + k;
-        const int64_t steps = E::min(left, L - k);
-        left -= steps;
-        const float* next = base + line + k * L;
-        for (const float* end = x + steps; x != end; ++x, w += w_stride, next += L) {
-          if constexpr (N == 2) {  // large blocks: prefetch the next line's rows and weights
-            __builtin_prefetch(next);
-            __builtin_prefetch(w + kAhead * w_stride);
-            __builtin_prefetch(w + kAhead * w_stride + L);
-          }
-          step<R, N, Shared>(sum, x, w, seen);
-        }
+      if (Shared && s->mask != ~0u) {
+        w = add_segment<R, N, true>(sum, *s, t.x, line, w, w_stride);
+      } else {
+        w = add_segment<R, N, false>(sum, *s, t.x, line, w, w_stride);
       }
     }
     if (t.activation == Activation::kRelu) {
@@ -180,11 +196,13 @@ struct PanelProduct {
   }
 
   struct Products {
-    Product one[I::kRows1 + 1]{}, two[I::kRows2 + 1]{}, shared[I::kRows1 + 1]{};
+    Product one[I::kRows1 + 1]{}, two[I::kRows2 + 1]{};
+    Product shared_one[I::kRows1 + 1]{}, shared_two[I::kRows2 + 1]{};
     constexpr Products() {
       products<1, false, I::kRows1>(one);
       products<2, false, I::kRows2>(two);
-      products<1, true, I::kRows1>(shared);
+      products<1, true, I::kRows1>(shared_one);
+      products<2, true, I::kRows2>(shared_two);
     }
   };
   static constexpr Products table{};
@@ -224,7 +242,8 @@ struct PanelProduct {
                 activation,
                 y.saved == nullptr ? nullptr : y.saved + panel.line * y.line,
                 y.derivative};
-      const Product* of = panel.shared ? table.shared : panel.vectors == 2 ? table.two : table.one;
+      const Product* of = panel.vectors == 2 ? (panel.shared ? table.shared_two : table.two)
+                                             : (panel.shared ? table.shared_one : table.one);
       const Cut& cut = cuts[panel.vectors - 1];
       for (uint32_t n = 0; n < cut.count; ++n) {
         const int64_t height = cut[n];

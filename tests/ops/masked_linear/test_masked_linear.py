@@ -22,7 +22,9 @@ ROWS = [0, 1, 15, 16, 17, 1000]
 runners = st.sampled_from(DRAWN)
 
 
-def on_all(names=("input", "hidden", "interleaved", "random", "nothing"), few=("hidden",)):
+def on_all(
+    names=("input", "hidden", "interleaved", "stairs", "random", "nothing"), few=("hidden",)
+):
     """(name of a layout, runner): all of them, but few for the interpreter."""
     pairs = [(n, r) for n in names for r in RUNNERS if r not in INTERPRETED or n in few]
     return pytest.mark.parametrize(("name", "runner"), pairs, ids=[" ".join(p) for p in pairs])
@@ -39,11 +41,15 @@ NESTED = mk.SubsetFamily(
 STRIPES = torch.arange(33)[:, None] % 3 >= torch.arange(34) % 4
 RANDOM = torch.rand(33, 17, generator=torch.Generator().manual_seed(1)) < 0.4
 RANDOM[5] = False
+# Units of MADE, in no order: each sees the features of at most its degree.
+DEGREES = torch.randperm(70, generator=torch.Generator().manual_seed(2)) * 90 // 70
+STAIRS = DEGREES[:, None] >= torch.randperm(90, generator=torch.Generator().manual_seed(3))
 ONE = mk.BlockLayout([1], [1], torch.ones(1, 1, dtype=torch.bool))
 LAYOUTS = {
     "input": NESTED.input_layout([1, 7, 33, 7, 1]),
     "hidden": NESTED.hidden_layout([33, 7, 1, 16, 7], [7, 1, 33, 17, 1]),
     "interleaved": mk.BlockLayout.from_mask(STRIPES.repeat(2, 2)),
+    "stairs": mk.BlockLayout.from_mask(STAIRS, STAIRS & (torch.arange(90) % 7 > 0)),
     "random": mk.BlockLayout.from_mask(RANDOM, RANDOM & (torch.arange(17) % 2 == 0)),
     "nothing": mk.BlockLayout([7, 1], [3, 2], torch.zeros(2, 2, dtype=torch.bool)),
 }
@@ -90,6 +96,7 @@ def test_the_examples_take_both_paths():
     assert not dense["interleaved"]
     assert dense["random"]
     assert LAYOUTS["interleaved"].row_order is not None
+    assert LAYOUTS["stairs"].row_order is not None
 
 
 # --- Invariant 3: one definition ---------------------------------------------------------------

@@ -1,0 +1,242 @@
+"""Normalizing flows of zuko, nflows and pyro, before and after ``mk.convert_``.
+
+Both models of a case are in one process, with the same weights; rounds are interleaved. *Forward*
+is the log-likelihood of a batch without a graph, *step* the gradients of its mean. With one thread,
+times are the process's own, whatever else the machine does. Where no layer was replaced, nothing is
+measured.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+import maskmoe_kernels as mk
+from bench.machine import machine
+from bench.statistics import geometric_mean, quartiles
+from maskmoe_kernels.experiments.shared.report import write_json
+
+FILE = "flows.json"
+TRANSFORMS = 3
+BEFORE, AFTER = "before", "after"
+LogLikelihood = Callable[[nn.Module, Tensor], Tensor]
+
+
+def _zuko(kind: str, features: int, hidden: int) -> nn.Module:
+    import zuko
+
+    flow: nn.Module = getattr(zuko.flows, kind)(
+        features, 0, transforms=TRANSFORMS, hidden_features=(hidden, hidden)
+    )
+    return flow
+
+
+def _nflows(features: int, hidden: int) -> nn.Module:
+    from nflows.flows import MaskedAutoregressiveFlow
+
+    flow: nn.Module = MaskedAutoregressiveFlow(features, hidden, TRANSFORMS, 2)
+    return flow
+
+
+def _pyro(features: int, hidden: int) -> nn.Module:
+    from pyro.nn import ConditionalAutoRegressiveNN
+
+    return ConditionalAutoRegressiveNN(features, 4, [hidden, hidden])  # type: ignore[no-any-return]
+
+
+def _affine(network: nn.Module, x: Tensor) -> Tensor:
+    """Of pyro's network, as one affine autoregressive transform uses it."""
+    mean, log_scale = network(x, context=x[:, :4])
+    return (-0.5 * ((x - mean) * torch.exp(-log_scale)).square() - log_scale).sum(-1)
+
+
+#: Name -> how to make it from features and hidden units, and its log-likelihood.
+NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], LogLikelihood]] = {
+    "zuko MAF": (lambda f, h: _zuko("MAF", f, h), lambda model, x: model().log_prob(x)),
+    "zuko NSF": (lambda f, h: _zuko("NSF", f, h), lambda model, x: model().log_prob(x)),
+    "nflows MAF": (_nflows, lambda model, x: model.log_prob(x)),  # type: ignore[operator]
+    "pyro ARN": (_pyro, _affine),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is measured, and for how long.
+
+    Attributes:
+        longest: Seconds; a case whose call takes longer is left out.
+        budget: Seconds of rounds a case.
+        force: Replace every layer.
+    """
+
+    networks: Sequence[str] = tuple(NETWORKS)
+    features: Sequence[int] = (16, 64, 256)
+    hidden: Sequence[int] = (64, 512, 1024)
+    batch: Sequence[int] = (256, 2048)
+    rounds: int = 5
+    budget: float = 0.3
+    longest: float = 1.0
+    compile: bool = False
+    force: bool = False
+
+
+SMOKE = Grid(features=(4,), hidden=(8,), batch=(16,), rounds=2, budget=0.0, force=True)
+
+
+def run(grid: Grid, out: Path, console: Console) -> dict[str, Any]:
+    """Measure every case and print; write ``FILE`` into ``out`` after each."""
+    document: dict[str, Any] = {"machine": machine("cpu"), "grid": asdict(grid), "results": []}
+    for network in grid.networks:
+        for features in grid.features:
+            for hidden in grid.hidden:
+                for batch in grid.batch:
+                    case = {"network": network, "features": features, "hidden": hidden}
+                    record = measure(case | {"batch": batch}, grid)
+                    document["results"].append(record)
+                    document["summary"] = summary(document["results"])
+                    write_json(out / FILE, document)
+                    console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+    show(document, console)
+    console.print(str(out / FILE), markup=False, highlight=False, soft_wrap=True)
+    return document
+
+
+def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
+    """Milliseconds of forward and step, before and after, and what was replaced."""
+    make, log_likelihood = NETWORKS[case["network"]]
+    torch.manual_seed(0)
+    try:
+        before = make(case["features"], case["hidden"])
+    except ImportError as error:
+        return case | {"unavailable": f"{error.name} is not installed"}
+    except ValueError as error:  # pyro: fewer hidden units than features
+        return case | {"unavailable": str(error)}
+    after = copy.deepcopy(before)
+    report = mk.convert_(after, batch=case["batch"], force=grid.force)
+    count = sum(r.converted for r in report)
+    if count == 0:
+        return case | {"converted": f"0/{len(report)}", "unavailable": "no layer gains, as before"}
+    x = torch.randn(case["batch"], case["features"])
+    record = case | {"compiled": grid.compile, "converted": f"{count}/{len(report)}"}
+    record["difference"] = _difference(before, after, log_likelihood, x)
+    models = {BEFORE: before, AFTER: after}
+    calls = {
+        (phase, name): _call(model, log_likelihood, x, phase, grid.compile)
+        for phase in ("forward", "step")
+        for name, model in models.items()
+    }
+    samples = _sample(calls, grid)
+    if samples is None:
+        return record | {"unavailable": f"a call takes more than {grid.longest:g} s"}
+    for phase in ("forward", "step"):
+        times = {name: quartiles(samples[phase, name]) for name in models}
+        record[phase] = {
+            f"{name}_ms": [1e3 * quartile for quartile in times[name]] for name in models
+        } | {"times_as_fast": times[BEFORE][1] / times[AFTER][1]}
+    return record
+
+
+def _difference(
+    before: nn.Module, after: nn.Module, log_likelihood: LogLikelihood, x: Tensor
+) -> float:
+    """Largest difference of a log-likelihood, relative to the largest."""
+    with torch.no_grad():
+        expected, actual = (log_likelihood(model, x) for model in (before, after))
+    return float((expected - actual).abs().max() / expected.abs().max())
+
+
+def _call(
+    model: nn.Module, log_likelihood: LogLikelihood, x: Tensor, phase: str, compiled: bool
+) -> Callable[[], object]:
+    def loss() -> Tensor:
+        return -log_likelihood(model, x).mean()
+
+    computed: Callable[[], Tensor] = torch.compile(loss, dynamic=False) if compiled else loss
+    parameters = [*model.parameters()]
+
+    def forward() -> None:
+        with torch.no_grad():
+            computed()
+
+    def step() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        computed().backward()
+
+    return forward if phase == "forward" else step
+
+
+def _sample(
+    calls: dict[tuple[str, str], Callable[[], object]], grid: Grid
+) -> dict[tuple[str, str], list[float]] | None:
+    """Seconds of a call, a sample a round; None where calls take too long."""
+    repeats = {}
+    for key, call in calls.items():
+        call()
+        once = _seconds(call, 1)
+        if once > grid.longest:
+            return None
+        repeats[key] = max(1, round(3e-3 / once))
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    order, start, done = random.Random(0), time.perf_counter(), 0
+    while done < grid.rounds or time.perf_counter() - start < grid.budget:
+        for key in order.sample([*calls], len(calls)):
+            if repeats[key] > 1:  # a short call: the caches hold this model's data then
+                calls[key]()
+            samples[key].append(_seconds(calls[key], repeats[key]))
+        done += 1
+    return samples
+
+
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(repeats):
+        call()
+    return (clock() - start) / repeats
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Times as fast: geometric mean and worst of forward and step, and of steps from hidden 512."""
+    measured = [r for r in results if "step" in r]
+    chosen = {
+        "forward": [r["forward"]["times_as_fast"] for r in measured],
+        "step": [r["step"]["times_as_fast"] for r in measured],
+        "step, hidden >= 512": [r["step"]["times_as_fast"] for r in measured if r["hidden"] >= 512],
+    }
+    return {
+        name: {"mean": geometric_mean(values), "worst": min(values), "cases": len(values)}
+        for name, values in chosen.items()
+        if values
+    }
+
+
+def _line(record: dict[str, Any]) -> str:
+    text = "{network:<10} {features:>4} features {hidden:>5} hidden {batch:>5} rows".format(
+        **record
+    )
+    if "unavailable" in record:
+        return f"{text}: {record['unavailable']}"
+    for phase in ("forward", "step"):
+        text += f" | {phase} {record[phase]['times_as_fast']:5.2f}x as fast"
+    return f"{text} | {record['converted']} converted"
+
+
+def show(document: dict[str, Any], console: Console) -> None:
+    """Print the summary as a table."""
+    table = Table(title="Flows: times as fast after mk.convert_")
+    for column in ("", "mean", "worst", "cases"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, of in document["summary"].items():
+        table.add_row(name, f"{of['mean']:.2f}", f"{of['worst']:.2f}", str(of["cases"]))
+    console.print(table)

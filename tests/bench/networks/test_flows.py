@@ -1,0 +1,68 @@
+"""The benchmark of flows measures the same function before and after ``convert_``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from bench.command import main
+from bench.networks import flows
+from maskmoe_kernels import BackendError
+
+
+def run(words: str, out: Path) -> dict:
+    assert main([*words.split(), "--out", str(out)], Console(quiet=True)) == 0
+    return json.loads((out / flows.FILE).read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [("zuko MAF", "zuko"), ("zuko NSF", "zuko"), ("nflows MAF", "nflows"), ("pyro ARN", "pyro")],
+)
+def test_both_models_are_the_same_function(name: str, package: str) -> None:
+    pytest.importorskip(package)
+    case = {"network": name, "features": 6, "hidden": 12, "batch": 9}
+    record = flows.measure(case, flows.Grid(rounds=2, budget=0.0, force=True))
+    done, layers = record["converted"].split("/")
+    assert done == layers != "0"
+    assert record["difference"] < 1e-4
+    for phase in ("forward", "step"):
+        times = record[phase]
+        ratio = times["before_ms"][1] / times["after_ms"][1]
+        assert times["times_as_fast"] == pytest.approx(ratio, rel=1e-9, abs=0)
+
+
+def test_smoke(tmp_path: Path) -> None:
+    pytest.importorskip("zuko")
+    document = run("flows --smoke", tmp_path)
+    measured = [r for r in document["results"] if "step" in r]
+    assert {r["network"] for r in document["results"]} == set(flows.NETWORKS)
+    assert document["summary"]["step"]["cases"] == len(measured) >= 2
+    assert document["summary"]["step"]["worst"] == min(r["step"]["times_as_fast"] for r in measured)
+    assert "step, hidden >= 512" not in document["summary"]
+
+
+def test_what_is_not_measured_says_why() -> None:
+    pytest.importorskip("zuko")
+    case = {"network": "zuko MAF", "features": 4, "hidden": 8, "batch": 16}
+    assert flows.measure(case, flows.Grid())["unavailable"] == "no layer gains, as before"
+    slow = flows.measure(case, flows.Grid(longest=0.0, force=True))
+    assert slow["unavailable"] == "a call takes more than 0 s"
+
+
+def test_an_uninstalled_package_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(features: int, hidden: int) -> torch.nn.Module:
+        raise ImportError("no", name="zuko")
+
+    monkeypatch.setitem(flows.NETWORKS, "zuko MAF", (missing, flows.NETWORKS["zuko MAF"][1]))
+    case = {"network": "zuko MAF", "features": 4, "hidden": 8, "batch": 16}
+    assert flows.measure(case, flows.Grid())["unavailable"] == "zuko is not installed"
+
+
+def test_another_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match="flows are measured on the CPU"):
+        run("flows --device cuda", tmp_path)

@@ -30,7 +30,7 @@ Confidence confidence_named(const Text& name) {
 }
 
 Weighting weighting_named(const Text& name) {
-  constexpr std::array names{"deselection", "selection"};
+  constexpr std::array names{"deselection", "selection", "uniform"};
   return option_named<Weighting>(names, name, "weighting");
 }
 

@@ -9,7 +9,7 @@ struct Text;  // common/text.h
 
 enum class Activation : int { kNone, kRelu, kLeakyRelu, kGelu, kTanh, kSilu };
 enum class Confidence : int { kAbs, kSquare, kSmooth, kRare };
-enum class Weighting : int { kDeselection, kSelection };
+enum class Weighting : int { kDeselection, kSelection, kUniform };
 enum class Normalization : int { kNone, kSample, kExpert, kBatch };
 
 // The option with this name; an unknown name is an error that lists the known ones.

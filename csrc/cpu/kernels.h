@@ -72,13 +72,14 @@ struct Selection {
   const uint8_t* has_superset;  // has expert i a strict superset?
   Confidence confidence;
   float sharpness;
-  bool own;  // with the expert's own confidence: selection; else deselection
+  Weighting weighting;
 };
 
 // The loss of generalised EM over the logits (eq. 4, eq. 7).
 struct Gem {
   Selection selection;
   const float* target;
+  const float* sample_weight;  // how often each sample counts; null: once
   bool per_sample;  // weights of a sample are divided by their sum
   float scale;      // of every gradient
   float* kept;      // (rows, experts): gradients for a second pass; null: backward follows at once

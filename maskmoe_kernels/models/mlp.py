@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from maskmoe_kernels.ops.selection.api import (
     mixture,
 )
 from maskmoe_kernels.ops.selection.labels import check_labels
+from maskmoe_kernels.ops.selection.samples import weighted
 from maskmoe_kernels.ops.selection.torch_impl import Confidence
 
 
@@ -108,6 +110,7 @@ class InterpretableMLP(nn.Module):
         normalize: str | None = None,
         mask: Tensor | None = None,
         sharpness: float = 1.0,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """``gem_loss(net(x), target, net.family, ...)``, in one pass where that is possible.
 
@@ -128,6 +131,8 @@ class InterpretableMLP(nn.Module):
             normalize: What the weights are divided by.
             mask: ``(*,)`` bool, true where a sample counts.
             sharpness: See :func:`selection`.
+            sample_weight: ``(*,)``, how often each sample counts; one of weight 0 reaches no
+                gradient, either.
 
         Returns:
             Scalar, float32 (float64 for float64 parameters).
@@ -142,40 +147,35 @@ class InterpretableMLP(nn.Module):
             >>> model.loss(x, target).backward()
         """
         shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
-        check_loss(shape, target, confidence, weighting, normalize, mask, sharpness)
-        by_name = isinstance(confidence, str) and not target.requires_grad
-        call = self._fused(x) if by_name else None
+        options = (confidence, weighting, normalize, mask, sharpness, sample_weight)
+        check_loss(shape, target, *options)
+        constant = not (
+            target.requires_grad or (sample_weight is not None and sample_weight.requires_grad)
+        )
+        call = self._fused(x) if isinstance(confidence, str) and constant else None
+        mask, sample_weight = weighted(mask, sample_weight)
         if call is None:
-            return self._gem_loss_of_logits(
-                x, target, confidence, weighting, normalize, mask, sharpness
-            )
-        options = (str(confidence), sharpness, weighting, normalize, mask)
+            return self._gem_loss_of_logits(x, target, mask, *options)
         is_proper_subset = self._is_proper_subset(call.weights[0].device)
         if not target.is_cpu:
             check_labels(target, mask)
         try:
-            return masked_mlp_gem(call, target, is_proper_subset, *options)
+            return masked_mlp_gem(
+                call, target, is_proper_subset, str(confidence), sharpness, weighting, normalize,
+                mask, sample_weight,
+            )  # fmt: skip
         except RuntimeError:
             check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
 
     def _gem_loss_of_logits(
-        self,
-        x: Tensor | Inputs,
-        target: Tensor,
-        confidence: Confidence,
-        weighting: str,
-        normalize: str | None,
-        mask: Tensor | None,
-        sharpness: float,
+        self, x: Tensor | Inputs, target: Tensor, counts: Tensor | None, *options: Any
     ) -> Tensor:
-        if mask is not None:
+        if counts is not None:
             joined = x.joined() if isinstance(x, Inputs) else x
-            x = joined.masked_fill(~mask.unsqueeze(-1), 0)
-            target = target.masked_fill(~mask, 0)
-        return gem_loss(
-            self(x), target, self.family, confidence, weighting, normalize, mask, sharpness
-        )
+            x = joined.masked_fill(~counts.unsqueeze(-1), 0)
+            target = target.masked_fill(~counts, 0)
+        return gem_loss(self(x), target, self.family, *options)
 
     @torch.no_grad()
     def predict(

@@ -133,16 +133,17 @@ struct MlpHead {
       const int64_t count = E::min(L, rows - r);
       float targets[L] = {}, counts[L] = {};
       for (int64_t k = 0; k < count; ++k) {
-        if (n.mask != nullptr && !n.mask[row + r + k]) continue;
-        counts[k] = 1;
-        targets[k] = gem.target[row + r + k];
+        const int64_t sample = row + r + k;
+        if (n.mask != nullptr && !n.mask[sample]) continue;
+        counts[k] = gem.sample_weight == nullptr ? 1.0f : gem.sample_weight[sample];
+        targets[k] = gem.target[sample];
       }
-      const M row_mask = I::greater(I::load(counts), I::zero());
-      const V y = I::load(targets);
+      const V y = I::load(targets), times = I::load(counts);
+      const M row_mask = I::greater(times, I::zero());
       select(of, at, r, count, w, rest, [&](int64_t i, V z, M known, const Odds<I>& odds) {
         cross_entropy(z, known, odds, y, bce + i * L, dlogit + i * L);
       });
-      normalize_weights(gem, w, row_mask);
+      normalize_weights(gem, w, row_mask, times);
       for (int64_t i = 0; i < of.experts; ++i) {
         const V weight = I::load(w + i * L);
         V g = I::mul(I::load(dlogit + i * L), I::mul(weight, I::set(gem.scale)));
@@ -168,7 +169,7 @@ struct MlpHead {
     }
   }
 
-  // For L rows: each expert's weight in `own`, and 1 - g in `rest`. `also` gets each expert's
+  // For L rows: each expert's weight in `own`; `rest` is scratch. `also` gets each expert's
   // logits, which of them are known (not NaN), and their odds; unknown ones have the odds of 0.
   template <class F>
   static void select(const Selection& of, const Buffers& at, int64_t row, int64_t count, float* own,
@@ -183,14 +184,17 @@ struct MlpHead {
       const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
       const V safe = I::select(known, z, I::zero());
       const Odds<I> odds(safe);
+      also(i, z, known, odds);
+      I::store(own + i * L, I::set(1.0f));
+      if (of.weighting == Weighting::kUniform) continue;
       Confident<I> c = confidence<I>(of.confidence, safe, odds);
       if (of.sharpness != 1.0f && of.has_superset[i]) c = sharpened<I>(c, of.sharpness);
-      I::store(own + i * L, I::select(known, c.g, z));
+      if (of.weighting == Weighting::kSelection) I::store(own + i * L, I::select(known, c.g, z));
       I::store(rest + i * L, I::select(known, c.rest, z));
-      also(i, z, known, odds);
     }
+    if (of.weighting == Weighting::kUniform) return;
     for (int64_t i = 0; i < of.experts; ++i) {
-      V w = of.own ? I::load(own + i * L) : I::set(1.0f);
+      V w = I::load(own + i * L);
       for (int64_t n = of.subsets_at[i]; n < of.subsets_at[i + 1]; ++n) {
         w = I::mul(w, I::load(rest + of.subsets[n] * L));
       }
@@ -210,18 +214,19 @@ struct MlpHead {
   }
 
   // Weights become 0 where `row_mask` is not set, and are divided where that is asked for: by their
-  // sum over the sample, or by the divisors of their experts.
-  static void normalize_weights(const Gem& gem, float* weights, M row_mask) {
+  // sum over the sample, or by the divisors of their experts. A sample counts `times`.
+  static void normalize_weights(const Gem& gem, float* weights, M row_mask, V times) {
     V total = I::zero();
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
       const V w = I::select(row_mask, I::load(weights + i * L), I::zero());
       total = I::add(total, w);
-      I::store(weights + i * L, w);
+      I::store(weights + i * L, gem.per_sample ? w : I::mul(w, times));
     }
     if (!gem.per_sample && gem.divisors == nullptr) return;
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
-      const V by = gem.per_sample ? total : I::set(gem.divisors[i]);
-      I::store(weights + i * L, quotient(I::load(weights + i * L), by));
+      const V w = I::load(weights + i * L);
+      I::store(weights + i * L, gem.per_sample ? I::mul(quotient(w, total), times)
+                                               : quotient(w, I::set(gem.divisors[i])));
     }
   }
 

@@ -90,6 +90,7 @@ def masked_mlp_gem(
     weighting: str,
     normalize: str | None,
     mask: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """The GEM loss of an MLP's logits (eq. 4, eq. 7), computed with its gradients in one pass.
 
@@ -99,9 +100,10 @@ def masked_mlp_gem(
         is_proper_subset: ``family.strict``, ``(H, H)`` bool.
         confidence: By name.
         sharpness: See :func:`selection`.
-        weighting: ``"selection"`` or ``"deselection"``; see :func:`gem_loss`.
+        weighting: See :func:`gem_loss`.
         normalize: See :func:`gem_loss`.
         mask: ``(*,)`` bool, true where a sample counts, or ``None``.
+        sample_weight: ``(*,)``, with the mean 1 over these samples, or ``None``.
 
     Returns:
         Scalar, float32.
@@ -112,8 +114,8 @@ def masked_mlp_gem(
     """
     check_name("confidence", confidence, CONFIDENCES)
     objective = (
-        target.float(), mask, is_proper_subset, confidence, float(sharpness), weighting,
-        normalize or "none",
+        target.float(), mask, None if sample_weight is None else sample_weight.float(),
+        is_proper_subset, confidence, float(sharpness), weighting, normalize or "none",
     )  # fmt: skip
     if _wants_gradient(call):
         compiling = torch.compiler.is_compiling()

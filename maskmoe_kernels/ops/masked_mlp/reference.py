@@ -66,9 +66,10 @@ def masked_mlp_gem(
     weighting: str = "selection",
     normalize: str | None = None,
     mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """The GEM loss of the logits of :func:`masked_mlp`, ``()`` float64."""
     logits = masked_mlp(inputs, weights, biases, layouts, activation)
     return gem_loss_reference(
-        logits, target, family, confidence, weighting, normalize, mask, sharpness
+        logits, target, family, confidence, weighting, normalize, mask, sharpness, sample_weight
     )

@@ -48,8 +48,8 @@ def _schemas() -> list[str]:
         f"masked_mlp_mixture({_INPUT}, {_PARAMETERS}, {_LAYOUTS}, str activation, "
         f"Tensor is_proper_subset, {_CONFIDENCE}) -> (Tensor, Tensor, Tensor)",
         f"masked_mlp_gem({_INPUT}, {_PARAMETERS}, {_LAYOUTS}, str activation, Tensor target, "
-        f"Tensor? mask, Tensor is_proper_subset, {_CONFIDENCE}, str weighting, str normalize, "
-        f"{_NEEDS}) -> Tensor[]",
+        f"Tensor? mask, Tensor? sample_weight, Tensor is_proper_subset, {_CONFIDENCE}, "
+        f"str weighting, str normalize, {_NEEDS}) -> Tensor[]",
     ]
 
 

@@ -13,6 +13,7 @@ from maskmoe_kernels.ops import dispatch
 from maskmoe_kernels.ops.selection import autograd as fused
 from maskmoe_kernels.ops.selection import torch_impl
 from maskmoe_kernels.ops.selection.labels import check_labels
+from maskmoe_kernels.ops.selection.samples import check_samples, weighted
 from maskmoe_kernels.ops.selection.schema import NORMALIZATIONS, WEIGHTINGS
 from maskmoe_kernels.ops.selection.torch_impl import NAMED, Confidence
 
@@ -130,6 +131,7 @@ def gem_loss(
     normalize: str | None = None,
     mask: Tensor | None = None,
     sharpness: float = 1.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """Weighted cross-entropy of every expert, weights from the old parameters (eq. 4, eq. 7).
 
@@ -144,31 +146,42 @@ def gem_loss(
             of torch.func do not look.
         family: The subsets of the H experts.
         confidence: See :func:`selection`.
-        weighting: ``"selection"`` (alpha, eq. 7) or ``"deselection"`` (alpha without the own
-            confidence, as the authors train).
+        weighting: ``"selection"`` (alpha, eq. 7); ``"deselection"`` (alpha without the own
+            confidence, as the authors train); or ``"uniform"`` (1: every expert learns from every
+            sample, so that f^i becomes E[y | x_Si]; confidence and sharpness play no part).
         normalize: What the weights are divided by. ``None``: nothing (eq. 7). ``"sample"``:
             their sum over the experts of the sample. ``"expert"``: their sum over the batch,
             per expert; the loss is then the sum over experts. ``"batch"``: their sum over
             everything.
         mask: ``(*,)`` bool, true where a sample counts; padding cannot reach the loss.
         sharpness: See :func:`selection`.
+        sample_weight: ``(*,)``, at least 0: a weight of 2 counts a sample twice, one of 0 leaves
+            it out as ``mask`` does. Means over samples become weighted means, so a factor of all
+            weights changes nothing.
 
     Returns:
         Scalar, float32 (float64 for float64 logits). With no sample at all it is 0.
 
     Raises:
-        LayoutError: A shape or a target that does not fit, or an unknown weighting or
-            normalization.
+        LayoutError: A shape or a target that does not fit, an unknown weighting or normalization,
+            or a weight that counts and is negative, infinite or NaN (where a target outside [0, 1]
+            is refused).
     """
     check_logits(logits, family)
-    check_loss(logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness)
+    check_loss(
+        logits.shape[:-1], target, confidence, weighting, normalize, mask, sharpness, sample_weight
+    )
+    constant = not (
+        target.requires_grad or (sample_weight is not None and sample_weight.requires_grad)
+    )
+    mask, sample_weight = weighted(mask, sample_weight)
     check_labels(target, mask)
-    if not target.requires_grad and _is_fused(logits, family, confidence, sharpness):
-        return fused.gem_loss(
-            logits, target, mask, family, str(confidence), sharpness, weighting, normalize
-        )
+    if constant and _is_fused(logits, family, confidence, sharpness):
+        weight = None if sample_weight is None else sample_weight.float()
+        options = (str(confidence), sharpness, weighting, normalize, weight)
+        return fused.gem_loss(logits, target, mask, family, *options)
     return torch_impl.gem_loss(
-        logits, target, mask, family, confidence, sharpness, weighting, normalize
+        logits, target, mask, family, confidence, sharpness, weighting, normalize, sample_weight
     )
 
 
@@ -193,24 +206,23 @@ def check_loss(
     normalize: str | None,
     mask: Tensor | None,
     sharpness: float,
+    sample_weight: Tensor | None,
 ) -> None:
     """Raise LayoutError unless the arguments of :func:`gem_loss` fit logits ``(*shape, H)``.
 
-    The values of ``target`` are another matter: see :func:`check_labels`.
+    The values are another matter: see :func:`check_labels` and :func:`weighted`.
     """
     check_confidence(confidence, sharpness)
     if weighting not in WEIGHTINGS:
         raise LayoutError(f"weighting must be one of {list(WEIGHTINGS)}, got {weighting!r}")
     if normalize not in _NORMALIZE:
         raise LayoutError(f"normalize must be one of {list(_NORMALIZE)}, got {normalize!r}")
-    for name, value in (("target", target), ("mask", mask)):
-        if value is not None and value.shape != shape:
-            raise LayoutError(
-                f"{name} must be the logits' shape without its last dimension, {tuple(shape)}, "
-                f"got {tuple(value.shape)}"
-            )
-    if mask is not None and mask.dtype != torch.bool:
-        raise LayoutError(f"mask must be bool, got {mask.dtype}; pass mask.bool()")
+    if target.shape != shape:
+        raise LayoutError(
+            f"target must be the logits' shape without its last dimension, {tuple(shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    check_samples(shape, mask, sample_weight)
 
 
 def check_confidence(confidence: Confidence, sharpness: float) -> None:

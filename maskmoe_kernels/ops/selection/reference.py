@@ -80,24 +80,33 @@ def gem_loss_reference(
     normalize: str | None = None,
     mask: Tensor | None = None,
     sharpness: float = 1.0,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """mean over samples of sum_i w_i BCE(y, f^i), w detached (eq. 4, eq. 7); ``()`` float64.
 
-    Samples that ``mask`` leaves out are taken out of the batch. See
-    :func:`maskmoe_kernels.gem_loss` for what ``normalize`` divides the weights by; weights whose
-    sum is 0 stay 0.
+    Samples that ``mask`` leaves out, or whose ``sample_weight`` is 0, are taken out of the batch; a
+    weight of 2 counts a sample twice. See :func:`maskmoe_kernels.gem_loss` for what ``normalize``
+    divides the weights by; weights whose sum is 0 stay 0.
     """
     z, y = logits.double().reshape(-1, family.num_experts), target.double().reshape(-1, 1)
-    if mask is not None:
-        z, y = z[mask.reshape(-1)], y[mask.reshape(-1)]
-    own = weighting == "selection"
-    weight = selection_reference(z.detach(), family, confidence, sharpness, own)
-    if normalize is not None:
-        dims = {"sample": (1,), "expert": (0,), "batch": (0, 1)}[normalize]
-        total = weight.sum(dims, keepdim=True)
-        weight = torch.where(total == 0, 0.0, weight / total)
-    losses = (weight * -_log_likelihood(z, y)).sum()
-    return losses / max(len(z), 1) if normalize in (None, "sample") else losses
+    times = torch.ones_like(y) if sample_weight is None else sample_weight.double().reshape(-1, 1)
+    counts = torch.ones_like(y, dtype=torch.bool) if mask is None else mask.reshape(-1, 1)
+    kept = (counts & (times != 0)).squeeze(1)
+    z, y, times = z[kept], y[kept], times[kept]
+    if weighting == "uniform":
+        weight = torch.ones_like(z).detach()
+    else:
+        own = weighting == "selection"
+        weight = selection_reference(z.detach(), family, confidence, sharpness, own)
+    if normalize == "sample":
+        weight = _divided(weight, weight.sum(1, keepdim=True))
+    weight = times * weight
+    over = {"expert": weight.sum(0), "batch": weight.sum()}.get(str(normalize), times.sum())
+    return (_divided(weight, over) * -_log_likelihood(z, y)).sum()
+
+
+def _divided(weight: Tensor, total: Tensor) -> Tensor:
+    return torch.where(total == 0, 0.0, weight / total)
 
 
 def _log_likelihood(z: Tensor, y: Tensor) -> Tensor:

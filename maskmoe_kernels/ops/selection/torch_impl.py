@@ -81,15 +81,23 @@ def gem_loss(
     sharpness: float,
     weighting: str,
     normalize: str | None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
-    """The loss, ``()``; see :func:`maskmoe_kernels.gem_loss`."""
+    """The loss, ``()``; see :func:`maskmoe_kernels.gem_loss`.
+
+    ``sample_weight`` has the mean 1 over the samples of ``mask``, as :func:`weighted` makes it.
+    """
     z = logits if logits.dtype == torch.float64 else logits.float()
     if mask is not None:
         z = z.masked_fill(~mask.unsqueeze(-1), 0)
         target = target.masked_fill(~mask, 0)
-    weigh = selection if weighting == "selection" else deselection
     with torch.no_grad():  # E-step: the old parameters (eq. 4)
-        weight = _normalized(weigh(z, family, confidence, sharpness), normalize, mask)
+        if weighting == "uniform":
+            weight = torch.ones_like(z)
+        else:
+            weigh = selection if weighting == "selection" else deselection
+            weight = weigh(z, family, confidence, sharpness)
+    weight = _normalized(weight, normalize, mask, sample_weight)
     # (tanh z + 1) / 2 = sigmoid(2 z): the logit form keeps its gradient at saturation.
     y = target.to(z.dtype).unsqueeze(-1).expand_as(z)
     bce = F.binary_cross_entropy_with_logits(2 * z, y, reduction="none")
@@ -252,16 +260,20 @@ def _parts(
         return g.masked_fill(unknown, 0), product, unknown, reached
 
 
-def _normalized(weight: Tensor, normalize: str | None, mask: Tensor | None) -> Tensor:
+def _normalized(
+    weight: Tensor, normalize: str | None, mask: Tensor | None, sample_weight: Tensor | None
+) -> Tensor:
     """Weights whose sum of products with the cross-entropies is the loss."""
     if mask is not None:
         weight = weight.masked_fill(~mask.unsqueeze(-1), 0)
+    if normalize == "sample":
+        weight = _divide(weight, weight.sum(-1, keepdim=True))
+    if sample_weight is not None:
+        weight = weight * sample_weight.to(weight.dtype).unsqueeze(-1)
     if normalize == "batch":
         return _divide(weight, weight.sum())
     if normalize == "expert":
         return _divide(weight, weight.reshape(-1, weight.shape[-1]).sum(0))
-    if normalize == "sample":
-        weight = _divide(weight, weight.sum(-1, keepdim=True))
     if mask is None:
         return weight / max(weight[..., 0].numel(), 1)
     return weight / mask.sum().clamp(min=1)

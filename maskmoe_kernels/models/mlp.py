@@ -17,16 +17,19 @@ from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of
 from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
+from maskmoe_kernels.ops.selection import torch_impl
 from maskmoe_kernels.ops.selection.api import (
     Mixture,
     check_confidence,
     check_loss,
+    check_target,
+    check_values,
     gem_loss,
     mixture,
 )
+from maskmoe_kernels.ops.selection.confidence import Confidence
 from maskmoe_kernels.ops.selection.labels import check_labels
-from maskmoe_kernels.ops.selection.samples import weighted
-from maskmoe_kernels.ops.selection.torch_impl import Confidence
+from maskmoe_kernels.ops.selection.samples import check_samples, no_gradient, weighted
 
 
 class InterpretableMLP(nn.Module):
@@ -36,7 +39,7 @@ class InterpretableMLP(nn.Module):
 
         h_1^i = act(b_1^i + sum over groups n in S_i of W_1^in x_n)
         h_k^i = act(b_k^i + sum over j with S_j a subset of S_i of W_k^ij h_(k-1)^j)
-        z_i   = the same with one unit and without act, in the last layer
+        z_i   = the same with one unit (or K, with ``outputs``) and without act, in the last layer
 
     The gradient of a hidden layer's input flows where i = j only. So expert i's loss moves expert
     i's parameters alone, although experts on supersets of S_i read its units.
@@ -45,6 +48,8 @@ class InterpretableMLP(nn.Module):
         family: The subsets; the input is its groups side by side.
         hidden: Units per expert of each hidden layer; each entry an int, or one per expert.
         activation: Of the hidden layers; see :func:`masked_linear`.
+        outputs: K, the outputs of an expert: class logits, say, or regressands. ``None``: one, and
+            no axis for it.
         input_layout: Layout of the first layer, if it is not ``family.input_layout(hidden[0])``:
             one that routes the gradient to the smallest subsets only, say.
         backend: See :func:`masked_linear`.
@@ -52,7 +57,7 @@ class InterpretableMLP(nn.Module):
         dtype: Floating-point type of the parameters.
 
     Raises:
-        LayoutError: A width or an ``input_layout`` that does not fit the family, or an
+        LayoutError: A width, ``outputs`` or an ``input_layout`` that does not fit the family, or an
             ``input_layout`` through which an expert sees a group outside its subset.
 
     Example:
@@ -68,6 +73,7 @@ class InterpretableMLP(nn.Module):
         hidden: Sequence[Width] = (16, 16),
         activation: str | None = "relu",
         *,
+        outputs: int | None = None,
         input_layout: BlockLayout | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
@@ -80,7 +86,10 @@ class InterpretableMLP(nn.Module):
                 f"hidden must be a sequence with one entry per hidden layer, got {hidden!r}; write "
                 f"[{hidden!r}] for a single layer"
             )
-        widths: list[Width] = [*hidden, 1]
+        if outputs is not None and (not isinstance(outputs, int) or outputs < 1):
+            raise LayoutError(f"outputs must be None, or a number of at least 1, got {outputs!r}")
+        self.outputs = outputs
+        widths: list[Width] = [*hidden, outputs or 1]
         default = family.input_layout(widths[0])
         if input_layout is not None:
             _refuse_unfit(input_layout, default)
@@ -90,7 +99,7 @@ class InterpretableMLP(nn.Module):
         self._make_table(self.layers[0].weight.device)
 
     def forward(self, x: Tensor | Inputs) -> Tensor:
-        """Input ``(*, family.in_features)`` to logits ``(*, H)``.
+        """Input ``(*, family.in_features)`` to logits ``(*, H)``; with ``outputs`` ``(*, H, K)``.
 
         :class:`Inputs` are gathered on the way: rows of embedding tables beside dense columns.
 
@@ -99,7 +108,7 @@ class InterpretableMLP(nn.Module):
             BackendError: A named backend that cannot run; see :func:`masked_linear`.
         """
         logits: Tensor = self.layers(x)
-        return logits
+        return logits if self.outputs is None else logits.unflatten(-1, (-1, self.outputs))
 
     def gem_loss(
         self,
@@ -125,7 +134,7 @@ class InterpretableMLP(nn.Module):
 
         Args:
             x: As in ``forward``.
-            target: y in {0, 1}, or its probability, ``(*,)``.
+            target: y in {0, 1}, or its probability, ``(*,)``; with K ``outputs``, classes.
             confidence: See :func:`selection`.
             weighting: See :func:`maskmoe_kernels.gem_loss`, as for ``normalize``.
             normalize: What the weights are divided by.
@@ -148,10 +157,8 @@ class InterpretableMLP(nn.Module):
         """
         shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
         options = (confidence, weighting, normalize, mask, sharpness, sample_weight)
-        check_loss(shape, target, *options)
-        constant = not (
-            target.requires_grad or (sample_weight is not None and sample_weight.requires_grad)
-        )
+        check_loss(shape, target, *options, self.outputs)
+        constant = no_gradient(target, sample_weight)
         call = self._fused(x) if isinstance(confidence, str) and constant else None
         mask, sample_weight = weighted(mask, sample_weight)
         if call is None:
@@ -168,14 +175,48 @@ class InterpretableMLP(nn.Module):
             check_labels(target, mask)  # the op refuses bad labels; this error says what to do
             raise
 
+    def expert_loss(
+        self,
+        x: Tensor | Inputs,
+        target: Tensor,
+        kind: str = "binary",
+        sample_weight: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """``expert_loss(net(x), target, kind, ...)``: every expert learns from every sample.
+
+        In one pass where that is possible, as for :meth:`gem_loss`, whose remarks hold here, too.
+
+        Args:
+            x: As in ``forward``.
+            target: See :func:`maskmoe_kernels.expert_loss`, as for the next.
+            kind: ``"binary"`` (without ``outputs``), ``"multiclass"`` (with) or ``"regression"``.
+            sample_weight: ``(*,)``, how often each sample counts.
+            mask: ``(*,)`` bool, true where a sample counts.
+
+        Returns:
+            Scalar, float32 (float64 for float64 parameters).
+
+        Raises:
+            LayoutError: As :func:`maskmoe_kernels.expert_loss`.
+        """
+        if kind == "binary" and self.outputs is None:
+            return self.gem_loss(
+                x, target, weighting="uniform", mask=mask, sample_weight=sample_weight
+            )
+        shape = x.shape if isinstance(x, Inputs) else x.shape[:-1]
+        check_target(shape, target, kind, self.outputs)
+        check_samples(shape, mask, sample_weight)
+        counts, weight = weighted(mask, sample_weight)
+        check_values(target, counts, kind, self.outputs)
+        x, target = _kept(x, target, counts)
+        return torch_impl.expert_loss(self(x), target, kind, self.outputs, counts, weight)
+
     def _gem_loss_of_logits(
         self, x: Tensor | Inputs, target: Tensor, counts: Tensor | None, *options: Any
     ) -> Tensor:
-        if counts is not None:
-            joined = x.joined() if isinstance(x, Inputs) else x
-            x = joined.masked_fill(~counts.unsqueeze(-1), 0)
-            target = target.masked_fill(~counts, 0)
-        return gem_loss(self(x), target, self.family, *options)
+        x, target = _kept(x, target, counts)
+        return gem_loss(self(x), target, self.family, *options, outputs=self.outputs)
 
     @torch.no_grad()
     def predict(
@@ -187,6 +228,8 @@ class InterpretableMLP(nn.Module):
     ) -> Mixture:
         """Probability ``(*,)`` and attribution ``(*, H)`` (eq. 1); no gradient is recorded.
 
+        With K ``outputs``, probabilities ``(*, K)`` of classes.
+
         With ``missing="skip"``, experts that see a group that is missing in a row (NaN) are left
         out of the mixture of that row; see :func:`mixture`.
 
@@ -196,7 +239,8 @@ class InterpretableMLP(nn.Module):
         by_name = isinstance(confidence, str) and missing == "propagate"
         call = self._fused(x) if by_name else None
         if call is None:
-            return mixture(self(x), self.family, confidence, sharpness, missing)
+            options = (confidence, sharpness, missing)
+            return mixture(self(x), self.family, *options, outputs=self.outputs)
         check_confidence(confidence, sharpness)
         is_proper_subset = self._is_proper_subset(call.weights[0].device)
         return Mixture(*masked_mlp_mixture(call, is_proper_subset, str(confidence), sharpness))
@@ -205,7 +249,8 @@ class InterpretableMLP(nn.Module):
         """A call of one op that stands for this module's; None if the modules are to be called."""
         layers = self.layers
         if (
-            interceptor_of_class(type(self), _FORWARD)
+            self.outputs is not None
+            or interceptor_of_class(type(self), _FORWARD)
             or interceptor_of_class(type(layers), _LAYERS_FORWARD)
             or interceptor_of_instance(self)
             or interceptor_of_instance(layers)
@@ -235,6 +280,18 @@ class InterpretableMLP(nn.Module):
 
 
 _FORWARD, _LAYERS_FORWARD = InterpretableMLP.forward, MaskedMLP.forward
+
+
+def _kept(
+    x: Tensor | Inputs, target: Tensor, counts: Tensor | None
+) -> tuple[Tensor | Inputs, Tensor]:
+    """Inputs and targets, 0 where a sample does not count."""
+    if counts is None:
+        return x, target
+    joined = x.joined() if isinstance(x, Inputs) else x
+    out = ~counts
+    of_target = out.unsqueeze(-1) if target.dim() > out.dim() else out
+    return joined.masked_fill(out.unsqueeze(-1), 0), target.masked_fill(of_target, 0)
 
 
 def _refuse_unfit(given: BlockLayout, default: BlockLayout) -> None:

@@ -12,7 +12,7 @@ from maskmoe_kernels.layout.arguments import block_sizes
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.ops.selection.api import Mixture, mixture
-from maskmoe_kernels.ops.selection.torch_impl import Confidence
+from maskmoe_kernels.ops.selection.confidence import Confidence
 
 
 def second_layout(

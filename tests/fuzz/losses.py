@@ -81,7 +81,8 @@ class Loss:
         shown = {k: v for k, v in self.options.items() if k not in ("mask", "sample_weight")}
         counted = None if self.mask is None else int(self.mask.sum())
         weighed = None if self.times is None else self.times.sum()
-        return f"{shown}, mask {counted}, weights {weighed}, factor {self.factor}, target {self.target.dtype}"
+        of = f"mask {counted}, weights {weighed}, target {self.target.dtype}"
+        return f"{shown}, {of}, factor {self.factor}"
 
     def ours(self):
         return self.case.net.gem_loss(self.case.input, self.target, **self.options)

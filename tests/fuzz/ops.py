@@ -174,8 +174,9 @@ def objective_calls():
         "product": product, **down, **larger, **options,
     }  # fmt: skip
     loss = {
-        "logits": logits, "target": (torch.arange(5) % 2).float(), "mask": None, "sample_weight": None, **up, **larger,
-        **options, "weighting": "selection", "normalize": "expert",
+        "logits": logits, "target": (torch.arange(5) % 2).float(), "mask": None,
+        "sample_weight": None, **up, **larger, **options,
+        "weighting": "selection", "normalize": "expert",
     }  # fmt: skip
     return [
         ("selection", {**forward, "keep": True}), ("selection_backward", backward),

@@ -29,6 +29,11 @@ def check_samples(shape: torch.Size, mask: Tensor | None, sample_weight: Tensor 
         raise LayoutError(f"sample_weight must be real, got {sample_weight.dtype}")
 
 
+def no_gradient(target: Tensor, sample_weight: Tensor | None) -> bool:
+    """Is no gradient asked for but that of predictions? Kernels have no other."""
+    return not (target.requires_grad or (sample_weight is not None and sample_weight.requires_grad))
+
+
 def weighted(mask: Tensor | None, sample_weight: Tensor | None) -> tuple[Tensor | None, ...]:
     """Which samples count, and how much: weights whose mean over these samples is 1.
 

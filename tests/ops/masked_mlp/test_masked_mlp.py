@@ -752,8 +752,8 @@ def test_opcheck():
     torch.library.opcheck(
         ops.masked_mlp_gem,
         (
-            *inputs, plans, numbers, "relu", torch.rand(4).round(), None, torch.rand(4), CUBE.strict,
-            "abs", 1.0, "selection", "none", *needs,
+            *inputs, plans, numbers, "relu", torch.rand(4).round(), None, torch.rand(4),
+            CUBE.strict, "abs", 1.0, "selection", "none", *needs,
         ),
         test_utils=checks,
     )  # fmt: skip

@@ -181,24 +181,24 @@ def test_gradients_through_selection(device, family, seed, name, sharpness, dtyp
 def test_loss_and_its_gradient(device, family, seed, name, weighting, normalize, sharpness, dtype):
     logits, target, mask = (t.to(device) for t in draw(family, seed, dtype=dtype))
     times = test_gem.drawn_weights(seed, mask.shape).to(device)
-    for kept, given in ((None, None), (mask, None), (None, times), (mask, times)):
+    for kept, of in ((None, None), (mask, None), (None, times), (mask, times)):
 
-        def run(z, kept=kept, given=given):
+        def run(z, kept=kept, of=of):
             z = z.detach().requires_grad_()
-            loss = gem_loss(z, target, family, name, weighting, normalize, kept, sharpness, given)
+            loss = gem_loss(z, target, family, name, weighting, normalize, kept, sharpness, of)
             weight = torch.tensor(-1.3, dtype=loss.dtype, device=device)
             return loss.detach(), torch.autograd.grad(loss, z, weight)[0]
 
         with on_kernels():
             loss, grad = run(logits)
             with torch.no_grad():
-                arguments = (family, name, weighting, normalize, kept, sharpness, given)
+                arguments = (family, name, weighting, normalize, kept, sharpness, of)
                 assert torch.equal(gem_loss(logits, target, *arguments), loss)
         with on_pytorch():
             exact, exact_grad = run(logits.double())
             nearby = [run(logits.double() + step) for step in (STEP, -STEP)]
             lost = lost_shares(
-                logits.double(), kept, given, family, name, weighting, normalize, sharpness
+                logits.double(), kept, of, family, name, weighting, normalize, sharpness
             )
         assert loss.dtype == torch.float32
         assert grad.dtype == dtype

@@ -34,6 +34,11 @@ Weighting weighting_named(const Text& name) {
   return option_named<Weighting>(names, name, "weighting");
 }
 
+Objective objective_named(const Text& name) {
+  constexpr std::array names{"binary", "multiclass", "regression"};
+  return option_named<Objective>(names, name, "kind of loss");
+}
+
 Normalization normalization_named(const Text& name) {
   constexpr std::array names{"none", "sample", "expert", "batch"};
   return option_named<Normalization>(names, name, "normalization");

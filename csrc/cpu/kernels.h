@@ -75,10 +75,13 @@ struct Selection {
   Weighting weighting;
 };
 
-// The loss of generalised EM over the logits (eq. 4, eq. 7).
+// The loss of generalised EM over the logits (eq. 4, eq. 7); or, with another objective than
+// binary, the loss of every expert on its `outputs` of the logits, each sample weighted alike.
 struct Gem {
   Selection selection;
-  const float* target;
+  Objective objective;
+  int64_t outputs;      // logits of an expert
+  const float* target;  // (rows,), or (rows, outputs) of a regression
   const float* sample_weight;  // how often each sample counts; null: once
   bool per_sample;  // weights of a sample are divided by their sum
   float scale;      // of every gradient

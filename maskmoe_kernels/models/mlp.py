@@ -15,7 +15,11 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.interception import interceptor_of_class, interceptor_of_instance
 from maskmoe_kernels.nn.mlp import MaskedMLP
-from maskmoe_kernels.ops.masked_mlp.api import masked_mlp_gem, masked_mlp_mixture
+from maskmoe_kernels.ops.masked_mlp.api import (
+    masked_mlp_expert_loss,
+    masked_mlp_gem,
+    masked_mlp_mixture,
+)
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 from maskmoe_kernels.ops.selection import torch_impl
 from maskmoe_kernels.ops.selection.api import (
@@ -159,21 +163,13 @@ class InterpretableMLP(nn.Module):
         options = (confidence, weighting, normalize, mask, sharpness, sample_weight)
         check_loss(shape, target, *options, self.outputs)
         constant = no_gradient(target, sample_weight)
-        call = self._fused(x) if isinstance(confidence, str) and constant else None
+        by_name = isinstance(confidence, str) and self.outputs is None
+        call = self._fused(x) if by_name and constant else None
         mask, sample_weight = weighted(mask, sample_weight)
         if call is None:
             return self._gem_loss_of_logits(x, target, mask, *options)
-        is_proper_subset = self._is_proper_subset(call.weights[0].device)
-        if not target.is_cpu:
-            check_labels(target, mask)
-        try:
-            return masked_mlp_gem(
-                call, target, is_proper_subset, str(confidence), sharpness, weighting, normalize,
-                mask, sample_weight,
-            )  # fmt: skip
-        except RuntimeError:
-            check_labels(target, mask)  # the op refuses bad labels; this error says what to do
-            raise
+        names = str(confidence), sharpness, weighting, normalize
+        return self._gem_loss_of_call(call, target, *names, mask, sample_weight)
 
     def expert_loss(
         self,
@@ -209,8 +205,23 @@ class InterpretableMLP(nn.Module):
         check_samples(shape, mask, sample_weight)
         counts, weight = weighted(mask, sample_weight)
         check_values(target, counts, kind, self.outputs)
+        constant = target.is_cpu and no_gradient(target, sample_weight)
+        call = self._fused(x) if constant else None
+        if call is not None:
+            return masked_mlp_expert_loss(call, target, kind, self.outputs, counts, weight)
         x, target = _kept(x, target, counts)
         return torch_impl.expert_loss(self(x), target, kind, self.outputs, counts, weight)
+
+    def _gem_loss_of_call(self, call: MLPCall, target: Tensor, *options: Any) -> Tensor:
+        mask = options[-2]
+        if not target.is_cpu:
+            check_labels(target, mask)
+        is_proper_subset = self._is_proper_subset(call.weights[0].device)
+        try:
+            return masked_mlp_gem(call, target, is_proper_subset, *options)
+        except RuntimeError:
+            check_labels(target, mask)  # the op refuses bad labels; this error says what to do
+            raise
 
     def _gem_loss_of_logits(
         self, x: Tensor | Inputs, target: Tensor, counts: Tensor | None, *options: Any
@@ -236,8 +247,8 @@ class InterpretableMLP(nn.Module):
         Raises:
             LayoutError: As :func:`mixture`.
         """
-        by_name = isinstance(confidence, str) and missing == "propagate"
-        call = self._fused(x) if by_name else None
+        by_name = isinstance(confidence, str) and self.outputs is None
+        call = self._fused(x) if by_name and missing == "propagate" else None
         if call is None:
             options = (confidence, sharpness, missing)
             return mixture(self(x), self.family, *options, outputs=self.outputs)
@@ -249,8 +260,7 @@ class InterpretableMLP(nn.Module):
         """A call of one op that stands for this module's; None if the modules are to be called."""
         layers = self.layers
         if (
-            self.outputs is not None
-            or interceptor_of_class(type(self), _FORWARD)
+            interceptor_of_class(type(self), _FORWARD)
             or interceptor_of_class(type(layers), _LAYERS_FORWARD)
             or interceptor_of_instance(self)
             or interceptor_of_instance(layers)

@@ -186,21 +186,17 @@ def gem_loss(
             or a weight that counts and is negative, infinite or NaN (where a target outside [0, 1]
             is refused).
     """
-    check_logits(logits, family, outputs)
-    shape = logits.shape[: -1 if outputs is None else -2]
-    options = (confidence, weighting, normalize, mask, sharpness, sample_weight)
-    check_loss(shape, target, *options, outputs)
     constant = no_gradient(target, sample_weight)
+    shape = logits.shape[: -1 if outputs is None else -2]
+    options = confidence, weighting, normalize, mask, sharpness, sample_weight
+    check_logits(logits, family, outputs)
+    check_loss(shape, target, *options, outputs)
     mask, sample_weight = weighted(mask, sample_weight)
     check_values(target, mask, "binary" if outputs is None else "multiclass", outputs)
+    arguments = family, confidence, sharpness, weighting, normalize, sample_weight
     if constant and _is_fused(logits, family, confidence, sharpness, outputs):
-        weight = None if sample_weight is None else sample_weight.float()
-        fused_options = (str(confidence), sharpness, weighting, normalize, weight)
-        return fused.gem_loss(logits, target, mask, family, *fused_options)
-    return torch_impl.gem_loss(
-        logits, target, mask, family, confidence, sharpness, weighting, normalize, sample_weight,
-        outputs,
-    )  # fmt: skip
+        return fused.gem_loss(logits, target, mask, *arguments)
+    return torch_impl.gem_loss(logits, target, mask, *arguments, outputs)
 
 
 def expert_loss(

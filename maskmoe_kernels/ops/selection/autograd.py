@@ -54,7 +54,7 @@ def gem_loss(
     target: Tensor,
     mask: Tensor | None,
     family: SubsetFamily,
-    confidence: str,
+    confidence: Any,
     sharpness: float,
     weighting: str,
     normalize: str | None,
@@ -63,6 +63,7 @@ def gem_loss(
     """The loss, ``()`` float32, differentiable in the logits; weights of mean 1."""
     tables = _tables(family, logits.device)
     options = (confidence, float(sharpness), weighting, normalize or "none")
+    sample_weight = None if sample_weight is None else sample_weight.float()
     if torch.is_grad_enabled() and logits.requires_grad:
         apply: Any = _GemLoss.apply
         loss: Tensor = apply(logits, target, mask, sample_weight, *tables, *options)

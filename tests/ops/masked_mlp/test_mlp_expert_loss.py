@@ -235,8 +235,10 @@ def test_the_op_believes_nobody():
     good = [y.float(), None, None, "multiclass", 21, 3, False, False, True]
     loss = op(*whole, *good)[0]
     torch.library.opcheck(op, (*whole, *good), test_utils=("test_schema", "test_faketensor"))
+    as_number = y.float()
     wrong = {
-        0: [y, y.float() + 1.5, y.float() / 2 + 0.25, y.float() - 3, y[:5].float(), y.float() * torch.nan],
+        0: [y, as_number + 1.5, as_number / 2 + 0.25, as_number - 3, as_number[:5],
+            as_number * torch.nan],
         1: [y.float(), torch.ones(5).bool()], 2: [-torch.ones(6), torch.ones(5)],
         3: ["binary", "softmax"], 4: [22, 7, -1], 5: [2, 0, -3, 2**40],
     }  # fmt: skip

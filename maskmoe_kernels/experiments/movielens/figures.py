@@ -143,10 +143,7 @@ def frontier(
     at = settings.index(chosen)
     beside = [] if mixture is None else sorted(mixture, key=lambda point: float(point["sharpness"]))
     for ax, key, name in ((left, "hr", "HR@10"), (middle, "ndcg", "NDCG@10")):
-        if beside:
-            x = [100 * point["decided"][largest] for point in beside]
-            style = {"color": GREY, "marker": "v", "ms": 5, "label": "the paper's mixture"}
-            ax.plot(x, [point[key] for point in beside], **style)
+        _mixture_curve(ax, beside, key, largest)
         _frontier_panel(ax, points, key, at, largest, setting)
         levels = [] if black_box is None else [black_box[key]]
         for level in levels:
@@ -161,16 +158,9 @@ def frontier(
         f"{title}\nFurther right, {largest!r} decides more items; further left, smaller experts do",
         fontsize=13,
     )
-    handles, labels = left.get_legend_handles_labels()
-    more = right.get_legend_handles_labels()
-    figure.legend(
-        [*handles, *more[0]],
-        [*labels, *more[1]],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=10,
-    )
+    curves, deciders = left.get_legend_handles_labels(), right.get_legend_handles_labels()
+    entries = [a + b for a, b in zip(curves, deciders, strict=True)]
+    figure.legend(*entries, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     save(figure, path)
 
 
@@ -185,6 +175,13 @@ def _shown_range(values: Sequence[float]) -> tuple[float, float]:
     if min(values) < low or max(values) > low + _SPAN:
         return 0.0, 1.0
     return low, round(low + _SPAN, 6)
+
+
+def _mixture_curve(ax: Any, points: Sequence[Mapping[str, Any]], key: str, largest: str) -> None:
+    if points:
+        x = [100 * point["decided"][largest] for point in points]
+        style = {"color": GREY, "marker": "v", "ms": 5, "label": "the paper's mixture"}
+        ax.plot(x, [point[key] for point in points], **style)
 
 
 def _frontier_panel(

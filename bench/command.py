@@ -24,7 +24,7 @@ from bench.layers.run import Run
 from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
-from bench.networks import mlp_training, movielens_training, training
+from bench.networks import mlp_training, movielens_training, shapley_truth, training
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
@@ -193,4 +193,23 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
     )
 
 
-_COMMANDS = {"run": _run, "compare": _compare, "overhead": _overhead, "train": _train}
+def _shapley(arguments: argparse.Namespace, console: Console) -> int:
+    if len(arguments.features) != len(arguments.seconds):
+        raise DataError(
+            f"--seconds must name one time for each of --features, got {arguments.seconds} for "
+            f"{arguments.features}"
+        )
+    sizes = arguments.features, arguments.seconds, arguments.rows, arguments.budgets
+    if arguments.smoke:
+        sizes = [3], [0.1], 2, [10]
+    shapley_truth.run(*sizes, _folder(arguments), console)
+    return 0
+
+
+_COMMANDS = {
+    "run": _run,
+    "compare": _compare,
+    "overhead": _overhead,
+    "train": _train,
+    "shapley": _shapley,
+}

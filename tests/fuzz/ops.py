@@ -149,6 +149,8 @@ def mlp_calls():
             }
             names = {"weighting": "selection", "normalize": "expert"}
             calls.append(("masked_mlp_gem", {**whole, **loss, **strict, **names, **needs}))
+            kind = {"kind": "regression", "out_features": 7, "outputs": 1}
+            calls.append(("masked_mlp_expert_loss", {**whole, **loss, **kind, **needs}))
     return calls, kept
 
 

@@ -24,7 +24,7 @@ from maskmoe_kernels.experiments.shared.report import write_json
 
 NAME = "shapley_truth.json"
 #: Rows that rivals know the distribution by, and draw from.
-_KNOWN = 1000
+_KNOWN = 100_000
 #: Rows explained at once by ours, as a data set would be.
 _AT_ONCE = 4096
 

@@ -97,7 +97,7 @@ class Explanation:
         header: Who the user is and what share each expert holds, one paragraph.
         sharpness: Power of the smaller experts' confidence; ``None`` if the smallest expert that
             suffices explains.
-        chosen: Where the sharpness, or the tolerance, comes from.
+        chosen: Where the sharpness comes from.
         shares: Mean share of each expert over ``movies``; or for how many of them it suffices.
         movies: Best first.
         tolerance: Within which an expert suffices, in log-odds.
@@ -154,6 +154,7 @@ def explain(
     power, within, chosen = None, None, "as given"
     if saved["config"]["model"] == "sufficient":
         within, decide = tolerance, partial(sufficing, tolerance=tolerance)
+        chosen = "none: experts are not mixed"
     else:
         power, chosen = _sharpness(sharpness, checkpoint)
         decide = partial(mixed, sharpness=power)

@@ -26,6 +26,9 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 
 #: How much of a metric's range 0..1 the frontier shows at the least.
 _SPAN = 0.2
+#: What models of experts minimise; the others have the cross-entropy of their one logit.
+_LOSSES = {"interpretable": "GEM loss", "sufficient": "cross-entropy of all experts"}
+_PREDICTION = "prediction: the expert that sees all"
 _UNITS = {"sharpness": "no unit", "tolerance": "log-odds"}
 _CURVES = {
     "sharpness": "mixture, by sharpness",
@@ -43,9 +46,7 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
     if missing is not None:
         return missing
     histories = {name: model["history"] for name, model in report["models"].items()}
-    losses = {
-        name: "GEM loss" if name == "interpretable" else "cross-entropy" for name in histories
-    }
+    losses = {name: _LOSSES.get(name, "cross-entropy") for name in histories}
     charts.learning_curves(histories, out / "learning_curves.png", losses=losses)
     for name, draw_frontier in (
         ("interpretable", _draw_frontier),
@@ -87,6 +88,7 @@ def _draw_sufficient(models: Mapping[str, Any], out: Path) -> None:
         "How often does a smaller expert suffice?",
         setting="tolerance",
         mixture=None if mixture is None else _points(mixture, "sharpness"),
+        prediction=_short_names(found["test"]),
     )
 
 
@@ -115,6 +117,7 @@ def frontier(
     *,
     setting: str = "sharpness",
     mixture: Sequence[Mapping[str, Any]] | None = None,
+    prediction: Mapping[str, float] | None = None,
 ) -> None:
     """HR@10 and NDCG@10 against the share of items each expert decides, over sharpness.
 
@@ -123,11 +126,11 @@ def frontier(
             the largest expert last in ``decided``.
         chosen: Sharpness of the chosen point.
         path: Where to write the PNG.
-        black_box: ``{"hr", "ndcg"}`` of the black box, drawn as levels.
+        black_box: ``{"hr", "ndcg"}``, drawn as levels.
         title: First line of the figure.
-        setting: What the points differ in: ``"sharpness"``, or ``"tolerance"`` of experts that
-            suffice.
+        setting: What points differ in: ``"sharpness"``, or ``"tolerance"`` of sufficiency.
         mixture: The points of a mixture over sharpness, drawn beside the others.
+        prediction: ``{"hr", "ndcg"}`` of the expert that sees all, if others only explain.
 
     Raises:
         LayoutError: No points, or ``chosen`` is not the sharpness of one.
@@ -145,9 +148,11 @@ def frontier(
     for ax, key, name in ((left, "hr", "HR@10"), (middle, "ndcg", "NDCG@10")):
         _mixture_curve(ax, beside, key, largest)
         _frontier_panel(ax, points, key, at, largest, setting)
-        levels = [] if black_box is None else [black_box[key]]
-        for level in levels:
-            ax.axhline(level, color=BLACK, ls="--", lw=1.2, label="black box")
+        levels = []
+        for of, style, label in ((black_box, "--", "black box"), (prediction, ":", _PREDICTION)):
+            if of is not None:
+                levels.append(of[key])
+                ax.axhline(of[key], color=BLACK, ls=style, lw=1.2, label=label)
         low, high = _shown_range([*(point[key] for point in [*points, *beside]), *levels])
         ax.set_ylim(low, high)
         cut = "" if (low, high) == (0, 1) else f"; axis cut: {low:g} to {high:g}"
@@ -167,14 +172,16 @@ def frontier(
 def _shown_range(values: Sequence[float]) -> tuple[float, float]:
     """A fifth of 0..1 around the values, on tenths of the whole; all of it if they need more.
 
-    Both metrics have the same scale, so that a small difference looks small in both panels.
+    On twentieths, if that makes them fit. Both metrics have the same scale, so that a small
+    difference looks small in both panels.
     """
     middle = (min(values) + max(values)) / 2
-    low = round(10 * (middle - _SPAN / 2)) / 10
-    low = min(max(low, 0.0), 1 - _SPAN)
-    if min(values) < low or max(values) > low + _SPAN:
-        return 0.0, 1.0
-    return low, round(low + _SPAN, 6)
+    for parts in (10, 20):
+        low = round(parts * (middle - _SPAN / 2)) / parts
+        low = min(max(low, 0.0), 1 - _SPAN)
+        if low <= min(values) and max(values) <= low + _SPAN:
+            return low, round(low + _SPAN, 6)
+    return 0.0, 1.0
 
 
 def _mixture_curve(ax: Any, points: Sequence[Mapping[str, Any]], key: str, largest: str) -> None:

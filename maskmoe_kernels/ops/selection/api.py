@@ -186,11 +186,11 @@ def gem_loss(
             or a weight that counts and is negative, infinite or NaN (where a target outside [0, 1]
             is refused).
     """
-    constant = no_gradient(target, sample_weight)
     shape = logits.shape[: -1 if outputs is None else -2]
     options = confidence, weighting, normalize, mask, sharpness, sample_weight
     check_logits(logits, family, outputs)
     check_loss(shape, target, *options, outputs)
+    constant = no_gradient(target, sample_weight)
     mask, sample_weight = weighted(mask, sample_weight)
     check_values(target, mask, "binary" if outputs is None else "multiclass", outputs)
     arguments = family, confidence, sharpness, weighting, normalize, sample_weight

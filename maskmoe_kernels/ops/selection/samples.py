@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import NoneType
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,10 @@ def check_samples(shape: torch.Size, mask: Tensor | None, sample_weight: Tensor 
     The values are another matter: see :func:`weighted`.
     """
     for name, value in (("mask", mask), ("sample_weight", sample_weight)):
+        if not isinstance(value, (Tensor, NoneType)):
+            raise LayoutError(
+                f"{name} must be a tensor, got {type(value).__name__}; pass torch.as_tensor({name})"
+            )
         if value is not None and value.shape != shape:
             raise LayoutError(
                 f"{name} must be one value for each sample, {tuple(shape)}, got "

@@ -140,7 +140,13 @@ def test_any_leading_shape_and_type_and_nothing_at_all(kind):
     [
         ((4, 3), torch.ones(4), "softmax", None, "'binary', 'multiclass', 'regression'.*'softmax'"),
         ((4, 3), torch.ones(3), "binary", None, r"target must be \(4,\) for 'binary', got \(3,\)"),
-        ((4, 3, 2), torch.ones(4), "binary", 2, "needs experts with one, .* have 2 outputs"),
+        (
+            (4, 3, 2),
+            torch.ones(4),
+            "binary",
+            2,
+            "needs experts with one output; these have 2 outputs",
+        ),
         ((4,), torch.zeros(4).long(), "multiclass", None, r"needs experts with K outputs"),
         ((4, 3, 2), torch.tensor([0, 1, 2, 0]), "multiclass", None, "from 0 to 1, got .* 0 to 2"),
         ((4, 3, 2), torch.tensor([0, 1, -1, 0]), "multiclass", None, "values from -1 to 1"),

@@ -342,6 +342,10 @@ def test_compiles_whole_with_a_dynamic_batch():
         ({"confidence": "cube"}, "'cube'"),
         ({"sharpness": 0.0}, "from 1e-6 to 1e6, got 0.0"),
         ({"sample_weight": torch.ones(4, 1)}, r"sample_weight must be .*\(4,\), got \(4, 1\)"),
+        (
+            {"sample_weight": [1.0] * 4},
+            r"a tensor, got list; pass torch.as_tensor\(sample_weight\)",
+        ),
         ({"sample_weight": torch.ones(4) * 1j}, "sample_weight must be real, got torch.complex64"),
     ],
 )

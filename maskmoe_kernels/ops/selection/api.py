@@ -272,9 +272,7 @@ def check_target(shape: Sequence[int], target: Tensor, kind: str, outputs: int |
     check_name("kind", kind, KINDS)
     if kind == ("multiclass" if outputs is None else "binary"):
         known = "one output" if outputs is None else f"{outputs} outputs"
-        needed = (
-            "K outputs, predictions (*, H, K)" if outputs is None else "one, predictions (*, H)"
-        )
+        needed = "K outputs, predictions (*, H, K)" if outputs is None else "one output"
         raise LayoutError(f"{kind!r} needs experts with {needed}; these have {known}")
     of_outputs = () if outputs is None or kind != "regression" else (outputs,)
     if tuple(target.shape) != (*shape, *of_outputs):

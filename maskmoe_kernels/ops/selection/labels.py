@@ -11,7 +11,6 @@ from maskmoe_kernels.ops.checks import PLAIN
 
 _LABELS = "target must hold labels in [0, 1], the probability that y is 1"
 _NUMBERS = "target must hold finite numbers"
-_LARGEST = torch.finfo(torch.float64).max
 
 
 def check_labels(target: Tensor, mask: Tensor | None) -> None:
@@ -33,7 +32,8 @@ def check_classes(target: Tensor, mask: Tensor | None, classes: int) -> None:
 def check_numbers(target: Tensor, mask: Tensor | None) -> None:
     """Raise LayoutError unless the targets that count are finite; as above."""
     if target.is_floating_point():
-        _check(target, mask, -_LARGEST, _LARGEST, _NUMBERS)
+        largest = torch.finfo(target.dtype).max
+        _check(target, mask, -largest, largest, _NUMBERS)
 
 
 def _check(target: Tensor, mask: Tensor | None, low: float, high: float, words: str) -> None:

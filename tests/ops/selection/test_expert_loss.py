@@ -193,6 +193,26 @@ def test_compiles_whole(kind):
         )
 
 
+@pytest.mark.parametrize(
+    ("kind", "bad"),
+    [("binary", 2.0), ("multiclass", 4), ("multiclass", -1), ("regression", math.inf),
+     ("regression", math.nan)],
+)  # fmt: skip
+def test_a_graph_refuses_targets_and_weights_too(kind, bad):
+    torch._dynamo.reset()
+    compiled = torch.compile(expert_loss, fullgraph=True, backend="aot_eager")
+    z, y, mask, times = sample(3, 4, kind, 1, dtype=torch.float32)
+    mask[1], spoilt = True, y.clone()
+    spoilt[1] = bad
+    out = mask.clone()
+    out[1] = False
+    assert compiled(z, spoilt, kind, times, out).isfinite()
+    with pytest.raises(RuntimeError, match="target must hold"):
+        compiled(z, spoilt, kind, times + 1, mask)
+    with pytest.raises(RuntimeError, match="sample_weight must hold"):
+        compiled(z, y, kind, times - 9, mask)
+
+
 # --- The paper's rule for K classes ----------------------------------------------------------
 
 

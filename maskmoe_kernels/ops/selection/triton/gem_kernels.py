@@ -111,7 +111,9 @@ def weight_sums(
             row_stride, expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, WEIGHTING,
             MASK, R, HB,
         )  # fmt: skip
-        total += weight * times
+        if MASK != "none":
+            weight *= times
+        total += weight
     if NORMALIZE == "expert":
         expert = tl.arange(0, HB)
         at = partial + tl.program_id(0).to(tl.int64) * experts + expert
@@ -138,7 +140,8 @@ def gem(
         if NORMALIZE == "sample":
             total = tl.sum(weight, 1)[:, None]
             weight /= tl.where(total == 0, 1.0, total)
-        weight *= times
+        if MASK != "none":
+            weight *= times
         if NORMALIZE == "expert":
             weight /= tl.load(divisor + expert, mask=expert < experts, other=1.0)
         else:

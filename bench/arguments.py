@@ -40,6 +40,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_train(commands)
     _add_flows(commands)
     _add_overhead(commands)
+    _add_shapley(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
 
@@ -110,6 +111,30 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="X",
         help="ignore a change below this ratio (default: %(default)g)",
     )
+
+
+def _add_shapley(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("shapley", help="Shapley values against the truth", **_texts(
+        "Shapley values of correlated Gaussians, whose closed form is known: ours, learned from\n"
+        "samples, beside shap and shapiq on the true function, where they are installed. Error\n"
+        "and seconds a row. Writes shapley_truth.json into --out.",
+        f"{PROGRAM} shapley --features 4 6 --seconds 10 60",
+    ))  # fmt: skip
+    add = parser.add_argument
+    # fmt: off
+    add("--features", nargs="+", type=_positive, default=[4, 6], metavar="N", help="default: 4 6")
+    add(
+        "--seconds", nargs="+", type=_seconds, default=[10.0, 60.0], metavar="S",
+        help="of training, one for each of --features (default: 10 60)",
+    )
+    add("--rows", type=_positive, default=50, metavar="N", help="to explain (default: %(default)s)")
+    add(
+        "--budgets", nargs="+", type=_positive, default=[10, 100, 1000], metavar="N",
+        help="samples that a rival draws for a coalition (default: 10 100 1000)",
+    )
+    # fmt: on
+    add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
 
 
 def _add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

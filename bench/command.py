@@ -24,7 +24,7 @@ from bench.layers.run import Run
 from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
-from bench.networks import flows, mlp_training, movielens_training, training
+from bench.networks import flows, mlp_training, movielens_training, shapley_truth, training
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
@@ -204,10 +204,24 @@ def _flows(arguments: argparse.Namespace, console: Console) -> int:
     return 0 if any("step" in record for record in document["results"]) else 1
 
 
+def _shapley(arguments: argparse.Namespace, console: Console) -> int:
+    if len(arguments.features) != len(arguments.seconds):
+        raise DataError(
+            f"--seconds must name one time for each of --features, got {arguments.seconds} for "
+            f"{arguments.features}"
+        )
+    sizes = arguments.features, arguments.seconds, arguments.rows, arguments.budgets
+    if arguments.smoke:
+        sizes = [3], [0.1], 2, [10]
+    shapley_truth.run(*sizes, _folder(arguments), console)
+    return 0
+
+
 _COMMANDS = {
     "run": _run,
     "compare": _compare,
     "flows": _flows,
     "overhead": _overhead,
+    "shapley": _shapley,
     "train": _train,
 }

@@ -24,7 +24,7 @@ from maskmoe_kernels.nn import (
 )
 from maskmoe_kernels.ops import Inputs, masked_linear
 from maskmoe_kernels.ops.dispatch import info
-from maskmoe_kernels.ops.selection import gem_loss, mixture, selection
+from maskmoe_kernels.ops.selection import expert_loss, gem_loss, mixture, selection
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ __all__ = [
     "MaskedMultiheadAttention",
     "SubsetFamily",
     "convert_",
+    "expert_loss",
     "gem_loss",
     "info",
     "interactions",

@@ -30,8 +30,13 @@ Confidence confidence_named(const Text& name) {
 }
 
 Weighting weighting_named(const Text& name) {
-  constexpr std::array names{"deselection", "selection"};
+  constexpr std::array names{"deselection", "selection", "uniform"};
   return option_named<Weighting>(names, name, "weighting");
+}
+
+Objective objective_named(const Text& name) {
+  constexpr std::array names{"binary", "multiclass", "regression"};
+  return option_named<Objective>(names, name, "kind of loss");
 }
 
 Normalization normalization_named(const Text& name) {

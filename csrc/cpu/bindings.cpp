@@ -12,5 +12,6 @@ STABLE_TORCH_LIBRARY_IMPL(maskmoe, CPU, m) {
   m.impl("masked_mlp", TORCH_BOX(&masked_mlp_op));
   m.impl("masked_mlp_backward", TORCH_BOX(&masked_mlp_backward_op));
   m.impl("masked_mlp_gem", TORCH_BOX(&masked_mlp_gem_op));
+  m.impl("masked_mlp_expert_loss", TORCH_BOX(&masked_mlp_expert_loss_op));
   m.impl("masked_mlp_mixture", TORCH_BOX(&masked_mlp_mixture_op));
 }

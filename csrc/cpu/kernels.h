@@ -74,13 +74,17 @@ struct Selection {
   const uint8_t* has_superset;  // has expert i a strict superset?
   Confidence confidence;
   float sharpness;
-  bool own;  // with the expert's own confidence: selection; else deselection
+  Weighting weighting;
 };
 
-// The loss of generalised EM over the logits (eq. 4, eq. 7).
+// The loss of generalised EM over the logits (eq. 4, eq. 7); or, with another objective than
+// binary, the loss of every expert on its `outputs` of the logits, each sample weighted alike.
 struct Gem {
   Selection selection;
-  const float* target;
+  Objective objective;
+  int64_t outputs;      // logits of an expert
+  const float* target;  // (rows,), or (rows, outputs) of a regression
+  const float* sample_weight;  // how often each sample counts; null: once
   bool per_sample;  // weights of a sample are divided by their sum
   float scale;      // of every gradient
   float* kept;      // (rows, experts): gradients for a second pass; null: backward follows at once

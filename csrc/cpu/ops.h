@@ -37,9 +37,17 @@ Tensors masked_mlp_backward_op(Tensor grad_logits, std::optional<Tensor> x, Tens
 
 Tensors masked_mlp_gem_op(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
                           Tensors weights, Tensors biases, Tensors serialized, Integers layouts,
-                          Text activation, Tensor target, std::optional<Tensor> mask, Tensor strict,
-                          Text confidence, double sharpness, Text weighting, Text normalize,
-                          bool need_x, bool need_tables, bool need_weights);
+                          Text activation, Tensor target, std::optional<Tensor> mask,
+                          std::optional<Tensor> sample_weight, Tensor strict, Text confidence,
+                          double sharpness, Text weighting, Text normalize, bool need_x,
+                          bool need_tables, bool need_weights);
+
+Tensors masked_mlp_expert_loss_op(std::optional<Tensor> x, Tensors tables, Tensors ids,
+                                  Integers parts, Tensors weights, Tensors biases,
+                                  Tensors serialized, Integers layouts, Text activation,
+                                  Tensor target, std::optional<Tensor> mask,
+                                  std::optional<Tensor> sample_weight, Text kind,
+                                  int64_t out_features, int64_t outputs, bool need_x, bool need_tables, bool need_weights);
 
 std::tuple<Tensor, Tensor, Tensor> masked_mlp_mixture_op(
     std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts, Tensors weights,

@@ -38,19 +38,19 @@ struct Bindings {
     return fused::mixture<Device>({x, tables, ids, parts, weights, biases, plans, layouts,
                                    activation_named(activation)},
                                   {is_proper_subset, confidence_named(confidence), sharpness,
-                                   true});
+                                   Weighting::kSelection});
   }
 
   static Tensors gem(std::optional<Tensor> x, Tensors tables, Tensors ids, Integers parts,
                      Tensors weights, Tensors biases, Tensors plans, Integers layouts,
                      Text activation, Tensor target, std::optional<Tensor> mask,
-                     Tensor is_proper_subset, Text confidence, double sharpness, Text weighting,
-                     Text normalize, bool need_x, bool need_tables, bool need_weights) {
+                     std::optional<Tensor> sample_weight, Tensor is_proper_subset,
+                     Text confidence, double sharpness, Text weighting, Text normalize,
+                     bool need_x, bool need_tables, bool need_weights) {
     return fused::gem<Device>(
         {x, tables, ids, parts, weights, biases, plans, layouts, activation_named(activation)},
-        {target, mask, normalization_named(normalize)},
-        {is_proper_subset, confidence_named(confidence), sharpness,
-         weighting_named(weighting) == Weighting::kSelection},
+        {target, mask, sample_weight, normalization_named(normalize)},
+        {is_proper_subset, confidence_named(confidence), sharpness, weighting_named(weighting)},
         {need_x, need_tables, need_weights});
   }
 };

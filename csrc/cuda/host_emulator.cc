@@ -155,7 +155,7 @@ STABLE_TORCH_LIBRARY(maskmoe_host_emulator, m) {
   m.def(
       "masked_mlp_gem(Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts, Tensor[] weights, "
       "Tensor[] biases, Tensor[] plans, int[] layouts, str activation, Tensor target, "
-      "Tensor? mask, Tensor strict, str confidence, float sharpness, str weighting, "
+      "Tensor? mask, Tensor? sample_weight, Tensor strict, str confidence, float sharpness, str weighting, "
       "str normalize, bool need_x, bool need_tables, bool need_weights) -> Tensor[]");
 }
 

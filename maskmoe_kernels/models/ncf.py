@@ -18,6 +18,7 @@ from maskmoe_kernels.nn.interception import interceptor
 from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.ops.selection.api import gem_loss
+from maskmoe_kernels.ops.selection.samples import check_samples
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,12 @@ class InterpretableNCF(Routed):
         **options: Any,
     ) -> Tensor:
         """The loss of these samples in one pass; see :meth:`InterpretableMLP.gem_loss`."""
-        mask = options.get("mask")
-        if mask is not None and mask.dtype == torch.bool and mask.shape == numeric.shape[:-1]:
-            # The projection reads the numbers before the loss knows which samples count.
-            numeric = numeric.masked_fill(~mask.unsqueeze(-1), 0)
+        # The projection reads the numbers before the loss knows which samples count.
+        mask, weight = options.get("mask"), options.get("sample_weight")
+        check_samples(numeric.shape[:-1], numeric.device, mask, weight)
+        for counts in (mask, None if weight is None else weight != 0):
+            if counts is not None:
+                numeric = numeric.masked_fill(~counts.unsqueeze(-1), 0)
         if interceptor(self, _FORWARD) is not None:
             logits = self(user, item, codes, numeric)
             return gem_loss(logits, target, self.family, **options)

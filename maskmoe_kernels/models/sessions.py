@@ -14,7 +14,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.checks import check_beside, check_floats
 from maskmoe_kernels.ops.selection.api import Mixture, mixture
-from maskmoe_kernels.ops.selection.torch_impl import Confidence
+from maskmoe_kernels.ops.selection.confidence import Confidence
 
 
 def second_layout(

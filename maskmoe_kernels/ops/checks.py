@@ -105,7 +105,7 @@ def check_count(name: str, given: int, expected: int) -> None:
 
 def check_name(argument: str, given: str, names: Sequence[str]) -> None:
     """Raise LayoutError unless ``given`` is one of ``names``."""
-    if given not in names:
+    if not isinstance(given, str) or given not in names:
         raise LayoutError(f"{argument} must be one of {list(names)}, got {given!r}")
 
 

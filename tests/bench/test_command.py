@@ -184,6 +184,19 @@ def test_train_smoke(tmp_path: Path, console: Console) -> None:
     assert (tmp_path / "movielens_training.json").exists()
 
 
+def test_shapley_smoke(tmp_path: Path, console: Console) -> None:
+    code, printed = run(["shapley", "--smoke", "--out", str(tmp_path)], console)
+    assert code == 0
+    assert "against the closed form" in printed
+    (task,) = json.loads((tmp_path / "shapley_truth.json").read_text("utf-8"))["tasks"]
+    ours = task["explainers"][0]
+    assert ours["experts"] == 7
+    assert 0 < ours["rmse"] < 10
+    assert 0 < ours["seconds"] < ours["seconds_alone"]
+    with pytest.raises(DataError, match="one time for each of --features"):
+        run(["shapley", "--features", "3", "--seconds", "1", "2"], console)
+
+
 def test_train_some_networks(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,11 @@ CONFIDENCES = ("abs", "abs", "square", "smooth", "rare")
 NORMALIZE = (None, "sample", "expert", "expert", "batch")
 # Gradients wait to be divided by sums that are as large: kLeastSum of csrc/cpu/masked_mlp/gem.cpp.
 MAY_WAIT = 2.0**-63
-WEIGHTINGS = {"selection": selection, "deselection": deselection}
+WEIGHTINGS = {
+    "selection": selection,
+    "deselection": deselection,
+    "uniform": lambda z, family, **_: torch.ones_like(z),
+}
 
 
 def check_loss(case):
@@ -43,6 +47,10 @@ class Loss:
         if draw.chance(0.35):
             self.mask = draw.flags(rows, draw.pick((0.7, 0.1, -1.0)))
             self.spoil()
+        self.times = None
+        if draw.chance(0.3):
+            times = draw.flags(rows, draw.pick((0.7, -1.0))).double() * (1 + draw.flags(rows))
+            self.times = times * draw.pick((1.0, 3.7, 1e-20))
         dtypes = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.bool)
         soft = not torch.equal(target, target.round())
         self.target = as_view(draw, target.to(draw.pick(dtypes[: 3 if soft else 5])))
@@ -55,6 +63,7 @@ class Loss:
             "normalize": draw.pick(NORMALIZE),
             "sharpness": sharpness(case),
             "mask": self.mask,
+            "sample_weight": self.times,
         }
 
     def spoil(self):
@@ -69,9 +78,11 @@ class Loss:
             case.leaves.insert(0, ("x", case.x))
 
     def __str__(self):
-        shown = {k: v for k, v in self.options.items() if k != "mask"}
+        shown = {k: v for k, v in self.options.items() if k not in ("mask", "sample_weight")}
         counted = None if self.mask is None else int(self.mask.sum())
-        return f"{shown}, mask {counted}, factor {self.factor}, target {self.target.dtype}"
+        weighed = None if self.times is None else self.times.sum()
+        of = f"mask {counted}, weights {weighed}, target {self.target.dtype}"
+        return f"{shown}, {of}, factor {self.factor}"
 
     def ours(self):
         return self.case.net.gem_loss(self.case.input, self.target, **self.options)
@@ -135,10 +146,18 @@ class Loss:
             counts = self.mask.double().view(-1, 1)
             y = y.masked_fill(counts == 0, 0)
         options = {k: self.options[k] for k in ("confidence", "sharpness")}
+        times = counts
+        if self.times is not None:
+            times = counts * self.times.view(-1, 1)
+            counts = (times != 0).double()
+            y = y.masked_fill(counts == 0, 0)
+            times = times * counts.sum() / times.sum().clamp(min=1e-300)
         weight = counts * WEIGHTINGS[self.options["weighting"]](z, self.case.family, **options)
         lost = (SMALLEST * z.shape[-1] * counts).expand_as(weight)
         normalize = self.options["normalize"]
         least = torch.full((1, 1), SMALLEST).double()
+        if normalize != "sample":  # else the sum over a sample is that of its weights alone
+            weight, lost = weight * times, lost * times
         if normalize is not None:
             over = {"sample": (1,), "expert": (0,), "batch": (0, 1)}[normalize]
             total = weight.sum(over, keepdim=True)
@@ -147,6 +166,8 @@ class Loss:
             lost = lost.nan_to_num(torch.inf, torch.inf)
             if normalize != "sample":  # a product is rounded before it is divided by such a sum
                 least = SMALLEST / total.clamp(min=MAY_WAIT, max=1)
+        if normalize == "sample":
+            weight, lost = weight * times, lost * times
         if normalize in (None, "sample"):
             count = counts.sum().clamp(min=1)
             weight, lost = weight / count, lost / count
@@ -171,13 +192,16 @@ class Loss:
         found = []
         for x in (plain, spoilt):
             target = self.target.reshape(rows)
-            mask = None if self.mask is None else self.mask.reshape(rows)
-            loss = case.net.gem_loss(x, target, **self.options | {"mask": mask})
+            mask, times = (
+                None if of is None else of.reshape(rows) for of in (self.mask, self.times)
+            )
+            flat = {"mask": mask, "sample_weight": times}
+            loss = case.net.gem_loss(x, target, **self.options | flat)
             wanted = [p for p in case.net.parameters() if p.requires_grad]
             if not wanted:
                 return
             found.append(dict(zip(wanted, torch.autograd.grad(loss, wanted), strict=True)))
-        arrives = self.mask is None or bool(self.mask.reshape(rows)[0])
+        arrives = all(of is None or bool(of.view(-1)[0]) for of in (self.mask, self.times))
         for layer in case.net.layers:
             experts = torch.arange(len(sees))
             sizes = torch.tensor(layer.layout.weight_offsets).diff()

@@ -142,9 +142,15 @@ def mlp_calls():
                 calls += [(name, forward), (name + "_backward", backward)]
             whole = {**inputs, **plans, "activation": activation}
             calls.append(("masked_mlp_mixture", {**whole, **strict}))
-            loss = {"target": (torch.arange(6) % 2).float(), "mask": torch.arange(6) > 0}
+            loss = {
+                "target": (torch.arange(6) % 2).float(),
+                "mask": torch.arange(6) > 0,
+                "sample_weight": torch.arange(6).float(),
+            }
             names = {"weighting": "selection", "normalize": "expert"}
             calls.append(("masked_mlp_gem", {**whole, **loss, **strict, **names, **needs}))
+            kind = {"kind": "regression", "out_features": 7, "outputs": 1}
+            calls.append(("masked_mlp_expert_loss", {**whole, **loss, **kind, **needs}))
     return calls, kept
 
 
@@ -170,8 +176,9 @@ def objective_calls():
         "product": product, **down, **larger, **options,
     }  # fmt: skip
     loss = {
-        "logits": logits, "target": (torch.arange(5) % 2).float(), "mask": None, **up, **larger,
-        **options, "weighting": "selection", "normalize": "expert",
+        "logits": logits, "target": (torch.arange(5) % 2).float(), "mask": None,
+        "sample_weight": None, **up, **larger, **options,
+        "weighting": "selection", "normalize": "expert",
     }  # fmt: skip
     return [
         ("selection", {**forward, "keep": True}), ("selection_backward", backward),

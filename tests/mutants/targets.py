@@ -18,6 +18,7 @@ _LINEAR = [
 _SELECTION = [
     "tests/ops/selection/test_selection.py",
     "tests/ops/selection/test_gem.py",
+    "tests/ops/selection/test_expert_loss.py",
     "tests/ops/selection/test_mixture.py",
     "tests/ops/selection/test_labels.py",
     "tests/ops/selection/test_missing.py",
@@ -27,6 +28,7 @@ _MLP = [
     "tests/ops/masked_mlp/test_masked_mlp.py",
     "tests/ops/masked_mlp/test_mlp_tiles.py",
     "tests/ops/masked_mlp/test_mlp_needs.py",
+    "tests/ops/masked_mlp/test_mlp_expert_loss.py",
     "tests/ops/masked_mlp/test_range.py",
     "tests/ops/masked_mlp/test_table_gradients.py",
     "tests/fuzz/test_mlp.py",

@@ -7,6 +7,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialized_layout
+from maskmoe_kernels.ops.selection.samples import weighted
 from maskmoe_kernels.testing.oracle import dense_algebra
 
 
@@ -105,10 +106,13 @@ class Mlp:
         weighting="selection",
         normalize=None,
         needs=(True, True, True),
+        sample_weight=None,
     ):
         """Loss and gradients."""
         strict, normalize = self.family.strict, normalize or "none"
-        samples = self.on_device((target, mask, strict))
+        mask, times = weighted(mask, sample_weight)
+        times = None if times is None else times.float()
+        samples = self.on_device((target, mask, times, strict))
         options = (confidence, sharpness, weighting, normalize)
         loss, *grads = self.ops.masked_mlp_gem(*self.arguments(), *samples, *options, *needs)
         return loss.cpu(), [grad.cpu() for grad in grads]

@@ -260,7 +260,7 @@ def test_ids_beyond_a_table_write_nothing():
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
-@pytest.mark.parametrize("weighting", ["selection", "deselection"])
+@pytest.mark.parametrize("weighting", ["selection", "deselection", "uniform"])
 @pytest.mark.parametrize("confidence", CONFIDENCES)
 def test_every_objective(confidence, weighting, normalize):
     configure(multiprocessors=1000)
@@ -269,6 +269,16 @@ def test_every_objective(confidence, weighting, normalize):
     options = {"confidence": confidence, "weighting": weighting, "normalize": normalize}
     for sharpness, kept in itertools.product((1.0, 2.5), (None, mask)):
         check_gem(net, target, sharpness=sharpness, mask=kept, **options)
+    if confidence == "abs":
+        times = weights_of_samples(40)
+        check_gem(net, target, sample_weight=times, **options)
+        check_gem(net, target, sample_weight=times * 1e-20, mask=mask, **options)
+
+
+def weights_of_samples(rows):
+    """Some of them 0."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.rand(rows, generator=generator) * torch.randint(3, (rows,), generator=generator)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -278,6 +288,8 @@ def test_the_objective_of_every_mlp(name, dtype):
     target, mask = targets(70)
     check_gem(net, target, mask=mask, normalize="sample")
     check_gem(net, target, normalize="expert", weighting="deselection")
+    times = weights_of_samples(70)
+    check_gem(net, target, mask=mask, sample_weight=times, weighting="uniform")
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -309,6 +321,12 @@ def test_samples_that_do_not_count_reach_nothing(normalize):
     assert torch.equal(loss, masked_loss)
     assert all(torch.equal(a, b) for a, b in zip(grads, masked_grads, strict=True))
     assert (grads[0][~mask] == 0).all()
+    given = torch.rand(90)
+    of_weights = net.gem(target, mask, normalize=normalize, sample_weight=given)
+    times = given.masked_fill(~mask, 0)  # which says the same as the mask
+    masked = other.gem(spoiled, None, normalize=normalize, sample_weight=times)
+    assert torch.equal(of_weights[0], masked[0])
+    assert all(torch.equal(a, b) for a, b in zip(of_weights[1], masked[1], strict=True))
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -457,7 +475,7 @@ def test_a_captured_step():
     """A CUDA graph replays the objective on new values; its first call was outside."""
     net = on_gpu(MLPS["ncf"](256, "relu"))
     target, _ = targets(256)
-    arguments, samples = net.arguments(), net.on_device((target, None, net.family.strict))
+    arguments, samples = net.arguments(), net.on_device((target, None, None, net.family.strict))
     options = ("abs", 1.0, "selection", "expert", True, True, True)
 
     def step():

@@ -331,12 +331,13 @@ def test_networks_are_chains_of_their_own_layouts(network):
     assert torch.equal(OPS.masked_mlp(*arguments, 7, "relu", False)[0], truth)
     strict, y = net.family.strict, torch.ones(4)
     whole = [*arguments, "relu"]
-    good = [y, None, strict, "abs", 1.0, "selection", "none", True, True, True]
+    good = [y, None, None, strict, "abs", 1.0, "selection", "none", True, True, True]
     loss = OPS.masked_mlp_gem(*whole, *good)[0]
     wrong = {
         0: [y.double(), y[:3], y.to_sparse()], 1: [y, torch.ones(3).bool()],
-        2: [strict[:6], strict[:, :6], strict.byte(), strict[:2, :2], strict[0]],
-        3: ["unknown", ""], 4: [float("nan"), float("inf"), 0.0, -1.0], 5: ["uniform"], 6: ["rows"],
+        2: [y.double(), y[:3], -y, y.new_full((4,), torch.nan), y.new_full((4,), torch.inf)],
+        3: [strict[:6], strict[:, :6], strict.byte(), strict[:2, :2], strict[0]],
+        4: ["unknown", ""], 5: [float("nan"), float("inf"), 0.0, -1.0], 6: ["even"], 7: ["rows"],
     }  # fmt: skip
     for k, values in wrong.items():
         for value in values:
@@ -346,7 +347,7 @@ def test_networks_are_chains_of_their_own_layouts(network):
     bytes_of = torch.full((7, 7), 255, dtype=torch.uint8).view(torch.bool)
     for odd in (bytes_of, strict):  # any byte but 0 is true
         mask = torch.full((4,), 7, dtype=torch.uint8).view(torch.bool)
-        found = [OPS.masked_mlp_gem(*whole, y, m, odd, *good[3:])[0] for m in (mask, None)]
+        found = [OPS.masked_mlp_gem(*whole, y, m, None, odd, *good[4:])[0] for m in (mask, None)]
         assert torch.equal(*found)
 
 

@@ -4,6 +4,7 @@
 
 #include "cpu/confidence.h"
 #include "cpu/masked_linear/line_tile.h"
+#include "cpu/masked_mlp/expert_losses.h"
 
 namespace maskmoe {
 
@@ -41,7 +42,9 @@ struct MlpHead {
                   const GemSums& totals) {
     if (n.logits.data != nullptr) store_logits(n, at, row, rows);
     if (n.mixture != nullptr) mix(*n.mixture, at, row, rows);
-    if (n.gem != nullptr) {
+    if (n.gem != nullptr && n.gem->objective != Objective::kBinary) {
+      expert_losses(n, at, row, rows, totals);
+    } else if (n.gem != nullptr) {
       gem(n, at, row, rows, totals);
     } else if (n.backward) {
       load_grads(n, at, row, rows);
@@ -133,16 +136,17 @@ struct MlpHead {
       const int64_t count = E::min(L, rows - r);
       float targets[L] = {}, counts[L] = {};
       for (int64_t k = 0; k < count; ++k) {
-        if (n.mask != nullptr && !n.mask[row + r + k]) continue;
-        counts[k] = 1;
-        targets[k] = gem.target[row + r + k];
+        const int64_t sample = row + r + k;
+        if (n.mask != nullptr && !n.mask[sample]) continue;
+        counts[k] = gem.sample_weight == nullptr ? 1.0f : gem.sample_weight[sample];
+        targets[k] = gem.target[sample];
       }
-      const M row_mask = I::greater(I::load(counts), I::zero());
-      const V y = I::load(targets);
+      const V y = I::load(targets), times = I::load(counts);
+      const M row_mask = I::greater(times, I::zero());
       select(of, at, r, count, w, rest, [&](int64_t i, V z, M known, const Odds<I>& odds) {
         cross_entropy(z, known, odds, y, bce + i * L, dlogit + i * L);
       });
-      normalize_weights(gem, w, row_mask);
+      normalize_weights(gem, w, row_mask, times);
       for (int64_t i = 0; i < of.experts; ++i) {
         const V weight = I::load(w + i * L);
         V g = I::mul(I::load(dlogit + i * L), I::mul(weight, I::set(gem.scale)));
@@ -151,12 +155,10 @@ struct MlpHead {
                I::select(row_mask, I::mul(weight, I::load(bce + i * L)), I::zero()));
         add_to(weights + i * L, weight);
       }
-      for (int64_t i = 0; i < of.experts; ++i) {
-        const float* g = dlogit + i * L;
-        float* to = at.grads + of.slots[i] / L * at.line + of.slots[i] % L + r * L;
-        for (int64_t k = 0; k < count; ++k) to[k * L] = g[k];
-        for (int64_t k = 0; gem.kept != nullptr && k < count; ++k) {
-          gem.kept[(row + r + k) * of.experts + i] = g[k];
+      put_grads(of, at, r, count, dlogit);
+      for (int64_t i = 0; gem.kept != nullptr && i < of.experts; ++i) {
+        for (int64_t k = 0; k < count; ++k) {
+          gem.kept[(row + r + k) * of.experts + i] = dlogit[i * L + k];
         }
       }
     }
@@ -168,29 +170,86 @@ struct MlpHead {
     }
   }
 
-  // For L rows: each expert's weight in `own`, and 1 - g in `rest`. `also` gets each expert's
+  // The logits of L rows, (experts, L); 0 beyond `count` of them.
+  static void load_logits(const Selection& of, const Buffers& at, int64_t row, int64_t count,
+                          float* to) {
+    for (int64_t i = 0; i < of.experts; ++i) {
+      const float* from = at.logits + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
+      for (int64_t k = 0; k < L; ++k) to[i * L + k] = k < count ? from[k * L] : 0;
+    }
+  }
+
+  // And their gradients to where the backward reads them.
+  static void put_grads(const Selection& of, const Buffers& at, int64_t row, int64_t count,
+                        const float* from) {
+    for (int64_t i = 0; i < of.experts; ++i) {
+      float* to = at.grads + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
+      for (int64_t k = 0; k < count; ++k) to[k * L] = from[i * L + k];
+    }
+  }
+
+  // Every expert's own loss, summed over experts and samples.
+  static void expert_losses(const Mlp& n, const Buffers& at, int64_t row, int64_t rows,
+                            const GemSums& totals) {
+    using Losses = ExpertLosses<I>;
+    const Gem& gem = *n.gem;
+    const int64_t logits = gem.selection.experts, outputs = gem.outputs;
+    const bool classes = gem.objective == Objective::kMulticlass;
+    const int64_t labels = classes ? 1 : outputs;
+    float* z = at.work;
+    float *grads = z + logits * L, *y = grads + logits * L;
+    for (int64_t r = 0; r < rows; r += L) {
+      const int64_t count = E::min(L, rows - r);
+      float counts[L] = {};
+      for (int64_t k = 0; k < labels * L; k += L) I::store(y + k, I::zero());
+      for (int64_t k = 0; k < count; ++k) {
+        const int64_t sample = row + r + k;
+        if (n.mask != nullptr && !n.mask[sample]) continue;
+        counts[k] = gem.sample_weight == nullptr ? 1.0f : gem.sample_weight[sample];
+        for (int64_t c = 0; c < labels; ++c) y[c * L + k] = gem.target[sample * labels + c];
+      }
+      const V times = I::load(counts), factor = I::mul(times, I::set(gem.scale));
+      const M row_mask = I::greater(times, I::zero());
+      load_logits(gem.selection, at, r, count, z);
+      for (int64_t i = 0; i < logits; i += outputs) {
+        float *of = z + i * L, *grad = grads + i * L;
+        const V loss = classes ? Losses::multiclass(of, outputs, I::load(y), grad)
+                               : Losses::squared(of, outputs, y, grad);
+        for (int64_t k = 0; k < outputs * L; k += L) {
+          const V scaled = I::mul(I::load(grad + k), factor);
+          I::store(grad + k, I::select(row_mask, scaled, I::zero()));
+        }
+        float sums[L];
+        I::store(sums, I::select(row_mask, I::mul(loss, times), I::zero()));
+        for (int64_t k = 0; k < L; ++k) totals.loss[i] += sums[k];
+      }
+      put_grads(gem.selection, at, r, count, grads);
+    }
+  }
+
+  // For L rows: each expert's weight in `own`; `rest` is scratch. `also` gets each expert's
   // logits, which of them are known (not NaN), and their odds; unknown ones have the odds of 0.
   template <class F>
   static void select(const Selection& of, const Buffers& at, int64_t row, int64_t count, float* own,
                      float* rest, const F& also) {
-    for (int64_t i = 0; i < of.experts; ++i) {
-      const float* from = at.logits + of.slots[i] / L * at.line + of.slots[i] % L + row * L;
-      for (int64_t k = 0; k < L; ++k) own[i * L + k] = k < count ? from[k * L] : 0;
-    }
+    load_logits(of, at, row, count, own);
     for (int64_t i = 0; i < of.experts; ++i) {
       const V z = I::load(own + i * L);
       // Comparisons with NaN are false.
       const M known = I::less_equal(absolute<I>(z), I::set(__builtin_inff()));
       const V safe = I::select(known, z, I::zero());
       const Odds<I> odds(safe);
+      also(i, z, known, odds);
+      I::store(own + i * L, I::set(1.0f));
+      if (of.weighting == Weighting::kUniform) continue;
       Confident<I> c = confidence<I>(of.confidence, safe, odds);
       if (of.sharpness != 1.0f && of.has_superset[i]) c = sharpened<I>(c, of.sharpness);
-      I::store(own + i * L, I::select(known, c.g, z));
+      if (of.weighting == Weighting::kSelection) I::store(own + i * L, I::select(known, c.g, z));
       I::store(rest + i * L, I::select(known, c.rest, z));
-      also(i, z, known, odds);
     }
+    if (of.weighting == Weighting::kUniform) return;
     for (int64_t i = 0; i < of.experts; ++i) {
-      V w = of.own ? I::load(own + i * L) : I::set(1.0f);
+      V w = I::load(own + i * L);
       for (int64_t n = of.subsets_at[i]; n < of.subsets_at[i + 1]; ++n) {
         w = I::mul(w, I::load(rest + of.subsets[n] * L));
       }
@@ -210,18 +269,19 @@ struct MlpHead {
   }
 
   // Weights become 0 where `row_mask` is not set, and are divided where that is asked for: by their
-  // sum over the sample, or by the divisors of their experts.
-  static void normalize_weights(const Gem& gem, float* weights, M row_mask) {
+  // sum over the sample, or by the divisors of their experts. A sample counts `times`.
+  static void normalize_weights(const Gem& gem, float* weights, M row_mask, V times) {
     V total = I::zero();
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
       const V w = I::select(row_mask, I::load(weights + i * L), I::zero());
       total = I::add(total, w);
-      I::store(weights + i * L, w);
+      I::store(weights + i * L, gem.per_sample ? w : I::mul(w, times));
     }
     if (!gem.per_sample && gem.divisors == nullptr) return;
     for (int64_t i = 0; i < gem.selection.experts; ++i) {
-      const V by = gem.per_sample ? total : I::set(gem.divisors[i]);
-      I::store(weights + i * L, quotient(I::load(weights + i * L), by));
+      const V w = I::load(weights + i * L);
+      I::store(weights + i * L, gem.per_sample ? I::mul(quotient(w, total), times)
+                                               : quotient(w, I::set(gem.divisors[i])));
     }
   }
 

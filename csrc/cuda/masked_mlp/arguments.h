@@ -28,13 +28,14 @@ struct Selection {
   const uint8_t* has_superset;   // (experts,): is expert i a proper subset of another?
   float sharpness;
   Confidence confidence;
-  bool include_own;  // alpha; false: without the expert's own confidence
+  Weighting weighting;
 };
 
 // The loss of a GEM step.
 struct GemObjective {
   const float* target;   // (rows,); null: there is no loss, the gradient of the logits is given
   const uint8_t* mask;   // (rows,); null: every sample counts
+  const float* sample_weight;  // (rows,): how often each counts; null: once
   const float* scale;    // (experts,): of the gradients; null: not known before this launch
   const float* divisor;  // (experts,): of the weights; null: none
   const int32_t* rerun;  // the launch does nothing if this is 0; null: it always runs

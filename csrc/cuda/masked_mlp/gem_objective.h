@@ -37,10 +37,11 @@ MASKMOE_DEVICE void gem_objective(const Call& c, const LogitTile& cells) {
   each_cell<kR>(c, [&](int n, int row, int expert) {
     const float z = cells.logit[n];
     float weight = cells.weight[n];
-    if (gem.normalize_sample) weight = quotient(weight, cells.total[row]);
+    const float times = cells.row_mask[row];
+    weight = (gem.normalize_sample ? quotient(weight, cells.total[row]) : weight) * times;
     if (gem.divisor != nullptr) weight = quotient(weight, gem.divisor[expert]);
     const Loss loss = cross_entropy(z, cells.target[row]);
-    const bool counts = cells.row_mask[row] != 0.0f;
+    const bool counts = times != 0.0f;
     float grad = counts ? 2.0f * weight * loss.error : 0.0f;
     if (gem.scale != nullptr) grad *= gem.scale[expert];
     cells.logit[n] = grad * gem.loss_scale;

@@ -19,7 +19,7 @@ struct SelectionOptions {
   Tensor is_proper_subset;  // (experts, experts) bool, [i, j]: expert j is a proper subset of i
   Confidence confidence;
   double sharpness;
-  bool include_own;
+  Weighting weighting;
 
   // Checks the options and makes the tensor contiguous.
   void check(const Checks& checks, int64_t experts) {
@@ -103,7 +103,7 @@ class Launcher {
                         p.has_superset,
                         static_cast<float>(selection->sharpness),
                         selection->confidence,
-                        selection->include_own};
+                        selection->weighting};
     }
     call.weights = p.packed, call.head_weights = p.head, call.biases = p.padded_biases;
     device_.template launch<PackWeights<T>>(

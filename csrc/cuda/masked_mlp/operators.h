@@ -74,16 +74,22 @@ std::tuple<Tensor, Tensor, Tensor> mixture(MlpTensors tensors, SelectionOptions 
 struct LossOptions {
   Tensor target;               // (*) float32
   std::optional<Tensor> mask;  // (*) bool
+  std::optional<Tensor> sample_weight;  // (*) float32, of mean 1 over the samples that count
   Normalization normalization;
 
   // Checks the tensors and makes them contiguous.
   void check(const Checks& checks, int64_t rows) {
     checks.readable(target, "target", -1, aoti_torch_dtype_float32());
     if (mask) checks.readable(*mask, "mask", -1, aoti_torch_dtype_bool());
-    STD_TORCH_CHECK(target.numel() == rows && (!mask || mask->numel() == rows),
-                    "maskmoe: target or mask do not fit the logits");
+    if (sample_weight) {
+      checks.readable(*sample_weight, "sample_weight", -1, aoti_torch_dtype_float32());
+    }
+    STD_TORCH_CHECK(target.numel() == rows && (!mask || mask->numel() == rows) &&
+                        (!sample_weight || sample_weight->numel() == rows),
+                    "maskmoe: target, mask or sample_weight do not fit the logits");
     target = dense(target);
     if (mask) mask = dense(*mask);
+    if (sample_weight) sample_weight = dense(*sample_weight);
   }
 
   // Is the loss divided by sums over the batch, which are known only after it?
@@ -103,6 +109,8 @@ class GemStep {
     GemObjective& gem = call_.gem;
     gem.target = static_cast<const float*>(loss.target.data_ptr());
     gem.mask = loss.mask ? static_cast<const uint8_t*>(loss.mask->data_ptr()) : nullptr;
+    gem.sample_weight =
+        loss.sample_weight ? static_cast<const float*>(loss.sample_weight->data_ptr()) : nullptr;
     gem.normalize_sample = loss.normalization == Normalization::kSample;
     gem.loss_scale = kLossScale<T>;
     call_.grad_input_scale = 1.0f / kLossScale<T>;

@@ -11,7 +11,7 @@ namespace maskmoe::fused {
 // the first two, Mix for all but `sums`; see smem_layout.
 struct LogitTile {
   float* logit;       // later its gradient, or what its expert adds to the prediction
-  float* row_mask;    // 1: the row counts
+  float* row_mask;    // how often the row counts; 0: not at all
   float* target;
   float* total;       // of the weights
   float* weight;      // the confidence g, later the weight of the expert
@@ -54,7 +54,8 @@ MASKMOE_DEVICE void load_rows(const Call& c, const LogitTile& cells, int64_t fir
     const int64_t row = first + at;
     const uint8_t* mask = c.gem.mask;
     const bool counts = row < c.rows && (mask == nullptr || mask[row] != 0);
-    cells.row_mask[at] = counts ? 1.0f : 0.0f;
+    const float* times = c.gem.sample_weight;
+    cells.row_mask[at] = !counts ? 0.0f : times == nullptr ? 1.0f : times[row];
     if (c.gem.target != nullptr) {
       cells.target[at] = counts ? c.gem.target[row] : 0.0f;
     }
@@ -67,16 +68,17 @@ MASKMOE_DEVICE void confident_logits(const Call& c, const Tile<T>& tile, const L
   const Selection& s = c.selection;
   head_forward<T, kR>(c, tile, [&](int row, int expert, float z) {
     const int n = expert * kR + row;
+    cells.logit[n] = z;
+    if (s.weighting == Weighting::kUniform) return;
     WithComplement g = z == z ? confidence_of(z, s.confidence) : WithComplement{z, z};
     if (s.sharpness != 1.0f && s.has_superset[expert]) g = sharpened(g, s.sharpness);
-    cells.logit[n] = z;
     cells.weight[n] = g.value;
     cells.complement[n] = g.complement;
   });
 }
 
 // alpha of every expert (section 3.3.2), or alpha without its own confidence, into `weight`:
-// products over proper subsets, in order. 0 in rows that do not count.
+// products over proper subsets, in order; or 1. 0 in rows that do not count.
 template <int kR>
 MASKMOE_DEVICE void select(const Call& c, const LogitTile& cells) {
   const Selection& s = c.selection;
@@ -85,8 +87,9 @@ MASKMOE_DEVICE void select(const Call& c, const LogitTile& cells) {
       cells.weight[n] = 0.0f;
       return;
     }
-    float weight = s.include_own ? cells.weight[n] : 1.0f;
-    for (int a = 0; a < s.num_subsets[expert]; ++a) {
+    float weight = s.weighting == Weighting::kSelection ? cells.weight[n] : 1.0f;
+    const int factors = s.weighting == Weighting::kUniform ? 0 : s.num_subsets[expert];
+    for (int a = 0; a < factors; ++a) {
       weight *= cells.complement[s.subsets[expert * c.plan.experts + a] * kR + row];
     }
     cells.weight[n] = weight;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE
 from maskmoe_kernels.experiments.shared.arguments import (
     AlternativeCommands,
     Commands,
@@ -17,13 +17,15 @@ from maskmoe_kernels.experiments.shared.arguments import (
     positive,
     share,
     sharpness,
+    tolerance,
     usable,
 )
 
 # What needs pyarrow or figures is imported by the commands that run it.
 
-_CHECKPOINTS = tuple(f"{name}.pt" for name in MODELS)
-_FIGURES = ("learning_curves", "hasse", "attribution", "attribution_chosen", "frontier")
+_CHECKPOINTS = tuple(f"{name}.pt" for name in EVERY_MODEL)
+_FIGURES = ("learning_curves", "hasse", "attribution", "attribution_chosen", "frontier",
+            "sufficient")  # fmt: skip
 _RESULTS = (*_CHECKPOINTS, "report.json", *(f"{name}.png" for name in _FIGURES))
 
 
@@ -54,10 +56,13 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--models",
         nargs="+",
-        choices=MODELS,
+        choices=EVERY_MODEL,
         default=MODELS,
         metavar="MODEL",
-        help=f"which of {', '.join(MODELS)} (default: all)",
+        help=f"which of {', '.join(EVERY_MODEL)} (default: the first three, the paper's). "
+        "interpretable: the mixture of experts. sufficient: the same network, every expert trained "
+        "on every sample; it predicts with the expert that sees all, and explains by the smallest "
+        "expert that agrees with it",
     )
     _add_training(parser)
     _add_mixing(parser)
@@ -127,7 +132,8 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         _explain,
         "a user's recommendations, who decided on each, and why in words",
         "List a user's best unseen movies, or one movie, with the probability, the expert that\n"
-        "decides, its share of the decision, and what it looked at in words.",
+        "decides, its share of the decision, and what it looked at in words. Of sufficient.pt:\n"
+        "the smallest expert that suffices, and what each group adds to the log-odds.",
         "maskmoe movielens explain --data ml-1m.zip --checkpoint runs/ml/interpretable.pt --user 1",
     )
     _add_data(parser)
@@ -136,7 +142,7 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="interpretable.pt, as `maskmoe movielens` writes it",
+        help="interpretable.pt or sufficient.pt, as `maskmoe movielens` writes it",
     )
     parser.add_argument("--user", type=int, required=True, metavar="ID", help="id in users.dat")
     parser.add_argument("--item", type=int, metavar="ID", help="one movie's id in movies.dat")
@@ -150,6 +156,14 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         metavar="auto|X",
         help="as in training; auto: the one in the report.json beside the checkpoint, 1 where "
         "there is none (default: auto)",
+    )
+    parser.add_argument(
+        "--tolerance",
+        type=tolerance,
+        default=TOLERANCE,
+        metavar="LOGODDS",
+        help="of sufficient.pt: how far a smaller expert may be from the one that sees all "
+        "(default: %(default)g)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write the explanation there, as json"
@@ -205,6 +219,7 @@ def _explain(arguments: argparse.Namespace, console: Console) -> None:
         arguments.item,
         top=arguments.top,
         sharpness=arguments.sharpness,
+        tolerance=arguments.tolerance,
         out=arguments.out,
         console=console,
     )

@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
+from maskmoe_kernels.experiments.movielens.sufficient import answers, print_sufficient
 from maskmoe_kernels.experiments.shared.output import Column, print_table
 from maskmoe_kernels.experiments.shared.report import sealed
 from maskmoe_kernels.models import InterpretableNCF
@@ -23,8 +24,15 @@ CONFIDENCE = "rare"
 SEALED = ("sharpness", "chosen", "checksum")
 
 
-def scores(model: nn.Module, logits: Tensor, sharpness: float = 1.0) -> Tensor:
-    """What a model ranks by, ``(*,)`` float64: probability of the mixture, or the one logit."""
+def scores(
+    model: nn.Module, logits: Tensor, sharpness: float = 1.0, *, mixes: bool = True
+) -> Tensor:
+    """What a model ranks by, ``(*,)`` float64: probability of the mixture, or the one logit.
+
+    Without ``mixes``, experts are not mixed: it is the logit of the one that sees all.
+    """
+    if isinstance(model, InterpretableNCF) and not mixes:
+        return answers(model, logits)
     if isinstance(model, InterpretableNCF):
         return mixture(logits.double(), model.family, CONFIDENCE, sharpness).probability
     return logits[..., 0].double()
@@ -122,11 +130,14 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
     rows = []
     for name, model in report["models"].items():
         cells = [model["test"]["HR@10"], model["test"]["NDCG@10"], *model["paper"].values()]
-        rows.append([name, f"{model['parameters']:,}", *(f"{value:.3f}" for value in cells)])
+        shown = [f"{value:.3f}" for value in cells] + ["-"] * (4 - len(cells))
+        rows.append([name, f"{model['parameters']:,}", *shown])
     print_table(console, "MovieLens-1M (test)", columns, rows)
     interpretable = report["models"].get("interpretable")
     if interpretable is not None:
         _print_frontier(interpretable, console)
+    if "sufficient" in report["models"]:
+        print_sufficient(report["models"]["sufficient"], console)
 
 
 def _print_frontier(interpretable: Mapping[str, Any], console: Console) -> None:

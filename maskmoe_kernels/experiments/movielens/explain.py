@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from rich.console import Console
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, TOLERANCE
 from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
-from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE, SEALED
+from maskmoe_kernels.experiments.movielens.evaluate import SEALED
+from maskmoe_kernels.experiments.movielens.verdict import Decide, mixed, named_values, sufficing
 from maskmoe_kernels.experiments.shared.checkpoint import (
     check_experiment,
     failing,
@@ -29,7 +32,6 @@ from maskmoe_kernels.experiments.shared.output import Column, print_line, print_
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.shared.structure import check
 from maskmoe_kernels.models import InterpretableNCF
-from maskmoe_kernels.ops.selection import mixture
 
 # Names of the codes in users.dat, in the order of AGES and of the official README.
 AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
@@ -63,11 +65,14 @@ class Recommendation:
             embedding is then untrained.
         movie: Official movie id.
         title: With its year, as in ``movies.dat``.
-        probability: Of the mixture, that the user watches it.
-        expert: The expert with the largest share of the decision.
-        share: That share.
+        probability: That the user watches it: of the mixture, or of the expert that sees all.
+        expert: The expert with the largest share of the decision; or the smallest that suffices.
+        share: That share; ``None`` of an expert that suffices.
         reason: What the expert looked at, in words.
-        attribution: Share of each expert; they sum to 1.
+        attribution: Share of each expert, which sum to 1; empty where none has a share.
+        gap: How far the expert that suffices is from the one that sees all, in log-odds.
+        contributions: Shapley values in log-odds, of an expert that suffices: what user and item
+            add to what content says. They sum to the log-odds of ``probability``.
     """
 
     rank: int | None
@@ -76,9 +81,11 @@ class Recommendation:
     title: str
     probability: float
     expert: str
-    share: float
+    share: float | None
     reason: str
     attribution: dict[str, float]
+    gap: float | None = None
+    contributions: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,18 +95,21 @@ class Explanation:
     Attributes:
         user: Official user id.
         header: Who the user is and what share each expert holds, one paragraph.
-        sharpness: Power of the smaller experts' confidence.
+        sharpness: Power of the smaller experts' confidence; ``None`` if the smallest expert that
+            suffices explains.
         chosen: Where the sharpness comes from.
-        shares: Mean share of each expert over ``movies``.
+        shares: Mean share of each expert over ``movies``; or for how many of them it suffices.
         movies: Best first.
+        tolerance: Within which an expert suffices, in log-odds.
     """
 
     user: int
     header: str
-    sharpness: float
+    sharpness: float | None
     chosen: str
     shares: dict[str, float]
     movies: list[Recommendation]
+    tolerance: float | None = None
 
 
 def explain(
@@ -110,6 +120,7 @@ def explain(
     *,
     top: int = 10,
     sharpness: float | None = None,
+    tolerance: float = TOLERANCE,
     out: Path | None = None,
     console: Console | None = None,
 ) -> Explanation:
@@ -123,6 +134,7 @@ def explain(
         top: How many movies, at least 1.
         sharpness: See :func:`mixture`; ``None`` takes the one chosen in the ``report.json`` beside
             the checkpoint, or 1 where there is none.
+        tolerance: Of a checkpoint of the model ``"sufficient"``; see :func:`sufficient`.
         out: Folder for ``explain-user-U.json`` or ``explain-user-U-item-I.json``.
         console: Where the header and the table go.
 
@@ -138,14 +150,18 @@ def explain(
     named = None if item is None else _row_of(data.movie_ids, item, "movie", "movies.dat")
     features = Features(data)
     model = _restored(saved, features, checkpoint)
-    sharpness, chosen = _sharpness(sharpness, checkpoint)
-    movies = _recommend(model, features, row, named, top, sharpness)
-    shares = {
-        name: sum(m.attribution[name] for m in movies) / max(len(movies), 1)
-        for name in model.family.names
-    }
-    header = _header(data, row, shares, named is not None)
-    explanation = Explanation(user, header, sharpness, chosen, shares, movies)
+    decide: Decide
+    power, within, chosen = None, None, "as given"
+    if saved["config"]["model"] == "sufficient":
+        within, decide = tolerance, partial(sufficing, tolerance=tolerance)
+        chosen = "none: experts are not mixed"
+    else:
+        power, chosen = _sharpness(sharpness, checkpoint)
+        decide = partial(mixed, sharpness=power)
+    movies = _recommend(model, features, row, named, top, decide)
+    shares = _mean_shares(model.family.names, movies)
+    header = _header(data, row, shares, named is not None, within)
+    explanation = Explanation(user, header, power, chosen, shares, movies, within)
     if out is not None:
         write_json(out / file_name(user, item), dataclasses.asdict(explanation))
     if console is not None:
@@ -163,7 +179,10 @@ def file_name(user: int, item: int | None) -> str:
 def print_explanation(explanation: Explanation, console: Console) -> None:
     """The header and the table."""
     print_line(console, explanation.header)
-    print_line(console, f"Sharpness {explanation.sharpness:g} ({explanation.chosen}).", "dim")
+    if explanation.sharpness is not None:
+        print_line(console, f"Sharpness {explanation.sharpness:g} ({explanation.chosen}).", "dim")
+    else:
+        print_line(console, f"Tolerance: {explanation.tolerance:g} log-odds.", "dim")
     if not explanation.movies:
         print_line(console, "No rated movie is left that this user has not seen.")
         return
@@ -171,14 +190,15 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         Column("rank"),
         Column("title", text=True, prose=True),
         Column("probability"),
-        Column("decided by", text=True),
-        Column("share", optional=1),
+        Column("decided by" if explanation.tolerance is None else "sufficient", text=True),
+        Column("share" if explanation.tolerance is None else "gap", optional=1),
         Column("reason", text=True, prose=True),
     ]
     rows = []
     for m in explanation.movies:
         rank = m.status if m.rank is None else str(m.rank)
-        rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, f"{m.share:.0%}", m.reason])
+        how = f"{m.gap:.2f}" if m.share is None else f"{m.share:.0%}"
+        rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, how, m.reason])
     print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows)
 
 
@@ -212,6 +232,26 @@ def reason_in_words(data: MovieLens, user: int, movie: int, expert: str, favours
         ("all", True): "personal to this user",
         ("all", False): "personal: this movie does not suit this user",
     }[expert, favours]
+
+
+def same_in_words(data: MovieLens, user: int, movie: int, expert: str) -> str:
+    """What ``expert`` knows of a user row and a movie row, and that it suffices.
+
+    Raises:
+        KeyError: Another expert.
+    """
+    kind, people = _kind(data, movie), _people(data, user)
+    similar, rated = _similar_rated(data, user, movie)
+    known = {
+        "content": f"that these are {kind}, and the user is one of the {people}",
+        "user": f"this user's ratings ({similar} of {rated} of such movies), and that these are "
+        f"{kind}",
+        "item": f"who watches this movie, and that the user is one of the {people}",
+        "all": "",
+    }[expert]
+    if expert == "all":
+        return "it takes both: this user's ratings and who watches this movie"
+    return f"the answer would be the same knowing only {known}"
 
 
 def _telling_genres(data: MovieLens, movie: int, most: int = 2) -> list[int]:
@@ -258,7 +298,16 @@ def _occupation(data: MovieLens, user: int) -> str:
     return "other occupations" if code == 0 else OCCUPATION_NAMES[code]
 
 
-def _header(data: MovieLens, user: int, shares: dict[str, float], one: bool) -> str:
+def _mean_shares(names: Sequence[str], movies: Sequence[Recommendation]) -> dict[str, float]:
+    def share(movie: Recommendation, name: str) -> float:
+        return movie.attribution[name] if movie.attribution else float(movie.expert == name)
+
+    return {name: sum(share(m, name) for m in movies) / max(len(movies), 1) for name in names}
+
+
+def _header(
+    data: MovieLens, user: int, shares: dict[str, float], one: bool, tolerance: float | None
+) -> str:
     rated = _seen(data, user)
     singular = _SEX_NAMES[SEXES[int(data.sex[user])]][0]
     age, code = AGE_NAMES[int(data.age[user])], int(data.occupation[user])
@@ -266,9 +315,15 @@ def _header(data: MovieLens, user: int, shares: dict[str, float], one: bool) -> 
     some = "; ".join(data.titles[k] for k in rated[:3].tolist())
     held = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
     over = "on this movie" if one else "on the movies below, on average"
+    what = "Share of the decision"
+    if tolerance is not None:
+        what, over = (
+            "Smallest expert that suffices",
+            "on this movie" if one else "on the movies below",
+        )
     return (
         f"User {int(data.user_ids[user])} is a {singular}, aged {age}, {work}, with {len(rated)} "
-        f"rated movies, among them {some}. Share of the decision {over}: {held}."
+        f"rated movies, among them {some}. {what} {over}: {held}."
     )
 
 
@@ -278,7 +333,7 @@ def _recommend(
     user: int,
     named: int | None,
     top: int,
-    sharpness: float,
+    decide: Decide,
 ) -> list[Recommendation]:
     """The ``top`` unseen movies, or the ``named`` one with its rank among them."""
     data = features.data
@@ -290,8 +345,8 @@ def _recommend(
         listed = torch.tensor([named])
     with torch.inference_mode():
         logits = features.logits(model, torch.full_like(listed, user), listed).double()
-        mixed = mixture(logits, model.family, CONFIDENCE, sharpness)
-    order = mixed.probability.argsort(descending=True, stable=True).tolist()
+        verdict = decide(model, logits)
+    order = verdict.probability.argsort(descending=True, stable=True).tolist()
     # Its own verdict, not the mixture's: it is the deciding expert that is explained.
     favours = torch.sigmoid(2 * logits) >= _NEUTRAL
     result: list[Recommendation] = []
@@ -299,20 +354,29 @@ def _recommend(
         movie = int(listed[k])
         if len(result) == top or (named is not None and movie != named):
             continue
-        expert = int(mixed.attribution[k].argmax())
+        expert = int(verdict.expert[k])
         name = model.family.names[expert]
-        shares = dict(zip(model.family.names, mixed.attribution[k].tolist(), strict=True))
+        reason = (
+            reason_in_words(data, user, movie, name, bool(favours[k, expert]))
+            if verdict.gap is None
+            else same_in_words(data, user, movie, name)
+        )
+        shares = {} if verdict.share is None else named_values(model, verdict.share[k])
         result.append(
             Recommendation(
                 rank=rank if status == "unseen" else None,
                 status=status,
                 movie=int(data.movie_ids[movie]),
                 title=data.titles[movie],
-                probability=float(mixed.probability[k]),
+                probability=float(verdict.probability[k]),
                 expert=name,
-                share=shares[name],
-                reason=reason_in_words(data, user, movie, name, bool(favours[k, expert])),
+                share=shares.get(name),
+                reason=reason,
                 attribution=shares,
+                gap=None if verdict.gap is None else float(verdict.gap[k]),
+                contributions={
+                    group: float(value[k]) for group, value in verdict.contributions.items()
+                },
             )
         )
     return result
@@ -340,10 +404,10 @@ def _checkpoint_of_interpretable(path: Path) -> dict[str, Any]:
     if saved["best"] is None:
         raise failing(path)("expected the best epoch, got None")
     name = saved["config"]["model"]
-    if name != "interpretable":
+    if name not in ("interpretable", "sufficient"):
         raise DataError(
             f"{path}: holds the {name!r} model, which has no experts to explain; give the "
-            "checkpoint of the interpretable one (interpretable.pt)"
+            "checkpoint of the interpretable one (interpretable.pt), or sufficient.pt"
         )
     return saved
 
@@ -381,8 +445,8 @@ def _sharpness(given: float | None, checkpoint: Path) -> tuple[float, str]:
     except DataError as error:
         raise fail(error) from error
     check(models, {"models": {str: {str: object}}}, fail)
-    if strange := models["models"].keys() - set(MODELS):
-        raise fail(f"expected models of {list(MODELS)}, got {sorted(strange)}")
+    if strange := models["models"].keys() - set(EVERY_MODEL):
+        raise fail(f"expected models of {list(EVERY_MODEL)}, got {sorted(strange)}")
     chosen = models["models"].get("interpretable")
     if chosen is None:
         return 1.0, f"{report.name} does not know the interpretable model"

@@ -26,6 +26,14 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 
 #: How much of a metric's range 0..1 the frontier shows at the least.
 _SPAN = 0.2
+#: What models of experts minimise; the others have the cross-entropy of their one logit.
+_LOSSES = {"interpretable": "GEM loss", "sufficient": "cross-entropy of all experts"}
+_PREDICTION = "prediction: the expert that sees all"
+_UNITS = {"sharpness": "no unit", "tolerance": "log-odds"}
+_CURVES = {
+    "sharpness": "mixture, by sharpness",
+    "tolerance": "smallest experts that suffice, by tolerance",
+}
 
 
 def draw(report: Mapping[str, Any], out: Path) -> str | None:
@@ -38,15 +46,15 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
     if missing is not None:
         return missing
     histories = {name: model["history"] for name, model in report["models"].items()}
-    losses = {
-        name: "GEM loss" if name == "interpretable" else "cross-entropy" for name in histories
-    }
+    losses = {name: _LOSSES.get(name, "cross-entropy") for name in histories}
     charts.learning_curves(histories, out / "learning_curves.png", losses=losses)
-    interpretable = report["models"].get("interpretable")
-    if interpretable is None:
-        return None
-    hasse.hasse(SubsetFamily(**interpretable["family"]), out / "hasse.png")
-    _draw_frontier(report["models"], out)
+    for name, draw_frontier in (
+        ("interpretable", _draw_frontier),
+        ("sufficient", _draw_sufficient),
+    ):
+        if name in report["models"]:
+            hasse.hasse(SubsetFamily(**report["models"][name]["family"]), out / "hasse.png")
+            draw_frontier(report["models"], out)
     return None
 
 
@@ -64,13 +72,36 @@ def _draw_frontier(models: Mapping[str, Any], out: Path) -> None:
             out / ("attribution.png" if plain else "attribution_chosen.png"),
             title=f"Which features decide? Sharpness {point['sharpness']:g}",
         )
-    points = [
-        {"sharpness": p["sharpness"], "decided": p["decided"], **_short_names(p["test"])}
-        for p in interpretable["frontier"]
+    points = _points(interpretable, "sharpness")
+    frontier(points, chosen, out / "frontier.png", _levels(models))
+
+
+def _draw_sufficient(models: Mapping[str, Any], out: Path) -> None:
+    """What smaller experts answer as well, over tolerance; the mixture's frontier beside it."""
+    found = models["sufficient"]
+    mixture = models.get("interpretable")
+    frontier(
+        _points(found, "tolerance"),
+        found["tolerance"],
+        out / "sufficient.png",
+        _levels(models),
+        "How often does a smaller expert suffice?",
+        setting="tolerance",
+        mixture=None if mixture is None else _points(mixture, "sharpness"),
+        prediction=_short_names(found["test"]),
+    )
+
+
+def _points(model: Mapping[str, Any], setting: str) -> list[dict[str, Any]]:
+    return [
+        {setting: p[setting], "decided": p["decided"], **_short_names(p["test"])}
+        for p in model["frontier"]
     ]
+
+
+def _levels(models: Mapping[str, Any]) -> dict[str, float] | None:
     black_box = models.get("black-box")
-    levels = None if black_box is None else _short_names(black_box["test"])
-    frontier(points, chosen, out / "frontier.png", levels)
+    return None if black_box is None else _short_names(black_box["test"])
 
 
 def _short_names(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -83,6 +114,10 @@ def frontier(
     path: str | Path,
     black_box: Mapping[str, float] | None = None,
     title: str = "What does a simple explanation cost?",
+    *,
+    setting: str = "sharpness",
+    mixture: Sequence[Mapping[str, Any]] | None = None,
+    prediction: Mapping[str, float] | None = None,
 ) -> None:
     """HR@10 and NDCG@10 against the share of items each expert decides, over sharpness.
 
@@ -91,77 +126,91 @@ def frontier(
             the largest expert last in ``decided``.
         chosen: Sharpness of the chosen point.
         path: Where to write the PNG.
-        black_box: ``{"hr", "ndcg"}`` of the black box, drawn as levels.
+        black_box: ``{"hr", "ndcg"}``, drawn as levels.
         title: First line of the figure.
+        setting: What points differ in: ``"sharpness"``, or ``"tolerance"`` of sufficiency.
+        mixture: The points of a mixture over sharpness, drawn beside the others.
+        prediction: ``{"hr", "ndcg"}`` of the expert that sees all, if others only explain.
 
     Raises:
         LayoutError: No points, or ``chosen`` is not the sharpness of one.
         BackendError: matplotlib is missing.
     """
-    points = sorted(points, key=lambda point: float(point["sharpness"]))
-    sharpness = [float(point["sharpness"]) for point in points]
-    if not points or chosen not in sharpness:
-        raise LayoutError(f"chosen must be the sharpness of a point, one of {sharpness}: {chosen}")
+    points = sorted(points, key=lambda point: float(point[setting]))
+    settings = [float(point[setting]) for point in points]
+    if not points or chosen not in settings:
+        raise LayoutError(f"chosen must be the {setting} of a point, one of {settings}: {chosen}")
     figure = canvas(12.5, 6.0)
     left, middle, right = figure.subplots(1, 3)
     largest = list(points[0]["decided"])[-1]
-    at = sharpness.index(chosen)
+    at = settings.index(chosen)
+    beside = [] if mixture is None else sorted(mixture, key=lambda point: float(point["sharpness"]))
     for ax, key, name in ((left, "hr", "HR@10"), (middle, "ndcg", "NDCG@10")):
-        _frontier_panel(ax, points, key, at, largest)
-        levels = [] if black_box is None else [black_box[key]]
-        for level in levels:
-            ax.axhline(level, color=BLACK, ls="--", lw=1.2, label="black box")
-        low, high = _shown_range([*(point[key] for point in points), *levels])
+        _mixture_curve(ax, beside, key, largest)
+        _frontier_panel(ax, points, key, at, largest, setting)
+        levels = []
+        for of, style, label in ((black_box, "--", "black box"), (prediction, ":", _PREDICTION)):
+            if of is not None:
+                levels.append(of[key])
+                ax.axhline(of[key], color=BLACK, ls=style, lw=1.2, label=label)
+        low, high = _shown_range([*(point[key] for point in [*points, *beside]), *levels])
         ax.set_ylim(low, high)
         cut = "" if (low, high) == (0, 1) else f"; axis cut: {low:g} to {high:g}"
         ax.set_ylabel(f"{name} (0 to 1{cut})")
         ax.set_title(f"{name}: higher is better", fontsize=11)
-    _decided_panel(right, points, at)
+    _decided_panel(right, points, at, setting)
     figure.suptitle(
         f"{title}\nFurther right, {largest!r} decides more items; further left, smaller experts do",
         fontsize=13,
     )
-    handles, labels = left.get_legend_handles_labels()
-    more = right.get_legend_handles_labels()
-    figure.legend(
-        [*handles, *more[0]],
-        [*labels, *more[1]],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=10,
-    )
+    curves, deciders = left.get_legend_handles_labels(), right.get_legend_handles_labels()
+    entries = [a + b for a, b in zip(curves, deciders, strict=True)]
+    figure.legend(*entries, loc="outside lower center", ncols=4, frameon=False, fontsize=10)
     save(figure, path)
 
 
 def _shown_range(values: Sequence[float]) -> tuple[float, float]:
     """A fifth of 0..1 around the values, on tenths of the whole; all of it if they need more.
 
-    Both metrics have the same scale, so that a small difference looks small in both panels.
+    On twentieths, if that makes them fit. Both metrics have the same scale, so that a small
+    difference looks small in both panels.
     """
     middle = (min(values) + max(values)) / 2
-    low = round(10 * (middle - _SPAN / 2)) / 10
-    low = min(max(low, 0.0), 1 - _SPAN)
-    if min(values) < low or max(values) > low + _SPAN:
-        return 0.0, 1.0
-    return low, round(low + _SPAN, 6)
+    for parts in (10, 20):
+        low = round(parts * (middle - _SPAN / 2)) / parts
+        low = min(max(low, 0.0), 1 - _SPAN)
+        if low <= min(values) and max(values) <= low + _SPAN:
+            return low, round(low + _SPAN, 6)
+    return 0.0, 1.0
+
+
+def _mixture_curve(ax: Any, points: Sequence[Mapping[str, Any]], key: str, largest: str) -> None:
+    if points:
+        x = [100 * point["decided"][largest] for point in points]
+        style = {"color": GREY, "marker": "v", "ms": 5, "label": "the paper's mixture"}
+        ax.plot(x, [point[key] for point in points], **style)
 
 
 def _frontier_panel(
-    ax: Any, points: Sequence[Mapping[str, Any]], key: str, chosen: int, largest: str
+    ax: Any,
+    points: Sequence[Mapping[str, Any]],
+    key: str,
+    chosen: int,
+    largest: str,
+    setting: str,
 ) -> None:
     x = [100 * point["decided"][largest] for point in points]
     y = [point[key] for point in points]
-    ax.plot(x, y, color=BLUE, marker="o", ms=4, label="mixture, by sharpness")
+    ax.plot(x, y, color=BLUE, marker="o", ms=4, label=_CURVES[setting])
     for k, marker, end in ((0, "s", "lower"), (len(points) - 1, "D", "upper")):
-        name = f"{end} end: sharpness {points[k]['sharpness']:g}"
+        name = f"{end} end: {setting} {points[k][setting]:g}"
         style = {"marker": marker, "ms": 9, "mfc": "white", "mec": BLACK, "mew": 1.5, "ls": ""}
         ax.plot(x[k], y[k], label=name, **style)
     star = {"marker": "*", "ms": 19, "color": VERMILLION, "mec": BLACK, "ls": "", "zorder": 5}
     ax.plot(
         x[chosen],
         y[chosen],
-        label=f"chosen (star, line): sharpness {points[chosen]['sharpness']:g}",
+        label=f"chosen (star, line): {setting} {points[chosen][setting]:g}",
         **star,
     )
     ax.set_xlabel(f"items decided by {largest!r} (%)")
@@ -169,8 +218,8 @@ def _frontier_panel(
     light_grid(ax, "both")
 
 
-def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) -> None:
-    x = [float(point["sharpness"]) for point in points]
+def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int, setting: str) -> None:
+    x = [float(point[setting]) for point in points]
     experts = list(points[0]["decided"])
     for k, expert in enumerate(experts):
         y = [100 * point["decided"][expert] for point in points]
@@ -187,7 +236,7 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int) ->
                 labelled.append(value)
         ax.set_xticks(labelled, [f"{value:g}" for value in labelled])
         ax.minorticks_off()
-    ax.set_xlabel("sharpness (no unit)")
+    ax.set_xlabel(f"{setting} ({_UNITS[setting]})")
     ax.set_ylabel("items decided (%)")
     ax.set_title("Who decides", fontsize=11)
     ax.set_ylim(bottom=0)

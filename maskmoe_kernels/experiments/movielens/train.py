@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS
 from maskmoe_kernels.experiments.movielens.baselines import most_popular
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
@@ -23,6 +23,7 @@ from maskmoe_kernels.experiments.movielens.evaluate import (
     scores,
 )
 from maskmoe_kernels.experiments.movielens.figures import draw
+from maskmoe_kernels.experiments.movielens.sufficient import evaluate_sufficient
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_record, print_written
@@ -38,6 +39,7 @@ PAPER = {
     "black-box": (0.715, 0.438),
     "interpretable": (0.678, 0.406),
 }
+_OF_EXPERTS = ("interpretable", "sufficient")
 #: Validation metric whose best epoch is kept.
 MONITOR = "NDCG@10"
 
@@ -47,7 +49,7 @@ class Options:
     """Settings of one run; see ``maskmoe movielens --help``.
 
     Attributes:
-        models: Which of ``MODELS``.
+        models: Which of ``EVERY_MODEL``.
         epochs: Most epochs of each model.
         patience: Epochs without a better validation NDCG@10 before a model stops.
         batch_size: Samples per step.
@@ -72,14 +74,14 @@ class Options:
 
 
 def build(name: str, sizes: NCFSizes, embeddings: str = "shared") -> NCF | InterpretableNCF:
-    """One of ``MODELS``, freshly initialised.
+    """One of ``EVERY_MODEL``, freshly initialised.
 
     Raises:
         ValueError: Another name.
     """
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {list(MODELS)}, got {name!r}")
-    if name == "interpretable":
+    if name not in EVERY_MODEL:
+        raise ValueError(f"model must be one of {list(EVERY_MODEL)}, got {name!r}")
+    if name in _OF_EXPERTS:
         return InterpretableNCF(sizes, embeddings=embeddings)
     return NCF(sizes, personal=name == "black-box")
 
@@ -124,8 +126,8 @@ def run_movielens(
             "parameters": sum(p.numel() for p in model.parameters()),
             "best_epoch": run.best_epoch,
             "history": run.history,
-            "paper": dict(zip(("HR@10", "NDCG@10"), PAPER[name], strict=True)),
-            **evaluate(model, task, options.sharpness, options.max_loss),
+            "paper": dict(zip(("HR@10", "NDCG@10"), PAPER.get(name, ()), strict=False)),
+            **_evaluated(name, model, task, options),
         }
         write_json(out / "report.json", report)
     missing = draw(report, out)
@@ -133,6 +135,12 @@ def run_movielens(
         print_report(report, console)
         print_written(console, "checkpoints, report", "figures", out, missing)
     return report
+
+
+def _evaluated(name: str, model: nn.Module, task: Task, options: Options) -> dict[str, Any]:
+    if name == "sufficient" and isinstance(model, InterpretableNCF):
+        return evaluate_sufficient(model, task)
+    return evaluate(model, task, options.sharpness, options.max_loss)
 
 
 def _check_checkpoints(out: Path, options: Options) -> None:
@@ -153,7 +161,7 @@ def _identity(name: str, options: Options) -> dict[str, Any]:
         "learning_rate": pace.learning_rate,
         "seed": options.seed,
         "monitor": MONITOR,
-        "options": f"embeddings={options.embeddings}" if name == "interpretable" else "",
+        "options": f"embeddings={options.embeddings}" if name in _OF_EXPERTS else "",
     }
 
 
@@ -184,11 +192,13 @@ def _opening_report(
 def train(
     name: str, task: Task, out: Path, options: Options, console: Console | None = None
 ) -> tuple[nn.Module, Run]:
-    """Train one of ``MODELS``, or load what ``options.resume`` finds finished."""
+    """Train one of ``EVERY_MODEL``, or load what ``options.resume`` finds finished."""
     torch.manual_seed(options.seed)
     model = build(name, task.sizes, options.embeddings).to(task.device)
 
     def loss_of(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
+        if name == "sufficient" and isinstance(model, InterpretableNCF):
+            return model.gem_loss(*task.inputs(users, items), target, weighting="uniform")
         if isinstance(model, InterpretableNCF):
             return model.gem_loss(
                 *task.inputs(users, items),
@@ -201,7 +211,8 @@ def train(
 
     def validate() -> dict[str, float]:
         logits = task.list_logits(model, task.validation_lists)
-        return task.ranking(scores(model, logits), task.validation_lists)
+        ranked = scores(model, logits, mixes=name != "sufficient")
+        return task.ranking(ranked, task.validation_lists)
 
     trainer = Trainer(
         model,

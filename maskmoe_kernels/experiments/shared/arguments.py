@@ -154,6 +154,14 @@ def sharpness(text: str) -> float | None:
     return value
 
 
+def tolerance(text: str) -> float:
+    """A finite number of at least 0."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
     value = _number(text)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +13,12 @@ from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 from maskmoe_kernels.ops.selection import deselection, gem_loss, selection
+
+_WEIGHTS: dict[str, Callable[..., Tensor]] = {
+    "selection": selection,
+    "deselection": deselection,
+    "uniform": lambda logits, *_: torch.ones_like(logits),
+}
 
 
 def loss_part(
@@ -42,7 +51,7 @@ def loss_part(
             logits, batch.target, *options, settings.weighting, normalize, real, settings.sharpness
         )
         if normalize == "batch" and ranks.world > 1:
-            weigh = selection if settings.weighting == "selection" else deselection
+            weigh = _WEIGHTS[settings.weighting]
             weights = weigh(logits.detach(), *options, settings.sharpness)
             divisor = weights.masked_fill(batch.second_padding.unsqueeze(-1), 0).sum()
     if ranks.world == 1:

@@ -13,13 +13,14 @@ from torch import Tensor
 from maskmoe_kernels.ops.checks import check_name
 from maskmoe_kernels.ops.masked_mlp.autograd import (
     APPLY,
-    APPLY_GEM,
+    APPLY_LOSS,
+    LOSSES,
     MaskedMLPFunction,
-    MaskedMLPGemFunction,
+    MaskedMLPLossFunction,
     run,
 )
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
-from maskmoe_kernels.ops.masked_mlp.schema import FORWARD, GEM, MIXTURE
+from maskmoe_kernels.ops.masked_mlp.schema import FORWARD, MIXTURE
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES
 
 
@@ -90,6 +91,7 @@ def masked_mlp_gem(
     weighting: str,
     normalize: str | None,
     mask: Tensor | None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
     """The GEM loss of an MLP's logits (eq. 4, eq. 7), computed with its gradients in one pass.
 
@@ -99,9 +101,10 @@ def masked_mlp_gem(
         is_proper_subset: ``family.strict``, ``(H, H)`` bool.
         confidence: By name.
         sharpness: See :func:`selection`.
-        weighting: ``"selection"`` or ``"deselection"``; see :func:`gem_loss`.
+        weighting: See :func:`gem_loss`.
         normalize: See :func:`gem_loss`.
         mask: ``(*,)`` bool, true where a sample counts, or ``None``.
+        sample_weight: ``(*,)``, with the mean 1 over these samples, or ``None``.
 
     Returns:
         Scalar, float32.
@@ -111,18 +114,54 @@ def masked_mlp_gem(
         BackendError: What the CUDA kernels refuse before a launch.
     """
     check_name("confidence", confidence, CONFIDENCES)
-    objective = (
-        target.float(), mask, is_proper_subset, confidence, float(sharpness), weighting,
-        normalize or "none",
-    )  # fmt: skip
+    options = is_proper_subset, confidence, float(sharpness), weighting, normalize or "none"
+    return _loss("gem", call, target, mask, sample_weight, *options)
+
+
+def masked_mlp_expert_loss(
+    call: MLPCall,
+    target: Tensor,
+    kind: str,
+    outputs: int | None,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+) -> Tensor:
+    """The loss of every expert on every sample, with its gradients in one pass.
+
+    Args:
+        call: The input, the parameters and the layouts; the last layer has ``outputs`` units per
+            expert, side by side.
+        target: Classes ``(*,)``, or numbers ``(*,)`` or ``(*, outputs)``.
+        kind: ``"multiclass"`` or ``"regression"``; see :func:`expert_loss`.
+        outputs: Of an expert; ``None``: one.
+        mask: ``(*,)`` bool, true where a sample counts, or ``None``.
+        sample_weight: ``(*,)``, with the mean 1 over these samples, or ``None``.
+
+    Returns:
+        Scalar, float32.
+    """
+    options = kind, call.out_features, 1 if outputs is None else outputs
+    return _loss("expert_loss", call, target, mask, sample_weight, *options)
+
+
+def _loss(
+    name: str,
+    call: MLPCall,
+    target: Tensor,
+    mask: Tensor | None,
+    sample_weight: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    times = None if sample_weight is None else sample_weight.float()
+    objective = target.float(), mask, times, *options
     if _wants_gradient(call):
         compiling = torch.compiler.is_compiling()
-        apply: Any = MaskedMLPGemFunction.apply if compiling else APPLY_GEM
+        apply: Any = MaskedMLPLossFunction.apply if compiling else APPLY_LOSS
         result: Tensor = apply(
-            call, objective, compiling, call.x, *call.tables, *call.weights, *call.biases
+            call, name, objective, compiling, call.x, *call.tables, *call.weights, *call.biases
         )
         return result
-    loss: Tensor = run(GEM, *call[:8], call.activation, *objective, False, False, False)[0]
+    loss: Tensor = run(LOSSES[name], *call[:8], call.activation, *objective, *[False] * 3)[0]
     return loss
 
 

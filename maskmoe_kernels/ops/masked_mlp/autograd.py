@@ -13,7 +13,7 @@ from maskmoe_kernels._compat import is_batched, keeps_graph
 from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.ops.masked_linear.autograd import differentiable_once
 from maskmoe_kernels.ops.masked_mlp.call import MLPCall
-from maskmoe_kernels.ops.masked_mlp.schema import BACKWARD, FORWARD, GEM
+from maskmoe_kernels.ops.masked_mlp.schema import BACKWARD, EXPERT_LOSS, FORWARD, GEM
 from maskmoe_kernels.ops.masked_mlp.torch_impl import backward as layers_backward
 
 _ONCE = "a fused MLP cannot be differentiated twice; build it with backend='reference', which can"
@@ -81,8 +81,12 @@ def _backward(
     return grads
 
 
-class MaskedMLPGemFunction(torch.autograd.Function):
-    """The GEM loss of a masked MLP.
+#: The ops that compute a loss and its gradients.
+LOSSES = {"gem": GEM, "expert_loss": EXPERT_LOSS}
+
+
+class MaskedMLPLossFunction(torch.autograd.Function):
+    """A loss of a masked MLP.
 
     One op computes the loss and, in float32, its gradients. Backward multiplies them by the
     gradient of the loss and rounds them once to the dtype of the parameters.
@@ -92,17 +96,23 @@ class MaskedMLPGemFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         call: MLPCall,
+        name: str,
         objective: tuple[Any, ...],
         compiling: bool,
         x: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
-        """The loss, a scalar; ``objective`` is what the op takes between activation and needs."""
+        """The loss, a scalar.
+
+        Args:
+            name: The op, one of ``LOSSES``.
+            objective: What it takes between activation and needs.
+        """
         if compiling:  # autograd traces the gradients of its own arguments only
             call = call.with_tensors(x, tensors)
-        needs = call.needs(ctx.needs_input_grad[3:])
+        needs = call.needs(ctx.needs_input_grad[4:])
         loss: Tensor
-        loss, *grads = run(GEM, *call[:8], call.activation, *objective, *needs)
+        loss, *grads = run(LOSSES[name], *call[:8], call.activation, *objective, *needs)
         ctx.dtype, ctx.compiling = call.weights[0].dtype, compiling
         if compiling:
             ctx.call = call.with_tensors(None, ())
@@ -116,21 +126,21 @@ class MaskedMLPGemFunction(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, the tables, the weights and the biases, each only where needed."""
         call: MLPCall = ctx.call
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[4:]
         if ctx.compiling:
             scaled = [(grad * grad_loss).to(ctx.dtype) for grad in ctx.saved_tensors]
-            return None, None, None, *call.gradients(scaled, needs)
+            return None, None, None, None, *call.gradients(scaled, needs)
         if ctx.grads is None:
             raise RuntimeError(
                 "this loss went backward before, and its gradients were freed; specify "
                 "retain_graph=True where it does so the first time"
             )
         if not torch.is_grad_enabled():
-            return None, None, None, *call.gradients(_scaled(ctx, grad_loss), needs)
+            return None, None, None, None, *call.gradients(_scaled(ctx, grad_loss), needs)
         with torch.no_grad():
             grads = call.gradients(_scaled(ctx, grad_loss), needs)
         tensors = call.x, *call.tables, *call.weights, *call.biases
-        return None, None, None, *_once(grads, grad_loss, *tensors)
+        return None, None, None, None, *_once(grads, grad_loss, *tensors)
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> list[Tensor]:
@@ -159,4 +169,4 @@ def _once(grads: Sequence[Tensor | None], *depends_on: Tensor | None) -> list[Te
 # Function.apply first looks for wrappers of torch.func, which takes as long as a small layer. The
 # callers have excluded them already; see MaskedMLP.fused. A trace knows the name ``apply`` alone.
 APPLY: Any = super(torch.autograd.Function, MaskedMLPFunction).apply
-APPLY_GEM: Any = super(torch.autograd.Function, MaskedMLPGemFunction).apply
+APPLY_LOSS: Any = super(torch.autograd.Function, MaskedMLPLossFunction).apply

@@ -11,7 +11,11 @@ from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.ops.masked_linear.reference import dense_oracle
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
-from maskmoe_kernels.ops.selection.reference import gem_loss_reference, mixture_reference
+from maskmoe_kernels.ops.selection.reference import (
+    expert_loss_reference,
+    gem_loss_reference,
+    mixture_reference,
+)
 
 
 def masked_mlp(
@@ -66,9 +70,31 @@ def masked_mlp_gem(
     weighting: str = "selection",
     normalize: str | None = None,
     mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
 ) -> Tensor:
     """The GEM loss of the logits of :func:`masked_mlp`, ``()`` float64."""
     logits = masked_mlp(inputs, weights, biases, layouts, activation)
     return gem_loss_reference(
-        logits, target, family, confidence, weighting, normalize, mask, sharpness
+        logits, target, family, confidence, weighting, normalize, mask, sharpness, sample_weight
     )
+
+
+def masked_mlp_expert_loss(
+    inputs: Tensor | Inputs,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    layouts: Sequence[BlockLayout],
+    activation: str,
+    target: Tensor,
+    kind: str,
+    outputs: int | None = None,
+    mask: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """The loss of every expert, of ``outputs`` units each, on every sample of a batch ``(n, in)``.
+
+    ``()`` float64; see :func:`expert_loss_reference`.
+    """
+    z = masked_mlp(inputs, weights, biases, layouts, activation)
+    z = z if outputs is None else z.unflatten(-1, (-1, outputs))
+    return expert_loss_reference(z, target, kind, sample_weight, mask)

@@ -9,7 +9,8 @@ Arguments that every op takes:
   the layer in full, so an exported program works in a process that never built the layout.
 - ``activation``: of all layers but the last, which has none.
 
-The C++ extension registers kernels of the four ``masked_mlp`` ops for the CPU and for CUDA.
+The C++ extension registers kernels of the ``masked_mlp`` ops for the CPU and for CUDA;
+of ``masked_mlp_expert_loss`` for the CPU only.
 ``torch_mlp`` is ``masked_mlp`` in PyTorch, on any device.
 """
 
@@ -48,8 +49,11 @@ def _schemas() -> list[str]:
         f"masked_mlp_mixture({_INPUT}, {_PARAMETERS}, {_LAYOUTS}, str activation, "
         f"Tensor is_proper_subset, {_CONFIDENCE}) -> (Tensor, Tensor, Tensor)",
         f"masked_mlp_gem({_INPUT}, {_PARAMETERS}, {_LAYOUTS}, str activation, Tensor target, "
-        f"Tensor? mask, Tensor is_proper_subset, {_CONFIDENCE}, str weighting, str normalize, "
-        f"{_NEEDS}) -> Tensor[]",
+        f"Tensor? mask, Tensor? sample_weight, Tensor is_proper_subset, {_CONFIDENCE}, "
+        f"str weighting, str normalize, {_NEEDS}) -> Tensor[]",
+        f"masked_mlp_expert_loss({_INPUT}, {_PARAMETERS}, {_LAYOUTS}, str activation, "
+        "Tensor target, Tensor? mask, Tensor? sample_weight, str kind, SymInt out_features, "
+        f"int outputs, {_NEEDS}) -> Tensor[]",
     ]
 
 
@@ -112,7 +116,7 @@ def _mixture_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return alpha.new_empty(shape), alpha, torch.empty_like(alpha)
 
 
-def _gem_fake(*args: Any) -> list[Tensor]:
+def _loss_fake(*args: Any) -> list[Tensor]:
     x, tables, _, _, weights, biases = args[:6]
     loss = weights[0].new_empty((), dtype=torch.float32)
     grads = _gradients_fake(x, tables, weights, biases, args[-3:], dtype=torch.float32)
@@ -129,7 +133,8 @@ for _name in _MLPS:
     _LIBRARY.impl(_name + "_backward", torch_impl.backward, "CompositeExplicitAutograd")
     torch.library.register_fake("maskmoe::" + _name, _forward_fake, lib=_LIBRARY)
     torch.library.register_fake(f"maskmoe::{_name}_backward", _backward_fake, lib=_LIBRARY)
-torch.library.register_fake("maskmoe::masked_mlp_gem", _gem_fake, lib=_LIBRARY)
+for _name in ("masked_mlp_gem", "masked_mlp_expert_loss"):
+    torch.library.register_fake("maskmoe::" + _name, _loss_fake, lib=_LIBRARY)
 torch.library.register_fake("maskmoe::masked_mlp_mixture", _mixture_fake, lib=_LIBRARY)
 register_flop_formula(torch.ops.maskmoe.masked_mlp)(_flops)
 
@@ -138,3 +143,4 @@ FORWARD = torch.ops.maskmoe.masked_mlp.default
 BACKWARD = torch.ops.maskmoe.masked_mlp_backward.default
 MIXTURE = torch.ops.maskmoe.masked_mlp_mixture.default
 GEM = torch.ops.maskmoe.masked_mlp_gem.default
+EXPERT_LOSS = torch.ops.maskmoe.masked_mlp_expert_loss.default

@@ -3,10 +3,19 @@
 from maskmoe_kernels.ops.selection.api import (
     Mixture,
     deselection,
+    expert_loss,
     gem_loss,
     mixture,
     selection,
 )
-from maskmoe_kernels.ops.selection.torch_impl import rare_positive
+from maskmoe_kernels.ops.selection.confidence import rare_positive
 
-__all__ = ["Mixture", "deselection", "gem_loss", "mixture", "rare_positive", "selection"]
+__all__ = [
+    "Mixture",
+    "deselection",
+    "expert_loss",
+    "gem_loss",
+    "mixture",
+    "rare_positive",
+    "selection",
+]

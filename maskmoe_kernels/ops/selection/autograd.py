@@ -55,19 +55,21 @@ def gem_loss(
     target: Tensor,
     mask: Tensor | None,
     family: SubsetFamily,
-    confidence: str,
+    confidence: Any,
     sharpness: float,
     weighting: str,
     normalize: str | None,
+    sample_weight: Tensor | None,
 ) -> Tensor:
-    """The loss, ``()`` float32, differentiable in the logits."""
+    """The loss, ``()`` float32, differentiable in the logits; weights of mean 1."""
     tables = _tables(family, logits.device)
     options = (confidence, float(sharpness), weighting, normalize or "none")
+    sample_weight = None if sample_weight is None else sample_weight.float()
     if torch.is_grad_enabled() and logits.requires_grad:
         apply: Any = _GemLoss.apply
-        loss: Tensor = apply(logits, target, mask, *tables, *options)
+        loss: Tensor = apply(logits, target, mask, sample_weight, *tables, *options)
     else:
-        loss = torch.ops.maskmoe.gem_loss(logits, target, mask, *tables, *options)[0]
+        loss = torch.ops.maskmoe.gem_loss(logits, target, mask, sample_weight, *tables, *options)[0]
     return loss
 
 
@@ -123,16 +125,10 @@ class _GemLoss(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         target: Tensor,
-        mask: Tensor | None,
-        subset_experts: Tensor,
-        supersets_of: Tensor,
-        has_superset: Tensor,
-        *options: Any,
+        *arguments: Any,
     ) -> Tensor:
         loss: Tensor
-        loss, grad = torch.ops.maskmoe.gem_loss(
-            logits, target, mask, subset_experts, supersets_of, has_superset, *options
-        )
+        loss, grad = torch.ops.maskmoe.gem_loss(logits, target, *arguments)
         ctx.save_for_backward(logits, grad)
         return loss
 
@@ -148,4 +144,4 @@ class _GemLoss(torch.autograd.Function):
                 torch.mul(of_one, grad_loss, out=grad)  # rounds once, also to 16 bits
         if graph:
             grad = differentiable_once(grad, _ONCE, grad_loss, logits)
-        return (grad, *[None] * 9)
+        return (grad, *[None] * 10)

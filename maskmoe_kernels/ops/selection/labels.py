@@ -1,4 +1,4 @@
-"""Are labels labels? A cheap look at their values, where one can be had."""
+"""Are targets what a loss takes? A cheap look at their values, where one can be had."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.ops.checks import PLAIN
 
 _LABELS = "target must hold labels in [0, 1], the probability that y is 1"
+_NUMBERS = "target must hold finite numbers"
 
 
 def check_labels(target: Tensor, mask: Tensor | None) -> None:
@@ -17,34 +18,53 @@ def check_labels(target: Tensor, mask: Tensor | None) -> None:
 
     Off the CPU, and in a compiled graph, this is an assertion for which nobody waits.
     """
+    _check(target, mask, 0, 1, _LABELS)
+
+
+def check_classes(target: Tensor, mask: Tensor | None, classes: int) -> None:
+    """Raise LayoutError unless the targets that count are integers in [0, classes); as above."""
+    words = f"target must hold class indices from 0 to {classes - 1}"
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise LayoutError(f"{words}, as integers, got {target.dtype}; pass target.long()")
+    _check(target, mask, 0, classes - 1, words)
+
+
+def check_numbers(target: Tensor, mask: Tensor | None) -> None:
+    """Raise LayoutError unless the targets that count are finite; as above."""
+    if target.is_floating_point():
+        largest = torch.finfo(target.dtype).max
+        _check(target, mask, -largest, largest, _NUMBERS)
+
+
+def _check(target: Tensor, mask: Tensor | None, low: float, high: float, words: str) -> None:
     if torch.compiler.is_compiling():
         if not func_transforms():
-            _assert_labels(target, mask)
+            _assert(target, mask, low, high, words)
     elif func_transforms() or not target.numel():
         return
     elif not target.is_cpu or type(target) not in PLAIN:
-        _assert_labels(target, mask)
+        _assert(target, mask, low, high, words)
     else:
         # One pass and two reads are the cheapest way; of NaN, both are NaN.
-        low, high = torch.aminmax(target)
-        if not (low.item() >= 0 and high.item() <= 1):
-            _refuse_labels(target, mask)
+        least, most = torch.aminmax(target)
+        if not (least.item() >= low and most.item() <= high):
+            _refuse(target, mask, low, high, words)
 
 
-def _assert_labels(target: Tensor, mask: Tensor | None) -> None:
+def _assert(target: Tensor, mask: Tensor | None, low: float, high: float, words: str) -> None:
     if target.dtype != torch.bool and not target.is_meta:
-        inside = target.clamp(0, 1) == target
-        assert_async((inside if mask is None else inside | ~mask).all(), _LABELS)
+        inside = (target >= low) & (target <= high)
+        assert_async((inside if mask is None else inside | ~mask).all(), words)
 
 
-def _refuse_labels(target: Tensor, mask: Tensor | None) -> None:
+def _refuse(target: Tensor, mask: Tensor | None, low: float, high: float, words: str) -> None:
     if mask is not None:  # what is left out may hold anything
         target = target.masked_fill(~mask, 0)
-    low, high = (bound.item() for bound in torch.aminmax(target))
-    if not 0 <= low <= high <= 1:
-        raise LayoutError(
-            f"{_LABELS}, got values from {low:g} to {high:g}; {_remedy(target, low, high)}"
-        )
+    least, most = (bound.item() for bound in torch.aminmax(target))
+    if not low <= least <= most <= high:
+        remedy = "leave samples without a target out with mask"
+        remedy = _remedy(target, least, most) if words == _LABELS else remedy
+        raise LayoutError(f"{words}, got values from {least:g} to {most:g}; {remedy}")
 
 
 def _remedy(target: Tensor, low: float, high: float) -> str:

@@ -17,7 +17,7 @@ from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.ops.checks import check_exactly, check_name
 from maskmoe_kernels.ops.triton_support.limits import CONFIDENCES, DTYPES, MAX_EXPERTS
 
-WEIGHTINGS = ("selection", "deselection")
+WEIGHTINGS = ("selection", "deselection", "uniform")
 NORMALIZATIONS = ("none", "sample", "expert", "batch")
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
@@ -31,8 +31,8 @@ _SCHEMAS = (
     "Tensor product, Tensor superset_experts, Tensor subsets_of, Tensor has_superset, "
     "str confidence, float sharpness) -> Tensor",
     f"mixture(Tensor logits, {_FORWARD}) -> (Tensor, Tensor, Tensor)",
-    f"gem_loss(Tensor logits, Tensor target, Tensor? mask, {_FORWARD}, str weighting, "
-    "str normalize) -> (Tensor, Tensor)",
+    f"gem_loss(Tensor logits, Tensor target, Tensor? mask, Tensor? sample_weight, {_FORWARD}, "
+    "str weighting, str normalize) -> (Tensor, Tensor)",
 )
 for _schema in _SCHEMAS:
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -97,7 +97,7 @@ def _mixture(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gem_loss(
-    logits: Tensor, target: Tensor, mask: Tensor | None, *args: Any
+    logits: Tensor, target: Tensor, mask: Tensor | None, sample_weight: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     *selection, weighting, normalize = args
     _check(logits, *selection)
@@ -107,7 +107,12 @@ def _gem_loss(
     check_exactly("target", target.reshape(-1).float(), rows, torch.float32, device)
     if mask is not None:
         check_exactly("mask", mask.reshape(-1).contiguous(), rows, torch.bool, device)
-    result: tuple[Tensor, Tensor] = _kernels("gem_kernels").gem_loss(logits, target, mask, *args)
+    if sample_weight is not None:
+        flat = sample_weight.reshape(-1).contiguous()
+        check_exactly("sample_weight", flat, rows, torch.float32, device)
+    result: tuple[Tensor, Tensor] = _kernels("gem_kernels").gem_loss(
+        logits, target, mask, sample_weight, *args
+    )
     return result
 
 

@@ -49,7 +49,7 @@ MODEL = _experts()
 
 
 @pytest.mark.parametrize("normalize", ["none", "sample", "batch"])
-@pytest.mark.parametrize("weighting", ["selection", "deselection"])
+@pytest.mark.parametrize("weighting", ["selection", "deselection", "uniform"])
 @given(
     cuts=st.lists(st.integers(0, 6), min_size=1, max_size=3).map(sorted),
     seed=st.integers(0, 2**20),

@@ -31,7 +31,7 @@ CONFIDENCES = ["abs", "square", "smooth", "rare"]
 # Near p = 0.3, "rare" magnifies the rounding of p; the others are exact to float32's smallest.
 LEAST = dict.fromkeys(CONFIDENCES, 1e-36) | {"rare": 1e-6}
 NORMALIZE = [None, "sample", "expert", "batch"]
-WEIGHTINGS = ["selection", "deselection"]
+WEIGHTINGS = ["selection", "deselection", "uniform"]
 CUBE = mk.SubsetFamily.powerset({"a": 3, "b": 18, "c": 1})
 RAGGED = [[1, 7, 33, 16, 2, 5, 17], [16] * 7]
 
@@ -253,12 +253,13 @@ def options_of_a_loss(draw):
         "normalize": draw(st.sampled_from(NORMALIZE)),
         "sharpness": draw(st.sampled_from([1.0, 0.7, 3.0])),
         "masked": draw(st.booleans()),
+        "weighs": draw(st.booleans()),
         "wants_x": draw(st.booleans()),
         "seed": draw(seeds),
     }
 
 
-def losses(case, definition, masked, wants_x, seed, **options):
+def losses(case, definition, masked, weighs, wants_x, seed, **options):
     """Loss and gradients in one pass, layer by layer, in float64 by ``definition``; their noise.
 
     ``definition(net, x, parameters)`` are the logits. The noise is what the gradients would be had
@@ -269,6 +270,8 @@ def losses(case, definition, masked, wants_x, seed, **options):
     torch.manual_seed(seed)
     y = torch.rand(len(x)).round()
     options["mask"] = torch.rand(len(x)) < 0.7 if masked else None
+    times = torch.rand(len(x)) * torch.randint(3, (len(x),))
+    options["sample_weight"] = times if weighs else None
     leaves = [t.detach().double().requires_grad_() for t in (x, *net.parameters())]
     logits = definition(net, leaves[0], leaves[1:])
     true = mk.gem_loss(logits, y, family, **options)
@@ -356,6 +359,26 @@ def test_what_a_mask_leaves_out_reaches_nothing(normalize, backend):
         found = step(net, spoilt, y.masked_fill(~mask, fill), **options)
         assert same_bits(expected, found)
         assert not found[1][~mask].any()
+
+
+@pytest.mark.parametrize("backend", [None, "torch", "reference"])
+@pytest.mark.parametrize("weighting", ["selection", "uniform"])
+def test_samples_of_weight_zero_reach_nothing(weighting, backend):
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(CUBE, [16, 5], backend=backend)
+    x, y, mask = torch.randn(300, 22), torch.rand(300).round(), torch.rand(300) < 0.8
+    times = torch.rand(300) * torch.randint(3, (300,))
+    out = (times == 0) | ~mask
+    options = {"weighting": weighting, "mask": mask}
+    expected = step(net, x, y, sample_weight=times, **options)
+    for fill in (torch.nan, torch.inf, 1e38):
+        spoilt, odd = x.masked_fill(out[:, None], fill), times.masked_fill(~mask, fill)
+        found = step(net, spoilt, y.masked_fill(out, fill), sample_weight=odd, **options)
+        assert same_bits(expected, found)
+        assert not found[1][out].any()
+    for bad in (-0.5, torch.nan, torch.inf):
+        with pytest.raises(mk.LayoutError, match="sample_weight must hold finite numbers"):
+            net.gem_loss(x, y, sample_weight=times.masked_fill(mask, bad), **options)
 
 
 def test_with_no_sample_at_all():
@@ -729,8 +752,8 @@ def test_opcheck():
     torch.library.opcheck(
         ops.masked_mlp_gem,
         (
-            *inputs, plans, numbers, "relu", torch.rand(4).round(), None, CUBE.strict,
-            "abs", 1.0, "selection", "none", *needs,
+            *inputs, plans, numbers, "relu", torch.rand(4).round(), None, torch.rand(4),
+            CUBE.strict, "abs", 1.0, "selection", "none", *needs,
         ),
         test_utils=checks,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from maskmoe_kernels import LayoutError, SubsetFamily, gem_loss, selection
 from maskmoe_kernels.ops.selection import deselection
+from maskmoe_kernels.ops.selection.reference import gem_loss_reference
 from maskmoe_kernels.testing.strategies import families
 from tests.ops.selection.definition import CONFIDENCES, define_all
 
@@ -16,7 +17,9 @@ NORMALIZE = (None, "sample", "expert", "batch")
 
 seeds = st.integers(0, 2**31 - 1)
 confidences = st.sampled_from([*CONFIDENCES, torch.sigmoid])
-weightings = st.sampled_from(["selection", "deselection"])
+WEIGHTINGS = ("selection", "deselection", "uniform")
+
+weightings = st.sampled_from(WEIGHTINGS)
 normalizes = st.sampled_from(NORMALIZE)
 sharpnesses = st.sampled_from([1.0, 2.5])
 each_normalize = pytest.mark.parametrize("normalize", NORMALIZE)
@@ -34,23 +37,32 @@ def sample(family, seed, shape=(5,), dtype=torch.float64):
     return logits, target, mask
 
 
-def weights_of(logits, family, confidence, weighting, normalize, sharpness, kept):
-    """w of every kept sample and expert, 0 for the others, in loops over the definition."""
+def drawn_weights(seed, shape):
+    """Weights of samples; a third of them are 0."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.rand(shape, generator=generator) * torch.randint(3, shape, generator=generator)
+
+
+def weights_of(logits, family, confidence, weighting, normalize, sharpness, times):
+    """w of every sample and expert, in loops over the definition; sample s counts ``times[s]``."""
     alpha, above = define_all(logits, family, confidence, sharpness)
-    w = (alpha if weighting == "selection" else above).clone()
-    w[~kept] = 0
+    of = {"selection": alpha, "deselection": above, "uniform": torch.ones_like(alpha)}
+    w = of[weighting].clone()
     n, count = w.shape
+    for s in range(n):
+        if normalize == "sample" and w[s].sum():
+            w[s] /= float(w[s].sum())
+        w[s] *= float(times[s])
     for s in range(n):
         for i in range(count):
             total = {
-                "sample": lambda s=s: float(w[s].sum()),
+                "sample": lambda: float(times.sum()),
                 "expert": lambda i=i: float(w[:, i].sum()),
                 "batch": lambda: float(w.sum()),
-                None: lambda: 1.0,
+                None: lambda: float(times.sum()),
             }[normalize]()
             alpha[s, i] = w[s, i] / total if total else 0.0
-    # Means over samples, but for the weights that already sum to 1 over them.
-    return alpha if normalize in ("expert", "batch") else alpha / max(int(kept.sum()), 1)
+    return alpha
 
 
 def loss_of(logits, target, weights):
@@ -72,17 +84,22 @@ def loss_of(logits, target, weights):
     normalizes,
     sharpnesses,
     st.booleans(),
+    st.booleans(),
 )
 def test_loss_and_gradient_follow_the_definition(
-    family, seed, confidence, weighting, normalize, sharpness, padded
+    family, seed, confidence, weighting, normalize, sharpness, padded, weighs
 ):
     logits, target, mask = sample(family, seed)
     mask = mask if padded else None
     kept = torch.ones(5, dtype=torch.bool) if mask is None else mask
+    times = drawn_weights(seed, (5,)) if weighs else torch.ones(5)
     arguments = (family, confidence, weighting, normalize)
-    w = weights_of(logits, *arguments, sharpness, kept)
+    w = weights_of(logits, *arguments, sharpness, kept * times.double())
     logits.requires_grad_()
-    loss = gem_loss(logits, target, *arguments, mask=mask, sharpness=sharpness)
+    options = {"mask": mask, "sharpness": sharpness, "sample_weight": times if weighs else None}
+    loss = gem_loss(logits, target, *arguments, **options)
+    reference = gem_loss_reference(logits.detach(), target, *arguments, **options)
+    torch.testing.assert_close(loss.detach(), reference, rtol=1e-8, atol=1e-13)
     assert loss.shape == ()
     assert loss.item() == pytest.approx(loss_of(logits, target, w), rel=1e-8, abs=0)
     # The weights are of the old parameters: no gradient passes through them.
@@ -111,7 +128,9 @@ def test_experts_learn_apart(family, seed, confidence, weighting):
 
 def unknown_gradients(family, hit, normalize, weighting):
     """Where a NaN logit of expert ``hit`` in sample 1 of 5 makes gradients unknown."""
-    weights = family.inclusion if weighting == "selection" else family.strict
+    none = torch.zeros_like(family.strict)
+    of = {"selection": family.inclusion, "deselection": family.strict, "uniform": none}
+    weights = of[weighting]
     weight = torch.zeros(5, family.num_experts, dtype=torch.bool)
     weight[1] = weights[:, hit]
     if normalize == "sample":
@@ -279,7 +298,12 @@ def test_all_zero_weights_are_no_loss(normalize):
     assert not torch.autograd.grad(loss, logits)[0].any()
 
 
-@pytest.mark.parametrize("weighting", ["selection", "deselection"])
+def every_expert(z, family):
+    """The weights of ``"uniform"``."""
+    return torch.ones_like(z)
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
 def test_a_thousand_experts(weighting):
     family = SubsetFamily.powerset({f"g{n}": 1 for n in range(10)})
     logits, target, _ = sample(family, 6, (64,))
@@ -287,7 +311,8 @@ def test_a_thousand_experts(weighting):
     loss = gem_loss(logits, target.float(), family, weighting=weighting)
     (grad,) = torch.autograd.grad(loss, logits)
     z = logits.detach().double()
-    w = {"selection": selection, "deselection": deselection}[weighting](z, family) / 64
+    of = {"selection": selection, "deselection": deselection, "uniform": every_expert}
+    w = of[weighting](z, family) / 64
     expected = w * 2 * (torch.sigmoid(2 * z) - target.double()[:, None])
     torch.testing.assert_close(grad.double(), expected, rtol=2e-4, atol=1e-37)
 
@@ -309,13 +334,19 @@ def test_compiles_whole_with_a_dynamic_batch():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"weighting": "alpha"}, "'selection', 'deselection'.*'alpha'"),
+        ({"weighting": "alpha"}, "'selection', 'deselection', 'uniform'.*'alpha'"),
         ({"normalize": "mean"}, "'sample', 'expert', 'batch'.*'mean'"),
         ({"target": torch.ones(4, 1)}, r"target must be .*\(4,\), got \(4, 1\)"),
         ({"mask": torch.ones(3, dtype=torch.bool)}, r"mask must be .*\(4,\), got \(3,\)"),
         ({"logits": torch.zeros(4, 6)}, r"H=7, got \(4, 6\)"),
         ({"confidence": "cube"}, "'cube'"),
         ({"sharpness": 0.0}, "from 1e-6 to 1e6, got 0.0"),
+        ({"sample_weight": torch.ones(4, 1)}, r"sample_weight must be .*\(4,\), got \(4, 1\)"),
+        (
+            {"sample_weight": [1.0] * 4},
+            r"a tensor, got list; pass torch.as_tensor\(sample_weight\)",
+        ),
+        ({"sample_weight": torch.ones(4) * 1j}, "sample_weight must be real, got torch.complex64"),
     ],
 )
 def test_errors_carry_the_values(options, words):
@@ -330,3 +361,107 @@ def test_a_mask_that_is_not_bool_is_refused(dtype: torch.dtype) -> None:
     mask = torch.ones(4, dtype=dtype)
     with pytest.raises(LayoutError, match="mask must be bool"):
         gem_loss(torch.randn(4, 3), torch.ones(4), family, mask=mask)
+
+
+# --- Uniform weights, and weights of samples -------------------------------------------------
+
+
+@given(families(), seeds, confidences, st.sampled_from([None, "sample", "expert", "batch"]))
+def test_with_uniform_weights_all_experts_learn_all_samples(family, seed, confidence, normalize):
+    """The mean cross-entropy of each expert, whatever its confidence is; all normalized alike."""
+    logits, target, _ = sample(family, seed)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        2 * logits, target[:, None].expand_as(logits), reduction="none"
+    ).mean(0)
+    loss = gem_loss(logits, target, family, confidence, "uniform", normalize, sharpness=3.0)
+    by = 1 if normalize in (None, "expert") else family.num_experts
+    torch.testing.assert_close(loss, each.sum() / by)
+
+
+def counted(family, seed, weighting, normalize, dtype=torch.float32):
+    """A loss as a function of weights and logits, and weights that are small integers."""
+    logits, target, mask = sample(family, seed, dtype=dtype)
+    mask[seed % 5] = True
+
+    def loss_of(z, times, mask=mask, target=target):
+        return gem_loss(z, target, family, "abs", weighting, normalize, mask, sample_weight=times)
+
+    times = torch.randint(4, (5,), generator=torch.Generator().manual_seed(seed))
+    return loss_of, logits, target, mask, times
+
+
+@given(families(), seeds, weightings, normalizes)
+def test_a_weight_is_how_often_a_sample_counts(family, seed, weighting, normalize):
+    loss_of, logits, target, mask, times = counted(family, seed, weighting, normalize)
+    ours = logits.clone().requires_grad_()
+    loss = loss_of(ours, times)
+    (grad,) = torch.autograd.grad(loss, ours)
+    repeated = logits.repeat_interleave(times, 0).requires_grad_()
+    expected = loss_of(
+        repeated, None, mask.repeat_interleave(times), target.repeat_interleave(times)
+    )
+    (of_each,) = torch.autograd.grad(expected, repeated)
+    summed = torch.zeros_like(grad).index_add(0, torch.arange(5).repeat_interleave(times), of_each)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(grad, summed, rtol=1e-5, atol=1e-7)
+    for factor in (3, 1e-30, 1e300):  # of all weights: changes nothing
+        torch.testing.assert_close(loss_of(logits, times.double() * factor), loss.detach())
+    torch.testing.assert_close(loss_of(logits, times * 0 + 1), loss_of(logits, None))
+
+
+@given(families(), seeds, weightings, normalizes)
+def test_a_weight_of_zero_leaves_a_sample_out_whatever_it_holds(family, seed, weighting, normalize):
+    loss_of, logits, target, mask, times = counted(family, seed, weighting, normalize)
+    times, out = times.float(), (times == 0) | ~mask
+    found = []
+    for poison in (logits, torch.nan, torch.inf):
+        z = torch.where(out[:, None], poison, logits).requires_grad_()
+        y = target if poison is logits else torch.where(out, torch.nan, target)
+        w = times if poison is logits else torch.where(mask, times, torch.nan)
+        loss = loss_of(z, w, target=y)
+        found.append((loss, torch.autograd.grad(loss, z)[0]))
+    assert not found[0][1][out].any()
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    kept = times.clamp(min=0.5)  # a mask may say the same
+    torch.testing.assert_close(loss_of(logits, kept, ~out), found[0][0])
+
+
+@each_normalize
+def test_weights_that_are_all_zero_are_no_loss(normalize):
+    logits = torch.full((3, 7), torch.nan, requires_grad=True)
+    options = {"normalize": normalize, "sample_weight": torch.zeros(3)}
+    loss = gem_loss(logits, torch.full((3,), 7.0), CUBE, **options)
+    assert loss.item() == 0
+    assert not torch.autograd.grad(loss, logits)[0].any()
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@each_normalize
+def test_weights_of_samples_have_a_derivative(weighting, normalize):
+    logits, target, mask = sample(CUBE, 8)
+    mask[0] = True
+    times = (drawn_weights(8, (5,)).double() + 0.2).requires_grad_()
+    options = ("abs", weighting, normalize, mask)
+    assert torch.autograd.gradcheck(
+        lambda w: gem_loss(logits, target, CUBE, *options, sample_weight=w), times
+    )
+
+
+@pytest.mark.parametrize("bad", [-1e-9, -3.0, math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_none_is_refused_where_it_counts(bad):
+    logits, target, _ = sample(CUBE, 9)
+    times, mask = torch.tensor([1.0, 0.0, bad, 2.0, 1.0]), torch.arange(5) != 2
+    with pytest.raises(LayoutError, match=r"sample_weight must hold .* weight 0 or use mask"):
+        gem_loss(logits, target, CUBE, sample_weight=times)
+    assert gem_loss(logits, target, CUBE, mask=mask, sample_weight=times).isfinite()
+
+
+def test_weights_compile_whole():
+    torch._dynamo.reset()
+    compiled = torch.compile(gem_loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (3, 5, 17):
+        logits, target, mask = sample(CUBE, rows, (rows,))
+        times = drawn_weights(rows, (rows,))
+        arguments = (logits, target, CUBE, "abs", "uniform", "expert", mask, 1.0, times)
+        torch.testing.assert_close(compiled(*arguments), gem_loss(*arguments))

@@ -17,6 +17,7 @@ from maskmoe_kernels import BackendError, LayoutError, SubsetFamily, gem_loss, m
 from maskmoe_kernels.ops import dispatch
 from maskmoe_kernels.ops import triton_support as backend
 from maskmoe_kernels.ops.selection import deselection, rare_positive, tables
+from maskmoe_kernels.ops.selection.samples import weighted
 from maskmoe_kernels.testing.strategies import families
 from tests.ops.selection import test_gem, test_mixture, test_selection
 from tests.ops.selection.definition import CONFIDENCES
@@ -31,7 +32,7 @@ interpreted = pytest.mark.skipif(ON_CPU is not None, reason=f"no interpreter: {O
 seeds = st.integers(0, 2**31 - 1)
 names = st.sampled_from(CONFIDENCES)
 sharpnesses = st.sampled_from([1.0, 0.5, 2.5])
-weightings = st.sampled_from(["selection", "deselection"])
+weightings = st.sampled_from(test_gem.WEIGHTINGS)
 dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 # The interpreter takes a tenth of a second a call: few examples, and none is made smaller.
 few = settings(max_examples=8, phases=(Phase.explicit, Phase.reuse, Phase.generate))
@@ -179,23 +180,26 @@ def test_gradients_through_selection(device, family, seed, name, sharpness, dtyp
 @example(NEAR, 116, "rare", "selection", "expert", 0.5, torch.float32)  # q = 2e-4, to the power 2
 def test_loss_and_its_gradient(device, family, seed, name, weighting, normalize, sharpness, dtype):
     logits, target, mask = (t.to(device) for t in draw(family, seed, dtype=dtype))
-    for kept in (None, mask):
+    times = test_gem.drawn_weights(seed, mask.shape).to(device)
+    for kept, of in ((None, None), (mask, None), (None, times), (mask, times)):
 
-        def run(z, kept=kept):
+        def run(z, kept=kept, of=of):
             z = z.detach().requires_grad_()
-            loss = gem_loss(z, target, family, name, weighting, normalize, kept, sharpness)
+            loss = gem_loss(z, target, family, name, weighting, normalize, kept, sharpness, of)
             weight = torch.tensor(-1.3, dtype=loss.dtype, device=device)
             return loss.detach(), torch.autograd.grad(loss, z, weight)[0]
 
         with on_kernels():
             loss, grad = run(logits)
             with torch.no_grad():
-                arguments = (family, name, weighting, normalize, kept, sharpness)
+                arguments = (family, name, weighting, normalize, kept, sharpness, of)
                 assert torch.equal(gem_loss(logits, target, *arguments), loss)
         with on_pytorch():
             exact, exact_grad = run(logits.double())
             nearby = [run(logits.double() + step) for step in (STEP, -STEP)]
-            lost = lost_shares(logits.double(), kept, family, name, weighting, normalize, sharpness)
+            lost = lost_shares(
+                logits.double(), kept, of, family, name, weighting, normalize, sharpness
+            )
         assert loss.dtype == torch.float32
         assert grad.dtype == dtype
         allowed = 2 * max((other - exact).abs() for other, _ in nearby)
@@ -213,12 +217,17 @@ def test_loss_and_its_gradient(device, family, seed, name, weighting, normalize,
 STEP = 2.0**-22
 
 
-def lost_shares(logits, mask, family, name, weighting, normalize, sharpness):
+def lost_shares(logits, mask, times, family, name, weighting, normalize, sharpness):
     """What a weight below the least normal float32, which is 0 on a GPU, is of its sum."""
-    weigh = {"selection": selection, "deselection": deselection}[weighting]
-    weight = weigh(logits, family, name, sharpness=sharpness)
+    weight = torch.ones_like(logits)
+    if weighting != "uniform":
+        weigh = {"selection": selection, "deselection": deselection}[weighting]
+        weight = weigh(logits, family, name, sharpness=sharpness)
+    mask, times = weighted(mask, times)
     if mask is not None:
         weight = weight.masked_fill(~mask[:, None], 0)
+    if times is not None and normalize != "sample":
+        weight = weight * times[:, None]
     total = {
         "sample": lambda: weight.sum(1, keepdim=True),
         "expert": lambda: weight.sum(0),
@@ -462,8 +471,10 @@ def test_opcheck(shape):
     torch.library.opcheck(ops.mixture, (logits.half(), *forward))
     target, mask = torch.ones(shape), torch.ones(shape, dtype=torch.bool)
     for kept, normalize in ((None, "none"), (mask, "expert"), (mask, "sample"), (None, "batch")):
-        arguments = (logits, target, kept, *forward, "deselection", normalize)
+        arguments = (logits, target, kept, None, *forward, "deselection", normalize)
         torch.library.opcheck(ops.gem_loss, arguments)
+        counted = (*arguments[:3], torch.rand(shape), *arguments[4:])
+        torch.library.opcheck(ops.gem_loss, counted)
     for low in (logits.half(), logits.bfloat16()):  # whose loss and gradient wait in float32
         torch.library.opcheck(ops.gem_loss, (low, *arguments[1:]))
         assert {t.dtype for t in ops.gem_loss(low, *arguments[1:])} == {torch.float32}
@@ -480,7 +491,12 @@ def test_tables_are_what_a_kernel_reads():
         (ops.selection, (logits,), forward, (*options, True)),
         (ops.selection_backward, (alpha, None, logits, alpha, product), back, options),
         (ops.mixture, (logits,), forward, options),
-        (ops.gem_loss, (logits, torch.ones(2), None), forward, (*options, "selection", "none")),
+        (
+            ops.gem_loss,
+            (logits, torch.ones(2), None, None),
+            forward,
+            (*options, "selection", "none"),
+        ),
     ):
         op(*before, *theirs, *after)
         for k, table in enumerate(theirs):

@@ -48,6 +48,8 @@ from maskmoe_kernels.ops.selection.triton.selection_kernels import (
 )
 from maskmoe_kernels.ops.triton_support.device import on
 
+_WEIGHTINGS = ("selection", "deselection", "uniform")
+_MASKS = ("none", "flags", "weights")
 # Enough to fill any GPU; also the most sums that are left to torch.
 _PROGRAMS = 2048
 
@@ -66,44 +68,51 @@ def cross_entropy(z, y):
 @triton.jit
 def weigh(
     logits, mask, scratch, subset_experts, supersets_of, has_superset, tile, rows, row_stride,
-    expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr, OWN:
-    tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
+    expert_stride, experts, count, sharpness, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr,
+    WEIGHTING: tl.constexpr, MASK: tl.constexpr, R: tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
-    """Logits and undivided weights of a tile, and the rows that count.
+    """Logits and undivided weights of a tile, and how much each row counts.
 
-    OWN: weights are alpha, else the products alone. A masked row is as if its logits were 0 and
-    its weights too.
+    WEIGHTING: "selection": weights are alpha; "deselection": the products alone; "uniform": 1.
+    MASK: ``mask`` has a flag or a weight for each row, or there is none. A row that does not count
+    is as if its logits were 0 and its weights too.
     """
     row, expert, tile_mask, at = place(tile, rows, experts, R, HB)
-    counts = row < rows
-    if MASKED:
-        counts = tl.load(mask + row, mask=counts, other=0) != 0
+    times = (row < rows).to(tl.float32)
+    if MASK != "none":
+        times = tl.load(mask + row, mask=row < rows, other=0).to(tl.float32)
+    counts = times != 0
     z = load_logits(logits, row, expert, tile_mask & counts, row_stride, expert_stride)
-    is_sharpened = tl.load(has_superset + expert, mask=expert < experts, other=0) != 0
-    g, rest = known_parts(z, is_sharpened, sharpness, CONFIDENCE, SHARP)
-    weight = products(
-        rest, scratch, row, at, tile_mask, rows, experts, subset_experts, supersets_of, count, HB
-    )
-    if OWN:
-        weight *= g
-    return z, tl.where(tile_mask & counts, weight, 0.0), counts
+    weight = tl.full(z.shape, 1.0, tl.float32)
+    if WEIGHTING != "uniform":
+        is_sharpened = tl.load(has_superset + expert, mask=expert < experts, other=0) != 0
+        g, rest = known_parts(z, is_sharpened, sharpness, CONFIDENCE, SHARP)
+        weight = products(
+            rest, scratch, row, at, tile_mask, rows, experts, subset_experts, supersets_of, count,
+            HB,
+        )  # fmt: skip
+        if WEIGHTING == "selection":
+            weight *= g
+    return z, tl.where(tile_mask & counts, weight, 0.0), times
 
 
 @triton.jit
 def weight_sums(
     logits, mask, scratch, partial, subset_experts, supersets_of, has_superset, rows, row_stride,
     expert_stride, experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr, SHARP: tl.constexpr,
-    OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr, HB:
+    WEIGHTING: tl.constexpr, NORMALIZE: tl.constexpr, MASK: tl.constexpr, R: tl.constexpr, HB:
     tl.constexpr,
 ):  # fmt: skip
     """Per program the sums of w over its rows: of each expert, or of all."""
     total = tl.zeros((R, HB), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        _, weight, _ = weigh(
+        _, weight, times = weigh(
             logits, mask, scratch, subset_experts, supersets_of, has_superset, tile, rows,
-            row_stride, expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R,
-            HB,
+            row_stride, expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, WEIGHTING,
+            MASK, R, HB,
         )  # fmt: skip
+        if MASK != "none":
+            weight *= times
         total += weight
     if NORMALIZE == "expert":
         expert = tl.arange(0, HB)
@@ -117,25 +126,27 @@ def weight_sums(
 def gem(
     logits, target, mask, grad, partial, divisor, subset_experts, supersets_of, has_superset, rows,
     row_stride, expert_stride, experts, count, sharpness, tiles, CONFIDENCE: tl.constexpr, SHARP:
-    tl.constexpr, OWN: tl.constexpr, NORMALIZE: tl.constexpr, MASKED: tl.constexpr, R: tl.constexpr,
-    HB: tl.constexpr,
+    tl.constexpr, WEIGHTING: tl.constexpr, NORMALIZE: tl.constexpr, MASK: tl.constexpr, R:
+    tl.constexpr, HB: tl.constexpr,
 ):  # fmt: skip
     """Gradient, and per program the sum of w BCE, w divided by ``divisor``: (H,) or (1,)."""
     loss_sum = tl.zeros((R, HB), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        z, weight, counts = weigh(
+        z, weight, times = weigh(
             logits, mask, grad, subset_experts, supersets_of, has_superset, tile, rows, row_stride,
-            expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, OWN, MASKED, R, HB,
+            expert_stride, experts, count, sharpness, CONFIDENCE, SHARP, WEIGHTING, MASK, R, HB,
         )  # fmt: skip
         row, expert, tile_mask, at = place(tile, rows, experts, R, HB)
         if NORMALIZE == "sample":
             total = tl.sum(weight, 1)[:, None]
             weight /= tl.where(total == 0, 1.0, total)
+        if MASK != "none":
+            weight *= times
         if NORMALIZE == "expert":
             weight /= tl.load(divisor + expert, mask=expert < experts, other=1.0)
         else:
             weight /= tl.load(divisor)
-        y = tl.load(target + row, mask=counts, other=0.0)
+        y = tl.load(target + row, mask=times != 0, other=0.0)
         loss, error = cross_entropy(z, y)
         tl.store(grad + at, 2 * weight * error, mask=tile_mask)
         loss_sum += weight * loss
@@ -146,6 +157,7 @@ def gem_loss(
     logits: Tensor,
     target: Tensor,
     mask: Tensor | None,
+    sample_weight: Tensor | None,
     subset_experts: Tensor,
     supersets_of: Tensor,
     has_superset: Tensor,
@@ -156,7 +168,8 @@ def gem_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss ``()`` and its gradient ``(*, H)``, float32.
 
-    ``normalize`` is ``"none"``, ``"sample"``, ``"expert"`` or ``"batch"``.
+    ``normalize`` is ``"none"``, ``"sample"``, ``"expert"`` or ``"batch"``. With ``sample_weight``,
+    rows count that much, and ``mask`` only says how many do.
     """
     z, tile = rows_of(logits), tile_of(logits.shape[-1])
     rows, experts = z.shape
@@ -166,7 +179,10 @@ def gem_loss(
     if not rows:
         return grad.new_zeros(()), grad
     y = target.reshape(-1).float()
-    kept = y if mask is None else mask.reshape(-1)
+    times = mask if sample_weight is None else sample_weight
+    times = None if times is None else times.reshape(-1).contiguous()
+    kept = y if times is None else times
+    kind = "none" if times is None else "flags" if sample_weight is None else "weights"
     tables = (
         subset_experts,
         supersets_of,
@@ -178,8 +194,8 @@ def gem_loss(
         float(sharpness),
     )
     options = {
-        "CONFIDENCE": confidence, "SHARP": sharpness != 1, "OWN": weighting == "selection",
-        "NORMALIZE": normalize, "MASKED": mask is not None, "R": tile.rows, "HB": tile.experts,
+        "CONFIDENCE": confidence, "SHARP": sharpness != 1, "WEIGHTING": weighting,
+        "NORMALIZE": normalize, "MASK": kind, "R": tile.rows, "HB": tile.experts,
         "num_warps": tile.warps, "num_stages": 1,
     }  # fmt: skip
     with on(z.device):
@@ -204,9 +220,9 @@ def variants(every: bool = False) -> Iterator[Variant]:
         (weight_sums, ("expert", "batch")),
     ):
         switches = [
-            (dtype, {"SHARP": sharp, "OWN": own, "NORMALIZE": normalize, "MASKED": masked})
-            for dtype, sharp, own, masked, normalize in itertools.product(
-                POINTERS, (False, True), (True, False), (False, True), normalizes
+            (dtype, {"SHARP": sharp, "WEIGHTING": weighting, "NORMALIZE": of, "MASK": mask})
+            for dtype, sharp, weighting, mask, of in itertools.product(
+                POINTERS, (False, True), _WEIGHTINGS, _MASKS, normalizes
             )
         ]
         types = {
@@ -217,5 +233,5 @@ def variants(every: bool = False) -> Iterator[Variant]:
         }
         types |= dict.fromkeys(("rows", "row_stride", "experts", "count", "tiles"), "i32")
         for dtype, constexprs, tile in combinations_of(switches, every):
-            mask = {"mask": "*i1" if constexprs["MASKED"] else "*fp32"}
+            mask = {"mask": "*i1" if constexprs["MASK"] == "flags" else "*fp32"}
             yield variant(kernel, {**types, **mask, "logits": POINTERS[dtype]}, constexprs, tile)

@@ -1,0 +1,97 @@
+"""The smallest expert that suffices: metrics of the expert that sees all, and who could decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from maskmoe_kernels.experiments.movielens import TOLERANCE
+from maskmoe_kernels.experiments.movielens.data.ranking import Task
+from maskmoe_kernels.experiments.shared.output import Column, print_table
+from maskmoe_kernels.explain import sufficient
+from maskmoe_kernels.explain.sufficient import top_expert
+from maskmoe_kernels.models import InterpretableNCF
+
+#: Log-odds within which a smaller expert may differ from the one that sees all.
+TOLERANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+#: Movies of a list that a user would see.
+_SHOWN = 10
+
+
+def answers(model: InterpretableNCF, logits: Tensor) -> Tensor:
+    """Logits of the expert that sees all, ``(*,)`` float64: what this model ranks by."""
+    return logits[..., top_expert(model.family)].double()
+
+
+def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
+    """Ranking metrics on the test lists, and at each tolerance who suffices.
+
+    Args:
+        model: Trained with uniform weights: expert i has learned E[y | x_Si].
+        task: The lists to rank.
+
+    Returns:
+        A part of the report, ready for json. ``test`` are the metrics of the expert that sees all.
+        A point of ``frontier`` has ``decided`` and ``recommended``, the share of the test
+        positives, and of the ten movies that each user would see, for which an expert is the
+        smallest that suffices; and ``test``, the metrics if each expert answered for its items.
+    """
+    logits = task.list_logits(model, task.test_lists).double()
+    return {
+        "family": {
+            "groups": dict(model.family.groups),
+            "subsets": {name: list(of) for name, of in model.family.subsets.items()},
+        },
+        "tolerance": TOLERANCE,
+        "frontier": [_point(model, task, logits, tolerance) for tolerance in TOLERANCES],
+        "test": task.ranking(answers(model, logits), task.test_lists),
+    }
+
+
+def _point(model: InterpretableNCF, task: Task, logits: Tensor, tolerance: float) -> dict[str, Any]:
+    found = sufficient(logits, model.family, tolerance).expert
+    best = answers(model, logits).topk(min(_SHOWN, logits.shape[1]), dim=1).indices
+    deciding = logits.gather(-1, found.unsqueeze(-1))[..., 0]
+    return {
+        "tolerance": tolerance,
+        "test": task.ranking(deciding, task.test_lists),
+        "decided": _shares(model, found[:, 0]),
+        "recommended": _shares(model, found.gather(1, best)),
+    }
+
+
+def _shares(model: InterpretableNCF, experts: Tensor) -> dict[str, float]:
+    names = model.family.names
+    count = torch.bincount(experts.reshape(-1), minlength=len(names))
+    return dict(zip(names, (count / experts.numel()).tolist(), strict=True))
+
+
+def print_sufficient(found: Mapping[str, Any], console: Console) -> None:
+    """The table of who suffices."""
+    names = list(found["frontier"][0]["decided"])
+    columns = [Column("tolerance"), Column("HR@10"), Column("NDCG@10")]
+    columns += [Column(f"{name} {what}") for name in names for what in ("decided", "shown")]
+    if console.is_terminal:
+        columns[3:] = [Column(name, optional=1) for name in names]
+    rows = []
+    for point in found["frontier"]:
+        pairs = [(point["decided"][name], point["recommended"][name]) for name in names]
+        cells = [f"{value:.2f}" for pair in pairs for value in pair]
+        if console.is_terminal:
+            cells = [f"{decided:.2f}/{shown:.2f}" for decided, shown in pairs]
+        mark = " *" if point["tolerance"] == found["tolerance"] else ""
+        metrics = [f"{value:.3f}" for value in point["test"].values()]
+        rows.append([f"{point['tolerance']:g}{mark}", *metrics, *cells])
+    print_table(
+        console,
+        "Sufficient: metrics of the deciding experts (test), and who suffices, over tolerance",
+        columns,
+        rows,
+        "tolerance: in log-odds. Experts: share of test items (decided) and of the ten movies that "
+        "a user would see (shown) for which this is the smallest expert that agrees with the one "
+        "that sees all. * used in explanations.",
+    )

@@ -1,0 +1,125 @@
+"""The model whose smallest sufficient expert explains: training, report, figure, words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
+from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
+from maskmoe_kernels.experiments.movielens.explain import explain, same_in_words
+from maskmoe_kernels.experiments.movielens.sufficient import TOLERANCES, evaluate_sufficient
+from maskmoe_kernels.experiments.movielens.train import Options, build, run_movielens, train
+from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
+from maskmoe_kernels.models import InterpretableNCF
+from tests.experiments.movielens.test_explain import EXPERTS, save
+from tests.experiments.movielens.tiny import write_movielens
+
+pytest.importorskip("pyarrow", reason="reads MovieLens")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_movielens(tmp_path_factory.mktemp("data") / "ml-1m")
+
+
+def biased(folder: Path, **logits: float) -> InterpretableNCF:
+    """A model whose experts always give these logits, the others 0."""
+    torch.manual_seed(0)
+    model = build("sufficient", Features(read_movielens(folder)).sizes)
+    assert isinstance(model, InterpretableNCF)
+    last = model.experts.layers[-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor([logits.get(name, 0.0) for name in EXPERTS]))
+    return model
+
+
+def test_the_report_has_both_rules_and_a_figure(tmp_path: Path, folder: Path) -> None:
+    options = Options(models=("interpretable", "sufficient"), epochs=1, batch_size=64)
+    report = run_movielens(folder, tmp_path, options)
+    found = report["models"]["sufficient"]
+    assert report["models"]["interpretable"]["parameters"] == found["parameters"]
+    assert [point["tolerance"] for point in found["frontier"]] == list(TOLERANCES)
+    for point in found["frontier"]:
+        for shares in (point["decided"], point["recommended"]):
+            assert list(shares) == list(EXPERTS)
+            assert sum(shares.values()) == pytest.approx(1)
+    left = [point["decided"]["all"] for point in found["frontier"]]
+    assert left == sorted(left, reverse=True)
+    assert json.loads((tmp_path / "report.json").read_text())["models"]["sufficient"] == found
+    if pytest.importorskip("matplotlib"):
+        assert (tmp_path / "sufficient.png").stat().st_size > 20_000
+    again = run_movielens(folder, tmp_path, Options(**{**vars(options), "resume": True}))
+    assert again["models"]["sufficient"] == found
+
+
+def test_the_sizes_of_a_gap_decide(folder: Path) -> None:
+    """Log-odds are twice the logits: content is 0.6 away, user 1.8, item on the spot."""
+    model = biased(folder, content=0.7, user=0.1, item=1.0, all=1.0)
+    task = Task(read_movielens(folder), 0, None)
+    by_tolerance = {p["tolerance"]: p for p in evaluate_sufficient(model, task)["frontier"]}
+    for tolerance, expert in ((0.25, "item"), (0.5, "item"), (0.75, "content"), (2.0, "content")):
+        for shares in (by_tolerance[tolerance]["decided"], by_tolerance[tolerance]["recommended"]):
+            assert shares[expert] == 1
+    # All movies have the same score: a tie counts against the positive.
+    assert by_tolerance[1.0]["test"]["HR@10"] == 0
+
+
+def test_learns_who_suffices(tmp_path: Path) -> None:
+    """Where age tells the taste, content says as much as all; where it does not, the user does."""
+    for by_age, right in ((True, "content"), (False, "user")):
+        out = tmp_path / right
+        data = read_movielens(write_movielens(out / "ml-1m", by_age=by_age))
+        task = Task(data, seed=0, negatives=None)
+        model, _ = train("sufficient", task, out, Options(epochs=8, patience=8, batch_size=64))
+        assert isinstance(model, InterpretableNCF)
+        model.load_state_dict(load_checkpoint(out / "sufficient.pt")["model"])
+        point = next(
+            p for p in evaluate_sufficient(model, task)["frontier"] if p["tolerance"] == 2.0
+        )
+        assert point["decided"][right] > 0.6, (right, point)
+        assert (
+            task.ranking(
+                task.list_logits(model, task.test_lists)[..., 3].double(), task.test_lists
+            )["HR@10"]
+            > 0.9
+        )
+
+
+def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
+    tmp_path: Path, folder: Path
+) -> None:
+    model = biased(folder, content=0.7, user=0.1, item=1.0, all=1.0)
+    path = save(tmp_path / "sufficient.pt", model, "sufficient")
+    for tolerance, expert, gap in ((0.1, "item", 0.0), (0.7, "content", 0.6)):
+        found = explain(folder, path, user=8, item=102, tolerance=tolerance)
+        (movie,) = found.movies
+        assert (found.sharpness, found.tolerance) == (None, tolerance)
+        assert found.shares == {name: float(name == expert) for name in EXPERTS}
+        assert "Smallest expert that suffices on this movie" in found.header
+        assert (movie.expert, movie.share, movie.attribution) == (expert, None, {})
+        assert movie.gap == pytest.approx(gap, abs=1e-6)
+        assert movie.probability == pytest.approx(float(torch.tensor(2.0).sigmoid()), abs=1e-6)
+        # Of the game user, item with content as base: v = 1.4, 0.2, 2.0, 2.0 in log-odds.
+        expected = {"content": 1.4, "user": (-1.2 + 0.0) / 2, "item": (0.6 + 1.8) / 2}
+        assert movie.contributions == pytest.approx(expected, abs=1e-5)
+        assert sum(movie.contributions.values()) == pytest.approx(2.0, abs=1e-5)
+        assert movie.reason.startswith("the answer would be the same knowing only ")
+
+
+def test_each_expert_has_its_words(folder: Path) -> None:
+    data = read_movielens(folder)
+    words = {expert: same_in_words(data, 7, 1, expert) for expert in EXPERTS}
+    assert words == {
+        "content": "the answer would be the same knowing only that these are action movies of the "
+        "70s, and the user is one of the men under 18",
+        "user": "the answer would be the same knowing only this user's ratings (0 of 18 of such "
+        "movies), and that these are action movies of the 70s",
+        "item": "the answer would be the same knowing only who watches this movie, and that the "
+        "user is one of the men under 18",
+        "all": "it takes both: this user's ratings and who watches this movie",
+    }

@@ -14,7 +14,7 @@ from maskmoe_kernels.ops import triton_support as package
 from maskmoe_kernels.ops.masked_linear import torch_impl
 from maskmoe_kernels.ops.masked_linear.triton import configs
 from maskmoe_kernels.ops.masked_linear.triton.configs import ALL, Config, candidates, split_k_chunks
-from maskmoe_kernels.ops.masked_linear.triton.packed import chunk_counts, pack_tables
+from maskmoe_kernels.ops.masked_linear.triton.packed import cut_chunks, pack_tables
 from maskmoe_kernels.ops.masked_linear.triton.tiles import cut
 from maskmoe_kernels.ops.triton_support import unsupported_reason
 from maskmoe_kernels.testing import strategies
@@ -84,7 +84,7 @@ def packed_positions(layout, sizes, origin=None):
                 assert min(key) >= 0
                 assert key not in found
                 found[key] = int(packed.index[chunk, lane, k])
-    assert [counts[tile] for tile in range(len(units))] == chunk_counts(layout, *sizes)
+    assert [counts[tile] for tile in range(len(units))] == cut_chunks(layout, *sizes).counts
     return found
 
 

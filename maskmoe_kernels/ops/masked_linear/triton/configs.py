@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.ops.masked_linear.triton.packed import Chunks
 from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles
 
 #: The partial sums of the weight gradient take at most this many bytes.
@@ -115,7 +116,7 @@ def candidates(
 
 
 def packed_options(
-    chunks: Callable[[int, int], list[int]],
+    chunks: Callable[[int, int], Chunks],
     layout: BlockLayout,
     rows: int,
     dtype: torch.dtype,
@@ -124,7 +125,7 @@ def packed_options(
     """At most four ways to multiply packed weights, the likeliest first.
 
     Args:
-        chunks: Gives the number of chunks of each packed tile of so many lanes and so deep chunks.
+        chunks: Gives the chunks of packed tiles of so many lanes and so deep chunks.
         layout: Its columns are what is multiplied.
         rows: Rows of the batch.
         dtype: Of all matrices.
@@ -137,9 +138,11 @@ def packed_options(
     widest = max(16, _power(layout.out_features))
     found = []
     for lanes in (64, 128, 256) if widest > 64 else (widest,):
-        counts = chunks(lanes, depth)
-        entries = sum(counts) * depth
-        if lanes <= widest and entries * lanes <= _PACKED:
+        found_chunks = chunks(lanes, depth)
+        entries = found_chunks.features.size
+        # A load of x takes 16 bytes, or as many instructions as it takes values.
+        aligned = found_chunks.grain * dtype.itemsize >= 16
+        if lanes <= widest and aligned and entries * lanes <= _PACKED:
             products = entries * lanes / (600e6 if narrow else 300e6)
             cached = entries * dtype.itemsize / _CACHE
             alone = 1.2 if lanes > 128 else 1.0  # a program takes all registers of a processor

@@ -45,12 +45,34 @@ class Packed:
         return replace(self, **moved)
 
 
-def chunk_counts(layout: BlockLayout, lanes: int, depth: int) -> list[int]:
-    """The chunks of each packed tile, without their tables."""
-    sizes = np.array(layout.col_sizes)
-    return [
-        -(-int(sizes[columns].sum()) // depth) for _, _, columns in _packed_tiles(layout, lanes)
-    ]
+@dataclass(frozen=True)
+class Chunks:
+    """The features of packed tiles, without their weights.
+
+    Attributes:
+        features: ``(chunks, depth)`` int32: input feature, negative behind a tile's last one.
+        counts: Chunks of each tile.
+        grain: Aligned runs of this many features lie together in every chunk.
+    """
+
+    features: np.ndarray
+    counts: list[int]
+    grain: int
+
+
+def cut_chunks(layout: BlockLayout, lanes: int, depth: int) -> Chunks:
+    """The features of ``layout``'s packed tiles; arguments are those of :func:`pack_tables`."""
+    sizes, offsets = np.array(layout.col_sizes), np.array(layout.col_offsets)
+    order = order_of(layout.col_order, layout.in_features)
+    tables, counts = [np.zeros((0, depth), dtype=np.int32)], []
+    for _, _, columns in _packed_tiles(layout, lanes):
+        column, within = _entries(sizes[columns])
+        counts.append(-(-len(column) // depth))
+        table = np.arange(-counts[-1] * depth, 0, dtype=np.int32)
+        table[: len(column)] = order[offsets[columns][column] + within]
+        tables.append(table.reshape(-1, depth))
+    features = np.concatenate(tables)
+    return Chunks(features, counts, grain_of(features))
 
 
 def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | None) -> Packed:
@@ -67,40 +89,37 @@ def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | No
     present = layout.present.numpy()
     seen = present * col_sizes
     starts = seen.cumsum(1) - seen  # of each column block in the rows of a row block's weights
-    weights, col_offsets = np.array(layout.weight_offsets), np.array(layout.col_offsets)
-    col_order = order_of(layout.col_order, layout.in_features)
-    index, features, counts = [], [], []
-    for members, first_lane, columns in _packed_tiles(layout, lanes):
-        sizes = col_sizes[columns]
-        total = int(sizes.sum())
-        column = np.repeat(np.arange(len(columns)), sizes)
-        within = np.arange(total) - np.repeat(sizes.cumsum() - sizes, sizes)
-        count = -(-total // depth)
-        table = np.arange(-count * depth, 0)
-        table[:total] = col_order[col_offsets[columns][column] + within]
+    weights = np.array(layout.weight_offsets)
+    chunks = cut_chunks(layout, lanes, depth)
+    index = [np.zeros((0, lanes, depth), dtype=np.int32)]
+    for (members, first_lane, columns), count in zip(
+        _packed_tiles(layout, lanes), chunks.counts, strict=True
+    ):
+        column, within = _entries(col_sizes[columns])
         sees = present[members][:, columns][:, column]
         place = (starts[members][:, columns][:, column] + within) * row_sizes[members][:, None]
         place = np.where(sees, weights[members][:, None] + place, -1)
         units = row_sizes[members]
         member = np.repeat(np.arange(len(members)), units)[first_lane : first_lane + lanes]
         unit = np.concatenate([np.arange(n) for n in units])[first_lane : first_lane + lanes]
-        lane_place = place[member]
-        lane_place = np.where(lane_place < 0, -1, lane_place + unit[:, None])
-        full = np.full((lanes, count * depth), -1)
-        full[: len(member), :total] = lane_place
-        index.append(full.astype(np.int32).reshape(lanes, count, depth).transpose(1, 0, 2))
-        features.append(table.reshape(count, depth).astype(np.int32))
-        counts.append(count)
-    ends = np.cumsum(counts)
-    bounds = [(0, 0, end - n, end) for n, end in zip(counts, ends.tolist(), strict=True)]
+        of_lane = place[member]
+        of_lane = np.where(of_lane < 0, -1, of_lane + unit[:, None])
+        full = np.full((lanes, count * depth), -1, dtype=np.int32)
+        full[: len(member), : len(column)] = of_lane
+        index.append(full.reshape(lanes, count, depth).transpose(1, 0, 2))
+    ends = np.cumsum(chunks.counts).tolist()
+    bounds = [(0, 0, end - n, end) for n, end in zip(chunks.counts, ends, strict=True)]
     parts, _ = parts_of(np.array(bounds, dtype=np.int32).reshape(-1, 4), None)
-    of_features = np.concatenate(features)
     places = torch.from_numpy(np.ascontiguousarray(np.concatenate(index)))
     if origin is not None and origin.numel():
         places = torch.where(places < 0, places, origin[places.clamp(min=0).long()].int())
-    return Packed(
-        places, torch.from_numpy(of_features), torch.from_numpy(parts), grain_of(of_features)
-    )
+    return Packed(places, torch.from_numpy(chunks.features), torch.from_numpy(parts), chunks.grain)
+
+
+def _entries(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each feature of column blocks of these sizes, its column block and its place there."""
+    column = np.repeat(np.arange(len(sizes)), sizes)
+    return column, np.arange(len(column)) - np.repeat(sizes.cumsum() - sizes, sizes)
 
 
 def _packed_tiles(layout: BlockLayout, lanes: int) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:

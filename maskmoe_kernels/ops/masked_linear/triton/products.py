@@ -14,7 +14,7 @@ from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import registered_layout, transposed_layout
 from maskmoe_kernels.ops.masked_linear.triton.configs import Config, candidates, packed_options
-from maskmoe_kernels.ops.masked_linear.triton.packed import Packed, chunk_counts, pack_tables
+from maskmoe_kernels.ops.masked_linear.triton.packed import Chunks, Packed, cut_chunks, pack_tables
 from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles, cut
 from maskmoe_kernels.ops.triton_support.device import is_capturing, processors
 
@@ -43,7 +43,7 @@ class Product:
     def __init__(self, layout: BlockLayout, origin: Tensor | None = None) -> None:
         self._layout = ref(layout)  # tiles are kept as long as their layout: not the other way
         self._origin = origin
-        self._chunks: dict[tuple[int, int], list[int]] = {}
+        self._chunks: dict[tuple[int, int], Chunks] = {}
         self._host: dict[tuple[int, int], Tiles] = {}
         self._device: dict[tuple[object, ...], Any] = {}
 
@@ -64,12 +64,12 @@ class Product:
         packed = packed_options(self.chunks, self.layout, rows.shape[0], dtype, precision)
         return [*packed, *found[: MOST - len(packed)]]
 
-    def chunks(self, lanes: int, depth: int) -> list[int]:
-        """How many chunks each packed tile has."""
-        counts = self._chunks.get((lanes, depth))
-        if counts is None:
-            counts = self._chunks[lanes, depth] = chunk_counts(self.layout, lanes, depth)
-        return counts
+    def chunks(self, lanes: int, depth: int) -> Chunks:
+        """The features of packed tiles, on the CPU."""
+        chunks = self._chunks.get((lanes, depth))
+        if chunks is None:
+            chunks = self._chunks[lanes, depth] = cut_chunks(self.layout, lanes, depth)
+        return chunks
 
     def packed(self, config: Config, device: torch.device) -> Packed:
         """The tables of packed tiles on ``device``."""

@@ -34,6 +34,7 @@ PADDING = {
     "second_padding": torch.zeros(2, 3, dtype=torch.bool),
 }
 STATE = torch.ones(4, 8)
+SAMPLES = {"mask": COUNTS, "sample_weight": torch.tensor([1.0, 2.0, 1.0, 3.0])}
 SELECTING = {"confidence": "abs", "sharpness": 1.0}
 INPUTS = {
     "x": X[:, :2],
@@ -55,7 +56,7 @@ RECURRENT = mk.MaskedGRU(FAMILY, 2)
 
 def of_losses(x: str) -> dict[str, Any]:
     first = {"x": X} if x == "x" else {"logits": LOGITS}
-    rest = {"target": Y, "weighting": "selection", "normalize": "batch", "mask": COUNTS}
+    rest = {"target": Y, "weighting": "selection", "normalize": "batch"} | SAMPLES
     return first | rest | SELECTING
 
 
@@ -96,6 +97,10 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "InterpretableMLP": (
         mk.InterpretableMLP,
         {"family": FAMILY, "hidden": [3], "input_layout": FAMILY.input_layout(3)},
+    ),
+    "InterpretableMLP.expert_loss": (
+        NET.expert_loss,
+        {"x": X, "target": Y, "kind": "regression"} | SAMPLES,
     ),
     "InterpretableMLP.forward": (NET, {"x": X}),
     "InterpretableMLP.gem_loss": (NET.gem_loss, of_losses("x")),
@@ -174,6 +179,14 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         mk.SubsetFamily({"a": 1, "b": 1}, {"a": ["a"]}).with_top,
         {"name": "all"},
     ),
+    "convert_": (
+        mk.convert_,
+        {"model": nn.Sequential(nn.Linear(2, 2)), "batch": 4, "force": True, "backend": "torch"},
+    ),
+    "expert_loss": (
+        mk.expert_loss,
+        {"predictions": LOGITS, "target": Y, "kind": "binary"} | SAMPLES,
+    ),
     "gem_loss": (mk.gem_loss, of_losses("logits") | {"family": FAMILY}),
     "interactions": (mk.interactions, {"logits": LOGITS, "family": FAMILY, "dim": -1}),
     "masked_linear": (
@@ -185,6 +198,7 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"logits": LOGITS, "family": FAMILY, "missing": "skip"} | SELECTING,
     ),
     "moebius": (mk.moebius, {"logits": LOGITS, "family": FAMILY, "dim": -1}),
+    "revert_": (mk.revert_, {"model": nn.Sequential(nn.Linear(2, 2))}),
     "selection": (mk.selection, {"logits": LOGITS, "family": FAMILY} | SELECTING),
     "shapley": (
         mk.shapley,
@@ -218,6 +232,8 @@ NO_INPUT = {
     "MaskedLinear.register_forward_pre_hook", "MaskedLinear.register_parameter",
     "MaskedLinear.set_extra_state", "SubsetFamily.table",
 }  # fmt: skip
+#: What ``convert_`` makes, and nobody else.
+MADE = ("ConversionRecord", "ConversionReport", "ConvertedLinear")
 
 
 def public() -> set[str]:
@@ -225,6 +241,8 @@ def public() -> set[str]:
     found = set()
     for name in mk.__all__:
         of = getattr(mk, name)
+        if name in MADE:
+            continue
         if name == "testing":
             of_testing = {n: getattr(of, n) for n in of.__all__}
             found |= {f"testing.{n}" for n, f in of_testing.items() if inspect.isfunction(f)}

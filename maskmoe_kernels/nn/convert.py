@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.arguments import check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.foreign import ForeignLayer, foreign_layers, why_not_plain
 from maskmoe_kernels.nn.gain import why_no_gain
 from maskmoe_kernels.nn.interception import interceptor_of_instance
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.optimizers import Replacement, carry_over, check_optimizers
+from maskmoe_kernels.ops.dispatch import check_backend
 
 # Wrappers that have looked at the parameters already, and know those only.
 _WRAPPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
@@ -178,13 +180,15 @@ def convert_(
         One record a layer: was it replaced, and why not?
 
     Raises:
-        TypeError: ``model`` is no module.
+        LayoutError: ``model`` is no module; ``batch``, ``force`` or ``backend`` is none.
         BackendError: An optimizer holds a weight that would be replaced and was not passed, or
             cannot follow; or the model is wrapped for distributed training, so convert it before.
     """
     _check_model(model, "convert_")
-    if batch is not None and (isinstance(batch, bool) or not isinstance(batch, int) or batch < 1):
-        raise BackendError(f"batch must be None or a number of rows of at least 1, got {batch!r}")
+    if batch is not None:
+        check_integer("batch", batch, 1)
+    check_kind(bool, force=force)
+    check_backend(backend)
     records, made = _replacements(model, batch, force, backend)
     replacements = [
         Replacement(old.weight, new.weight, new.layout.pack)  # type: ignore[arg-type]
@@ -212,7 +216,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
         The names of the layers.
 
     Raises:
-        TypeError: ``model`` is no module.
+        LayoutError: ``model`` is no module.
         BackendError: As for ``convert_``; or something sees or changes the call of a converted
             layer (a hook, say), and would be lost: remove it first.
     """
@@ -261,8 +265,7 @@ def _replacements(
 
 
 def _check_model(model: nn.Module, function: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{function} takes a torch.nn.Module, got {type(model).__name__}")
+    check_kind(nn.Module, model=model)
     for name, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS and cls.__module__.startswith("torch."):

@@ -179,7 +179,7 @@ def choose(
 
 def check_backend(backend: str | None) -> None:
     """Raise BackendError unless ``backend`` is None or a name that exists."""
-    if backend is not None and backend not in BACKENDS:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
         raise BackendError(f"backend must be None or one of {list(BACKENDS)}, got {backend!r}")
 
 

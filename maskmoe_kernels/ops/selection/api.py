@@ -192,9 +192,9 @@ def gem_loss(
             or a weight that counts and is negative, infinite or NaN (where a target outside [0, 1]
             is refused).
     """
+    check_logits(logits, family, outputs)
     shape = logits.shape[: -1 if outputs is None else -2]
     options = confidence, weighting, normalize, mask, sharpness, sample_weight
-    check_logits(logits, family, outputs)
     check_loss(shape, logits.device, target, *options, outputs)
     constant = no_gradient(target, sample_weight)
     mask, sample_weight = weighted(mask, sample_weight)

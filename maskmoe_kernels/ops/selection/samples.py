@@ -18,8 +18,8 @@ def check_device(name: str, value: Tensor, device: torch.device) -> None:
     """Raise LayoutError unless ``value`` is on ``device``, where the input or the logits are."""
     if value.device != device:
         raise LayoutError(
-            f"{name} is on {value.device}, and x, logits or predictions on {device}; move all to one "
-            "device"
+            f"{name} is on {value.device}, and x, logits or predictions on {device}; move all to "
+            "one device"
         )
 
 

@@ -224,6 +224,7 @@ def test_each_cut_names_the_format(
         (TEXT.decode().encode("utf-16"), "UTF-16", r"`iconv -f utf-16 -t utf-8 .*/n\.x > utf8"),
         (b"\n<!DOCTYPE html>\n", "a web page", "Download the raw file"),
     ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,  # not of a time
 )
 def test_other_formats_have_their_own_remedy(
     tmp_path: Path, data: MovieLens, raw: bytes, got: str, remedy: str

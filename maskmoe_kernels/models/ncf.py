@@ -79,7 +79,7 @@ class _Inputs(nn.Module):
             numbers,
             [table.weight for table in embeddings if isinstance(table, nn.Embedding)],
             [*codes.unbind(-1), user, item],
-            [*range(count), -numbers.shape[-1], count, count + 1],
+            [*range(count), -self.content.numeric.out_features, count, count + 1],
         )
 
 

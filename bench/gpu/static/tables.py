@@ -53,7 +53,7 @@ def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool
 def _configuration(launch: Launch) -> str:
     """The configuration in short."""
     constants = dict(launch.constants)
-    names = ("M", "R", "F", "N", "K", "SHARED", "SPLIT", "PARTS", "XM", "XN", "XK", "XSHARED", "HB")
+    names = "M R F N K SHARED PACKED SPLIT PARTS XM XN XK XSHARED XPACKED OF_W OF_X HB".split()
     parts = [
         f"{name}={int(constants[name]) if constants[name] < 1 << 20 else 'all'}"
         for name in names

@@ -186,9 +186,9 @@ def test_a_trace_says_what_it_records():
 # --- AOTInductor -------------------------------------------------------------------------
 
 PACKAGES = [
-    ("interleaved", None, False),
+    pytest.param("interleaved", None, False, marks=pytest.mark.deep),
     ("mlp", None, True),  # captured as torch.compile does, which has one op for all layers
-    ("interleaved", "reference", True),
+    pytest.param("interleaved", "reference", True, marks=pytest.mark.deep),
 ]
 
 

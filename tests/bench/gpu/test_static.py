@@ -18,7 +18,10 @@ TABLES = sorted((ROOT / "bench/results/static").glob("kernels-triton*.json"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["90", *(pytest.param(name, marks=pytest.mark.deep) for name in ("80", "100"))],
+)
 def test_compiled_as_in_the_committed_table(architecture, tmp_path):
     written = tmp_path / "table.json"
     done = subprocess.run(

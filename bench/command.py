@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +27,7 @@ from bench.networks import flows, mlp_training, movielens_training, shapley_trut
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import open_console, print_line
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -58,13 +58,16 @@ def main(words: Sequence[str], console: Console) -> int:
 
 def entry(words: Sequence[str]) -> int:
     """The exit status of the process: of :func:`main`, or after one line about its error."""
+    hint = ""
     try:
-        return main(words, Console())
+        if parse(words).command == "run":
+            hint = "; finished cases are kept: continue with --resume"
+        return main(words, open_console())
     except (BackendError, DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_line(open_console(stderr=True), f"error: {error}", "bold red")
         return ERROR
     except KeyboardInterrupt:
-        print("interrupted; finished cases are kept: continue with --resume", file=sys.stderr)
+        print_line(open_console(stderr=True), f"interrupted{hint}", "yellow")
         return INTERRUPTED
 
 
@@ -89,9 +92,9 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if name == "smoke":
         _smoke_the_rest(document, arguments, out, console)
     written = " and two pictures" if no_pictures is None else f"; no pictures: {no_pictures}"
-    console.print(f"{path}{written}", markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"results: {path}{written}")
     if lost:
-        console.print("the GPU no longer answers this process: go on with --resume", style="red")
+        print_line(console, "the GPU no longer answers this process: go on with --resume", "red")
         return LOST
     return 1 if document["summary"]["failed"] else 0
 
@@ -139,7 +142,7 @@ def _smoke_the_rest(
     document: dict[str, Any], arguments: argparse.Namespace, out: Path, console: Console
 ) -> None:
     """The other commands, on the run that was just measured."""
-    console.print("The run compared to itself:")
+    print_line(console, "The run compared to itself:")
     compare.print_comparison(document, document, 1.1, console)
     training.run(
         movielens_training.SUBJECT, movielens_training.SMOKE, out, arguments.device, console

@@ -454,6 +454,8 @@ def test_explain_says_what_is_wrong(trained: Path, folder: Path, capsys: Any) ->
     assert "holds the 'content' model" in error_of(capsys, [*words, *other])
     none = ["--checkpoint", str(trained / "none.pt"), "--user", "1"]
     assert "no such checkpoint" in error_of(capsys, [*words, *none])
+    given = error_of(capsys, [*words, *good, "--user", "1", "--tolerance", "1"])
+    assert "give --sharpness, or sufficient.pt" in given
 
 
 # --- skip --------------------------------------------------------------------------------

@@ -278,6 +278,8 @@ def show(records: Sequence[dict[str, Any]], console: Console) -> None:
 
 def run(backend: str, device: str, effort: Effort, out: Path, console: Console) -> dict[str, Any]:
     """Measure, print, and write ``overhead.json`` into ``out``."""
+    text = "eager and compiled, which takes minutes" if effort.compile else "eager"
+    print_line(console, f"{backend}, {effort.rows} rows: {text}")
     records = measure(backend, device, effort)
     document = {"machine": machine(device), "backend": backend, "rows": effort.rows}
     document |= {"results": records}

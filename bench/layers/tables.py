@@ -32,9 +32,9 @@ def print_result(result: Result, console: Console) -> None:
         _print_contenders(result, mode, console)
     for name, record in result["contenders"].items():
         if "unavailable" in record:
-            print_line(console, f"  {name}: not measured: {record['unavailable']}")
+            print_line(console, f"{name}: not measured: {record['unavailable']}")
         if "no_graph" in record:
-            print_line(console, f"  {name}: no CUDA graph: {record['no_graph']}")
+            print_line(console, f"{name}: no CUDA graph: {record['no_graph']}")
 
 
 def _cells(line: Line) -> list[str]:

@@ -13,6 +13,7 @@ from bench.cases import DTYPES
 from bench.layers.suites import SUITES
 from bench.networks import flows, mlp_training
 from bench.networks.training import Schedule
+from maskmoe_kernels.experiments.shared.arguments import add_existing
 from maskmoe_kernels.layout.families import FAMILIES
 
 PROGRAM = "python -m bench"
@@ -34,7 +35,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     ))  # fmt: skip
     _add_cases(parser)
     _add_effort(parser)
-    _add_common(parser)
+    _add_common(parser, "keep the cases that --out holds, and measure the rest")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="other commands")
     _add_compare(commands)
     _add_train(commands)
@@ -91,7 +92,6 @@ def _add_effort(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the torch.compile variants too, up to 16 experts: tens of seconds each",
     )
-    add("--resume", action="store_true", help="keep the cases that --out holds")
 
 
 def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -228,11 +228,12 @@ def _texts(description: str, *examples: str) -> dict[str, Any]:
     }
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, resume: str | None = None) -> None:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
     add("--threads", type=_positive, metavar="N", help="of torch (default: its own choice)")
     add("--out", type=Path, metavar="DIR", help="default: runs/bench")
+    add_existing(parser, resume)
 
 
 def _positive(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +26,9 @@ from bench.machine import machine
 from bench.networks import flows, mlp_training, movielens_training, shapley_truth, training
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
+from maskmoe_kernels.experiments.shared.existing import check_out
 from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.experiments.shared.output import open_console, print_line
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -51,30 +52,47 @@ def main(words: Sequence[str], console: Console) -> int:
     arguments = parse(words)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    if arguments.out is not None:
-        claim(arguments.out)
+    if arguments.command in _CPU_ONLY and arguments.device.partition(":")[0] != "cpu":
+        what = _CPU_ONLY[arguments.command]
+        raise BackendError(f"{what} on the CPU, got --device {arguments.device}; leave it out")
+    if arguments.command != "compare":
+        check_device(arguments.device)
+        _check_out(arguments)
     return _COMMANDS[arguments.command](arguments, console)
 
 
 def entry(words: Sequence[str]) -> int:
     """The exit status of the process: of :func:`main`, or after one line about its error."""
+    hint = ""
     try:
-        return main(words, Console())
+        if parse(words).command == "run":
+            hint = "; finished cases are kept: continue with --resume"
+        return main(words, open_console())
     except (BackendError, DataError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print_line(open_console(stderr=True), f"error: {error}", "bold red")
         return ERROR
     except KeyboardInterrupt:
-        print("interrupted; finished cases are kept: continue with --resume", file=sys.stderr)
+        print_line(open_console(stderr=True), f"interrupted{hint}", "yellow")
         return INTERRUPTED
+
+
+def _check_out(arguments: argparse.Namespace) -> None:
+    """Name the folder of the results; what it holds already is not replaced unasked."""
+    smoke = getattr(arguments, "smoke", False)
+    if smoke and arguments.out is None:  # a folder for this alone
+        arguments.out = claim("build/bench-smoke")
+        return
+    arguments.out = arguments.out or Path("runs/bench")
+    names = [_FILES[getattr(arguments, "model", arguments.command)]]
+    check_out(arguments, names, names if arguments.command == "run" else ())
 
 
 # --- Layers ------------------------------------------------------------------------------
 
 
 def _run(arguments: argparse.Namespace, console: Console) -> int:
-    check_device(arguments.device)
     name = "smoke" if arguments.smoke else arguments.suite or _default_suite(arguments.device)
-    suite, out = SUITES[name], _folder(arguments)
+    suite, out = SUITES[name], arguments.out
     settings = _settings(arguments, suite)
     path = out / results.NAME
     document = results.start(
@@ -89,20 +107,15 @@ def _run(arguments: argparse.Namespace, console: Console) -> int:
     if name == "smoke":
         _smoke_the_rest(document, arguments, out, console)
     written = " and two pictures" if no_pictures is None else f"; no pictures: {no_pictures}"
-    console.print(f"{path}{written}", markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"results: {path}{written}")
     if lost:
-        console.print("the GPU no longer answers this process: go on with --resume", style="red")
+        print_line(console, "the GPU no longer answers this process: go on with --resume", "red")
         return LOST
     return 1 if document["summary"]["failed"] else 0
 
 
 def _default_suite(device: str) -> str:
     return "gpu-quick" if torch.device(device).type == "cuda" else "quick"
-
-
-def _folder(arguments: argparse.Namespace) -> Path:
-    default = "build/bench-smoke" if arguments.smoke else "runs/bench"
-    return arguments.out or Path(default)
 
 
 def _settings(arguments: argparse.Namespace, suite: Suite) -> Settings:
@@ -139,7 +152,7 @@ def _smoke_the_rest(
     document: dict[str, Any], arguments: argparse.Namespace, out: Path, console: Console
 ) -> None:
     """The other commands, on the run that was just measured."""
-    console.print("The run compared to itself:")
+    print_line(console, "The run compared to itself:")
     compare.print_comparison(document, document, 1.1, console)
     training.run(
         movielens_training.SUBJECT, movielens_training.SMOKE, out, arguments.device, console
@@ -153,13 +166,11 @@ def _compare(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _overhead(arguments: argparse.Namespace, console: Console) -> int:
-    check_device(arguments.device)
     backend = arguments.backend or overhead.default_backend(arguments.device)
-    out = arguments.out or Path("runs/bench")
     effort = overhead.Effort(
         arguments.rows, arguments.rounds, arguments.calls, not arguments.no_compile
     )
-    document = overhead.run(backend, arguments.device, effort, out, console)
+    document = overhead.run(backend, arguments.device, effort, arguments.out, console)
     return 0 if any("host" in record for record in document["results"]) else 1
 
 
@@ -167,14 +178,13 @@ def _overhead(arguments: argparse.Namespace, console: Console) -> int:
 
 
 def _train(arguments: argparse.Namespace, console: Console) -> int:
-    check_device(arguments.device)
     module: Any = movielens_training
     if arguments.model == "mlp":
         module = mlp_training
     elif arguments.model == "skip":
         from bench.networks import skip_training as module  # needs pyarrow
     schedule = module.SMOKE if arguments.smoke else _schedule(arguments)
-    out, device = _folder(arguments), arguments.device
+    out, device = arguments.out, arguments.device
     with denormals_flushed():  # for every model, as the experiments train
         if module is mlp_training:
             chosen = (arguments.networks, arguments.dtypes)
@@ -194,12 +204,10 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
 
 
 def _flows(arguments: argparse.Namespace, console: Console) -> int:
-    if arguments.device != "cpu":
-        raise BackendError(f"flows are measured on the CPU, got --device {arguments.device}")
     names = ("networks", "features", "hidden", "batch", "rounds", "budget", "compile", "force")
     given = {name: getattr(arguments, name) for name in names}
     document = flows.run(
-        flows.SMOKE if arguments.smoke else flows.Grid(**given), _folder(arguments), console
+        flows.SMOKE if arguments.smoke else flows.Grid(**given), arguments.out, console
     )
     return 0 if any("step" in record for record in document["results"]) else 1
 
@@ -213,10 +221,21 @@ def _shapley(arguments: argparse.Namespace, console: Console) -> int:
     sizes = arguments.features, arguments.seconds, arguments.rows, arguments.budgets
     if arguments.smoke:
         sizes = [3], [0.1], 2, [10]
-    shapley_truth.run(*sizes, _folder(arguments), console)
+    shapley_truth.run(*sizes, arguments.out, console)
     return 0
 
 
+_CPU_ONLY = {"flows": "flows are measured", "shapley": "Shapley values are compared"}
+#: What a command writes; of ``train``, by its model.
+_FILES = {
+    "run": results.NAME,
+    "flows": flows.FILE,
+    "overhead": overhead.NAME,
+    "shapley": shapley_truth.NAME,
+    "movielens": movielens_training.SUBJECT.file,
+    "skip": "skip_training.json",
+    "mlp": mlp_training.FILE,
+}
 _COMMANDS = {
     "run": _run,
     "compare": _compare,

@@ -111,8 +111,9 @@ def _add_info(commands: Commands[argparse.ArgumentParser]) -> None:
 def _info(arguments: argparse.Namespace, console: Console) -> None:
     if arguments.layout is not None:
         family = _family(arguments.layout)
-        picture = draw_layout(family.hidden_layout(_WIDTH, _WIDTH), family.names, family.names)
-        print_picture(console, picture)
+        layout, names = family.hidden_layout(_WIDTH, _WIDTH), family.names
+        width = console.width if console.is_terminal else None
+        print_picture(console, draw_layout(layout, names, names, width=width))
         return
     facts = mk.info()
     versions = [

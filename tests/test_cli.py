@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import maskmoe_kernels as mk
 from maskmoe_kernels import cli
@@ -155,6 +157,27 @@ def test_info_says_whether_a_part_was_built(
 def test_layouts(words: str, experts: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--layout", *words.split()]) == 0
     assert f": {experts} x {experts} blocks, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_layout_has_a_line_a_row_in_a_terminal_of_any_width(
+    name: str, width: int, monkeypatch: Any, capsys: Any
+) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=width, force_terminal=True, color_system=None)
+    monkeypatch.setattr(cli, "open_console", lambda: console)
+    assert main(["info", "--layout", name]) == 0
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [
+        found[1].split() for line in lines if (found := re.fullmatch(r".+? +16  ([█░·… ]+)", line))
+    ]
+    experts = FAMILIES[name]().num_experts
+    assert len(rows) == min(experts, 40)
+    assert len({len(row) for row in rows}) == 1
+    told = f"{experts - len(rows[0]) + 1} of {experts} column blocks are not drawn"
+    assert (told in " ".join(lines)) == ("…" in rows[0]) == (len(rows[0]) != experts)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -454,6 +477,8 @@ def test_explain_says_what_is_wrong(trained: Path, folder: Path, capsys: Any) ->
     assert "holds the 'content' model" in error_of(capsys, [*words, *other])
     none = ["--checkpoint", str(trained / "none.pt"), "--user", "1"]
     assert "no such checkpoint" in error_of(capsys, [*words, *none])
+    given = error_of(capsys, [*words, *good, "--user", "1", "--tolerance", "1"])
+    assert "give --sharpness, or sufficient.pt" in given
 
 
 # --- skip --------------------------------------------------------------------------------

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.counts import PHASES
 from bench.layers.ratios import RECORDED, Line, case_of, line_of
 from bench.machine import differences
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 
 
 @dataclass(frozen=True)
@@ -99,34 +100,42 @@ def print_comparison(
     different = differences(a["machine"], b["machine"])
     if different:
         text = "the machines differ, so only ratios within each run count: " + "; ".join(different)
-        console.print(text, style="yellow", markup=False, highlight=False)
+        print_line(console, text, "yellow")
     found = changes(a, b)
     verdicts = [(change.verdict(threshold, not different), change) for change in found]
     for word in ("slower", "faster"):
         some = [change for verdict, change in verdicts if verdict == word]
         some.sort(key=lambda change: change.raw, reverse=word == "slower")
         if some:
-            console.print(_table(word, some))
+            _print_changes(word, some, console)
         else:
-            console.print(f"Nothing is {word} by more than {threshold:g}x.", highlight=False)
+            print_line(console, f"Nothing is {word} by more than {threshold:g}x.")
     for word, cases in zip(("first", "second"), missing(a, b), strict=True):
         if cases:
-            console.print(f"only in the {word}: {', '.join(cases)}", highlight=False)
-    console.print(f"{len(found)} phases of cases compared.", highlight=False)
+            print_line(console, f"only in the {word}: {', '.join(cases)}")
+    print_line(console, f"{len(found)} phases of cases compared.")
     return any(verdict == "slower" for verdict, _ in verdicts)
 
 
-def _table(word: str, found: list[Change]) -> Table:
-    table = Table(title=f"Ours is {word}", caption="Ratios are second / first: above 1 is slower.")
-    for column in ("case", "phase", "first, us", "second, us", "time", "to floor", "to best rival"):
-        table.add_column(column, justify="left" if column in ("case", "phase") else "right")
+def _print_changes(word: str, found: Sequence[Change], console: Console) -> None:
+    columns = [
+        Column("case", text=True, prose=True),
+        Column("phase", text=True),
+        Column("first, us", optional=1),
+        Column("second, us", optional=1),
+        Column("time"),
+        Column("to floor", optional=2),
+        Column("to best rival", optional=2),
+    ]
+    rows = []
     for change in found:
         ratios = (change.raw, change.to_floor, change.to_best)
-        table.add_row(
+        rows.append([
             str(change.old.case),
             change.old.label,
             f"{change.old.ours.us:,.1f}",
             f"{change.new.ours.us:,.1f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        )
-    return table
+        ])  # fmt: skip
+    note = "Ratios are second / first: above 1 is slower."
+    print_table(console, f"Ours is {word}", columns, rows, note)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from bench.clock import clock_of
 from bench.machine import machine
 from bench.statistics import quartiles
 from maskmoe_kernels import BlockLayout, masked_linear
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
 
@@ -260,25 +260,30 @@ def _words(error: Exception) -> str:
 
 def show(records: Sequence[dict[str, Any]], console: Console) -> None:
     """Print a table, with the reason where there is no time."""
-    table = Table(title=f"Microseconds a call (compiled: of {LAYERS} layers)")
-    for column in ("way", "how", "what", "caller waits", "until it is done"):
-        table.add_column(column, justify="right" if column.endswith(("waits", "done")) else "left")
+    columns = [Column(name, text=True) for name in ("way", "how", "what")]
+    columns += [Column("caller waits"), Column("until it is done")]
+    rows, reasons = [], {}
     for r in records:
         how = "compiled" if r.get("compiled") else "eager"
         cells = [r["way"], how, "step" if r.get("step") else "forward"]
         if "host" in r:
-            table.add_row(*cells, f"{r['host']['us']:.1f}", f"{r['device']['us']:.1f}")
+            rows.append([*cells, f"{r['host']['us']:.1f}", f"{r['device']['us']:.1f}"])
         else:
-            reason = r["unavailable"].replace("[", r"\[")
-            table.add_row(*cells, "-", reason[:90])
-    console.print(table)
+            rows.append([*cells, "-", "-"])
+            reasons[", ".join(cells)] = r["unavailable"]
+    print_table(console, f"Microseconds a call (compiled: of {LAYERS} layers)", columns, rows)
+    for what, reason in reasons.items():
+        print_line(console, f"{what}: not measured: {reason}", "yellow")
 
 
 def run(backend: str, device: str, effort: Effort, out: Path, console: Console) -> dict[str, Any]:
     """Measure, print, and write ``overhead.json`` into ``out``."""
+    text = "eager and compiled, which takes minutes" if effort.compile else "eager"
+    print_line(console, f"{backend}, {effort.rows} rows: {text}")
     records = measure(backend, device, effort)
     document = {"machine": machine(device), "backend": backend, "rows": effort.rows}
     document |= {"results": records}
     write_json(out / NAME, document)
     show(records, console)
+    print_line(console, f"results: {out / NAME}")
     return document

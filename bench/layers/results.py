@@ -21,11 +21,14 @@ def load(path: Path) -> dict[str, Any]:
     """A document written by :func:`save`.
 
     Raises:
-        DataError: Not json, or of another format.
-        OSError: It cannot be read.
+        DataError: It cannot be read, is not json, or is of another format.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read: {error.strerror}; give a {NAME} that `python -m bench` wrote"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a json file: {error}") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:

@@ -20,6 +20,7 @@ from bench.layers.summary import summarize
 from bench.layers.tables import print_result
 from bench.peak_rates import PeakRates, measure_peak_rates
 from bench.precision import products
+from maskmoe_kernels.experiments.shared.output import print_line
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,19 @@ class Run:
         left = [c for c in cases if c not in done and str(c) not in document["skipped"]]
         if len(left) < len(cases):
             kept = len(cases) - len(left)
-            console.print(f"{kept} of {len(cases)} cases are done already", highlight=False)
+            print_line(console, f"{kept} of {len(cases)} cases are done already")
         document["summary"] = summarize(document["results"])
         start = time.perf_counter()
         for k, case in enumerate(left):
             if time.perf_counter() - start > within:
                 text = f"{len(left) - k} cases left out: {within:g} s have passed (--within)"
-                console.print(text, style="yellow", highlight=False)
+                print_line(console, text, "yellow")
                 break
             self._measure(case)
             document["summary"] = summarize(document["results"])
             results.save(self.path, document)
             spent = time.perf_counter() - start
-            console.print(f"{k + 1} of {len(left)} cases, {spent:.0f} s\n", highlight=False)
+            print_line(console, f"{k + 1} of {len(left)} cases, {spent:.0f} s")
             if is_lost(self.settings.device):
                 return True
         return False
@@ -82,7 +83,7 @@ class Run:
             if is_lost(self.settings.device):
                 reason = f"{results.GPU_LOST} {reason}"
             self.document["skipped"][str(case)] = reason
-            self.console.print(f"{case}: skipped: {reason}", markup=False, highlight=False)
+            print_line(self.console, f"{case}: skipped: {reason}")
         else:
             self.document["results"].append(result)
             print_result(result, self.console)

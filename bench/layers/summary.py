@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.counts import PHASES
 from bench.layers.ratios import COLD, GRAPH, HOT, OURS, Line, Result, case_of, lines, modes_of
 from bench.statistics import geometric_mean
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 
 #: Means are over batches of at least this size: with fewer rows, a call's overhead dominates.
 LARGE = 2048
@@ -89,18 +89,24 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         _print_mode(part, f", {mode}", console)
     for case, reason in summary["failed"].items():
         text = f"ours did not run: {case}: {reason}"
-        console.print(text, style="bold red", markup=False, highlight=False)
+        print_line(console, text, "bold red")
 
 
 def _print_means(title: str, summary: dict[str, Any], console: Console) -> None:
-    table = Table(title=title)
-    for column in ("dtype", "phase", "cases", "x best rival", "x best of any", "x floor"):
-        table.add_column(column, justify="left" if column in ("dtype", "phase") else "right")
+    columns = [
+        Column("dtype", text=True),
+        Column("phase", text=True),
+        Column("cases", optional=2),
+        Column("x best rival"),
+        Column("x best of any", optional=1),
+        Column("x floor"),
+    ]
+    rows = []
     for mean in summary["means"]:
         ratios = (mean[name] for name in ("speedup", "speedup_any", "over_floor"))
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        table.add_row(mean["dtype"], mean["phase"], str(mean["cases"]), *cells)
-    console.print(table)
+        rows.append([mean["dtype"], mean["phase"], str(mean["cases"]), *cells])
+    print_table(console, title, columns, rows)
 
 
 def _print_mode(summary: dict[str, Any], mode: str, console: Console) -> None:
@@ -110,20 +116,20 @@ def _print_mode(summary: dict[str, Any], mode: str, console: Console) -> None:
     if losses:
         _print_entries(f"Losses{mode}: {len(losses)} of {summary['compared']}", losses, console)
     else:
-        console.print(f"No loss{mode} in {summary['compared']} comparisons.", highlight=False)
+        print_line(console, f"No loss{mode} in {summary['compared']} comparisons.")
 
 
 def _print_entries(title: str, entries: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table(title=title)
-    for column in ("case", "phase", "x best rival", "best rival", "x floor"):
-        table.add_column(column, justify="right" if column.startswith("x ") else "left")
+    columns = [
+        Column("case", text=True, prose=True),
+        Column("phase", text=True),
+        Column("x best rival"),
+        Column("best rival", text=True, optional=1),
+        Column("x floor", optional=2),
+    ]
+    rows = []
     for entry in entries:
-        floor = entry["over_floor"]
-        table.add_row(
-            entry["case"],
-            entry["phase"],
-            f"{entry['speedup']:.2f}",
-            entry["rival"],
-            "-" if floor is None else f"{floor:.2f}",
-        )
-    console.print(table)
+        floor = "-" if entry["over_floor"] is None else f"{entry['over_floor']:.2f}"
+        speedup = f"{entry['speedup']:.2f}"
+        rows.append([entry["case"], entry["phase"], speedup, entry["rival"], floor])
+    print_table(console, title, columns, rows)

@@ -6,41 +6,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from bench.counts import PHASES
-from bench.layers.ratios import HOT, RECORDED, Line, Result, Time, case_of, lines, modes_of
+from bench.layers.ratios import RECORDED, Line, Result, Time, case_of, lines, modes_of
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 
 
 def print_result(result: Result, console: Console) -> None:
     """Print ours beside the best rival and the floor, then medians and errors of all contenders."""
-    table = Table(title=f"{case_of(result)}, density {result['density']:.2f}", title_justify="left")
-    heads = (
-        "ours",
-        "us",
-        "quartiles",
-        "GFLOPS",
-        "GB/s",
-        "x best rival",
-        "x best of any",
-        "x floor",
-    )
-    for head in heads:
-        table.add_column(head, justify="left" if head == "ours" else "right")
+    columns = [
+        Column("ours", text=True),
+        Column("us"),
+        Column("quartiles", optional=2),
+        Column("GFLOPS", optional=3),
+        Column("GB/s", optional=3),
+        Column("x best rival", prose=True),
+        Column("x best of any", prose=True, optional=1),
+        Column("x floor", prose=True),
+    ]
     modes = modes_of([result])
+    rows = [_cells(line) for mode in modes for line in lines(result, mode)]
+    title = f"{case_of(result)}, density {result['density']:.2f}"
+    print_table(console, title, columns, rows)
     for mode in modes:
-        for line in lines(result, mode):
-            table.add_row(*_cells(line))
-    console.print(table)
-    for mode in modes:
-        console.print(_contenders(result, mode))
+        _print_contenders(result, mode, console)
     for name, record in result["contenders"].items():
         if "unavailable" in record:
-            text = f"  {name}: not measured: {record['unavailable']}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, f"{name}: not measured: {record['unavailable']}")
         if "no_graph" in record:
-            text = f"  {name}: no CUDA graph: {record['no_graph']}"
-            console.print(text, markup=False, highlight=False, soft_wrap=True)
+            print_line(console, f"{name}: no CUDA graph: {record['no_graph']}")
 
 
 def _cells(line: Line) -> list[str]:
@@ -60,18 +54,25 @@ def _against(ratio: float | None, other: Time | None) -> str:
     return "-" if ratio is None or other is None else f"{ratio:.2f} ({other.name})"
 
 
-def _contenders(result: Result, mode: str) -> Table:
+def _print_contenders(result: Result, mode: str, console: Console) -> None:
     key = RECORDED[mode]
-    table = Table(
-        "" if mode == HOT else mode, *(f"{phase}, us" for phase in PHASES), "error", "note"
-    )
-    for column in table.columns[1:-1]:
-        column.justify = "right"
-    for name, record in result["contenders"].items():
-        if key in record:
-            cells = [_time(record[key].get(phase)) for phase in PHASES]
-            table.add_row(name, *cells, _error(record), _note(record, key))
-    return table
+    columns = [
+        Column("contender", text=True),
+        *(Column(f"{phase}, us") for phase in PHASES),
+        Column("error", optional=1),
+        Column("note", text=True, prose=True, optional=2),
+    ]
+    rows = [
+        [
+            name,
+            *(_time(record[key].get(phase)) for phase in PHASES),
+            _error(record),
+            _note(record, key),
+        ]
+        for name, record in result["contenders"].items()
+        if key in record
+    ]
+    print_table(console, f"All contenders, {mode}", columns, rows)
 
 
 def _time(sample: Mapping[str, Any] | None) -> str:

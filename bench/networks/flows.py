@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import maskmoe_kernels as mk
 from bench.machine import machine
 from bench.statistics import geometric_mean, quartiles
+from maskmoe_kernels.experiments.shared.output import (
+    Column,
+    print_line,
+    print_record,
+    print_table,
+)
 from maskmoe_kernels.experiments.shared.report import write_json
 
 FILE = "flows.json"
@@ -105,9 +110,9 @@ def run(grid: Grid, out: Path, console: Console) -> dict[str, Any]:
                     document["results"].append(record)
                     document["summary"] = summary(document["results"])
                     write_json(out / FILE, document)
-                    console.print(_line(record), markup=False, highlight=False, soft_wrap=True)
+                    print_record(console, *_in_words(record))
     show(document, console)
-    console.print(str(out / FILE), markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"results: {out / FILE}")
     return document
 
 
@@ -221,22 +226,24 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _line(record: dict[str, Any]) -> str:
-    text = "{network:<10} {features:>4} features {hidden:>5} hidden {batch:>5} rows".format(
-        **record
-    )
+def _in_words(record: dict[str, Any]) -> tuple[str, dict[str, str]]:
+    """A case, and what was found: titles of :func:`print_record`."""
+    fields = {name: str(record[name]) for name in ("features", "hidden", "batch")}
     if "unavailable" in record:
-        return f"{text}: {record['unavailable']}"
+        return record["network"], fields | {"not measured:": record["unavailable"]}
     for phase in ("forward", "step"):
-        text += f" | {phase} {record[phase]['times_as_fast']:5.2f}x as fast"
-    return f"{text} | {record['converted']} converted"
+        fields[phase] = f"{record[phase]['times_as_fast']:.2f}x as fast"
+    return record["network"], fields | {"converted": record["converted"]}
 
 
 def show(document: dict[str, Any], console: Console) -> None:
     """Print the summary as a table."""
-    table = Table(title="Flows: times as fast after mk.convert_")
-    for column in ("", "mean", "worst", "cases"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, of in document["summary"].items():
-        table.add_row(name, f"{of['mean']:.2f}", f"{of['worst']:.2f}", str(of["cases"]))
-    console.print(table)
+    if not document["summary"]:
+        print_line(console, "No case was measured.", "yellow")
+        return
+    columns = [Column("phase", text=True), Column("mean"), Column("worst"), Column("cases")]
+    rows = [
+        [name, f"{of['mean']:.2f}", f"{of['worst']:.2f}", str(of["cases"])]
+        for name, of in document["summary"].items()
+    ]
+    print_table(console, "Flows: times as fast after mk.convert_", columns, rows)

@@ -34,6 +34,7 @@ from bench.networks.training import (
 from bench.peak_rates import PeakRates, measure_peak_rates
 from bench.rivals.paper_style_mlp import PaperStyleMLP
 from maskmoe_kernels import InterpretableMLP, SubsetFamily, gem_loss
+from maskmoe_kernels.experiments.shared.output import print_line
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
@@ -210,5 +211,5 @@ def run(
                 {**of, "batch": batch, **bound(network, batch, DTYPES[name], rates)}
             )
             write_json(out / FILE, document)
-    console.print(str(out / FILE), markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"results: {out / FILE}")
     return document

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.machine import machine
 from bench.networks.gaussian_truth import GaussianTask, errors, train
-from maskmoe_kernels.experiments.shared.output import Column, print_table
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 from maskmoe_kernels.experiments.shared.report import write_json
 
 NAME = "shapley_truth.json"
@@ -61,6 +61,7 @@ def run(
         task = GaussianTask(count)
         x, _ = task.draw(rows, torch.Generator().manual_seed(9))
         true = task.shapley(x)
+        print_line(console, f"{count} features: {limit:g} s of training, then the rivals")
         found = [_ours(task, limit, x, true)]
         for name, explain in _rivals(task, budgets):
             explain(x[:1])  # compiles
@@ -71,6 +72,7 @@ def run(
         document["tasks"].append({"features": count, "explainers": found})
         write_json(out / NAME, document)
         _print(count, found, console)
+    print_line(console, f"results: {out / NAME}")
     return document
 
 

@@ -15,11 +15,11 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from bench.machine import machine
 from bench.statistics import quartiles
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import NCFSizes
 
@@ -195,34 +195,38 @@ def run(
     document: dict[str, Any] = {"machine": machine(device), "results": [], "ratios": []}
     for batch in schedule.batches or subject.batches:
         what = "eager and compiled, which takes minutes" if schedule.compile else "eager"
-        console.print(f"batch {batch}: {what}", highlight=False)
+        print_line(console, f"batch {batch}: {what}")
         document["results"] += measure(subject, batch, schedule, device)
         document["ratios"] = ratios(document["results"])
         write_json(out / subject.file, document)
     show(document, subject.title, console)
-    console.print(str(out / subject.file), markup=False, highlight=False, soft_wrap=True)
+    print_line(console, f"results: {out / subject.file}")
     return document
 
 
 def show(document: dict[str, Any], title: str, console: Console) -> None:
     """Print results and ratios as a table."""
-    table = Table(title=title)
-    for column in ("batch", "how", "model", "samples/s", "quartiles", "ours is"):
-        table.add_column(column, justify="left" if column in ("how", "model") else "right")
+    columns = [
+        Column("batch"),
+        Column("how", text=True),
+        Column("model", text=True),
+        Column("samples/s"),
+        Column("quartiles", optional=1),
+        Column("ours is"),
+    ]
     ratio = {(r["batch"], r["compiled"], r["to"]): r["ratio"] for r in document["ratios"]}
+    rows, reasons = [], {}
     for r in document["results"]:
         how = "compiled" if r["compiled"] else "eager"
+        cells = [str(r["batch"]), how, r["model"]]
         if "unavailable" in r:
-            reason = r["unavailable"][:120].replace("[", r"\[")
-            table.add_row(str(r["batch"]), how, r["model"], "-", reason, "")
+            rows.append([*cells, "-", "-", "-"])
+            reasons[f"{r['model']}, {how}, batch {r['batch']}"] = r["unavailable"]
             continue
         than = ratio.get((r["batch"], r["compiled"], r["model"]))
-        table.add_row(
-            str(r["batch"]),
-            how,
-            r["model"],
-            f"{r['samples_per_s']:,.0f}",
-            f"{r['q25']:,.0f}-{r['q75']:,.0f}",
-            "" if than is None else f"{than:.2f}x as fast",
-        )
-    console.print(table)
+        times = "-" if than is None else f"{than:.2f}x as fast"
+        quartiles = f"{r['q25']:,.0f}-{r['q75']:,.0f}"
+        rows.append([*cells, f"{r['samples_per_s']:,.0f}", quartiles, times])
+    print_table(console, title, columns, rows)
+    for what, reason in reasons.items():
+        print_line(console, f"{what}: not measured: {reason}", "yellow")

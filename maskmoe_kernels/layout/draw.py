@@ -20,6 +20,7 @@ def draw_layout(
     row_names: Sequence[str] | None = None,
     col_names: Sequence[str] | None = None,
     max_blocks: int = 40,
+    width: int | None = None,
 ) -> str:
     """Picture of the blocks: one line per row block, one column per column block.
 
@@ -32,6 +33,8 @@ def draw_layout(
         col_names: One name per column block.
         max_blocks: Most rows and most columns to draw; the middle of what is longer is left
             out, marked ``…``, and the text says how much. At least 2.
+        width: Of a terminal, in characters: columns that do not fit are left out likewise, so
+            that no line of blocks is broken. ``None``: all up to ``max_blocks``.
 
     Returns:
         Lines without a final line break.
@@ -63,13 +66,16 @@ def draw_layout(
         1 if c is None else max(len(_short(cols[c])), len(str(layout.col_sizes[c])))
         for c in shown_cols
     ]
-    by_name = sum(left) + 2 + sum(width + 2 for width in widths) <= _LINE
+    line = width or _LINE
+    by_name = sum(left) + 2 + sum(w + 2 for w in widths) <= line
     if not by_name:
+        if width is not None:
+            shown_cols = _fitting(len(cols), max_blocks, (width - sum(left) - 1) // 2)
         widths = [1] * len(shown_cols)
     lines = [_title(layout), "", *_header(layout, cols, shown_cols, left, widths, by_name)]
     lines += _body(layout, rows, shown_rows, shown_cols, left, widths)
     if not by_name:
-        lines += ["", *_column_list(layout, cols, shown_cols)]
+        lines += ["", *_column_list(layout, cols, shown_cols, line)]
     return "\n".join([*lines, "", *_notes(layout, shown_rows, shown_cols)])
 
 
@@ -99,6 +105,11 @@ def _shown(count: int, most: int) -> list[int | None]:
         return list(range(count))
     first = (most + 1) // 2
     return [*range(first), None, *range(count - (most - first), count)]
+
+
+def _fitting(count: int, most: int, cells: int) -> list[int | None]:
+    """:func:`_shown`, in so many cells; the mark of what is left out is one of them."""
+    return _shown(count, most if count <= cells else max(2, min(most, cells - 1)))
 
 
 def _left(names: Sequence[str], sizes: Sequence[int]) -> tuple[int, int]:
@@ -158,7 +169,7 @@ def _line(label: str, cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _column_list(
-    layout: BlockLayout, cols: Sequence[str], shown: Sequence[int | None]
+    layout: BlockLayout, cols: Sequence[str], shown: Sequence[int | None], line: int
 ) -> list[str]:
     alike = len(set(layout.col_sizes)) == 1
     head = f"columns, each of size {layout.col_sizes[0]}" if alike else "columns"
@@ -173,8 +184,8 @@ def _column_list(
         listed.append(entry if alike else f"{entry} ({layout.col_sizes[c]})")
     # Entries stay whole: their blanks do not count as places to break.
     text = ", ".join(entry.replace(" ", "\0") for entry in listed)
-    wrapped = textwrap.wrap(f"{head}: {text}", _LINE, break_long_words=False)
-    return [line.replace("\0", " ") for line in wrapped]
+    wrapped = textwrap.wrap(f"{head}: {text}", line, break_long_words=False)
+    return [text.replace("\0", " ") for text in wrapped]
 
 
 def _notes(

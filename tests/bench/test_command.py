@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 
 from bench import command
@@ -244,6 +251,8 @@ def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for words, message in (
         (["compare", missing, missing], "none.json"),
         (["--device", "cuda:99"], "--device cuda:99"),
+        (["compare", str(tmp_path), missing], "Is a directory; give a bench.json that"),
+        (["compare", missing, missing], "No such file or directory; give a bench.json that"),
     ):
         assert command.entry(words) == 2
         text = capsys.readouterr().err
@@ -261,9 +270,113 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr(command, "main", interrupted)
     assert command.entry([]) == 130
     assert "--resume" in capsys.readouterr().err
+    for words in ("flows", "shapley", "train", "overhead", "compare a b"):  # cannot continue
+        assert command.entry(words.split()) == 130
+        assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("name", ["", "compare", "train", "flows", "overhead"])
+def test_ctrl_c_during_the_imports_is_one_line() -> None:
+    # It says when it starts to import torch; what is imported before takes no time.
+    code = (
+        "import sys, importlib.abc, runpy\n"
+        "class Told(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': print('torch', flush=True)\n"
+        "sys.meta_path.insert(0, Told())\n"
+        "sys.argv[1:] = ['compare', 'a', 'b']\n"
+        "runpy.run_module('bench', run_name='__main__', alter_sys=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "torch\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, "interrupted\n")
+
+
+# --- What is printed ---------------------------------------------------------------------
+
+
+WORDS = {
+    "run": [*TINY[:-1], "--contenders", "best dense", "BSR"],
+    "flows": ["flows", "--smoke"],
+    "overhead": "overhead --rows 2 --rounds 1 --calls 1 --no-compile".split(),
+    "shapley": ["shapley", "--smoke"],
+    "train": ["train", "--smoke", "--no-compile"],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_a_pipe_gets_a_line_a_record_and_tabs(name: str, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=40)
+    assert command.main([*WORDS[name], "--out", str(tmp_path)], console) == 0
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert not set("│┃━└") & set(printed)
+    lines = printed.splitlines()
+    titles = [k for k, line in enumerate(lines) if line.startswith("# ") and "\t" in lines[k + 1]]
+    assert titles
+    for k in titles:  # each row has a cell for each column
+        columns = lines[k + 1].count("\t")
+        assert lines[k + 2].count("\t") == columns > 0
+    assert lines[-1].startswith(f"results: {tmp_path}")
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("name", ["run", "train", "shapley"])
+def test_a_narrow_terminal_cuts_no_word(name: str, width: int, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    with chdir(tmp_path):
+        assert command.main([*WORDS[name], "--out", "o"], console) == 0
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in printed
+    assert max(map(cell_len, printed.splitlines())) <= width
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no full device")
+def test_a_full_disk_has_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    results.save(path, document(result(Case("toy3", 8, 4096), TIMES)))
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        console = Console(file=io.TextIOWrapper(full, write_through=True))
+        with pytest.raises(
+            OSError, match=r"cannot be written: No space left on device\. Free some"
+        ):
+            command.main(["compare", str(path), str(path)], console)
+
+
+# --- What is there already ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["flows", "train", "shapley"])
+def test_results_are_not_replaced_unasked(
+    name: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*WORDS[name], "--out", str(tmp_path)]
+    run(words, console)
+    (path,) = tmp_path.iterdir()
+    path.write_text("{}")
+    with pytest.raises(DataError, match=rf"holds results already \({path.name}\)"):
+        run(words, console)
+    assert path.read_text() == "{}"
+    run([*words, "--overwrite"], console)
+    assert path.read_text() != "{}"
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a folder that is for the smoke alone
+        run(WORDS[name], console)
+
+
+def test_a_run_is_neither_replaced_nor_continued_unasked(tmp_path: Path, console: Console) -> None:
+    results.save(tmp_path / results.NAME, document(result(Case("toy3", 8, 16), TIMES)))
+    with pytest.raises(DataError, match=r"holds a run already \(bench.json\).*--resume.*--overwri"):
+        run([*TINY, str(tmp_path)], console)
+    assert run([*TINY, str(tmp_path), "--overwrite"], console)[0] == 0
+    assert cases(tmp_path) == ["toy3", "ncf4"]
+
+
+@pytest.mark.parametrize("name", ["", "compare", "train", "flows", "overhead", "shapley"])
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.entry([*name.split(), "--help"])

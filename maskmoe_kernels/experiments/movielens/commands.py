@@ -154,16 +154,15 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         type=sharpness,
         default=None,
         metavar="auto|X",
-        help="as in training; auto: the one in the report.json beside the checkpoint, 1 where "
-        "there is none (default: auto)",
+        help="of interpretable.pt: as in training; auto: the one in the report.json beside it, 1 "
+        "where there is none (default: auto)",
     )
     parser.add_argument(
         "--tolerance",
         type=tolerance,
-        default=TOLERANCE,
         metavar="LOGODDS",
         help="of sufficient.pt: how far a smaller expert may be from the one that sees all "
-        "(default: %(default)g)",
+        f"(default: {TOLERANCE:g})",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="also write the explanation there, as json"

@@ -120,7 +120,7 @@ def explain(
     *,
     top: int = 10,
     sharpness: float | None = None,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     out: Path | None = None,
     console: Console | None = None,
 ) -> Explanation:
@@ -134,13 +134,15 @@ def explain(
         top: How many movies, at least 1.
         sharpness: See :func:`mixture`; ``None`` takes the one chosen in the ``report.json`` beside
             the checkpoint, or 1 where there is none.
-        tolerance: Of a checkpoint of the model ``"sufficient"``; see :func:`sufficient`.
+        tolerance: Of a checkpoint of the model ``"sufficient"``; see :func:`sufficient`. ``None``
+            takes ``TOLERANCE``.
         out: Folder for ``explain-user-U.json`` or ``explain-user-U-item-I.json``.
         console: Where the header and the table go.
 
     Raises:
         DataError: The data is damaged, the checkpoint is of another model or other data, the
-            user or the movie does not exist, or the report beside it cannot be read.
+            user or the movie does not exist, or the report beside it cannot be read; or
+            ``sharpness`` or ``tolerance`` is given for the model that has none.
     """
     if out is not None:
         claim(out)
@@ -152,8 +154,11 @@ def explain(
     model = _restored(saved, features, checkpoint)
     decide: Decide
     power, within, chosen = None, None, "as given"
-    if saved["config"]["model"] == "sufficient":
-        within, decide = tolerance, partial(sufficing, tolerance=tolerance)
+    suffices = saved["config"]["model"] == "sufficient"
+    _check_given(checkpoint, suffices, sharpness, tolerance)
+    if suffices:
+        within = TOLERANCE if tolerance is None else tolerance
+        decide = partial(sufficing, tolerance=within)
         chosen = "none: experts are not mixed"
     else:
         power, chosen = _sharpness(sharpness, checkpoint)
@@ -194,12 +199,16 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         Column("share" if explanation.tolerance is None else "gap", optional=1),
         Column("reason", text=True, prose=True),
     ]
+    added = list(explanation.movies[0].contributions)
+    columns[5:5] = [Column(f"{group} adds", optional=2) for group in added]
     rows = []
     for m in explanation.movies:
         rank = m.status if m.rank is None else str(m.rank)
         how = f"{m.gap:.2f}" if m.share is None else f"{m.share:.0%}"
-        rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, how, m.reason])
-    print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows)
+        rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, how])
+        rows[-1] += [f"{value:+.2f}" for value in m.contributions.values()] + [m.reason]
+    note = "" if not added else "What a group adds, in log-odds: its Shapley value."
+    print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows, note)
 
 
 def reason_in_words(data: MovieLens, user: int, movie: int, expert: str, favours: bool) -> str:
@@ -426,6 +435,22 @@ def _restored(saved: dict[str, Any], features: Features, path: Path) -> Interpre
     model = InterpretableNCF(sizes, embeddings="strict" if strict else "shared")
     restore_model(path, model, weights)
     return model.eval()
+
+
+def _check_given(
+    path: Path, suffices: bool, sharpness: float | None, tolerance: float | None
+) -> None:
+    """Raise DataError for an option that the explanation would not use."""
+    if suffices and sharpness is not None:
+        raise DataError(
+            f"--sharpness mixes experts, and those of {path} are not mixed: give --tolerance, or "
+            "interpretable.pt"
+        )
+    if not suffices and tolerance is not None:
+        raise DataError(
+            f"--tolerance says which expert suffices, and those of {path} are mixed: give "
+            "--sharpness, or sufficient.pt"
+        )
 
 
 def _sharpness(given: float | None, checkpoint: Path) -> tuple[float, str]:

@@ -113,7 +113,8 @@ def print_table(
         for row in rows:
             cells = [str(cell) for cell in row]
             names = [column.name for column in columns[1:]] if len(columns) > 2 else [""]
-            print_record(console, cells[0], dict(zip(names, cells[1:], strict=True)))
+            fields = {n: cell for n, cell in zip(names, cells[1:], strict=True) if cell}
+            print_record(console, cells[0], fields)
     else:
         _print(console, _table(title, columns, rows, shown, console.width))
         if hidden := [c.name for k, c in enumerate(columns) if k not in shown]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
+from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.explain import explain, same_in_words
@@ -109,6 +112,15 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
         assert movie.contributions == pytest.approx(expected, abs=1e-5)
         assert sum(movie.contributions.values()) == pytest.approx(2.0, abs=1e-5)
         assert movie.reason.startswith("the answer would be the same knowing only ")
+    console = Console(file=io.StringIO())
+    explain(folder, path, user=8, item=102, console=console)
+    _, names, row, note = console.file.getvalue().splitlines()[-4:]  # type: ignore[attr-defined]
+    cells = dict(zip(names.split("\t"), row.split("\t"), strict=True))
+    adds = [f"{group} adds" for group in expected]
+    assert [cells[name] for name in adds] == ["+1.40", "-0.60", "+1.20"]
+    assert "log-odds" in note
+    with pytest.raises(DataError, match=r"--sharpness mixes experts.* give --tolerance"):
+        explain(folder, path, user=8, item=102, sharpness=2.0)
 
 
 def test_each_expert_has_its_words(folder: Path) -> None:

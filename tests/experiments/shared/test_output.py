@@ -53,6 +53,15 @@ def test_a_pipe_gets_a_line_a_record_and_tabs() -> None:
     ]  # fmt: skip
 
 
+def test_a_record_of_a_narrow_terminal_names_no_empty_cell() -> None:
+    console = terminal(20)
+    columns = [Column("contender", text=True), Column("forward, us"), Column("note", text=True)]
+    print_table(console, "t", columns, [["masked dense", "10.8", ""], ["BSR", "9.0", "no step"]])
+    assert text_of(console).split("\n") == [
+        "t", "masked dense", "  forward, us 10.8", "BSR  forward, us 9.0", "  note no step", "",
+    ]  # fmt: skip
+
+
 def test_a_cell_cannot_break_a_line_of_a_pipe() -> None:
     console = piped()
     print_table(console, "t", [Column("a"), Column("b")], [["x\ty", "one\ntwo"]])

@@ -56,7 +56,7 @@ def shown_progress(
     else:
         say = _in_intervals(console)
         yield lambda done, text: say(
-            lambda: f"{name}: {done:,} of {total:,} {unit}  {text()}".rstrip()
+            lambda: f"{name}: {done:,} of {total:,} {unit}, {text()}".removesuffix(", ")
         )
 
 

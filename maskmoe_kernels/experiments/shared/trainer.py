@@ -313,7 +313,7 @@ class Trainer(Generic[Batch]):
         count = self.samples if self.source.by_sample else self.done
         speed = self.samples * self.ranks.world / self.seconds
         loss = f"training loss {float(self.loss_sum) / count:.4f}"
-        return f"{loss}  {speed:,.0f} {self.source.unit}/s"
+        return f"{loss}, {speed:,.0f} {self.source.unit}/s"
 
     def _print_epoch(self, console: Console, record: dict[str, float], seconds: float) -> None:
         epoch, best = len(self.history), 0 if self.best is None else self.best["epoch"]

@@ -110,7 +110,7 @@ def test_progress_in_a_pipe_is_a_line_every_ten_seconds(monkeypatch) -> None:
         for done in range(1, 31):
             now += 1.0
             advance(done, lambda: "speed [x]")
-    expected = [f"content 1/20: {done} of 5,000 steps speed [x]" for done in (10, 20, 30)]
+    expected = [f"content 1/20: {done} of 5,000 steps, speed [x]" for done in (10, 20, 30)]
     assert text_of(console).splitlines() == expected
 
 

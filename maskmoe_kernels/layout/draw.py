@@ -59,13 +59,9 @@ def draw_layout(
         raise LayoutError(f"max_blocks must be at least 2, got {max_blocks}")
     rows = _names("row_names", row_names, len(layout.row_sizes))
     cols = _names("col_names", col_names, len(layout.col_sizes))
-    shown_rows = _shown(len(rows), max_blocks)
-    shown_cols = _shown(len(cols), max_blocks)
+    shown_rows, shown_cols = _shown(len(rows), max_blocks), _shown(len(cols), max_blocks)
     left = _left([rows[r] for r in shown_rows if r is not None], layout.row_sizes)
-    widths = [
-        1 if c is None else max(len(_short(cols[c])), len(str(layout.col_sizes[c])))
-        for c in shown_cols
-    ]
+    widths = [1 if c is None else _width(cols[c], layout.col_sizes[c]) for c in shown_cols]
     line = width or _LINE
     by_name = sum(left) + 2 + sum(w + 2 for w in widths) <= line
     if not by_name:
@@ -93,6 +89,10 @@ def _names(argument: str, names: Sequence[str] | None, count: int) -> list[str]:
     if len(names) != count:
         raise LayoutError(f"{argument} must hold {count} names, got {len(names)}")
     return [str(name) for name in names]
+
+
+def _width(name: str, size: int) -> int:
+    return max(len(_short(name)), len(str(size)))
 
 
 def _short(name: str) -> str:

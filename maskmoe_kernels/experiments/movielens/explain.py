@@ -152,13 +152,12 @@ def explain(
     named = None if item is None else _row_of(data.movie_ids, item, "movie", "movies.dat")
     features = Features(data)
     model = _restored(saved, features, checkpoint)
-    power = within = None
+    power, within, chosen = None, None, "none: experts are not mixed"
     suffices = saved["config"]["model"] == "sufficient"
     _check_given(checkpoint, suffices, sharpness, tolerance)
     if suffices:
         within = TOLERANCE if tolerance is None else tolerance
         decide: Decide = partial(sufficing, tolerance=within)
-        chosen = "none: experts are not mixed"
     else:
         power, chosen = _sharpness(sharpness, checkpoint)
         decide = partial(mixed, sharpness=power)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.models.ncf import InterpretableNCF, NCFSizes
 
 FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 4, "c": 2})
 WIDTHS = [5, [1, 2, 3, 4, 5, 6, 7]]
@@ -28,6 +29,16 @@ def case(batch: int = 12) -> tuple[mk.InterpretableMLP, Tensor, Tensor]:
     torch.manual_seed(0)
     net = mk.InterpretableMLP(FAMILY, WIDTHS)
     return net, torch.randn(batch, 9), torch.rand(batch).round()
+
+
+def ncf_case() -> tuple[InterpretableNCF, tuple[Tensor, ...]]:
+    """A network with rows of embeddings, and a batch with its labels."""
+    torch.manual_seed(0)
+    net = InterpretableNCF(NCFSizes(5, 7), (4, 3))
+    n = 12
+    codes = torch.stack([torch.randint(k, (n,)) for k in (2, 7, 21)], -1)
+    ids = torch.randint(5, (n,)), torch.randint(7, (n,))
+    return net, (*ids, codes, torch.randn(n, 19), torch.rand(n).round())
 
 
 def mine(batch: Tensor) -> Tensor:

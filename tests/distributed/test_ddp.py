@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.models.ncf import InterpretableNCF, NCFSizes
-from tests.distributed.cases import FAMILY, Loss, assert_same, case, gradients, mine
+from tests.distributed.cases import FAMILY, Loss, assert_same, case, gradients, mine, ncf_case
 from tests.distributed.processes import in_processes
 
 OPTIONS = (
@@ -130,12 +129,7 @@ class NCFLoss(torch.nn.Module):
 
 
 def embeddings():
-    torch.manual_seed(0)
-    net = InterpretableNCF(NCFSizes(5, 7), (4, 3))
-    n = 12
-    codes = torch.stack([torch.randint(k, (n,)) for k in (2, 7, 21)], -1)
-    batch = torch.randint(5, (n,)), torch.randint(7, (n,)), codes, torch.randn(n, 19)
-    batch += (torch.rand(n).round(),)
+    net, batch = ncf_case()
     alone = copy.deepcopy(net)
     alone.gem_loss(*batch).backward()
     for options in OPTIONS:

@@ -17,8 +17,16 @@ from torch.distributed.fsdp import (
 )
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.models.ncf import InterpretableNCF, NCFSizes
-from tests.distributed.cases import FAMILY, WIDTHS, Loss, assert_same, case, gradients, mine
+from tests.distributed.cases import (
+    FAMILY,
+    WIDTHS,
+    Loss,
+    assert_same,
+    case,
+    gradients,
+    mine,
+    ncf_case,
+)
 from tests.distributed.processes import in_processes
 from tests.models.sessions import batch
 
@@ -136,12 +144,7 @@ def test_dense_and_packed_checkpoints_load_into_shards(tmp_path):
 
 
 def ncf():
-    torch.manual_seed(0)
-    net = InterpretableNCF(NCFSizes(5, 7), (4, 3))
-    n = 12
-    codes = torch.stack([torch.randint(k, (n,)) for k in (2, 7, 21)], -1)
-    batch = torch.randint(5, (n,)), torch.randint(7, (n,)), codes, torch.randn(n, 19)
-    batch += (torch.rand(n).round(),)
+    net, batch = ncf_case()
     alone = copy.deepcopy(net)
     alone.gem_loss(*batch).backward()
     for registered in (False, True):

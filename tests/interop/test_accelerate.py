@@ -4,25 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import maskmoe_kernels as mk
+from tests.distributed.cases import Loss
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 
 from accelerate.state import AcceleratorState, PartialState
 
 FAMILY = mk.SubsetFamily.powerset({"a": 3, "b": 4, "c": 2})
-
-
-class Loss(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, y):
-        return self.net.gem_loss(x, y)
 
 
 @pytest.fixture(autouse=True)

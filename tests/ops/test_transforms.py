@@ -9,6 +9,7 @@ import maskmoe_kernels as mk
 from maskmoe_kernels import BackendError
 from maskmoe_kernels.models import InterpretableNCF, NCFSizes
 from maskmoe_kernels.ops import dispatch
+from tests.distributed.cases import Loss
 
 FAMILY = mk.SubsetFamily(
     {"a": 3, "b": 4, "c": 2},
@@ -120,15 +121,6 @@ def test_jacobians_and_hessians_of_autograd():
 
 
 # --- torch.func --------------------------------------------------------------------------
-
-
-class Loss(nn.Module):
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, y):
-        return self.net.gem_loss(x, y)
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])

@@ -19,6 +19,7 @@ import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialized_layout
 from maskmoe_kernels.ops.dispatch import BACKENDS, unsupported_reason
 from maskmoe_kernels.testing import assert_close_to_oracle, dense_oracle
+from tests.distributed.cases import Loss
 from tests.ops.runners import ON_CPU
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -242,17 +243,6 @@ def test_compiles_whole_with_a_dynamic_batch(compiler, dynamic):
     with torch.no_grad():
         for rows in (6, 11):
             torch.testing.assert_close(compiled(x_of(rows)), net(x_of(rows)))
-
-
-class Loss(nn.Module):
-    """The loss of a network, as a module to call."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def forward(self, x, y):
-        return self.net.gem_loss(x, y)
 
 
 @pytest.mark.filterwarnings("ignore:torch.func transforms")

@@ -73,7 +73,8 @@ def test_tiles_read_every_weight_once_and_nothing_else(layout, sizes):
 
 def packed_positions(layout, sizes, origin=None):
     """The same of packed tiles, whose units are those of the tiles that are not packed."""
-    packed, units = pack_tables(layout, *sizes, origin), cut(layout, *sizes).units
+    chunks, units = cut_chunks(layout, *sizes), cut(layout, *sizes).units
+    packed = pack_tables(layout, chunks, origin)
     found, counts = {}, {}
     for tile, first, last, slot in packed.parts.tolist():
         assert slot == -1
@@ -84,7 +85,7 @@ def packed_positions(layout, sizes, origin=None):
                 assert min(key) >= 0
                 assert key not in found
                 found[key] = int(packed.index[chunk, lane, k])
-    assert [counts[tile] for tile in range(len(units))] == cut_chunks(layout, *sizes).counts
+    assert [counts[tile] for tile in range(len(units))] == chunks.counts
     return found
 
 

@@ -21,12 +21,13 @@ ALL = 1 << 20
 # Rows from which on packed weights are worth a launch of their own, and how many may be packed:
 # their index takes four bytes each.
 _PACKED_ROWS = 4096
-_PACKED = 16 << 20
+_MOST_PACKED = 16 << 20
 # Of a multiprocessor.
 _REGISTERS = 1 << 16
 # What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
 _MEMORY, _CACHE = 4e6, 6e6  # bytes
 _PRODUCTS = {"16 bit": 350e6, "tf32": 175e6, "tf32x3": 60e6, "ieee": 15e6}
+_PACKED_PRODUCTS = {"16 bit": 600e6, "tf32": 300e6}
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,12 @@ def packed_options(
     widest = max(16, _power(layout.out_features))
     found = []
     for lanes in (64, 128, 256) if widest > 64 else (widest,):
-        found_chunks = chunks(lanes, depth)
-        entries = found_chunks.features.size
+        cut = chunks(lanes, depth)
+        entries = cut.features.size
         # A load of x takes 16 bytes, or as many instructions as it takes values.
-        aligned = found_chunks.grain * dtype.itemsize >= 16
-        if lanes <= widest and aligned and entries * lanes <= _PACKED:
-            products = entries * lanes / (600e6 if narrow else 300e6)
+        aligned = cut.grain * dtype.itemsize >= 16
+        if lanes <= widest and aligned and entries * lanes <= _MOST_PACKED:
+            products = entries * lanes / _PACKED_PRODUCTS["16 bit" if narrow else "tf32"]
             cached = entries * dtype.itemsize / _CACHE
             alone = 1.2 if lanes > 128 else 1.0  # a program takes all registers of a processor
             found.append((alone * (max(products, cached) + 0.2 * (products + cached)), lanes))
@@ -194,9 +195,7 @@ def gradient_options(
 ) -> list[tuple[Config, Config]]:
     """At most seven ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
 
-    ``most_units`` are those of the layer.
-
-    ``rows`` of the first are those of a step through the batch.
+    ``rows`` of the first are those of a step through the batch; ``most_units`` are the layer's.
     """
     step = 16 if of_weight[0].stages == 1 else 64 if dtype.itemsize == 2 else 32
     of_weight = [replace(w, rows=step, parts=1) for w in of_weight]

@@ -206,8 +206,10 @@ class _Packing:
     """Puts weights into the order of the tiles of ``product``, where ``config`` says so.
 
     Attributes:
-        arguments: What a kernel is given beside the tables of ``tiles``: parts, packed features,
-            and as keywords whether weights are packed and the grain of these features.
+        parts: Those of the packed tiles; else of ``tiles``, as for the next two.
+        features: Of the chunks.
+        grain: Aligned runs of this many features lie together in every chunk.
+        is_on: Are weights packed?
     """
 
     def __init__(
@@ -449,12 +451,12 @@ def _resources(
     """Warps of a backward kernel, and its limit of registers a thread."""
     _, of_x = config
     of_w, of_rows = features * t.lanes * of_weight, of_x.rows * xt.lanes * of_input
+    formed = activation == "none"
     # The derivative of 128 rows takes more warps.
-    high = of_input and of_x.rows >= 128 and not (of_x.packed and activation == "none")
+    high = of_input and of_x.rows >= 128 and not (of_x.packed and formed)
     warps = 8 if of_w >= 8192 or high else of_x.warps
     if not of_input:
         return warps, None
-    formed = activation == "none"
     return warps, registers(xt, max(of_w, of_rows), warps, dtype, not formed, of_x.packed)
 
 

@@ -8,14 +8,20 @@ not see is 0. So chunks are full but for a tile's last one, however small the bl
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
-from maskmoe_kernels.ops.masked_linear.triton.tiles import grain_of, groups, order_of, parts_of
+from maskmoe_kernels.ops.masked_linear.triton.tiles import (
+    grain_of,
+    groups,
+    moved,
+    order_of,
+    parts_of,
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,7 @@ class Packed:
 
     def to(self, device: torch.device) -> Packed:
         """The same tables on ``device``."""
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return moved(self, device)
 
 
 @dataclass(frozen=True)
@@ -50,38 +51,49 @@ class Chunks:
     """The features of packed tiles, without their weights.
 
     Attributes:
+        lanes: Units of a tile.
+        tiles: For each tile its row blocks, the first lane among their units, and the column blocks
+            that any of them reads.
         features: ``(chunks, depth)`` int32: input feature, negative behind a tile's last one.
         counts: Chunks of each tile.
         grain: Aligned runs of this many features lie together in every chunk.
     """
 
+    lanes: int
+    tiles: list[tuple[np.ndarray, int, np.ndarray]]
     features: np.ndarray
     counts: list[int]
     grain: int
 
 
 def cut_chunks(layout: BlockLayout, lanes: int, depth: int) -> Chunks:
-    """The features of ``layout``'s packed tiles; arguments are those of :func:`pack_tables`."""
+    """The features of ``layout``'s packed tiles.
+
+    Args:
+        layout: Its rows are the units, its columns the features.
+        lanes: Units of a tile, a power of two of at least 16.
+        depth: Features of a chunk, a power of two of at least 16.
+    """
     sizes, offsets = np.array(layout.col_sizes), np.array(layout.col_offsets)
     order = order_of(layout.col_order, layout.in_features)
     tables, counts = [np.zeros((0, depth), dtype=np.int32)], []
-    for _, _, columns in _packed_tiles(layout, lanes):
+    tiles = list(_packed_tiles(layout, lanes))
+    for _, _, columns in tiles:
         column, within = _entries(sizes[columns])
         counts.append(-(-len(column) // depth))
         table = np.arange(-counts[-1] * depth, 0, dtype=np.int32)
         table[: len(column)] = order[offsets[columns][column] + within]
         tables.append(table.reshape(-1, depth))
     features = np.concatenate(tables)
-    return Chunks(features, counts, grain_of(features))
+    return Chunks(lanes, tiles, features, counts, grain_of(features))
 
 
-def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | None) -> Packed:
-    """The tables of ``layout``.
+def pack_tables(layout: BlockLayout, chunks: Chunks, origin: Tensor | None) -> Packed:
+    """The tables of ``layout``, whose packed tiles have these ``chunks``.
 
     Args:
         layout: Its rows are the units, its columns the features.
-        lanes: Units of a tile, a power of two of at least 16.
-        depth: Features of a chunk, a power of two of at least 16.
+        chunks: Of :func:`cut_chunks`.
         origin: Where ``layout``'s packed weights stand in the tensor that is packed;
             ``None``: they are that tensor.
     """
@@ -90,11 +102,9 @@ def pack_tables(layout: BlockLayout, lanes: int, depth: int, origin: Tensor | No
     seen = present * col_sizes
     starts = seen.cumsum(1) - seen  # of each column block in the rows of a row block's weights
     weights = np.array(layout.weight_offsets)
-    chunks = cut_chunks(layout, lanes, depth)
+    lanes, depth = chunks.lanes, chunks.features.shape[1]
     index = [np.zeros((0, lanes, depth), dtype=np.int32)]
-    for (members, first_lane, columns), count in zip(
-        _packed_tiles(layout, lanes), chunks.counts, strict=True
-    ):
+    for (members, first_lane, columns), count in zip(chunks.tiles, chunks.counts, strict=True):
         column, within = _entries(col_sizes[columns])
         sees = present[members][:, columns][:, column]
         place = (starts[members][:, columns][:, column] + within) * row_sizes[members][:, None]

@@ -73,11 +73,9 @@ class Product:
 
     def packed(self, config: Config, device: torch.device) -> Packed:
         """The tables of packed tiles on ``device``."""
+        chunks = self.chunks(config.lanes, config.depth)
         key = ("packed", config.lanes, config.depth, device)
-        return self._on(
-            key,
-            lambda: pack_tables(self.layout, config.lanes, config.depth, self._origin).to(device),
-        )
+        return self._on(key, lambda: pack_tables(self.layout, chunks, self._origin).to(device))
 
     def cut(self, lanes: int, depth: int) -> Tiles:
         """The tiles, on the CPU."""

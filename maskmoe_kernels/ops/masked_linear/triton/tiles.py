@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,10 @@ from torch import Tensor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_Tables = TypeVar("_Tables", bound="DataclassInstance")
 # Groups of this many features or units are loaded together where they lie together.
 _GRAINS = (16, 8, 4, 2)
 # Above this many row blocks, finding the best company for each costs more than it brings.
@@ -85,12 +90,7 @@ class Tiles:
 
     def to(self, device: torch.device) -> Tiles:
         """The same tables on ``device``."""
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if isinstance(getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return moved(self, device)
 
     def weight_items(self, features: int) -> Tensor:
         """Work of the weight gradient: ``(items, 4)`` int32, longest tiles first.
@@ -108,6 +108,16 @@ class Tiles:
                 for at in range(start, max(end, start + 1), features)
             ]
         return torch.tensor(items, dtype=torch.int32).view(-1, 4)
+
+
+def moved(tables: _Tables, device: torch.device) -> _Tables:
+    """``tables`` with all its tensors on ``device``."""
+    tensors = {
+        f.name: getattr(tables, f.name).to(device)
+        for f in fields(tables)
+        if isinstance(getattr(tables, f.name), Tensor)
+    }
+    return replace(tables, **tensors)
 
 
 def cut(layout: BlockLayout, lanes: int, depth: int) -> Tiles:

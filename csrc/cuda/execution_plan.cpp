@@ -69,7 +69,7 @@ void assign(std::vector<int32_t> items, int workers, const Cost& cost,
     lists[w].push_back(item);
     load[w] += cost(item);
   }
-  for (int w = 0; w <= kWarps; ++w) {
+  for (int w = 0; w <= kMostWarps; ++w) {
     bounds.push_back(static_cast<int32_t>(schedule.size()));
     if (w < workers) schedule.insert(schedule.end(), lists[w].begin(), lists[w].end());
   }
@@ -240,8 +240,9 @@ struct Builder {
         return int64_t{4} + (gradient ? strips[n].blocks : products[n].blocks);
       };
       for (int l = 0; l < shape.layers; ++l) {
-        assign(passes[pass][l], kWarps / 2, cost, schedule, bounds);
-        assign(passes[pass][l], kWarps, cost, schedule, bounds);
+        for (int workers : {kWarps / 2, kWarps, kMostWarps}) {
+          assign(passes[pass][l], workers, cost, schedule, bounds);
+        }
       }
     }
   }

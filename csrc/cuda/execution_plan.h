@@ -17,8 +17,9 @@ namespace maskmoe::fused {
 
 constexpr int kChunk = 16;                   // columns of a chunk
 constexpr int kBlockSize = kChunk * kChunk;  // weights between two chunks
-constexpr int kWarps = 8;                    // of a thread block
+constexpr int kWarps = 8;                    // of a thread block, unless it has a processor alone
 constexpr int kThreads = 32 * kWarps;
+constexpr int kMostWarps = 2 * kWarps;       // of a thread block that has one
 constexpr int kMaxParts = 32;
 constexpr int kMaxLayers = 16;
 
@@ -88,7 +89,7 @@ struct ExecutionPlan {
   const InputQuad* quads;
   const PaddedBias* biases;
   const int32_t* schedule;  // products or strips, in the order of the warps that compute them
-  const int32_t* bounds;    // of each warp's part of the schedule: kWarps + 1 for each bounds_at
+  const int32_t* bounds;    // of each worker's part of the schedule: see bounds_at
   int32_t layers, experts;
   // Blocks are sorted: those of the forward, the transposed ones of all layers but the first (up to
   // `inner_blocks`), the transposed ones of the first layer.
@@ -97,13 +98,13 @@ struct ExecutionPlan {
   int32_t chunks[kMaxLayers];   // of each layer's input
   int32_t bias_at[kMaxLayers];  // the first padded bias of each layer
 
-  // Index into `bounds` of a pass. all_warps: the work is cut for kWarps workers, else for half as
-  // many.
+  // Index of a pass's workers + 1 bounds. Work is cut for 4, 8 and 16 workers.
 #ifdef __CUDACC__
   __host__ __device__
 #endif
-  int bounds_at(Pass pass, int layer, bool all_warps) const {
-    return ((static_cast<int>(pass) * layers + layer) * 2 + (all_warps ? 1 : 0)) * (kWarps + 1);
+  int bounds_at(Pass pass, int layer, int workers) const {
+    const int cut = workers == kMostWarps ? 2 : workers == kWarps ? 1 : 0;
+    return ((static_cast<int>(pass) * layers + layer) * 3 + cut) * (kMostWarps + 1);
   }
 };
 

@@ -51,9 +51,10 @@ class Gpu {
   // The next three are instantiated in kernels_*.cu; see kernel_launch.h.
   // Thread blocks with so many bytes of shared memory that the device runs at a time.
   template <class Kernel>
-  int64_t resident_blocks(int64_t shared) const;
+  int64_t resident_blocks(int64_t shared, int threads) const;
   template <class Kernel>
-  void launch(int64_t blocks, int64_t shared, const typename Kernel::Arguments& arguments) const;
+  void launch(int64_t blocks, int64_t shared, const typename Kernel::Arguments& arguments,
+              int threads = kThreads) const;
   // Lets a kernel have all the shared memory of the device.
   template <class Kernel>
   void set_shared_memory_limit() const;

@@ -19,6 +19,7 @@ struct Settings {
   int64_t resident_blocks = 3;
   int64_t multiprocessors = 1;  // with more of them, tiles are low
   int64_t shared_per_block = 227 * 1024;
+  bool alone = false;  // has a multiprocessor room for one thread block only?
 };
 Settings settings;
 int64_t limits_set = 0;  // how often a kernel was allowed more shared memory
@@ -26,11 +27,12 @@ int64_t limits_set = 0;  // how often a kernel was allowed more shared memory
 // The warps of a thread block, each with a stack of its own; at a barrier the next warp runs.
 class Warps {
  public:
-  explicit Warps(const std::function<void()>& kernel) : kernel_(kernel) {
-    static std::vector<char> stacks(kWarps * kStack);
+  Warps(const std::function<void()>& kernel, int count) : kernel_(kernel) {
+    static std::vector<char> stacks(kMostWarps * kStack);
+    running_warps = count;
     the_ = this;
     reach_barrier = [] { the_->leave(); };
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < count; ++w) {
       getcontext(&warps_[w]);
       warps_[w].uc_stack.ss_sp = stacks.data() + w * kStack;
       warps_[w].uc_stack.ss_size = kStack;
@@ -41,12 +43,12 @@ class Warps {
 
   void run() {
     for (int done = 0; done == 0;) {
-      for (int n = 0; n < kWarps; ++n) {
-        running_warp = reversed ? kWarps - 1 - n : n;
+      for (int n = 0; n < running_warps; ++n) {
+        running_warp = reversed ? running_warps - 1 - n : n;
         swapcontext(&between_, &warps_[running_warp]);
       }
       for (bool d : done_) done += d;
-      STD_TORCH_CHECK(done == 0 || done == kWarps, "a barrier that not every warp reaches");
+      STD_TORCH_CHECK(done == 0 || done == running_warps, "a barrier that not every warp reaches");
     }
   }
 
@@ -62,8 +64,8 @@ class Warps {
 
   inline static Warps* the_ = nullptr;
   const std::function<void()>& kernel_;
-  ucontext_t between_, warps_[kWarps];
-  bool done_[kWarps] = {};
+  ucontext_t between_, warps_[kMostWarps];
+  bool done_[kMostWarps] = {};
 };
 
 class HostEmulator {
@@ -83,10 +85,11 @@ class HostEmulator {
 
   int64_t index() const { return 0; }
   DeviceLimits limits() const {
-    return {settings.multiprocessors, settings.shared_per_block + 1024, settings.shared_per_block};
+    return {settings.multiprocessors, settings.alone ? 0 : settings.shared_per_block + 1024,
+            settings.shared_per_block};
   }
   template <class Kernel>
-  int64_t resident_blocks(int64_t) const {
+  int64_t resident_blocks(int64_t, int) const {
     return settings.resident_blocks;
   }
 
@@ -97,7 +100,8 @@ class HostEmulator {
 
   // Shared memory is exactly as large as asked for and full of NaN.
   template <class Kernel>
-  void launch(int64_t blocks, int64_t shared, const typename Kernel::Arguments& arguments) const {
+  void launch(int64_t blocks, int64_t shared, const typename Kernel::Arguments& arguments,
+              int threads = kThreads) const {
     if (shared > kDefaultSharedMemory) raise_shared_memory_limit<Kernel>(*this);
     STD_TORCH_CHECK(shared <= kDefaultSharedMemory || limit_is_set<Kernel>,
                     "a kernel is launched with more shared memory than it may have");
@@ -107,7 +111,7 @@ class HostEmulator {
       std::memset(bytes, 0xff, shared);
       const GridPosition grid{reversed ? blocks - 1 - n : n, blocks, bytes};
       const std::function<void()> kernel = [&] { Kernel::run(arguments, grid); };
-      Warps(kernel).run();
+      Warps(kernel, threads / 32).run();
     }
   }
 
@@ -123,10 +127,10 @@ class HostEmulator {
 };
 
 // Chooses how the emulator runs: thread blocks at a time, multiprocessors, bytes of shared memory a
-// block, threads from the last to the first.
+// block, one block a multiprocessor, threads from the last to the first.
 bool configure(int64_t resident_blocks, int64_t multiprocessors, int64_t shared_per_block,
-               bool reverse) {
-  settings = {resident_blocks, multiprocessors, shared_per_block};
+               bool alone, bool reverse) {
+  settings = {resident_blocks, multiprocessors, shared_per_block, alone};
   reversed = reverse;
   return true;
 }
@@ -137,7 +141,7 @@ int64_t shared_memory_limits_set() { return limits_set; }
 }  // namespace maskmoe::fused
 
 STABLE_TORCH_LIBRARY(maskmoe_host_emulator, m) {
-  m.def("configure(int blocks, int multiprocessors, int shared, bool reverse) -> bool");
+  m.def("configure(int blocks, int multiprocessors, int shared, bool alone, bool reverse) -> bool");
   m.def("shared_memory_limits_set() -> int");
   m.def(
       "masked_mlp(Tensor? x, Tensor[] tables, Tensor[] ids, int[] parts, Tensor[] weights, "

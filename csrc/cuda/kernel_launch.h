@@ -4,7 +4,7 @@
 
 #include <map>
 #include <mutex>
-#include <utility>
+#include <tuple>
 
 #include "cuda/gpu.h"
 #include "cuda/masked_mlp/backward.h"
@@ -18,8 +18,15 @@
 
 namespace maskmoe::fused {
 
+// Threads of a block, at most.
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads, Kernel::kBlocksPerMultiprocessor)
+constexpr int most_threads() {
+  if constexpr (requires { Kernel::kMostThreads; }) return Kernel::kMostThreads;
+  return kThreads;
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(most_threads<Kernel>(), Kernel::kBlocksPerMultiprocessor)
     entry(const __grid_constant__ typename Kernel::Arguments arguments) {
   extern __shared__ UInt4 shared[];
   Kernel::run(arguments, {blockIdx.x, gridDim.x, reinterpret_cast<unsigned char*>(shared)});
@@ -33,15 +40,15 @@ void Gpu::set_shared_memory_limit() const {
 }
 
 template <class Kernel>
-int64_t Gpu::resident_blocks(int64_t shared) const {
+int64_t Gpu::resident_blocks(int64_t shared, int threads) const {
   static std::mutex mutex;
-  static std::map<std::pair<int, int64_t>, int64_t> known;
+  static std::map<std::tuple<int, int64_t, int>, int64_t> known;
   std::lock_guard<std::mutex> lock(mutex);
-  int64_t& count = known[{index_, shared}];
+  int64_t& count = known[{index_, shared, threads}];
   if (count == 0) {
     raise_shared_memory_limit<Kernel>(*this);
     int blocks = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry<Kernel>, kThreads, shared),
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, entry<Kernel>, threads, shared),
           "a kernel cannot run here");
     count = (blocks > 0 ? blocks : 1) * limits().multiprocessors;
   }
@@ -49,17 +56,17 @@ int64_t Gpu::resident_blocks(int64_t shared) const {
 }
 
 template <class Kernel>
-void Gpu::launch(int64_t blocks, int64_t shared,
-                 const typename Kernel::Arguments& arguments) const {
+void Gpu::launch(int64_t blocks, int64_t shared, const typename Kernel::Arguments& arguments,
+                 int threads) const {
   if (shared > kDefaultSharedMemory) raise_shared_memory_limit<Kernel>(*this);
-  entry<Kernel><<<static_cast<unsigned>(blocks), kThreads, shared, stream_>>>(arguments);
+  entry<Kernel><<<static_cast<unsigned>(blocks), threads, shared, stream_>>>(arguments);
   check(cudaGetLastError(), "a kernel cannot be launched");
 }
 
 #define MASKMOE_INSTANTIATE(...)                                              \
-  template int64_t Gpu::resident_blocks<__VA_ARGS__>(int64_t) const;          \
-  template void Gpu::launch<__VA_ARGS__>(int64_t, int64_t,                    \
-                                         const typename __VA_ARGS__::Arguments&) const;
+  template int64_t Gpu::resident_blocks<__VA_ARGS__>(int64_t, int) const;     \
+  template void Gpu::launch<__VA_ARGS__>(                                     \
+      int64_t, int64_t, const typename __VA_ARGS__::Arguments&, int) const;
 
 // The kernels whose products depend on T.
 #define MASKMOE_INSTANTIATE_TILES(T)                       \
@@ -77,6 +84,7 @@ void Gpu::launch(int64_t blocks, int64_t shared,
   MASKMOE_INSTANTIATE(ReduceGradients<T>) \
   MASKMOE_INSTANTIATE(ScatterRows<T>)     \
   MASKMOE_INSTANTIATE(ScatterSum<T>)      \
-  MASKMOE_INSTANTIATE(ScatterSorted<T>)
+  MASKMOE_INSTANTIATE(ScatterSorted<T, int16_t>) \
+  MASKMOE_INSTANTIATE(ScatterSorted<T, int32_t>)
 
 }  // namespace maskmoe::fused

@@ -7,5 +7,7 @@ namespace maskmoe::fused {
 MASKMOE_INSTANTIATE_ALL(float)
 MASKMOE_INSTANTIATE(CountSamples)
 MASKMOE_INSTANTIATE(ReduceLoss)
+MASKMOE_INSTANTIATE(NarrowIds<int16_t>)
+MASKMOE_INSTANTIATE(NarrowIds<int32_t>)
 
 }  // namespace maskmoe::fused

@@ -7,6 +7,7 @@ namespace maskmoe::fused {
 SmemLayout smem_layout(const ExecutionPlan& plan, const TileKind& kind, int rows) {
   SmemLayout layout{};
   layout.rows = rows;
+  layout.warps = kWarps;
   const int64_t pad = 16 / kind.item_size;  // so that neighbouring rows begin in different banks
   int64_t elements = 0, largest[2] = {0, 0};
   for (int l = 0; l < plan.layers; ++l) {
@@ -50,6 +51,7 @@ void place_sums(SmemLayout& layout, const ExecutionPlan& plan, int64_t count,
       std::min(shared / blocks - kReserved, limits.shared_per_block) - layout.bytes;
   const int64_t weights = int64_t{kBlockSize} * plan.forward_blocks, others = count - weights;
   const int64_t left = spare - 4 * others;  // bytes for the gradients of weight blocks
+  if (blocks == 1) layout.warps = kMostWarps;
   layout.sums_at = layout.bytes;
   layout.first_shared_sum = count;
   if (left < 0) return;

@@ -29,7 +29,7 @@ struct DeviceLimits {
 
 // Offsets of a tile in shared memory: first elements of the number type, then float32.
 struct SmemLayout {
-  int32_t rows;
+  int32_t rows, warps;          // of a tile; of the thread block that computes it
   int32_t inputs_at[kMaxLayers];  // of each layer's input, (rows, stride), in elements
   int32_t stride[kMaxLayers];
   int32_t dact_at[kMaxLayers];  // derivative of the activation that made this input; -1: not kept
@@ -48,7 +48,8 @@ constexpr int min_tile_rows(int item_size) { return max_tile_rows(item_size) / 2
 SmemLayout smem_layout(const ExecutionPlan& plan, const TileKind& kind, int rows);
 
 // Keeps the last of a backward's `count` sums of weight gradients in shared memory: as many as do
-// not lower the number of blocks that fit a multiprocessor. `count` is a multiple of 4.
+// not lower the number of blocks that fit a multiprocessor. `count` is a multiple of 4. A block that
+// has a multiprocessor alone gets more warps.
 void place_sums(SmemLayout& layout, const ExecutionPlan& plan, int64_t count,
                 const DeviceLimits& limits);
 

@@ -1,4 +1,4 @@
-// A thread block of kWarps warps: what the kernels are written in. The GPU runs it, or the emulator
+// A thread block, a few warps: what the kernels are written in. The GPU runs it, or the emulator
 // on the host, where warps take turns and the lanes of a warp are a loop.
 //
 // A kernel is a sequence of phases (each_thread, each_warp) with barriers between them. Registers
@@ -59,6 +59,9 @@ struct PerLane {
   MASKMOE_DEVICE V& operator[](int) { return value; }
   MASKMOE_DEVICE const V& operator[](int) const { return value; }
 };
+
+// Of the block: kWarps or kMostWarps.
+MASKMOE_DEVICE int num_warps() { return static_cast<int>(blockDim.x) / 32; }
 
 template <class F>
 MASKMOE_DEVICE void each_thread(const F& f) {
@@ -122,9 +125,11 @@ struct PerLane {
 // One warp runs at a time, from barrier to barrier, so that a missing barrier changes the results.
 // Warps and lanes run from the first to the last, or reversed, so that a result which depends on
 // their order changes too.
-inline int running_warp = 0;
+inline int running_warp = 0, running_warps = kWarps;
 inline bool reversed = false;
 inline void (*reach_barrier)() = nullptr;
+
+inline int num_warps() { return running_warps; }
 
 template <class F>
 void each_lane(const F& f) {
@@ -168,5 +173,7 @@ inline uint32_t float_to_bits(float value) {
 }
 
 #endif
+
+MASKMOE_DEVICE int num_threads() { return 32 * num_warps(); }
 
 }  // namespace maskmoe::fused

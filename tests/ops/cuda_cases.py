@@ -186,13 +186,14 @@ def everything(net, rows):
 
 
 def check_order(net, rows):
-    """The same bits twice, and with threads from last to first."""
+    """The same bits twice, with threads from last to first, and with twice as many warps."""
     configure(blocks=1)
-    expected, again = everything(net, rows), everything(net, rows)
-    configure(blocks=1, reverse=True)
-    for a, b, c in zip(expected, again, everything(net, rows), strict=True):
-        assert torch.equal(a, b)
-        assert torch.equal(a, c)
+    expected, found = everything(net, rows), [everything(net, rows)]
+    for alone, reverse in itertools.product((False, True), repeat=2):
+        configure(blocks=1, alone=alone, reverse=reverse)
+        found.append(everything(net, rows))
+    for again in found:
+        assert all(torch.equal(a, b) for a, b in zip(expected, again, strict=True))
 
 
 def check_isolated(net, rows):

@@ -69,16 +69,18 @@ def unsupported_reason():
     return None
 
 
-def configure(blocks=3, multiprocessors=1, shared=SHARED, reverse=False):
+def configure(blocks=3, multiprocessors=1, shared=SHARED, alone=False, reverse=False):
     """Chooses how the emulator runs.
 
     Args:
         blocks: Thread blocks that the device runs at a time.
         multiprocessors: With more of them, tiles have fewer rows.
         shared: Bytes of shared memory that a block may have.
+        alone: Has a multiprocessor room for one block only? A backward's has more warps then, and
+            no sums of gradients in shared memory.
         reverse: Do blocks, warps and lanes run from the last to the first?
     """
-    torch.ops.maskmoe_host_emulator.configure(blocks, multiprocessors, shared, reverse)
+    torch.ops.maskmoe_host_emulator.configure(blocks, multiprocessors, shared, alone, reverse)
 
 
 def shared_memory_limits_set():

@@ -84,7 +84,8 @@ def test_drawn_mlps(family, data):
     activation = data.draw(st.sampled_from(ACTIVATIONS))
     dtype = data.draw(st.sampled_from(DTYPES))
     seed = data.draw(st.integers(0, 999))
-    configure(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 1000])))
+    alone = data.draw(st.booleans())
+    configure(data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1, 1000])), alone=alone)
     check(draw(family, hidden, rows, activation, dtype, bias=seed % 2 == 0, seed=seed), rows)
 
 

@@ -84,7 +84,7 @@ MASKMOE_DEVICE void head_backward(const Call& c, const float* grad, const F& sto
   const ExecutionPlan& plan = c.plan;
   const int pairs = kChunk / 2 * plan.chunks[plan.layers - 1];
   each_thread([&](int thread) {
-    for (int row = thread / 32; row < kR; row += kWarps) {
+    for (int row = thread / 32; row < kR; row += num_warps()) {
       for (int n = thread % 32; n < pairs; n += 32) {
         const int column = 2 * n, chunk = column / kChunk;
         float sum[2] = {0.0f, 0.0f};
@@ -167,7 +167,8 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
 template <class T, int kR>
 struct Backward {
   using Arguments = Call;
-  static constexpr int kBlocksPerMultiprocessor = kBackwardBlocks;
+  static constexpr int kBlocksPerMultiprocessor = 1, kMostThreads = 32 * kMostWarps;
+  static_assert(kBackwardBlocks * kWarps == kMostWarps);  // either way, registers for so many warps
 
   static MASKMOE_DEVICE void run(const Call& c, const GridPosition& grid) {
     if (c.gem.rerun != nullptr && *c.gem.rerun == 0) return;
@@ -180,7 +181,7 @@ struct Backward {
     if (c.gradient_sums != nullptr) sums.in_global = c.gradient_sums + grid.block * c.sums_size;
     if (c.gem.sums != nullptr) {
       each_thread([&](int thread) {
-        for (int n = thread; n < 2 * plan.experts + 1; n += kThreads) cells.sums[n] = 0.0f;
+        for (int n = thread; n < 2 * plan.experts + 1; n += num_threads()) cells.sums[n] = 0.0f;
       });
     }
     for (int64_t n = grid.block; n * kR < c.rows; n += grid.num_blocks) {
@@ -205,7 +206,7 @@ struct Backward {
     if (c.gem.sums != nullptr) {  // a thread reads the sums that it added up: no barrier
       each_thread([&](int thread) {
         const int count = 2 * plan.experts + 1;
-        for (int n = thread; n < count; n += kThreads) {
+        for (int n = thread; n < count; n += num_threads()) {
           c.gem.sums[grid.block * count + n] = cells.sums[n];
         }
       });
@@ -219,7 +220,7 @@ struct Backward {
     const int experts = c.plan.experts;
     const T* from = static_cast<const T*>(c.logits) + first * experts;
     each_thread([&](int thread) {
-      for (int n = thread; n < kR * experts; n += kThreads) {
+      for (int n = thread; n < kR * experts; n += num_threads()) {
         const int row = n / experts, expert = n % experts;
         cells.logit[expert * kR + row] = first + row < c.rows ? to_float(from[n]) : 0.0f;
       }

@@ -16,7 +16,6 @@ template <class T, int kR>
 struct Tiling {
   static constexpr int kFragments = kR >= 32 ? 2 : 1;     // times 16 rows: rows of a warp
   static constexpr int kGroups = kR / (16 * kFragments);  // of rows, computed by different warps
-  static constexpr bool kAllWarps = kGroups == 1;         // every warp computes all rows
 };
 
 // A tile in shared memory.
@@ -78,22 +77,24 @@ template <class T, int kR>
 MASKMOE_DEVICE void load_inputs(const Call& c, const Tile<T>& tile, int64_t first,
                                 const float* row_mask) {
   constexpr int kInFlight = kR / kWarps < 4 ? kR / kWarps : 4;  // rows that a lane loads at a time
-  const int quads = kChunk / 4 * c.plan.chunks[0], stride = c.smem.stride[0];
+  const int quads = kChunk / 4 * c.plan.chunks[0], stride = c.smem.stride[0], warps = num_warps();
   each_thread([&](int thread) {
     T* to = tile.inputs(c, 0);
     for (int n = thread % 32; n < quads; n += 32) {
       const InputQuad quad = c.plan.quads[n];
-      for (int row = thread / 32; row < kR; row += kInFlight * kWarps) {
+      for (int row = thread / 32; row < kR; row += kInFlight * warps) {
         Vec<T, 4> four[kInFlight];
         MASKMOE_UNROLL
         for (int m = 0; m < kInFlight; ++m) {
-          const int at = row + m * kWarps;
-          const bool counts = row_mask == nullptr ? first + at < c.rows : row_mask[at] != 0.0f;
+          const int at = row + m * warps;
+          const bool counts = at < kR && (row_mask == nullptr ? first + at < c.rows
+                                                              : row_mask[at] != 0.0f);
           four[m] = counts ? gather<T>(c, quad, n, first + at) : Vec<T, 4>{};
         }
         MASKMOE_UNROLL
         for (int m = 0; m < kInFlight; ++m) {
-          *reinterpret_cast<Vec<T, 4>*>(to + (row + m * kWarps) * stride + 4 * n) = four[m];
+          const int at = row + m * warps;
+          if (at < kR) *reinterpret_cast<Vec<T, 4>*>(to + at * stride + 4 * n) = four[m];
         }
       }
     }
@@ -195,7 +196,7 @@ template <class T, int kR, class F>
 MASKMOE_DEVICE void each_product(const Call& c, Pass pass, int layer, const T* from, int stride,
                                  const F& f) {
   using Of = Tiling<T, kR>;
-  const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(pass, layer, Of::kAllWarps);
+  const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(pass, layer, num_warps() / Of::kGroups);
   each_warp([&](int warp) {
     const int worker = warp / Of::kGroups, first = warp % Of::kGroups * 16 * Of::kFragments;
     for (int n = bounds[worker]; n < bounds[worker + 1]; ++n) {
@@ -267,7 +268,7 @@ MASKMOE_DEVICE void head_forward(const Call& c, const Tile<T>& tile, const F& f)
   const ExecutionPlan& plan = c.plan;
   const int layer = plan.layers - 1;
   each_thread([&](int thread) {
-    for (int n = thread; n < kR * plan.experts; n += kThreads) {
+    for (int n = thread; n < kR * plan.experts; n += num_threads()) {
       const int row = n % kR, expert = n / kR;
       const T* from = tile.inputs(c, layer) + row * c.smem.stride[layer];
       float z = 0.0f;

@@ -12,7 +12,7 @@ namespace maskmoe::fused {
 template <int kR>
 MASKMOE_DEVICE void add_loss_sums(const LogitTile& cells, int experts) {
   each_thread([&](int thread) {
-    for (int n = thread; n < 2 * experts + 1; n += kThreads) {
+    for (int n = thread; n < 2 * experts + 1; n += num_threads()) {
       const float* from = n < experts       ? cells.complement + n * kR
                           : n < 2 * experts ? cells.weight + (n - experts) * kR
                                             : cells.row_mask;

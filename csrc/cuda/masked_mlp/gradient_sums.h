@@ -28,7 +28,7 @@ struct GradientSums {
   // Copies those in shared memory to global memory, where ReduceGradients reads them.
   MASKMOE_DEVICE void store(int64_t count) const {
     each_thread([&](int thread) {
-      for (int64_t n = first_shared + thread; n < count; n += kThreads) {
+      for (int64_t n = first_shared + thread; n < count; n += num_threads()) {
         in_global[n] = in_shared[n - first_shared];
       }
     });
@@ -122,7 +122,7 @@ MASKMOE_DEVICE void grad_weights(const Call& c, const Tile<T>& tile, int layer,
   const T* inputs = tile.inputs(c, layer);
   const T* units = tile.inputs(c, layer + 1);
   const int in_stride = c.smem.stride[layer], out_stride = c.smem.stride[layer + 1];
-  const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(Pass::kGradient, layer, true);
+  const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(Pass::kGradient, layer, num_warps());
   each_warp([&](int warp) {
     for (int n = bounds[warp]; n < bounds[warp + 1]; ++n) {
       const GradientStrip strip = c.plan.strips[c.plan.schedule[n]];
@@ -149,7 +149,7 @@ MASKMOE_DEVICE void grad_biases(const Call& c, const Tile<T>& tile, int layer,
   const int stride = c.smem.stride[layer + 1], columns = kChunk * c.plan.chunks[layer + 1];
   const int64_t first = first_bias_sum(c.plan) + c.plan.bias_at[layer];
   each_thread([&](int thread) {
-    for (int n = thread; n < columns; n += kThreads) {
+    for (int n = thread; n < columns; n += num_threads()) {
       float sum = 0.0f;
       for (int row = 0; row < kR; ++row) sum += to_float(units[row * stride + n]);
       sums.add(first + n, sum);
@@ -164,7 +164,7 @@ MASKMOE_DEVICE void grad_head(const Call& c, const Tile<T>& tile, const float* g
   const ExecutionPlan& plan = c.plan;
   const int layer = plan.layers - 1, stride = c.smem.stride[layer];
   each_thread([&](int thread) {
-    for (int n = thread; n < kChunk * plan.num_head; n += kThreads) {
+    for (int n = thread; n < kChunk * plan.num_head; n += num_threads()) {
       const HeadWeights head = plan.head[n / kChunk];
       const T* from = tile.inputs(c, layer) + head.chunk * kChunk + n % kChunk;
       float sum = 0.0f;
@@ -173,7 +173,7 @@ MASKMOE_DEVICE void grad_head(const Call& c, const Tile<T>& tile, const float* g
       }
       sums.add(first_head_sum(plan) + n, sum);
     }
-    for (int expert = thread; expert < plan.experts; expert += kThreads) {
+    for (int expert = thread; expert < plan.experts; expert += num_threads()) {
       float sum = 0.0f;
       for (int row = 0; row < kR; ++row) sum += grad[expert * kR + row];
       sums.add(first_bias_sum(plan) + plan.bias_at[layer] + expert, sum);

@@ -125,7 +125,7 @@ class Launcher {
     if (rows() == 0) return;
     with_kernel<Kernel, T>([&](auto kernel) {
       using K = typename decltype(kernel)::type;
-      device_.template launch<K>(blocks_of<K>(), smem_.bytes, call);
+      device_.template launch<K>(blocks_of<K>(), smem_.bytes, call, 32 * smem_.warps);
     });
   }
 
@@ -145,7 +145,8 @@ class Launcher {
   template <class Kernel>
   int64_t blocks_of() const {
     const int64_t tiles = (rows() + smem_.rows - 1) / smem_.rows;
-    return std::min(tiles, device_.template resident_blocks<Kernel>(smem_.bytes));
+    return std::min(tiles, device_.template resident_blocks<Kernel>(smem_.bytes,
+                                                                      32 * smem_.warps));
   }
 
   // f(std::type_identity of the kernel for these products and this tile).

@@ -12,7 +12,7 @@ template <int kR>
 MASKMOE_DEVICE void store_shares(const Call& c, const LogitTile& cells, int64_t first) {
   const int experts = c.plan.experts;
   each_thread([&](int thread) {
-    for (int at = thread; at < kR * experts; at += kThreads) {
+    for (int at = thread; at < kR * experts; at += num_threads()) {
       const int row = at / experts, n = at % experts * kR + row;
       if (first + row >= c.rows) continue;
       const float alpha = cells.weight[n], total = cells.total[row], z = cells.logit[n];

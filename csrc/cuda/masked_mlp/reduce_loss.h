@@ -1,7 +1,8 @@
 // The loss of a GEM step: what divides it, and the sums of all thread blocks of Backward.
 #pragma once
 
-#include "cuda/masked_mlp/reduce_gradients.h"
+#include "cuda/masked_mlp/arguments.h"
+#include "cuda/masked_mlp/sum_in_order.h"
 
 namespace maskmoe::fused {
 

@@ -1,12 +1,13 @@
 // The gradient of an embedding table: for each row, the sum over the samples that read it.
 //
 // Small tables (ScatterRows, ScatterSum): a block owns a span of table rows and reads a slice of
-// the samples; the slices' sums are added in order. Large tables (ScatterSorted), where every block
-// would have to read all ids: the ids come sorted, and a warp adds up the samples of one id. A sum
-// has one thread, which adds samples in order; there are no atomics: deterministic.
+// the samples; the slices' sums are added in order. Large tables (NarrowIds, ScatterSorted), where
+// every block would have to read all ids: the ids come sorted, and a warp adds up the samples of one
+// id. A sum has one thread, which adds samples in order, or a fixed number of them; there are no
+// atomics: deterministic.
 #pragma once
 
-#include "cuda/number_types.h"
+#include "cuda/masked_mlp/sum_in_order.h"
 
 namespace maskmoe::fused {
 
@@ -16,7 +17,8 @@ constexpr int kMaxSpans = 16;          // of a small table
 struct ScatterArguments {
   const void* grad;  // (samples, stride), from column 0 of this table
   const int64_t* ids;
-  const int64_t* order;   // the sample of each id if ids are sorted, else null
+  const void* sorted;     // ids in ascending order, of a narrow type, -1 for those of no row
+  const int64_t* order;   // the sample of each of `sorted`
   int64_t samples, stride;
   int64_t rows, width;    // of the table
   int64_t span, spans;    // table rows of a block; how many spans
@@ -27,7 +29,7 @@ struct ScatterArguments {
 
 // Cuts rows into spans and samples into slices.
 inline void partition(ScatterArguments& s) {
-  constexpr int64_t kMinSlice = 512, kMaxSlices = 256, kMaxFloats = 1 << 22;
+  constexpr int64_t kMinSlice = 256, kMaxSlices = 256, kMaxFloats = 1 << 22;
   const int64_t widest = s.width > 0 ? s.width : 1;
   s.span = kMaxSpanFloats / widest;
   if (s.span > s.rows) s.span = s.rows;
@@ -100,20 +102,43 @@ struct ScatterRows {
   }
 
  private:
-  // Adds samples in order. A thread owns columns of the rows that are its own modulo `groups`.
+  // Adds samples in order. A thread owns columns of the rows that are its own modulo `groups`. It
+  // loads a few samples at a time, so that it seldom waits.
   static MASKMOE_DEVICE void add(const ScatterArguments& s, int64_t first, int width, float* sums,
                                  const int32_t* local, const uint32_t* hits) {
+    constexpr int kInFlight = 8;
     const int across = width < kThreads ? width : kThreads, groups = kThreads / across;
+    const T* grad = static_cast<const T*>(s.grad) + first * s.stride;
     each_thread([&](int thread) {
       const int group = thread / across;
       if (group >= groups) return;
-      for (int warp = 0; warp < kWarps; ++warp) {
-        for (uint32_t bits = hits[warp]; bits != 0; bits &= bits - 1) {
+      int warp = 0;
+      uint32_t bits = hits[0];
+      auto next = [&] {  // sample of an own row, or -1
+        for (;;) {
+          while (bits == 0) {
+            if (++warp == kWarps) return --warp, -1;
+            bits = hits[warp];
+          }
           const int n = warp * 32 + first_bit(bits);
-          if (local[n] % groups != group) continue;
-          const T* from = static_cast<const T*>(s.grad) + (first + n) * s.stride;
-          for (int col = thread % across; col < width; col += across) {
-            sums[local[n] * width + col] += to_float(from[col]);
+          bits &= bits - 1;
+          if (local[n] % groups == group) return n;
+        }
+      };
+      for (bool more = true; more;) {
+        int sample[kInFlight];
+        MASKMOE_UNROLL
+        for (int m = 0; m < kInFlight; ++m) sample[m] = next();
+        more = sample[kInFlight - 1] >= 0;
+        for (int col = thread % across; col < width; col += across) {
+          float value[kInFlight];
+          MASKMOE_UNROLL
+          for (int m = 0; m < kInFlight; ++m) {
+            value[m] = sample[m] < 0 ? 0.0f : to_float(grad[sample[m] * s.stride + col]);
+          }
+          MASKMOE_UNROLL
+          for (int m = 0; m < kInFlight; ++m) {
+            if (sample[m] >= 0) sums[local[sample[m]] * width + col] += value[m];
           }
         }
       }
@@ -130,20 +155,42 @@ struct ScatterRows {
 };
 
 // Adds the slices' sums, in order.
-//   slice_sums: (slices, rows, width) float32; result: (rows, width) T
-//   grid      : grid_size(rows * width); no shared memory
+//   slice_sums   : (slices, rows, width) float32; result: (rows, width) T
+//   grid         : grid_size(warps * rows * width); see add_columns
+//   shared memory: of add_columns
 template <class T>
 struct ScatterSum {
   using Arguments = ScatterArguments;
   static constexpr int kBlocksPerMultiprocessor = 4;
+  static constexpr int64_t kShared = kColumnsShared;
 
   static MASKMOE_DEVICE void run(const ScatterArguments& s, const GridPosition& grid) {
+    const int64_t cells = s.rows * s.width;
+    add_columns(grid, s.slice_sums, cells, cells, s.slices, [&](int64_t n, float sum) {
+      static_cast<T*>(s.result)[n] = rounded<T>(sum);
+    });
+  }
+};
+
+struct NarrowArguments {
+  const int64_t* ids;
+  int64_t samples, rows;
+  void* narrow;
+};
+
+// Ids as a narrower type, which sorts in fewer passes; -1: an id of no row.
+//   ids: (samples,); narrow: (samples,) Id; grid: grid_size(samples); no shared memory
+template <class Id>
+struct NarrowIds {
+  using Arguments = NarrowArguments;
+  static constexpr int kBlocksPerMultiprocessor = 4;
+
+  static MASKMOE_DEVICE void run(const NarrowArguments& a, const GridPosition& grid) {
     each_thread([&](int thread) {
-      const int64_t cells = s.rows * s.width;
-      for (int64_t n = grid.block * kThreads + thread; n < cells; n += grid.num_blocks * kThreads) {
-        float sum = 0.0f;
-        for (int64_t slice = 0; slice < s.slices; ++slice) sum += s.slice_sums[slice * cells + n];
-        static_cast<T*>(s.result)[n] = rounded<T>(sum);
+      const int64_t step = grid.num_blocks * kThreads;
+      for (int64_t n = grid.block * kThreads + thread; n < a.samples; n += step) {
+        const int64_t id = a.ids[n];
+        static_cast<Id*>(a.narrow)[n] = static_cast<Id>(id >= 0 && id < a.rows ? id : -1);
       }
     });
   }
@@ -151,30 +198,51 @@ struct ScatterSum {
 
 // The rows of sorted ids. A warp looks at a sample and adds up all samples of its id, if it is the
 // first of them. Rows that no sample reads are not written.
-//   grad: (samples, stride) T; ids, order: (samples,), sorted by id and then by sample
-//   grid: grid_size(32 * samples); no shared memory
-template <class T>
+//   grad         : (samples, stride) T
+//   sorted, order: (samples,), of type Id and int64, sorted by id and then by sample
+//   grid         : grid_size(32 * samples); no shared memory
+template <class T, class Id>
 struct ScatterSorted {
   using Arguments = ScatterArguments;
   static constexpr int kBlocksPerMultiprocessor = 4;
 
   static MASKMOE_DEVICE void run(const ScatterArguments& s, const GridPosition& grid) {
+    const Id* ids = static_cast<const Id*>(s.sorted);
     each_warp([&](int warp) {
       const int64_t step = grid.num_blocks * kWarps;
       for (int64_t first = grid.block * kWarps + warp; first < s.samples; first += step) {
-        const int64_t id = s.ids[first];
-        if (id < 0 || id >= s.rows || (first > 0 && s.ids[first - 1] == id)) continue;
+        const Id id = ids[first];
+        if (id < 0 || (first > 0 && ids[first - 1] == id)) continue;
+        int64_t end = first + 1;
+        while (end < s.samples && ids[end] == id) ++end;
         each_lane([&](int lane) {
           for (int64_t col = lane; col < s.width; col += 32) {
-            float sum = 0.0f;
-            for (int64_t n = first; n < s.samples && s.ids[n] == id; ++n) {
-              sum += to_float(static_cast<const T*>(s.grad)[s.order[n] * s.stride + col]);
-            }
-            static_cast<T*>(s.result)[id * s.width + col] = rounded<T>(sum);
+            static_cast<T*>(s.result)[id * s.width + col] =
+                rounded<T>(sum_of(s, first, end, static_cast<const T*>(s.grad) + col));
           }
         });
       }
     });
+  }
+
+ private:
+  // In order; a few loads are on their way at a time.
+  static MASKMOE_DEVICE float sum_of(const ScatterArguments& s, int64_t first, int64_t end,
+                                     const T* column) {
+    constexpr int kInFlight = 8;
+    float sum = 0.0f;
+    for (int64_t n = first; n < end; n += kInFlight) {
+      float value[kInFlight];
+      MASKMOE_UNROLL
+      for (int m = 0; m < kInFlight; ++m) {
+        value[m] = n + m < end ? to_float(column[s.order[n + m] * s.stride]) : 0.0f;
+      }
+      MASKMOE_UNROLL
+      for (int m = 0; m < kInFlight; ++m) {
+        if (n + m < end) sum += value[m];
+      }
+    }
+    return sum;
   }
 };
 

@@ -35,7 +35,7 @@ template <int kR, class F>
 MASKMOE_DEVICE void each_cell(const Call& c, const F& f) {
   const int count = kR * c.plan.experts;
   each_thread([&](int thread) {
-    for (int n = thread; n < count; n += kThreads) f(n, n % kR, n / kR);
+    for (int n = thread; n < count; n += num_threads()) f(n, n % kR, n / kR);
   });
 }
 

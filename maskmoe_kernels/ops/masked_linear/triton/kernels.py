@@ -7,7 +7,7 @@
               grad_x  = the same product over the transposed layout: routed blocks only
               grad_W[f, u] = sum over rows of x[r, f] grad_z[r, u], in split-K chunks of rows
     pack          puts weights into the order of the tiles; ``transpose`` matrices by columns
-    total         adds up the split-K chunks, in their order
+    total         adds up the split-K chunks, in a fixed order
     reduce_parts  adds up the parts of split tiles, in theirs
 
 A program owns what it writes and no sum depends on timing: the same bits every time, no atomics.
@@ -226,23 +226,27 @@ def backward(
 @triton.jit
 def total(
     weight_sums, bias_sums, grad_weight, grad_bias, num_weights, out_features, num_split_k,
-    BIAS: tl.constexpr, SIZE: tl.constexpr,
+    BIAS: tl.constexpr, SIZE: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """grad_W and grad_b from the sums of the split-K chunks, in their order."""
+    """SIZE entries of grad_W and grad_b from the sums of the split-K chunks."""
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     weights = at < num_weights
-    acc = tl.zeros((SIZE,), tl.float32)
-    sums = weight_sums + at
-    for _ in range(num_split_k):
-        acc += tl.load(sums, mask=weights, other=0.0)
-        sums += num_weights
+    acc = _total(weight_sums, at, weights, num_weights, num_split_k, SIZE, TOGETHER)
     tl.store(grad_weight + at, acc.to(grad_weight.dtype.element_ty), mask=weights)
     if BIAS:
         unit = at - num_weights
         units = (unit >= 0) & (unit < out_features)
-        acc = tl.zeros((SIZE,), tl.float32)
-        sums = bias_sums + unit
-        for _ in range(num_split_k):
-            acc += tl.load(sums, mask=units, other=0.0)
-            sums += out_features
+        acc = _total(bias_sums, unit, units, out_features, num_split_k, SIZE, TOGETHER)
         tl.store(grad_bias + unit, acc.to(grad_bias.dtype.element_ty), mask=units)
+
+
+@triton.jit
+def _total(sums, at, mask, stride, num_split_k, SIZE: tl.constexpr, TOGETHER: tl.constexpr):
+    """Over all chunks, TOGETHER at a time: their loads are all on their way before the first sum."""
+    acc = tl.zeros((SIZE,), tl.float32)
+    for first in range(0, num_split_k, TOGETHER):
+        chunk = first + tl.arange(0, TOGETHER)
+        place = chunk.to(tl.int64)[:, None] * stride + at[None, :]
+        known = (chunk < num_split_k)[:, None] & mask[None, :]
+        acc += tl.sum(tl.load(sums + place, mask=known, other=0.0), 0)
+    return acc

@@ -34,8 +34,8 @@ from maskmoe_kernels.ops.triton_support.launcher import Launch
 _C = TypeVar("_C")
 #: torch's float32_matmul_precision to that of a float32 product here.
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
-# Entries of grad_W that a program of ``total`` sums.
-_TOTAL = 1024
+# Sums of split-K chunks that a program of ``total`` loads at a time, and most of one entry.
+_LOADED, _TOGETHER = 4096, 64
 # Entries of grad_z that a program of ``form`` forms.
 _FORMED = 4096
 # Weights that a program of ``pack`` packs.
@@ -353,9 +353,12 @@ class _Backward:
 
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
         self._multiply = [(of_w, multiply(of_w, of_i)) for of_w, of_i in kinds]
+        together = min(_TOGETHER, triton.next_power_of_2(count))
+        size = _LOADED // together
         self._total = Launch(
-            kernels.total, (triton.cdiv(sum(sums), _TOTAL),), *sums, count, BIAS=bias, SIZE=_TOTAL
-        )
+            kernels.total, (triton.cdiv(sum(sums), size),), *sums, count,
+            BIAS=bias, SIZE=size, TOGETHER=together,
+        )  # fmt: skip
 
     def __call__(
         self,

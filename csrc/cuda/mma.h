@@ -211,9 +211,10 @@ struct WideMma {
     });
   }
 
-  // kWhole: high * low + low * high + high * high. The relative error of a product is about 2^-22;
-  // that of float32 is 2^-24. An infinite weight or input times a low part of 0 is NaN, where
-  // float32 has an infinity. Otherwise: high * high, with a relative error of 2^-11 a factor.
+  // kWhole: high * low + low * high + high * high. The instruction reads 11 bits of a low part, so
+  // that the relative error of a product is about 2^-21; that of float32 is 2^-24. Infinities
+  // become NaN, as their low part is. Otherwise: high * high, with a relative error of 2^-11 a
+  // factor.
   static MASKMOE_DEVICE void multiply(PerLane<Accumulator>& acc, const PerLane<A>& a,
                                       const PerLane<B>& b) {
     PerLane<A> a_high, a_low;
@@ -224,8 +225,8 @@ struct WideMma {
         a_high[lane].x[n] = tf32(a[lane].x[n]);
         b_high[lane].x[n] = tf32(b[lane].x[n]);
         if (!kWhole) continue;
-        a_low[lane].x[n] = low_part(a[lane].x[n], a_high[lane].x[n]);
-        b_low[lane].x[n] = low_part(b[lane].x[n], b_high[lane].x[n]);
+        a_low[lane].x[n] = a[lane].x[n] - a_high[lane].x[n];
+        b_low[lane].x[n] = b[lane].x[n] - b_high[lane].x[n];
       }
     });
     MASKMOE_UNROLL
@@ -242,10 +243,6 @@ struct WideMma {
   }
 
  private:
-  // The low part of a value: what rounding to TF32 leaves; 0 of infinity and NaN.
-  static MASKMOE_DEVICE float low_part(float v, float high) {
-    return high - high == 0.0f ? tf32(v - high) : 0.0f;
-  }
   // The nearest value with 11 significant bits.
   static MASKMOE_DEVICE float tf32(float v) {
 #ifdef __CUDACC__

@@ -11,11 +11,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.layout.serialized import registered_layout
-from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, products
+from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, operands, products
 from maskmoe_kernels.ops.selection.triton import gem_kernels, selection_kernels
 
 #: Multiprocessors that the launch code sees: those of an H200.
@@ -120,6 +121,8 @@ class _Recorder:
             if isinstance(value, torch.Tensor):
                 signature[name] = "*" + (_TYPES | _INTEGERS)[value.dtype]
                 aligned.append(k)
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
             elif name in options or value is None or value == 1:
                 signature[name] = "constexpr"
                 constants[name] = value
@@ -145,7 +148,7 @@ def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
     real, real_count = launch.kernels, products.processors
     before = torch.get_float32_matmul_precision()
     names = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")]
-    launch.kernels = SimpleNamespace(
+    launch.kernels = operands.kernels = SimpleNamespace(
         **{name: _Recorder(getattr(kernels, name), recorded) for name in names}
     )
     products.processors = launch.processors = lambda device: PROCESSORS
@@ -165,7 +168,8 @@ def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
             needs = (True, True, True)
             launch.backward(y, x, weight, saved, layout, shape.activation, needs)
     finally:
-        launch.kernels, launch.tune.choose = real, choose
+        launch.kernels = operands.kernels = real
+        launch.tune.choose = choose
         products.processors = launch.processors = real_count
         torch.set_float32_matmul_precision(before)
     yield from recorded

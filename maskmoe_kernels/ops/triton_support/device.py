@@ -19,6 +19,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@cache
+def has_tma(device: torch.device) -> bool:
+    """Has ``device`` a tensor memory accelerator? Only then do descriptors pay."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def is_capturing() -> bool:
     """Is a CUDA graph being captured on the current stream?"""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

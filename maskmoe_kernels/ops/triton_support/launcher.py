@@ -16,6 +16,7 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # Versions whose launcher is known to take what is given to it here.
 _KNOWN = (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
@@ -30,20 +31,28 @@ class Launch:
     Args:
         kernel: What Triton's ``jit`` made of a function.
         grid: One to three sizes.
+        described: That many of the first arguments, the last ones, are tensor descriptors.
         fixed: The arguments after the first tensors, as far as they are given by position.
         options: The other arguments, and Triton's own.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], *fixed: Any, **options: Any) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], *fixed: Any, described: int = 0, **options: Any
+    ) -> None:
         self._kernel, self._grid, self._fixed, self._options = kernel, grid, fixed, options
         self._sizes = (*grid, 1, 1)[:3]
+        self._described = described
         # What the launcher wants after the addresses, and what Triton compiled, by alignment.
         self._rest: tuple[Any, ...] = ()
         self._compiled: dict[tuple[bool, ...], tuple[Any, int, Any]] = {}
 
-    def __call__(self, device: int | None, *tensors: Tensor | None) -> None:
+    def __call__(self, device: int | None, *tensors: Any) -> None:
         """Launch on the current stream of ``device``, which is the current one."""
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        described: tuple[Any, ...] = ()
+        plain = tensors
+        if self._described:
+            plain, described = tensors[: -self._described], tensors[-self._described :]
+        addresses = [0 if t is None else t.data_ptr() for t in plain]
         aligned: tuple[bool, ...] = ()  # all of them
         if reduce(or_, addresses) & 15:
             aligned = tuple([address & 15 == 0 for address in addresses])
@@ -54,10 +63,10 @@ class Launch:
         run, function, metadata = found
         run(
             *self._sizes, driver.active.get_current_stream(device), function, metadata,
-            None, None, None, *addresses, *self._rest,
+            None, None, None, *addresses, *described, *self._rest,
         )  # fmt: skip
 
-    def _ordinary(self, aligned: tuple[bool, ...], tensors: tuple[Tensor | None, ...]) -> None:
+    def _ordinary(self, aligned: tuple[bool, ...], tensors: tuple[Any, ...]) -> None:
         compiled = self._kernel[self._grid](*tensors, *self._fixed, **self._options)
         if _KNOWN and isinstance(compiled, CompiledKernel) and not _watched(self._kernel):
             names = self._kernel.arg_names[len(tensors) + len(self._fixed) :]
@@ -65,6 +74,30 @@ class Launch:
             self._rest = tuple(v.data_ptr() if isinstance(v, Tensor) else v for v in rest)
             kept = compiled.run, compiled.function, compiled.packed_metadata
             self._compiled[aligned] = kept
+
+
+class Described:
+    """A matrix whose blocks a kernel reads by a tensor descriptor.
+
+    Triton's own class checks what it is given in every call; here, the caller has checked it once.
+
+    Args:
+        rows: Of the matrix.
+        columns: Side by side.
+        stride: From one row to the next: a multiple of 16 bytes, and so are addresses.
+        block: Rows and columns of a block.
+    """
+
+    def __init__(self, rows: int, columns: int, stride: int, block: tuple[int, int]) -> None:
+        self._fixed = {
+            "shape": [rows, columns], "strides": [stride, 1], "block_shape": [*block]
+        }  # fmt: skip
+
+    def __call__(self, matrix: Tensor) -> Any:
+        """The descriptor of ``matrix``."""
+        made = object.__new__(TensorDescriptor)
+        made.__dict__.update(self._fixed, base=matrix)
+        return made
 
 
 def _watched(kernel: Any) -> bool:

@@ -22,6 +22,8 @@ ALL = 1 << 20
 # their index takes four bytes each.
 _PACKED_ROWS = 4096
 _MOST_PACKED = 16 << 20
+# The inner dimension of a block that a tensor descriptor names has so many bytes, or it pays less.
+_LEAST_BLOCK = 64
 # Of a multiprocessor.
 _REGISTERS = 1 << 16
 # What the model takes a GPU for, a microsecond. Only ratios matter, and ``tune`` measures.
@@ -42,6 +44,7 @@ class Config:
         warps: Warps of a program.
         stages: Chunks in flight.
         packed: Are the weights put into the order of the tiles first?
+        tma: Of packed weights: does the tensor memory accelerator copy them, and the rows?
         apart: Of grad_W: does grad_x have a launch of its own?
         formed: Of grad_W: is the gradient before the activation formed once, beforehand?
         transposed: Of grad_W: are x and that gradient transposed beforehand? Tensor cores take
@@ -56,6 +59,7 @@ class Config:
     warps: int
     stages: int
     packed: bool = False
+    tma: bool = False
     apart: bool = False
     formed: bool = False
     transposed: bool = False
@@ -122,6 +126,7 @@ def packed_options(
     rows: int,
     dtype: torch.dtype,
     precision: str,
+    tma: bool,
 ) -> list[Config]:
     """At most four ways to multiply packed weights, the likeliest first.
 
@@ -131,6 +136,7 @@ def packed_options(
         rows: Rows of the batch.
         dtype: Of all matrices.
         precision: How products are taken: ``tl.dot``'s input precision.
+        tma: Can the tensor memory accelerator read the rows?
     """
     narrow = dtype.itemsize == 2
     if rows < _PACKED_ROWS or not (narrow or precision == "tf32"):
@@ -155,7 +161,23 @@ def packed_options(
     ]
     options += [replace(c, warps=4) for c in options if c.lanes == 128]
     options += [replace(c, rows=64) for c in options if c.lanes <= 64]
-    return options[:4]
+    described = _described_options(chunks, [n for _, n in found], depth, dtype) if tma else []
+    return [*described, *options][:4]
+
+
+def _described_options(
+    chunks: Callable[[int, int], Chunks], lanes: list[int], depth: int, dtype: torch.dtype
+) -> list[Config]:
+    """At most two ways with tensor descriptors: where every chunk is a run of neighbours."""
+    lanes = [n for n in lanes if n <= 128]
+    for k in (depth, depth // 2):
+        if lanes and k * dtype.itemsize >= _LEAST_BLOCK and chunks(lanes[0], k).runs:
+            found = []
+            for n in lanes:
+                warps, stages = (8, 3) if n > 64 and k == depth else (4, 4)
+                found.append(Config(128, n, k, 1, warps, stages, packed=True, tma=True))
+            return found
+    return []
 
 
 def _cost(

@@ -39,13 +39,14 @@ def pack(weight, packed, index, size, SIZE: tl.constexpr):
 
 @triton.jit
 def forward(
-    x, weight, packed, bias, y, z, partial,
+    x, weight, packed, bias, y, z, partial, described, described_weights,
     parts, tiles, units, features, packed_features, bases, strides,
     num_rows, x_stride, out_features, num_parts,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SHARED: tl.constexpr,
-    PACKED: tl.constexpr, FEATURE_GRAIN: tl.constexpr, PACKED_GRAIN: tl.constexpr,
-    UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, FEATURE_GRAIN: tl.constexpr,
+    PACKED_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output, and z where KEEP, for M rows and PARTS parts.
 
@@ -53,16 +54,17 @@ def forward(
     L2 cache; within a program, parts find it in the L1 cache.
     """
     groups = tl.cdiv(num_parts, PARTS)
-    rows = (tl.program_id(0) // groups).to(tl.int64) * M + tl.arange(0, M)
+    first_row = tl.program_id(0) // groups * M
+    rows = first_row.to(tl.int64) + tl.arange(0, M)
     row_mask = rows < num_rows
     start = tl.program_id(0) % groups * PARTS
     for k in range(start, tl.minimum(start + PARTS, num_parts)):
         part(
             tl.load(parts + k * 4), tl.load(parts + k * 4 + 1), tl.load(parts + k * 4 + 2),
-            tl.load(parts + k * 4 + 3), rows, row_mask, num_rows, x, x, x_stride, weight, packed,
-            tiles, units, features, packed_features, bases, strides, bias, y, z, partial,
-            out_features, "none", ACT, BIAS, KEEP, SPLIT, M, N, K, SHARED, PACKED, FEATURE_GRAIN,
-            PACKED_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
+            tl.load(parts + k * 4 + 3), first_row, rows, row_mask, num_rows, x, x, x_stride, weight,
+            packed, described, described_weights, tiles, units, features, packed_features, bases,
+            strides, bias, y, z, partial, out_features, "none", ACT, BIAS, KEEP, SPLIT, M, N, K,
+            SHARED, PACKED, TMA, FEATURE_GRAIN, PACKED_GRAIN, UNIT_GRAIN, WEIGHT_GRAIN, PRECISION,
         )  # fmt: skip
 
 
@@ -173,6 +175,7 @@ def form(grad_y, saved, grad_z, size, ACT: tl.constexpr, SIZE: tl.constexpr):
 @triton.jit
 def backward(
     grad_y, saved, x, transposed_weight, packed, grad_x, weight_sums, bias_sums,
+    described, described_weights,
     items, tiles, units, features, bases, strides,
     x_parts, x_tiles, x_units, x_features, packed_features, x_bases, x_strides,
     num_rows, split_k_rows, x_stride, in_features, out_features, num_weights, num_items, num_parts,
@@ -180,7 +183,7 @@ def backward(
     R: tl.constexpr, F: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
     FEATURE_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
     XM: tl.constexpr, XN: tl.constexpr, XK: tl.constexpr, XPARTS: tl.constexpr,
-    XSHARED: tl.constexpr, XPACKED: tl.constexpr, XFEATURE_GRAIN: tl.constexpr,
+    XSHARED: tl.constexpr, XPACKED: tl.constexpr, TMA: tl.constexpr, XFEATURE_GRAIN: tl.constexpr,
     PACKED_GRAIN: tl.constexpr, XUNIT_GRAIN: tl.constexpr, XWEIGHT_GRAIN: tl.constexpr,
     TRANSPOSED: tl.constexpr, OF_W: tl.constexpr, OF_X: tl.constexpr,
 ):  # fmt: skip
@@ -209,17 +212,19 @@ def backward(
     else:
         if OF_X:
             local -= num_items
-            rows = (first_row + local // groups * XM).to(tl.int64) + tl.arange(0, XM)
+            tile_row = first_row + local // groups * XM
+            rows = tile_row.to(tl.int64) + tl.arange(0, XM)
             row_mask = rows < last_row
             start = local % groups * XPARTS
             for k in range(start, tl.minimum(start + XPARTS, num_parts)):
                 part(
                     tl.load(x_parts + k * 4), tl.load(x_parts + k * 4 + 1),
-                    tl.load(x_parts + k * 4 + 2), -1, rows, row_mask, num_rows, grad_y, saved,
-                    out_features, transposed_weight, packed, x_tiles, x_units, x_features,
-                    packed_features, x_bases, x_strides, grad_x, grad_x, grad_x, grad_x,
-                    in_features, ACT, "none", False, False, False, XM, XN, XK, XSHARED, XPACKED,
-                    XFEATURE_GRAIN, PACKED_GRAIN, XUNIT_GRAIN, XWEIGHT_GRAIN, PRECISION,
+                    tl.load(x_parts + k * 4 + 2), -1, tile_row, rows, row_mask, num_rows, grad_y,
+                    saved, out_features, transposed_weight, packed, described, described_weights,
+                    x_tiles, x_units, x_features, packed_features, x_bases, x_strides, grad_x,
+                    grad_x, grad_x, grad_x, in_features, ACT, "none", False, False, False, XM, XN,
+                    XK, XSHARED, XPACKED, TMA, XFEATURE_GRAIN, PACKED_GRAIN, XUNIT_GRAIN,
+                    XWEIGHT_GRAIN, PRECISION,
                 )  # fmt: skip
 
 
@@ -242,7 +247,7 @@ def total(
 
 @triton.jit
 def _total(sums, at, mask, stride, num_split_k, SIZE: tl.constexpr, TOGETHER: tl.constexpr):
-    """Over all chunks, TOGETHER at a time: their loads are all on their way before the first sum."""
+    """Over all chunks; TOGETHER of them are loaded before the first is added."""
     acc = tl.zeros((SIZE,), tl.float32)
     for first in range(0, num_split_k, TOGETHER):
         chunk = first + tl.arange(0, TOGETHER)

@@ -25,10 +25,11 @@ from maskmoe_kernels.ops.masked_linear.triton.configs import (
     registers,
     split_k_chunks,
 )
+from maskmoe_kernels.ops.masked_linear.triton.operands import Packing, Transposed, forming
 from maskmoe_kernels.ops.masked_linear.triton.products import Pair, Product, products_of
 from maskmoe_kernels.ops.masked_linear.triton.tiles import Tiles
 from maskmoe_kernels.ops.triton_support import INTERPRETED
-from maskmoe_kernels.ops.triton_support.device import is_current, on, processors
+from maskmoe_kernels.ops.triton_support.device import has_tma, is_current, on, processors
 from maskmoe_kernels.ops.triton_support.launcher import Launch
 
 _C = TypeVar("_C")
@@ -36,12 +37,6 @@ _C = TypeVar("_C")
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 # Sums of split-K chunks that a program of ``total`` loads at a time, and most of one entry.
 _LOADED, _TOGETHER = 4096, 64
-# Entries of grad_z that a program of ``form`` forms.
-_FORMED = 4096
-# Weights that a program of ``pack`` packs.
-_PACKED = 1024
-# Rows and columns that a program of ``transpose`` moves.
-_SQUARE = 64
 
 
 def forward(
@@ -91,7 +86,8 @@ def output(
         bias = bias.contiguous()
     given = (x, weight.contiguous(), bias, y, z)
     precision = precision_of(x.dtype)
-    case = (activation, bias is None, z is None, precision, rows, stride, x.dtype, x.device)
+    tma = _aligned(x, stride)
+    case = (activation, bias is None, z is None, precision, rows, stride, tma, x.dtype, x.device)
     job: Any = pair.jobs.get(case)
     if job is not None and is_current(x.get_device()):
         job(*given)
@@ -101,12 +97,13 @@ def output(
             matrix = x.reshape(rows, -1)
 
             def options() -> list[Config]:
-                return pair.forward.options(matrix, precision)
+                return pair.forward.options(matrix, precision, tma=tma and has_tma(x.device))
 
             def made(config: Config) -> _Forward:
                 return _Forward(pair.forward, config, given, rows, stride, activation, precision)
 
-            job = _chosen("forward", layout, matrix, precision, options, made, given)
+            kind = "forward" if tma else "forward, unaligned"
+            job = _chosen(kind, layout, matrix, precision, options, made, given)
             pair.keep(case, job)
         job(*given)
     return y, z
@@ -140,7 +137,8 @@ def gradients(
     matrix, rows, stride = _matrix(x, layout.in_features)
     given = (grads, kept, matrix, weight, grad_x, grad_weight, grad_bias)
     precision = precision_of(x.dtype)
-    case = (activation, needs, precision, rows, stride, x.dtype, x.device)
+    tma = _aligned(grads, layout.out_features)
+    case = (activation, needs, precision, rows, stride, tma, x.dtype, x.device)
     job: Any = pair.jobs.get(case)
     if job is not None and is_current(x.get_device()):
         job(*given)
@@ -151,13 +149,14 @@ def gradients(
 
             def options() -> list[tuple[Config, Config]]:
                 of_weight = pair.forward.options(matrix, precision, gradient=True)
-                of_x = pair.transposed.options(matrix, precision)
+                can = tma and has_tma(x.device)
+                of_x = pair.transposed.options(matrix, precision, tma=can)
                 return gradient_options(of_weight, of_x, x.dtype, layout.out_features)
 
             def made(config: tuple[Config, Config]) -> _Backward:
                 return _Backward(pair, config, matrix, stride, activation, needs, precision)
 
-            kind = f"backward of {'x' * need_x}{'w' * need_weight}"
+            kind = f"backward of {'x' * need_x}{'w' * need_weight}{'' if tma else ', unaligned'}"
             job = _chosen(kind, layout, matrix, precision, options, made, given)
             pair.keep(case, job)
         job(*given)
@@ -181,6 +180,11 @@ def _matrix(x: Tensor, features: int) -> tuple[Tensor, int, int]:
     return x, x.shape[0], x.stride(0)
 
 
+def _aligned(matrix: Tensor, stride: int) -> bool:
+    """Can a tensor descriptor name ``matrix``, whose rows begin ``stride`` apart?"""
+    return not (matrix.data_ptr() | stride * matrix.element_size()) & 15
+
+
 def _chosen(
     kind: str,
     layout: BlockLayout,
@@ -202,41 +206,6 @@ def _chosen(
     return job(chosen)
 
 
-class _Packing:
-    """Puts weights into the order of the tiles of ``product``, where ``config`` says so.
-
-    Attributes:
-        parts: Those of the packed tiles; else of ``tiles``, as for the next two.
-        features: Of the chunks.
-        grain: Aligned runs of this many features lie together in every chunk.
-        is_on: Are weights packed?
-    """
-
-    def __init__(
-        self, product: Product, config: Config, tiles: Tiles, device: torch.device
-    ) -> None:
-        self._launch: Launch | None = None
-        self.parts, self.features = tiles.parts, tiles.features
-        self.grain, self.is_on = tiles.feature_grain, config.packed
-        self._device = device.index
-        if config.packed:
-            packed = product.packed(config, device)
-            self.parts, self.features = packed.parts, packed.features
-            self.grain, self._size = packed.feature_grain, packed.index.numel()
-            self._launch = Launch(
-                kernels.pack, (triton.cdiv(self._size, _PACKED),), packed.index, self._size,
-                SIZE=_PACKED,
-            )  # fmt: skip
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        """The packed weights; ``weight`` itself where they are not packed."""
-        if self._launch is None or not self._size:
-            return weight
-        packed = weight.new_empty(self._size)
-        self._launch(self._device, weight.contiguous(), packed)
-        return packed
-
-
 class _Forward:
     """One kernel over all parts; where parts are of split tiles, another that adds them up."""
 
@@ -254,9 +223,11 @@ class _Forward:
         out, device = y.shape[-1], x.device
         row_tiles = triton.cdiv(rows, config.rows)
         t = product.tiles(config, device, row_tiles)
-        self._packing = packing = _Packing(product, config, t, device)
+        self._packing = packing = Packing(product, config, t, device, rows, stride)
         parts = packing.parts.shape[0]
-        epilogue = {"ACT": activation, "BIAS": bias is not None, "KEEP": z is not None}
+        epilogue: dict[str, Any] = {
+            "ACT": activation, "BIAS": bias is not None, "KEEP": z is not None
+        }  # fmt: skip
         self._device = device.index
         self._no_sums = x.new_empty(0, dtype=torch.float32)
         self._sums = t.num_slots * rows * t.lanes
@@ -265,13 +236,14 @@ class _Forward:
             packing.parts, t.tiles, t.units, t.features, packing.features, t.bases, t.strides,
             rows, stride, out, parts,
             **epilogue, SPLIT=t.num_slots > 0, M=config.rows, N=t.lanes, K=t.depth,
-            PARTS=config.parts, SHARED=t.shared, PACKED=packing.is_on,
+            PARTS=config.parts, SHARED=t.shared, PACKED=packing.is_on, TMA=packing.tma,
             FEATURE_GRAIN=t.feature_grain, PACKED_GRAIN=packing.grain,
             UNIT_GRAIN=t.unit_grain, WEIGHT_GRAIN=t.weight_grain,
             PRECISION=precision, num_warps=config.warps, num_stages=config.stages,
             maxnreg=registers(
                 t, config.rows * t.lanes, config.warps, x.dtype, packed=config.packed
             ),
+            described=2,
         )  # fmt: skip
         self._reduce = Launch(
             kernels.reduce_parts, (triton.cdiv(rows, 16), t.splits.shape[0]),
@@ -287,7 +259,9 @@ class _Forward:
         sums = self._no_sums
         if self._sums:
             sums = x.new_empty(self._sums, dtype=torch.float32)
-        self._multiply(self._device, x, weight, self._packing(weight), bias, y, z, sums)
+        packed = self._packing(weight)
+        described = self._packing.described(x, packed)
+        self._multiply(self._device, x, weight, packed, bias, y, z, sums, *described)
         if self._sums:
             self._reduce(self._device, sums, bias, y, z)
 
@@ -312,14 +286,15 @@ class _Backward:
         need_x, need_weight, need_bias = needs
         layout, device, rows = pair.forward.layout, x.device, x.shape[0]
         self._device, self._nothing, self._need_x = device.index, x.new_empty(0), need_x
-        self._form = _forming(rows * layout.out_features, activation) if w.formed else None
+        self._form = forming(rows * layout.out_features, activation) if w.formed else None
         activation = "none" if w.formed else activation
         t, xt = pair.forward.tiles(w, device), pair.transposed.tiles(of_x, device)
-        self._packing = packing = _Packing(pair.transposed, of_x, xt, device)
+        packing = Packing(pair.transposed, of_x, xt, device, rows, layout.out_features)
+        self._packing = packing
         # Packed tiles of one row block each have no use for the weights as they come.
         in_order = need_x and (xt.shared or not of_x.packed)
         self._index = pair.index(device) if in_order else None
-        self._transposed = _Transposed(x, stride, layout, w.transposed and need_weight)
+        self._transposed = Transposed(x, stride, layout, w.transposed and need_weight)
         features = w.features or item_features(layout, t, x.dtype, precision)
         items = pair.forward.items(w, features, device)
         sums = layout.num_weights, layout.out_features
@@ -348,7 +323,8 @@ class _Backward:
                 ACT=activation, BIAS=bias, PRECISION=precision, R=step, F=features,
                 TRANSPOSED=self._transposed.is_on, OF_W=of_weight, OF_X=of_input,
                 **_tiles_of_weight(t), **_tiles_of_x(xt, of_x, packing),
-                num_warps=warps, num_stages=w.stages, maxnreg=limit,
+                num_warps=warps, num_stages=of_x.stages if of_x.tma and not of_weight else w.stages,
+                maxnreg=limit, described=2,
             )  # fmt: skip
 
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
@@ -390,7 +366,8 @@ class _Backward:
             of = (grad_y, saved, x)
             if is_of_weight and self._transposed.is_on:
                 of = self._transposed(grad_y, x)
-            multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias)
+            described = self._packing.described(grad_y, packed) if self._need_x else (None, None)
+            multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias, *described)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 
@@ -403,42 +380,14 @@ def _tiles_of_weight(t: Tiles) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiles_of_x(t: Tiles, config: Config, packing: _Packing) -> dict[str, Any]:
+def _tiles_of_x(t: Tiles, config: Config, packing: Packing) -> dict[str, Any]:
     """What the backward kernel knows of the tiles of grad_x when it is compiled."""
     return {
         "XM": config.rows, "XN": t.lanes, "XK": t.depth, "XPARTS": config.parts,
-        "XSHARED": t.shared, "XPACKED": packing.is_on, "XFEATURE_GRAIN": t.feature_grain,
-        "PACKED_GRAIN": packing.grain, "XUNIT_GRAIN": t.unit_grain,
-        "XWEIGHT_GRAIN": t.weight_grain,
+        "XSHARED": t.shared, "XPACKED": packing.is_on, "TMA": packing.tma,
+        "XFEATURE_GRAIN": t.feature_grain, "PACKED_GRAIN": packing.grain,
+        "XUNIT_GRAIN": t.unit_grain, "XWEIGHT_GRAIN": t.weight_grain,
     }  # fmt: skip
-
-
-class _Transposed:
-    """Transposes grad_z and x for a weight gradient that asks for it.
-
-    Attributes:
-        stride: Of what that gradient reads: from one row of x to the next, or from one column of
-            it to the next where it is transposed.
-    """
-
-    def __init__(self, x: Tensor, stride: int, layout: BlockLayout, is_on: bool) -> None:
-        self._device, self.is_on, self.stride = x.device.index, is_on, stride
-        if is_on:
-            rows, self.stride = x.shape[0], triton.cdiv(x.shape[0], 16) * 16  # aligned columns
-            self._launches = []
-            self._columns = (layout.out_features, layout.in_features)
-            for columns, of in zip(self._columns, (layout.out_features, stride), strict=True):
-                grid = (triton.cdiv(rows, _SQUARE), triton.cdiv(columns, _SQUARE))
-                sizes = (rows, columns, of, self.stride)
-                self._launches.append(Launch(kernels.transpose, grid, *sizes, SIZE=_SQUARE))
-
-    def __call__(self, grad_z: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What stands for grad_z, saved, and x."""
-        made = []
-        for launch, columns, matrix in zip(self._launches, self._columns, (grad_z, x), strict=True):
-            made.append(x.new_empty(columns * self.stride))
-            launch(self._device, matrix, made[-1])
-        return made[0], made[0], made[1]
 
 
 def _resources(
@@ -461,14 +410,6 @@ def _resources(
     if not of_input:
         return warps, None
     return warps, registers(xt, max(of_w, of_rows), warps, dtype, not formed, of_x.packed)
-
-
-def _forming(size: int, activation: str) -> Launch | None:
-    """The launch that forms grad_z, of ``size`` entries; None where that is grad_y itself."""
-    if activation == "none":
-        return None
-    grid = (triton.cdiv(size, _FORMED),)
-    return Launch(kernels.form, grid, size, ACT=activation, SIZE=_FORMED)
 
 
 def _split_k(rows: int, items: int, sums: int, count: int, alone: bool) -> tuple[int, int]:

@@ -65,6 +65,12 @@ class Chunks:
     counts: list[int]
     grain: int
 
+    @property
+    def runs(self) -> bool:
+        """Is every chunk one run of neighbouring features, without padding?"""
+        runs = (self.features >= 0).all() and (np.diff(self.features) == 1).all()
+        return bool(len(self.features) and runs)
+
 
 def cut_chunks(layout: BlockLayout, lanes: int, depth: int) -> Chunks:
     """The features of ``layout``'s packed tiles.

@@ -55,13 +55,22 @@ class Product:
             raise ReferenceError("tiles of a layout that nobody holds any more")
         return layout
 
-    def options(self, rows: Tensor, precision: str, gradient: bool = False) -> list[Config]:
-        """Ways to multiply ``rows``, the likeliest first; or to take the weight gradient."""
+    def options(
+        self, rows: Tensor, precision: str, gradient: bool = False, tma: bool = False
+    ) -> list[Config]:
+        """Ways to multiply ``rows``, the likeliest first; or to take the weight gradient.
+
+        Args:
+            rows: ``(rows, columns of the layout)``.
+            precision: How products are taken: ``tl.dot``'s input precision.
+            gradient: It is the product of x and grad_y, which gives grad_W.
+            tma: Can the tensor memory accelerator read ``rows``?
+        """
         count, dtype = processors(rows.device), rows.dtype
         found = candidates(self.cut, self.layout, rows.shape[0], dtype, precision, count, gradient)
         if gradient:
             return found
-        packed = packed_options(self.chunks, self.layout, rows.shape[0], dtype, precision)
+        packed = packed_options(self.chunks, self.layout, rows.shape[0], dtype, precision, tma)
         return [*packed, *found[: MOST - len(packed)]]
 
     def chunks(self, lanes: int, depth: int) -> Chunks:

@@ -8,6 +8,10 @@ Where PACKED, ``kernels.pack`` has put the weights into the order of the tiles f
 a matrix of lanes x features, 0 where a lane does not see a feature. A step of the loop then loads
 neighbouring weights from neighbouring addresses, and features are the inner dimension, as the
 tensor cores want it for 32 bits.
+
+Where TMA, every chunk is a run of neighbouring features besides, and tensor descriptors say where x
+and the packed weights lie: the tensor memory accelerator copies a block for one instruction of one
+thread. A block's rows beyond the matrix are 0; those beyond a program's rows are not stored.
 """
 
 from __future__ import annotations
@@ -146,6 +150,22 @@ def _multiply_packed(
 
 
 @triton.jit
+def _multiply_blocks(
+    chunk, last, first_row, described, described_weights, features,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_multiply_packed`, "plain", in blocks that descriptors name."""
+    acc = tl.zeros((M, N), tl.float32)
+    feature = tl.load(features + chunk * K, mask=chunk < last, other=0)
+    for c in tl.range(chunk, last):
+        a = described.load([first_row, feature])
+        b = described_weights.load([c * N, 0])
+        feature = tl.load(features + (c + 1) * K, mask=c + 1 < last, other=0)
+        acc = dot(a, tl.trans(b), acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def _put(
     acc, rows, mask, unit, lane, slot, num_rows, bias, y, z, partial, out_features,
     ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, SPLIT: tl.constexpr,
@@ -186,12 +206,14 @@ def units_of(units, tile, lane, GRAIN: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def part(
-    tile, chunk, last, slot, rows, row_mask, num_rows, x, saved, x_stride, weight, packed, tiles,
-    units, features, packed_features, bases, strides, bias, y, z, partial, out_features,
+    tile, chunk, last, slot, first_row, rows, row_mask, num_rows, x, saved, x_stride, weight,
+    packed, described, described_weights, tiles, units, features, packed_features, bases, strides,
+    bias, y, z, partial, out_features,
     IN_ACT: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
     SPLIT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-    PACKED: tl.constexpr, FEATURE_GRAIN: tl.constexpr, PACKED_GRAIN: tl.constexpr,
-    UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr, PRECISION: tl.constexpr,
+    PACKED: tl.constexpr, TMA: tl.constexpr, FEATURE_GRAIN: tl.constexpr,
+    PACKED_GRAIN: tl.constexpr, UNIT_GRAIN: tl.constexpr, WEIGHT_GRAIN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Multiplies and stores a part of a tile.
 
@@ -201,7 +223,12 @@ def part(
     """
     lane = tl.arange(0, N)
     unit = units_of(units, tile, lane, UNIT_GRAIN, N)
-    if PACKED:
+    if TMA:
+        acc = _multiply_blocks(
+            chunk, last, first_row, described, described_weights, packed_features, M, N, K,
+            PRECISION,
+        )  # fmt: skip
+    elif PACKED:
         acc, _ = _multiply_packed(
             chunk, last, rows, row_mask, x, saved, x_stride, packed, packed_features, IN_ACT, M, N,
             K, PACKED_GRAIN, PRECISION, "plain",

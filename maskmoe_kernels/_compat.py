@@ -47,6 +47,7 @@ __all__ = [
     "func_transforms",
     "has_any_global_hook",
     "is_batched",
+    "is_exporting",
     "is_fake",
     "keeps_graph",
     "outside_of_modes",
@@ -196,6 +197,16 @@ def _dense(device: torch.device) -> frozenset[int]:
         with torch.inference_mode(inference):
             found.append(_keys(torch.empty(0, device=device)).raw_repr())
     return frozenset(found)
+
+
+@constant_in_trace
+def is_exporting() -> bool:
+    """Is this a trace of ``torch.export``?
+
+    (2.11, 2.13: the flag behind ``torch.compiler.is_exporting``, which in 2.11 is true in every
+    trace.)
+    """
+    return bool(torch.compiler._is_exporting_flag)
 
 
 @constant_in_trace

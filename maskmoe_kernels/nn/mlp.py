@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import foreign_format, parameters_of_any_size, transformed
+from maskmoe_kernels._compat import (
+    foreign_format,
+    is_exporting,
+    parameters_of_any_size,
+    transformed,
+)
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -147,7 +152,7 @@ class MaskedMLP(Routed, nn.Sequential):
             LayoutError: A shape, dtype or device that does not fit.
         """
         # AOTInductor cannot call an op with an empty list, and other formats do not know it.
-        if transformed() or torch.compiler.is_exporting() or foreign_format() is not None:
+        if transformed() or is_exporting() or foreign_format() is not None:
             return None
         tracing = torch.compiler.is_dynamo_compiling()
         found = self._arguments(tracing)

@@ -128,7 +128,7 @@ def packed_options(
     precision: str,
     tma: bool,
 ) -> list[Config]:
-    """At most four ways to multiply packed weights, the likeliest first.
+    """At most six ways to multiply packed weights, the likeliest first.
 
     Args:
         chunks: Gives the chunks of packed tiles of so many lanes and so deep chunks.
@@ -162,7 +162,7 @@ def packed_options(
     options += [replace(c, warps=4) for c in options if c.lanes == 128]
     options += [replace(c, rows=64) for c in options if c.lanes <= 64]
     described = _described_options(chunks, [n for _, n in found], depth, dtype) if tma else []
-    return [*described, *options][:4]
+    return [*described, *options[:4]]
 
 
 def _described_options(
@@ -215,7 +215,7 @@ def _depth(layout: BlockLayout, lanes: int, dtype: torch.dtype) -> int:
 def gradient_options(
     of_weight: list[Config], of_x: list[Config], dtype: torch.dtype, most_units: int
 ) -> list[tuple[Config, Config]]:
-    """At most seven ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
+    """At most eight ways to take both gradients: grad_W's cut and grad_x's, the likeliest first.
 
     ``rows`` of the first are those of a step through the batch; ``most_units`` are the layer's.
     """
@@ -243,9 +243,9 @@ def gradient_options(
         ]
         apart = [*transposed, *apart]
     if packed:
-        pairs = [(apart[0], x) for x in packed[:3]]
+        pairs = [(apart[0], x) for x in packed[:4]]
         pairs += [(w, packed[0]) for w in apart[1:]]
-        return list(dict.fromkeys([*pairs[:4], *together[:2], (apart[0], plain[0])]))
+        return list(dict.fromkeys([*pairs[:5], *together[:2], (apart[0], plain[0])]))
     pairs = [(w, plain[min(k, len(plain) - 1)]) for k, w in enumerate(apart)]
     return list(dict.fromkeys([*together, *pairs, (formed[0], plain[0])]))
 

@@ -141,11 +141,18 @@ class _Recorder:
         )  # fmt: skip
 
 
-def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
-    """Yield the launches of a training step of ``shape``; ``every``: in every configuration."""
+def launches(shape: Shape, every: bool = False, tma: bool = True) -> Iterator[Launch]:
+    """Yield the launches of a training step of ``shape``.
+
+    Args:
+        shape: A layer.
+        every: In every configuration that would be measured.
+        tma: Has the GPU a tensor memory accelerator?
+    """
     layout, dtype = shape.layout, getattr(torch, shape.dtype)
     recorded: list[Launch] = []
-    real, real_count = launch.kernels, products.processors
+    real, real_count, real_tma = launch.kernels, products.processors, launch.has_tma
+    launch.has_tma = lambda device: tma
     before = torch.get_float32_matmul_precision()
     names = [name for name in vars(kernels) if hasattr(getattr(kernels, name), "arg_names")]
     launch.kernels = operands.kernels = SimpleNamespace(
@@ -169,7 +176,7 @@ def launches(shape: Shape, every: bool = False) -> Iterator[Launch]:
             launch.backward(y, x, weight, saved, layout, shape.activation, needs)
     finally:
         launch.kernels = operands.kernels = real
-        launch.tune.choose = choose
+        launch.tune.choose, launch.has_tma = choose, real_tma
         products.processors = launch.processors = real_count
         torch.set_float32_matmul_precision(before)
     yield from recorded

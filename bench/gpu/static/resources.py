@@ -49,7 +49,7 @@ def resources(compiled: Any) -> dict[str, Any]:
         "shared": compiled.metadata.shared,
         "tensor": len(_TENSOR_CORES.findall(ptx)),
         "wgmma": ptx.count("wgmma.mma_async"),
-        "async copies": ptx.count("cp.async.c"),
+        "async copies": ptx.count("cp.async.c") + ptx.count("cp.async.bulk.tensor"),
         "64-bit products": len(_WIDE.findall(ptx)),
     }
 
@@ -66,7 +66,7 @@ def _of_loop(code: str) -> dict[str, int]:
         back = _BRANCH.search(text)
         if back is not None and int(back[1], 16) < at:
             body = [other for k, other in lines if int(back[1], 16) <= k <= at]
-            if any("LDGSTS" in other for other in body):
+            if any("LDGSTS" in other or "UTMALDG" in other for other in body):
                 bodies.append(body)
     body = min(bodies, key=len, default=[text for _, text in lines])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,13 @@ COMPARED = (
 
 def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool) -> list[dict]:
     """One row for each distinct kernel and architecture."""
-    rows, seen = [], set()
-    named = [(shape.name, launch) for shape in shapes for launch in launches(shape, every)]
-    named += [(f"up to {dict(launch.constants)['HB']} experts", launch) for launch in objectives()]
-    for name, launch in named:
-        if launch.key in seen:
-            continue
-        seen.add(launch.key)
-        for architecture in architectures:
+    rows = []
+    for architecture in architectures:
+        seen = set()
+        for name, launch in _named(shapes, every, architecture):
+            if launch.key in seen:
+                continue
+            seen.add(launch.key)
             found = resources(launch.compile(architecture))
             rows.append(
                 {
@@ -50,10 +49,20 @@ def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool
     return rows
 
 
+def _named(
+    shapes: tuple[Shape, ...], every: bool, architecture: int
+) -> Iterator[tuple[str, Launch]]:
+    for shape in shapes:
+        for launch in launches(shape, every, tma=architecture >= 90):
+            yield shape.name, launch
+    for launch in objectives():
+        yield f"up to {dict(launch.constants)['HB']} experts", launch
+
+
 def _configuration(launch: Launch) -> str:
     """The configuration in short."""
     constants = dict(launch.constants)
-    names = "M R F N K SHARED PACKED SPLIT PARTS XM XN XK XSHARED XPACKED OF_W OF_X HB".split()
+    names = "M R F N K SHARED PACKED SPLIT PARTS XM XN XK XSHARED XPACKED TMA OF_W OF_X HB".split()
     parts = [
         f"{name}={int(constants[name]) if constants[name] < 1 << 20 else 'all'}"
         for name in names

@@ -323,7 +323,7 @@ def test_jacobian_support_is_the_mask(layout, seed):
     """Of the forward, by differences; of the gradient, the routed part of it."""
     assume(layout.in_features * layout.out_features <= 4000)
     x, weight, bias = drawn(layout, (1,), torch.float64, seed)
-    still = x.expand(layout.in_features, -1)
+    still = x.expand(layout.in_features, -1).contiguous()  # as the moved rows are
     moved = still + torch.eye(layout.in_features, dtype=torch.float64, device=DEVICE)
     change, before = (mk.masked_linear(t, weight, bias, layout) for t in (moved, still))
     change = change - before

@@ -68,8 +68,8 @@ for _ in range(LAYERS):
     step()
 print(resident() - before)
 """
-    layers = 150 if STEPS > 10000 else 30
-    assert grown(code.replace("LAYERS", str(layers))) < (60 if layers == 150 else 25)
+    layers = 150 if STEPS > 10000 else 12
+    assert grown(code.replace("LAYERS", str(layers))) < (60 if layers == 150 else 10)
 
 
 def test_steps_of_training_leave_nothing():

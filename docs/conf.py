@@ -26,7 +26,6 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
-autodoc_class_signature = "separated"
 autodoc_default_options = {"exclude-members": "__init__, __new__"}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # an attribute of a docstring is no object of its own

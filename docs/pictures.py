@@ -29,9 +29,8 @@ ROUTED, STOPPED = style.BLUE, "#A9CBE3"
 def draw_blocks(ax: Any, layout: mk.BlockLayout, columns: list[str], title: str) -> None:
     """Blocks of a layer, in the proportions of their widths."""
     patches = style.module("patches")
-    rows, cols = (
-        torch.tensor([0, *sizes]).cumsum(0).tolist() for sizes in (layout.row_sizes, layout.col_sizes)
-    )
+    sizes = (layout.row_sizes, layout.col_sizes)
+    rows, cols = (torch.tensor([0, *each]).cumsum(0).tolist() for each in sizes)
     for i, name in enumerate(FAMILY.names):
         for j in range(len(columns)):
             if layout.present[i, j]:

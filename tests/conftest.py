@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # A million objects of torch and of the tests live to the end: no collection looks at them again.
+    # A million objects of torch and of the tests live to the end: collections pass them over.
     gc.collect()
     gc.freeze()
 

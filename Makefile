@@ -30,8 +30,9 @@ SETUPTOOLS := -c 'import setuptools, sys; \
 	sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null
 # Who works on the kernels builds those for GPUs too, where nvcc is: naming it asks for them.
 export CUDACXX ?= $(shell command -v nvcc 2>/dev/null)
-# One thread a worker: the processes share the cores already.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
+# One thread a worker: the processes share the cores already. Tests start Python a hundred times, so what
+# they import is compiled once, whatever the environment says.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest \
 	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 .DEFAULT_GOAL := help

@@ -129,7 +129,7 @@ test-oldest: $(BUILT) $(OLDEST)/.ready ## Run the suite in build/oldest: Python 
 	    -n $(JOBS) --dist worksteal $(ARGS)
 
 test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows, pyro, captum, peft, accelerate, safetensors, ONNX
-	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/nn/test_deployment.py \
+	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/test_docs.py tests/nn/test_deployment.py \
 		tests/nn/test_unrouted.py $(ARGS)
 
 docs: $(BUILT) $(DOCS)/.ready ## Build the documentation into build/docs/html; a warning is an error

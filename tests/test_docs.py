@@ -1,11 +1,16 @@
 """The pages: their code runs, their commands, links and pictures exist, no name is left out."""
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.optim import Adam
 
 import maskmoe_kernels as mk
 from bench import arguments as bench_arguments
@@ -20,8 +25,8 @@ if not DOCS.is_dir():
     pytest.skip("not a checkout: there are no docs", allow_module_level=True)
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-#: Their code needs several processes or other packages: who runs it.
-ELSEWHERE = {"distributed.md": "tests/distributed", "other_libraries.md": "tests/interop"}
+#: Their code needs several processes, other packages or data: tests of their own run it.
+ELSEWHERE = {"distributed.md", "other_libraries.md", "sessions.md"}
 #: Of the extras that a page may need.
 EXTRAS = {"hypothesis", "matplotlib", "narwhals", "pandas", "polars", "pyarrow", "sklearn", "zuko"}
 
@@ -40,9 +45,8 @@ def fenced(page, *languages):
 @every_page
 def test_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
     if page.name in ELSEWHERE:
-        assert f"docs/{page.name}" in "".join(
-            path.read_text() for path in (ROOT / ELSEWHERE[page.name]).glob("test_*.py")
-        )
+        others = [path for path in (ROOT / "tests").rglob("test_*.py") if path != Path(__file__)]
+        assert any(f"docs/{page.name}" in path.read_text("utf-8")[:500] for path in others)
         return
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -58,10 +62,53 @@ def test_code_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
 
 def commands_of(page):
     """Commands of the package and of a checkout, each as its words."""
-    for _, code in fenced(page, "", "console", "sh"):
+    for _, code in fenced(page, "", "bash", "console", "sh"):
         for line in code.replace("\\\n", " ").splitlines():
             if command := re.match(r"(?:[A-Z_]+=\S+ )*((?:maskmoe|make|python3? -m) .*)", line):
                 yield shlex.split(command[1], comments=True)
+
+
+EXAMPLES = [
+    path for path in (ROOT / "maskmoe_kernels").rglob("*.py") if ">>> " in path.read_text("utf-8")
+]
+
+
+class Model(nn.Module):
+    """As an example has it that wraps a network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def loss(self, x, target):
+        return self.net.gem_loss(x, target)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_examples_of_docstrings_run(path):
+    """With the names of the package, and those that a reader has before the example."""
+    source = path.read_text("utf-8")
+    if "captum" in source:
+        pytest.importorskip("captum", reason="captum is not installed")
+    torch.manual_seed(0)
+    family = mk.SubsetFamily.powerset({"a": 2, "b": 3})
+    dense = nn.Linear(5, 4)
+    checkpoint = {"model": dense.state_dict(), "optimizer": Adam(dense.parameters()).state_dict()}
+    layer = mk.MaskedLinear.from_linear(dense, torch.rand(4, 5) < 0.5)
+    net = mk.InterpretableMLP(family, [4])
+    before = {
+        **vars(mk), "torch": torch, "nn": nn, "family": family, "layer": layer, "net": net,
+        "model": Model(net) if "fully_shard" in source else layer, "checkpoint": checkpoint,
+        "x": torch.randn(7, 5), "target": torch.rand(7).round(), "expert": 2,
+        "fully_shard": fully_shard,
+        "register_fsdp_forward_method": register_fsdp_forward_method,
+    }  # fmt: skip
+    module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    done = doctest.testmod(module, extraglobs=before)
+    assert done.attempted > 0
+    assert done.failed == 0
 
 
 @every_page

@@ -21,6 +21,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
 INTEROP := build/interop
+DOCS := build/docs
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
@@ -29,13 +30,14 @@ SETUPTOOLS := -c 'import setuptools, sys; \
 	sys.exit(int(setuptools.__version__.split(".")[0]) < 77)' 2>/dev/null
 # Who works on the kernels builds those for GPUs too, where nvcc is: naming it asks for them.
 export CUDACXX ?= $(shell command -v nvcc 2>/dev/null)
-# One thread a worker: the processes share the cores already.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
+# One thread a worker: the processes share the cores already. Tests start Python a hundred times, so what
+# they import is compiled once, whatever the environment says.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest \
 	$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(JOBS) --dist worksteal") $(ARGS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -127,8 +129,12 @@ test-oldest: $(BUILT) $(OLDEST)/.ready ## Run the suite in build/oldest: Python 
 	    -n $(JOBS) --dist worksteal $(ARGS)
 
 test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows, pyro, captum, peft, accelerate, safetensors, ONNX
-	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/nn/test_deployment.py \
+	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/test_docs.py tests/nn/test_deployment.py \
 		tests/nn/test_unrouted.py $(ARGS)
+
+docs: $(BUILT) $(DOCS)/.ready ## Build the documentation into build/docs/html; a warning is an error
+	@PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -m sphinx -q -W --keep-going docs $(DOCS)/html
+	@echo "The pages are in $(DOCS)/html/index.html"
 
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
@@ -216,26 +222,32 @@ $(OLDEST)/.ready: pyproject.toml
 	    printf '%s\n' "$$missing" | $(OLDEST)/bin/python -m pip $(INSTALL) -r /dev/stdin
 	@touch $@
 
-# What people use beside this package comes with much else, so it gets a venv on top of .venv.
+# What people use beside this package, and what builds the pages, come with much else, so they get
+# venvs on top of .venv: ON_TOP takes the folder, EXTRA prints what an extra requires.
 define ON_TOP
-import sysconfig, pathlib
-over = {"base": "$(INTEROP)", "platbase": "$(INTEROP)"}
+import sys, sysconfig, pathlib
+over = {"base": sys.argv[1], "platbase": sys.argv[1]}
 lines = [f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")]
 site = pathlib.Path(sysconfig.get_path("purelib", "venv", over))
 (site / "borrowed.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
 endef
-define INTEROP_EXTRA
-import tomllib
+define EXTRA
+import sys, tomllib
 with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["optional-dependencies"]["interop"], sep="\n")
+    print(*tomllib.load(file)["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 endef
-export ON_TOP INTEROP_EXTRA
+export ON_TOP EXTRA
 
 $(INTEROP)/.ready: pyproject.toml | $(READY)
-	@$(PY) -m venv $(INTEROP) && $(PY) -c "$$ON_TOP"
-	@$(PY) -c "$$INTEROP_EXTRA" | while read -r line; do \
+	@$(PY) -m venv $(INTEROP) && $(PY) -c "$$ON_TOP" $(INTEROP)
+	@$(PY) -c "$$EXTRA" interop | while read -r line; do \
 	    $(INTEROP)/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
 	        echo "$$line could not be installed; its tests are skipped." >&2; done
+	@touch $@
+
+$(DOCS)/.ready: pyproject.toml | $(READY)
+	@$(PY) -m venv $(DOCS) && $(PY) -c "$$ON_TOP" $(DOCS)
+	@$(PY) -c "$$EXTRA" docs | $(DOCS)/bin/python -m pip $(INSTALL) --retries 1 -r /dev/stdin
 	@touch $@
 
 # pip has built the extension already, without a word; what is compiled is not compiled again. Its

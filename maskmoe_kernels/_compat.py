@@ -11,6 +11,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -54,6 +57,7 @@ __all__ = [
     "parameters_of_any_size",
     "plain_call",
     "register_constant",
+    "register_flops",
     "transformed",
     "without_autocast",
     "without_tracer",
@@ -242,3 +246,55 @@ def parameters_of_any_size() -> Any:
 
     options = {"force_parameter_static_shapes": False, "assume_static_by_default": True}
     return decorators.DynamoConfigPatchProxy(config.patch(options))
+
+
+# --- FLOP formulas -------------------------------------------------------------------------------
+
+_FLOP_COUNTER = "torch.utils.flop_counter"
+
+
+class _FlopFormulas(MetaPathFinder):
+    """Registers formulas when torch's FLOP counter is imported, by whomever.
+
+    That module imports Triton, for a third of the time that torch itself takes: importing this
+    package must not import it.
+    """
+
+    def __init__(self) -> None:
+        self.formulas: list[tuple[Any, Callable[..., int], bool]] = []
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        """The spec that Python finds, whose loader registers the formulas, too."""
+        if name != _FLOP_COUNTER:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        load: Callable[[ModuleType], None] = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            for op, formula, raw in self.formulas:
+                module.register_flop_formula(op, get_raw=raw)(formula)
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+_flop_formulas = _FlopFormulas()
+sys.meta_path.insert(0, _flop_formulas)
+
+
+def register_flops(op: Any, formula: Callable[..., int], raw: bool = False) -> None:
+    """``torch.utils.flop_counter.register_flop_formula``, as soon as that module is imported.
+
+    Args:
+        op: As of ``torch.ops.maskmoe``.
+        formula: FLOPs from the op's arguments.
+        raw: It takes tensors; else their shapes.
+    """
+    counter = sys.modules.get(_FLOP_COUNTER)
+    if counter is None:
+        _flop_formulas.formulas.append((op, formula, raw))
+    else:
+        counter.register_flop_formula(op, get_raw=raw)(formula)

@@ -1,5 +1,6 @@
 """What every test shares: hypothesis profiles, the device, the data folder."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -57,6 +58,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    # A million objects of torch and of the tests live to the end: collections pass them over.
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else the end of the process would find them leaked
 
 
 @pytest.fixture(scope="session")

@@ -161,7 +161,7 @@ class InterpretableMLP(Routed):
             BackendError: The parameters are sharded, and no module that gathers them was called.
 
         Example:
-            >>> fully_shard(model)  # model.net is this module, model.loss calls its gem_loss
+            >>> model = fully_shard(model)  # model.net is this module, model.loss its gem_loss
             >>> register_fsdp_forward_method(model, "loss")
             >>> model.loss(x, target).backward()
         """

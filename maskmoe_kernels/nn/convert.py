@@ -48,7 +48,7 @@ class ConversionRecord:
 
 
 class ConversionReport(Sequence[ConversionRecord]):
-    """One :class:`ConversionRecord` a layer; printed, a line each."""
+    """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each."""
 
     def __init__(self, records: Iterable[ConversionRecord]) -> None:
         self.records = tuple(records)
@@ -177,7 +177,7 @@ def convert_(
         optimizers: One, or several, of torch's elementwise ones (SGD, Adam, AdamW, ...).
 
     Returns:
-        One record a layer: was it replaced, and why not?
+        Was each layer replaced, and why not? One record for each.
 
     Raises:
         LayoutError: ``model`` is no module; ``batch``, ``force`` or ``backend`` is none.

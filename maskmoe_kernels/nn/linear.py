@@ -256,7 +256,7 @@ class MaskedLinear(Routed):
 
         Example:
             >>> for rows in layer.row_weights():
-            ...     nn.init.kaiming_uniform_(rows, nonlinearity="relu")
+            ...     _ = nn.init.kaiming_uniform_(rows, nonlinearity="relu")
         """
         layout = self.layout
         offsets = layout.weight_offsets

@@ -40,8 +40,9 @@ def pack_optimizer_state(model: nn.Module) -> Hook:
 
     Example:
         >>> optimizer = torch.optim.Adam(model.parameters())
-        >>> optimizer.register_load_state_dict_pre_hook(pack_optimizer_state(model))
+        >>> handle = optimizer.register_load_state_dict_pre_hook(pack_optimizer_state(model))
         >>> model.load_state_dict(checkpoint["model"])
+        <All keys matched successfully>
         >>> optimizer.load_state_dict(checkpoint["optimizer"])
     """
     check_kind(nn.Module, model=model)

@@ -27,7 +27,7 @@ QUICK = [
 ]
 RUNNERS = (*QUICK, *INTERPRETED)
 #: For hypothesis to sample from: one example in ten or so for the interpreter.
-DRAWN = (*QUICK * 2, *INTERPRETED)
+DRAWN = (*QUICK * 3, *INTERPRETED)
 
 
 def select(runner, dtype=torch.float32):

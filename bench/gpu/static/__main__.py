@@ -41,7 +41,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--all", action="store_true", help="every configuration that may be tried")
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES)
-    parser.add_argument("--shapes", nargs="+", help="families to keep")
+    parser.add_argument("--shapes", nargs="+", help="families, or shapes by name")
     parser.add_argument(
         "--check", type=Path, nargs="+", help="compare with the one that is of this Triton"
     )
@@ -56,7 +56,8 @@ def main(words: list[str] | None = None) -> int:
             known = {"triton": triton.__version__, "estimate": " ".join(note.split()), "rows": rows}
             given.write.write_text(json.dumps(known, indent=1) + "\n")
         return 0
-    shapes = tuple(s for s in SHAPES if not given.shapes or s.family in given.shapes)
+    kept = given.shapes or list(FAMILIES)
+    shapes = tuple(s for s in SHAPES if s.family in kept or s.name in kept)
     rows = table(shapes, tuple(given.arch or ARCHITECTURES), given.all)
     _print(rows, f"Compiled by Triton {triton.__version__}, not run")
     known = committed(given.check or ())

@@ -9,7 +9,7 @@ from typing import Any
 
 import triton
 
-from bench.gpu.static.launches import Launch, Shape, launches, objectives
+from bench.gpu.static.launches import SHAPES, Launch, Shape, launches, objectives
 from bench.gpu.static.resources import broken_rules, resources
 
 #: Columns that must be as in the committed table.
@@ -27,14 +27,20 @@ COMPARED = (
 
 
 def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool) -> list[dict]:
-    """One row for each distinct kernel and architecture."""
+    """One row for each distinct kernel and architecture: of ``shapes``, and of the objectives.
+
+    What several shapes launch is the first one's, whether or not that is among them.
+    """
     rows = []
+    left_out = {shape.name for shape in SHAPES if shape not in shapes}
     for architecture in architectures:
         seen = set()
-        for name, launch in _named(shapes, every, architecture):
+        for name, launch in _named(every, architecture):
             if launch.key in seen:
                 continue
             seen.add(launch.key)
+            if name in left_out:
+                continue
             found = resources(launch.compile(architecture))
             rows.append(
                 {
@@ -49,10 +55,8 @@ def table(shapes: tuple[Shape, ...], architectures: tuple[int, ...], every: bool
     return rows
 
 
-def _named(
-    shapes: tuple[Shape, ...], every: bool, architecture: int
-) -> Iterator[tuple[str, Launch]]:
-    for shape in shapes:
+def _named(every: bool, architecture: int) -> Iterator[tuple[str, Launch]]:
+    for shape in SHAPES:
         for launch in launches(shape, every, tma=architecture >= 90):
             yield shape.name, launch
     for launch in objectives():

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from maskmoe_kernels._compat import register_flops
 from maskmoe_kernels.errors import LayoutError
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.serialized import layout_of
@@ -199,7 +199,7 @@ for _name, _backend in OPS.items():
         _LIBRARY.define(_op + _schema, tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(_op, _run, "CompositeExplicitAutograd")
         torch.library.register_fake("maskmoe::" + _op, _fake, lib=_LIBRARY)
-        register_flop_formula(getattr(torch.ops.maskmoe, _op), get_raw=True)(_flops)
+        register_flops(getattr(torch.ops.maskmoe, _op), _flops, raw=True)
 
 # The C++ kernels call it before they plan the execution of a layout that they have not met. It
 # returns the error: the dispatcher would lose the message of an exception.

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
+from maskmoe_kernels._compat import register_flops
 from maskmoe_kernels.ops.masked_mlp import torch_impl
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
@@ -136,7 +136,7 @@ for _name in _MLPS:
 for _name in ("masked_mlp_gem", "masked_mlp_expert_loss"):
     torch.library.register_fake("maskmoe::" + _name, _loss_fake, lib=_LIBRARY)
 torch.library.register_fake("maskmoe::masked_mlp_mixture", _mixture_fake, lib=_LIBRARY)
-register_flop_formula(torch.ops.maskmoe.masked_mlp)(_flops)
+register_flops(torch.ops.maskmoe.masked_mlp, _flops)
 
 # Looking an op up on torch.ops takes as long as a small layer.
 FORWARD = torch.ops.maskmoe.masked_mlp.default

@@ -43,12 +43,12 @@ def selection(
     Args:
         logits: z, ``(*, H)``, or ``(*, H, K)``; see ``outputs``.
         family: The subsets of the H experts.
-        confidence: ``"abs"`` |F|, ``"square"`` F^2, ``"smooth"`` 2|F|^4 / (1 + |F|^3),
-            ``"rare"`` (see :func:`rare_positive`), where F = tanh(z); or a function of the logits,
-            its values clamped to [0, 1].
+        confidence: ``"abs"``: ``|F|``; ``"square"``: ``F^2``; ``"smooth"``:
+            ``2 |F|^4 / (1 + |F|^3)``; ``"rare"``: see :func:`rare_positive`; where F = tanh(z).
+            Or a function of the logits, its values clamped to [0, 1].
         sharpness: Power to which the confidence of every expert with a larger one above it is
             raised. Larger values leave more samples to the larger experts.
-        outputs: K classes an expert, at least 2, whose probabilities are ``softmax(z)``: |F| is
+        outputs: K classes an expert, at least 2, whose probabilities are ``softmax(z)``: ``|F|`` is
             then (K max p - 1) / (K - 1), and there is no ``"rare"``. ``None``: one logit an
             expert, ``p = sigmoid(2 z)``, the same as two classes with the logits -z and z.
 

@@ -30,7 +30,8 @@ Pair = tuple[Tensor, Tensor]
 def rare_positive(threshold: float = 0.3, power: int = 4) -> Callable[[Tensor], Tensor]:
     """Confidence for rare positives: 0 at p = ``threshold``, 1 at p = 1 (authors' MovieLens code).
 
-    With p = sigmoid(2 z) and q = |p - t|: c = q^k / (1 + q^(k-1)) * (1 + (1-t)^(k-1)) / (1-t)^k.
+    With p = sigmoid(2 z) and ``q = |p - t|``: c is
+    ``q^k / (1 + q^(k-1)) * (1 + (1-t)^(k-1)) / (1-t)^k``.
 
     Args:
         threshold: t, the probability that carries no confidence, in (0, 0.5].

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from maskmoe_kernels.cli import main
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.trainer import Trainer
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
@@ -89,18 +91,26 @@ def test_interrupted_runs_end_as_an_undisturbed_one(
     assert_same_run(checkpoint(tmp_path), undisturbed)
 
 
+@pytest.fixture
+def _threads_stay() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_threads_stay")
 def test_killed_runs_end_as_an_undisturbed_one(data: Path, tmp_path: Path) -> None:
     words = ["skip", "train", "--data", str(data), "--batch", "48", "--width", "3"]
     words += ["--layers", "1", "--epochs", "2", "--lr", "1e-3", "--save-every", "2", "--threads"]
     whole, killed = ([*words, "1", "--out", str(tmp_path / name)] for name in ("whole", "killed"))
-    assert command(whole) == 0
+    assert main(whole) == 0
     # Half-way through writing the third checkpoint; then between two others.
     assert command(killed, "save:3") == -signal.SIGKILL
     assert len(list((tmp_path / "killed").glob(".unfinished-*"))) == 1
     killed.append("--resume")
     assert command(killed, "step:3") == -signal.SIGKILL
-    assert command(killed) == 0
+    assert main(killed) == 0
     assert_same_run(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
     left = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert left == ["checkpoint.pt", "learning_curves.png", "report.json"]

@@ -233,7 +233,7 @@ class Command:
 
 
 COMMANDS = {
-    "prove": Command("is everything right?", 200.0, prove),
+    "prove": Command("is everything right?", 230.0, prove),
     "measure": Command("every rival and floor", 230.0, measure),
     "tune": Command("every tile configuration of some layers", 220.0, tune),
 }

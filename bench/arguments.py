@@ -42,6 +42,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_flows(commands)
     _add_overhead(commands)
     _add_shapley(commands)
+    _add_explain(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
 
@@ -133,6 +134,25 @@ def _add_shapley(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="samples that a rival draws for a coalition (default: 10 100 1000)",
     )
     # fmt: on
+    add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("explain", help="what explanations cost", **_texts(
+        "Shapley values, interactions, Moebius coefficients and sufficient experts of a power set\n"
+        "of groups, beside the forward pass that makes their logits; and steps of training with\n"
+        "uniform weights, beside the paper's weights and a list of networks. Writes\n"
+        "explanation_cost.json into --out.",
+        f"{PROGRAM} explain --groups 8 --rows 65536",
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--groups", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    add("--width", type=_positive, default=16, metavar="D", help="units (default: %(default)s)")
+    add("--rows", type=_positive, default=65536, metavar="B", help="default: %(default)s")
+    batch = "samples a step of training (default: 256 1024)"
+    add("--batch", nargs="+", type=_positive, metavar="B", help=batch)
+    add("--rounds", type=_positive, default=7, metavar="N", help="default: %(default)s")
     add("--smoke", action="store_true", help="a tiny case: does it run?")
     _add_common(parser)
 

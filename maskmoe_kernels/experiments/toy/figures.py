@@ -22,8 +22,9 @@ from maskmoe_kernels.experiments.shared.plot_style import (
     save,
 )
 from maskmoe_kernels.experiments.toy.data import SIGMA, ToyTask, held_out
+from maskmoe_kernels.experiments.toy.evaluate import explained
 from maskmoe_kernels.models import InterpretableMLP
-from maskmoe_kernels.ops.selection import Mixture, mixture
+from maskmoe_kernels.ops.selection import Mixture
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,10 @@ class Plane:
 
 
 @torch.no_grad()
-def draw_figures(
-    net: InterpretableMLP, task: ToyTask, confidence: str, out: Path, seed: int = 0
-) -> None:
+def draw_figures(net: InterpretableMLP, task: ToyTask, rule: str, out: Path, seed: int = 0) -> None:
     """Figure 5 (``panels.png``), ``plane.png`` and ``hasse.png`` of a trained net, in ``out``."""
-    samples = partial(_sampled_plane, net, task, confidence, seed)
-    lattice = partial(_lattice_plane, net, task, confidence)
+    samples = partial(_sampled_plane, net, task, rule, seed)
+    lattice = partial(_lattice_plane, net, task, rule)
     names = task.family.names
     about = f"Toy ({task.name}): {task.title}"
     planes = [samples(axes) for axes in task.planes]
@@ -65,15 +64,15 @@ def draw_figures(
 
 
 def _sampled_plane(
-    net: InterpretableMLP, task: ToyTask, confidence: str, seed: int, axes: tuple[int, int]
+    net: InterpretableMLP, task: ToyTask, rule: str, seed: int, axes: tuple[int, int]
 ) -> Plane:
     x, y, which = held_out(task, 6000, seed)
     lies = torch.tensor([cluster.noisy == axes for cluster in task.clusters])[which]
-    return _plane(net, task, confidence, axes, x[lies], y[lies])
+    return _plane(net, task, rule, axes, x[lies], y[lies])
 
 
 def _lattice_plane(
-    net: InterpretableMLP, task: ToyTask, confidence: str, axes: tuple[int, int], side: int = 240
+    net: InterpretableMLP, task: ToyTask, rule: str, axes: tuple[int, int], side: int = 240
 ) -> Plane:
     # Inputs off the plane are zero, as they are in the samples.
     centers = torch.tensor([c.center for c in task.clusters if c.noisy == axes])[:, list(axes)]
@@ -82,14 +81,14 @@ def _lattice_plane(
     line = torch.linspace(-reach, reach, side)
     x = torch.zeros(side * side, len(task.clusters[0].center))
     x[:, list(axes)] = torch.cartesian_prod(line, line)
-    plane = _plane(net, task, confidence, axes, x, torch.full((len(x),), float("nan")))
+    plane = _plane(net, task, rule, axes, x, torch.full((len(x),), float("nan")))
     return replace(plane, centers=centers, center_labels=labels)
 
 
 def _plane(
     net: InterpretableMLP,
     task: ToyTask,
-    confidence: str,
+    rule: str,
     axes: tuple[int, int],
     x: Tensor,
     y: Tensor,
@@ -101,7 +100,7 @@ def _plane(
         points=x[:, list(axes)],
         labels=y,
         experts=torch.sigmoid(2 * logits),
-        mixture=mixture(logits, task.family, confidence),
+        mixture=explained(logits, task.family, rule),
     )
 
 

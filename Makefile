@@ -21,6 +21,7 @@ SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
 INTEROP := build/interop
+EXPLAINERS := build/explainers
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
@@ -35,7 +36,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop posthoc clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -130,6 +131,9 @@ test-interop: $(BUILT) $(INTEROP)/.ready ## Run tests/interop with zuko, nflows,
 	@OMP_NUM_THREADS=1 $(INTEROP)/bin/python -m pytest tests/interop tests/nn/test_deployment.py \
 		tests/nn/test_unrouted.py $(ARGS)
 
+posthoc: $(BUILT) $(EXPLAINERS)/.ready ## Explain the toy by LIME, KernelSHAP, IntegratedGradients, DeepLift, and by experts
+	@OMP_NUM_THREADS=1 $(EXPLAINERS)/bin/python -m bench posthoc $(ARGS)
+
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -218,24 +222,25 @@ $(OLDEST)/.ready: pyproject.toml
 
 # What people use beside this package comes with much else, so it gets a venv on top of .venv.
 define ON_TOP
-import sysconfig, pathlib
-over = {"base": "$(INTEROP)", "platbase": "$(INTEROP)"}
+import pathlib, sys, sysconfig
+over = dict.fromkeys(("base", "platbase"), sys.argv[1])
 lines = [f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")]
 site = pathlib.Path(sysconfig.get_path("purelib", "venv", over))
 (site / "borrowed.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
 endef
-define INTEROP_EXTRA
-import tomllib
+define EXTRA
+import sys, tomllib
 with open("pyproject.toml", "rb") as file:
-    print(*tomllib.load(file)["project"]["optional-dependencies"]["interop"], sep="\n")
+    print(*tomllib.load(file)["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
 endef
-export ON_TOP INTEROP_EXTRA
+export ON_TOP EXTRA
 
-$(INTEROP)/.ready: pyproject.toml | $(READY)
-	@$(PY) -m venv $(INTEROP) && $(PY) -c "$$ON_TOP"
-	@$(PY) -c "$$INTEROP_EXTRA" | while read -r line; do \
-	    $(INTEROP)/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
-	        echo "$$line could not be installed; its tests are skipped." >&2; done
+# The folder has the name of the extra.
+$(INTEROP)/.ready $(EXPLAINERS)/.ready: build/%/.ready: pyproject.toml | $(READY)
+	@$(PY) -m venv build/$* && $(PY) -c "$$ON_TOP" build/$*
+	@$(PY) -c "$$EXTRA" $* | while read -r line; do \
+	    build/$*/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
+	        echo "$$line could not be installed; what needs it is left out." >&2; done
 	@touch $@
 
 # pip has built the extension already, without a word; what is compiled is not compiled again. Its

@@ -43,6 +43,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_overhead(commands)
     _add_shapley(commands)
     _add_explain(commands)
+    _add_posthoc(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
 
@@ -153,6 +154,22 @@ def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     batch = "samples a step of training (default: 256 1024)"
     add("--batch", nargs="+", type=_positive, metavar="B", help=batch)
     add("--rounds", type=_positive, default=7, metavar="N", help="default: %(default)s")
+    add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
+
+
+def _add_posthoc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("posthoc", help="the toy, explained post hoc and by us", **_texts(
+        "The toy task, whose causes are known: a black box explained by LIME, KernelSHAP,\n"
+        "integrated gradients and DeepLift, where lime, shap and captum are installed, beside the\n"
+        "paper's mixture and ours. Writes posthoc.json and posthoc.png into --out.",
+        f"{PROGRAM} posthoc --threads 1",
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--epochs", type=_positive, default=30, metavar="N", help="default: %(default)s")
+    add("--samples", type=_positive, default=1000, metavar="N", help="default: %(default)s")
+    side = "points along an axis of the picture (default: %(default)s)"
+    add("--side", type=_positive, default=61, metavar="N", help=side)
     add("--smoke", action="store_true", help="a tiny case: does it run?")
     _add_common(parser)
 

@@ -28,6 +28,7 @@ from bench.networks import (
     flows,
     mlp_training,
     movielens_training,
+    posthoc,
     shapley_truth,
     training,
 )
@@ -241,10 +242,17 @@ def _explain(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _posthoc(arguments: argparse.Namespace, console: Console) -> int:
+    sizes = arguments.epochs, arguments.samples, arguments.side
+    posthoc.run(*((1, 40, 5) if arguments.smoke else sizes), arguments.out, console)
+    return 0
+
+
 _CPU_ONLY = {
     "flows": "flows are measured",
     "shapley": "Shapley values are compared",
     "explain": "explanations are measured",
+    "posthoc": "explanations are compared",
 }
 #: What a command writes; of ``train``, by its model.
 _FILES = {
@@ -253,6 +261,7 @@ _FILES = {
     "overhead": overhead.NAME,
     "shapley": shapley_truth.NAME,
     "explain": explanation_cost.FILE,
+    "posthoc": posthoc.FILE,
     "movielens": movielens_training.SUBJECT.file,
     "skip": "skip_training.json",
     "mlp": mlp_training.FILE,
@@ -264,5 +273,6 @@ _COMMANDS = {
     "overhead": _overhead,
     "shapley": _shapley,
     "explain": _explain,
+    "posthoc": _posthoc,
     "train": _train,
 }

@@ -328,6 +328,7 @@ WORDS = {
     "overhead": "overhead --rows 2 --rounds 1 --calls 1 --no-compile".split(),
     "shapley": ["shapley", "--smoke"],
     "explain": ["explain", "--smoke"],
+    "posthoc": ["posthoc", "--smoke"],
     "train": ["train", "--smoke", "--no-compile"],
 }
 

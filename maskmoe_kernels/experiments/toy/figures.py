@@ -141,7 +141,7 @@ def _panels_of_plane(axes: Sequence[Any], plane: Plane, names: Sequence[str]) ->
         # A trace of what is not selected stays visible, so that the clusters keep their places.
         shown.append((f"Expert {name}", _label_colors(plane.experts[:, i]), 0.04 + 0.96 * alpha))
     shown.append(("Mixture of the experts", _label_colors(plane.mixture.probability), opaque))
-    shown.append(("Attribution", _mix(plane.mixture.attribution), opaque))
+    shown.append(("Attribution", mixed_colours(plane.mixture.attribution), opaque))
     for ax, (name, colors, alpha) in zip(axes, shown, strict=False):
         rgba = torch.cat([colors, alpha.to(colors).clamp(0, 1)[:, None]], 1).numpy()
         ax.scatter(*plane.points.T.numpy(), c=rgba, s=7, linewidths=0)
@@ -163,7 +163,7 @@ def toy_plane(
         side = round(len(plane.points) ** 0.5)
         if side * side != len(plane.points):
             raise LayoutError(f"points must be a square lattice, got {len(plane.points)} of them")
-        image = _mix(plane.mixture.attribution).view(side, side, 3).transpose(0, 1).numpy()
+        image = mixed_colours(plane.mixture.attribution).view(side, side, 3).transpose(0, 1).numpy()
         low, high = float(plane.points.min()), float(plane.points.max())
         ax.imshow(image, origin="lower", extent=(low, high, low, high), interpolation="nearest")
         line = torch.linspace(low, high, side).numpy()
@@ -176,7 +176,7 @@ def toy_plane(
     figure.suptitle(f"{title}\nWhich expert answers where, and where the answer turns", fontsize=13)
     lines = module("lines")
     handles = [
-        *_expert_handles(names, "attributed to {}"),
+        *expert_handles(names, "attributed to {}"),
         lines.Line2D([], [], color="black", lw=1.2, label="decision boundary (prediction 0.5)"),
         *(_dot(color, f"cluster with label {k}", True) for k, color in _LABELS),
     ]
@@ -217,7 +217,7 @@ def _plane_axes(ax: Any, plane: Plane, title: str) -> None:
 def _label_and_expert_legend(figure: Any, names: Sequence[str]) -> None:
     handles = [_dot(color, f"label or prediction {k}") for k, color in _LABELS]
     handles.append(_dot("#D9D9D9", "undecided (0.5)"))
-    handles += _expert_handles(names, "attributed to {}")
+    handles += expert_handles(names, "attributed to {}")
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -230,7 +230,8 @@ def _label_and_expert_legend(figure: Any, names: Sequence[str]) -> None:
     )
 
 
-def _expert_handles(names: Sequence[str], text: str) -> list[Any]:
+def expert_handles(names: Sequence[str], text: str) -> list[Any]:
+    """Entries of a legend: each expert's colour and ``text`` with its name."""
     patches = module("patches")
     return [
         patches.Patch(color=color, label=text.format(name))
@@ -264,7 +265,7 @@ def _label_colors(probability: Tensor) -> Tensor:
     return torch.where(p < 0.5, low, high)
 
 
-def _mix(attribution: Tensor) -> Tensor:
+def mixed_colours(attribution: Tensor) -> Tensor:
     """The experts' colours, weighted by their shares: ``(n, 3)``."""
     basis = torch.stack([_rgb(color) for color in EXPERTS[: attribution.shape[-1]]])
     return (attribution.float().cpu() @ basis).clamp(0, 1)

@@ -30,6 +30,8 @@ from maskmoe_kernels.experiments.shared.plot_style import (
 _PROBABILITIES = (0.001, 0.01, 0.03, 0.1, 0.25, 0.5, 0.75, 0.9, 0.97, 0.99, 0.999)
 #: Most samples that are drawn as points; more would hide each other.
 _POINTS = 1500
+#: Characters in a line of a bar's label.
+_LABEL = 30
 
 
 def waterfall(
@@ -69,14 +71,14 @@ def waterfall(
     panels = figure.subplots(len(rows), 1, sharex=True, height_ratios=rows, squeeze=False)[:, 0]
     reached = _bars(panels[0], contributions, base)
     shown = [*reached, *(answers or {}).values()]
-    margin = 0.16 * max(max(shown) - min(shown), 0.5)
+    margin = 0.2 * max(max(shown) - min(shown), 0.5)
     panels[0].set_xlim(min(shown) - margin, max(shown) + margin)
     if answers:
         _answers(panels[1], answers, sufficient, tolerance)
         figure.legend(loc="outside lower center", frameon=False, fontsize=10)
     _probability_axis(panels[0])
     panels[-1].set_xlabel("log-odds")
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle("\n".join(wrap(line, 88) for line in title.splitlines()), fontsize=12)
     save(figure, path)
 
 
@@ -90,7 +92,7 @@ def _bars(
     if base is not None:
         ax.plot(at, 0, marker="o", ms=8, color=GREY, ls="")
         ax.annotate(f"{at:+.2f}", (at, 0), (9, 0), textcoords="offset points", va="center")
-        labels.append(base[0])
+        labels.append(wrap(base[0], _LABEL))
     for name, value in contributions.items():
         row = len(labels)
         if row:
@@ -103,7 +105,7 @@ def _bars(
             ha="left" if side > 0 else "right",
         )  # fmt: skip
         reached.append(at)
-        labels.append(wrap(name, 34))
+        labels.append(wrap(name, _LABEL))
     row = len(labels)
     ax.plot([at, at], [row - 0.69, row], **joint)
     ax.plot(at, row, marker="D", ms=9, color=BLACK, ls="")
@@ -137,8 +139,9 @@ def _answers(
             ax.annotate(
                 "suffices", (value, row), (-10 if on_left else 10, 0), textcoords="offset points",
                 va="center", ha="right" if on_left else "left", weight="bold",
+                bbox={"fc": "white", "ec": "none", "alpha": 0.8, "pad": 1.5},
             )  # fmt: skip
-    ax.set_yticks(range(len(answers)), [f"expert {wrap(name, 26)}" for name in answers])
+    ax.set_yticks(range(len(answers)), [f"expert {wrap(name, _LABEL)}" for name in answers])
     ax.set_ylim(len(answers) - 0.4, -0.6)
     light_grid(ax, "x")
 

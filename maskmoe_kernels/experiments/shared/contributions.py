@@ -192,29 +192,17 @@ def over_data(
     figure = canvas(11.0, 2.0 + 0.75 * len(names))
     left, right = figure.subplots(1, 2, width_ratios=[2.1, 1], sharey=True)
     for row, group in enumerate(order):
-        values = phi[some, group].double()
-        y = row + 0.36 * _spread(values)
-        style: dict[str, Any] = {"s": 9, "lw": 0, "alpha": 0.75, "rasterized": True}
-        if colour is None:
-            points = left.scatter(values.numpy(), y.numpy(), color=BLUE, **style)
-        else:
-            shade = (colour if colour.dim() == 1 else colour[:, group])[some].double()
-            low, high = (
-                (colour if colour.dim() == 1 else colour[:, group])
-                .double()
-                .quantile(torch.tensor([0.02, 0.98], dtype=torch.float64))
-            )
-            style |= {"cmap": "cividis", "vmin": float(low), "vmax": float(high)}
-            points = left.scatter(values.numpy(), y.numpy(), c=shade.numpy(), **style)
-    left.axvline(0, color=GREY, lw=1, zorder=0)
-    left.set_yticks(range(len(order)), [wrap(names[g], 22) for g in order])
-    left.set_ylim(len(order) - 0.5, -0.5)
-    left.set_xlabel("contribution of one sample (log-odds)")
+        of_group = colour if colour is None or colour.dim() == 1 else colour[:, group]
+        points = _swarm(left, row, phi[some, group].double(), of_group, some)
     if colour is not None:
         bar = figure.colorbar(points, ax=left, fraction=0.03, pad=0.02)
         bar.set_label(colour_name)
         if colour.dim() == 2:  # each group has a scale of its own
             bar.set_ticks([bar.vmin, bar.vmax], labels=["low", "high"])
+    left.axvline(0, color=GREY, lw=1, zorder=0)
+    left.set_yticks(range(len(order)), [wrap(names[g], 22) for g in order])
+    left.set_ylim(len(order) - 0.5, -0.5)
+    left.set_xlabel("contribution of one sample (log-odds)")
     bars = right.barh(range(len(order)), size[order].numpy(), 0.6, color=VERMILLION)
     right.bar_label(bars, fmt="%.2f", padding=4, fontsize=10)
     right.set_xlim(0, 1.18 * max(float(size.max()), 1e-6))
@@ -224,6 +212,18 @@ def over_data(
         light_grid(ax, "x")
     figure.suptitle(title, fontsize=12)
     save(figure, path)
+
+
+def _swarm(ax: Any, row: int, values: Tensor, colour: Tensor | None, some: Tensor) -> Any:
+    """The points of one group; ``colour`` of all samples, of which ``some`` are drawn."""
+    style: dict[str, Any] = {"s": 9, "lw": 0, "alpha": 0.75, "rasterized": True}
+    if colour is None:
+        style["color"] = BLUE
+    else:  # without its extremes, which would leave the others one colour
+        ends = torch.tensor([0.02, 0.98], dtype=torch.float64, device="cpu")
+        low, high = colour.double().quantile(ends).tolist()
+        style |= {"cmap": "cividis", "vmin": low, "vmax": high, "c": colour[some].numpy()}
+    return ax.scatter(values.numpy(), (row + 0.36 * _spread(values)).numpy(), **style)
 
 
 def _spread(values: Tensor) -> Tensor:

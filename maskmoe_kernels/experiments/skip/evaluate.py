@@ -171,8 +171,7 @@ class _Trained:
             if self.settings.suffices:
                 result["tolerance"] = TOLERANCE
             else:
-                given = self.sharpness
-                result["sharpness"] = self.settings.sharpness if given is None else given
+                result["sharpness"] = self.settings.power(self.sharpness)
             result |= self.deciders.report()
         result["paper"] = _paper(self.settings.model)
         result["history"] = self.run.history

@@ -141,9 +141,7 @@ def explain(
     explanation = Explanation(
         session=batch.session_ids[0],
         header=header_in_words(rows),
-        sharpness=None
-        if settings.suffices
-        else (settings.sharpness if sharpness is None else sharpness),
+        sharpness=settings.power(sharpness),
         shares=dict(zip(model.family.names, shares, strict=True)),
         tracks=_tracks(rows, model.family, logits, mixed, known),
         tolerance=TOLERANCE if settings.suffices else None,

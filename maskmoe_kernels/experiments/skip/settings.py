@@ -58,6 +58,12 @@ class Settings:
         """Does the smallest expert that suffices explain, rather than a mixture?"""
         return self.weighting == "uniform"
 
+    def power(self, given: float | None) -> float | None:
+        """The sharpness of a prediction, where one may be given; ``None``: experts do not mix."""
+        if self.suffices:
+            return None
+        return self.sharpness if given is None else given
+
     def __post_init__(self) -> None:
         for name, value, known in (
             ("model", self.model, MODELS),

@@ -154,6 +154,15 @@ def run(
     return report, net
 
 
+def _of_sufficient(task: ToyTask, config: ToyConfig) -> ToyConfig:
+    if not task.family.inclusion.all(1).any():
+        raise DataError(
+            f"in task {task.name!r} no expert sees all inputs, so none can be said to suffice; "
+            "take task a or b, or --explain mixture"
+        )
+    return replace(config, predict=SUFFICIENT, weighting="uniform")
+
+
 def _rules(config: ToyConfig) -> Sequence[str]:
     return (SUFFICIENT,) if config.predict == SUFFICIENT else CONFIDENCES
 
@@ -195,12 +204,7 @@ def run_toy(
     """
     config = config or ToyConfig()
     if explain == SUFFICIENT:
-        config = replace(config, predict=SUFFICIENT, weighting="uniform")
-        if not toy_task(task).family.inclusion.all(1).any():
-            raise DataError(
-                f"in task {task!r} no expert sees all inputs, so none can be said to suffice; take "
-                "task a or b, or --explain mixture"
-            )
+        config = _of_sufficient(toy_task(task), config)
     if epochs is not None:
         config = replace(config, epochs=epochs)
     if confidence is not None:

@@ -76,7 +76,8 @@ def draw_contributions(family: SubsetFamily, added: Contributions, out: Path) ->
         names,
         added.interactions.abs().mean(0),
         out / "interactions.png",
-        title="Which groups act together?\nDiagonal: alone; off it: half of what a pair adds",
+        title="Which groups act together?\nDiagonal: alone; off it: half of what a pair adds.\n"
+        "Content is the base: what it does with others is theirs",
     )
 
 

@@ -206,7 +206,11 @@ def _lime(model: Callable[[Any], Any], background: Any, seed: int) -> Explain:
     from lime.lime_tabular import LimeTabularExplainer
 
     of = LimeTabularExplainer(
-        background, mode="regression", discretize_continuous=False, random_state=seed
+        background,
+        mode="regression",
+        feature_selection="none",
+        discretize_continuous=False,
+        random_state=seed,
     )
 
     def explain(x: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ Experts of all subsets of some groups. ``python -m bench explain``.
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from bench.clock import own_clock
 from bench.machine import machine
 from bench.networks import mlp_training, training
 from bench.networks.training import OURS, PAPER, Schedule, Subject, Trainer
@@ -95,14 +95,15 @@ def _explaining(family: SubsetFamily, width: int, rows: int, rounds: int) -> lis
         "moebius": lambda: moebius(logits, family, 0.0),
         "sufficient": lambda: sufficient(logits, family),
     }
+    clock = own_clock()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
     for _ in range(rounds):
         for name, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(clock() - start)
     found = []
     for name, taken in times.items():
         low, median, high = quartiles(taken)

@@ -22,6 +22,7 @@ TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
 INTEROP := build/interop
 DOCS := build/docs
+EXPLAINERS := build/explainers
 
 NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 SEES_TORCH := -c 'import sys, torch; \
@@ -37,7 +38,7 @@ PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop docs clean
+.PHONY: help setup build demo test deep mutants sanitize emulate lint format bench bench-smoke gpu-static gpu-check wheel test-wheel test-oldest test-interop docs posthoc clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -136,6 +137,9 @@ docs: $(BUILT) $(DOCS)/.ready ## Build the documentation into build/docs/html; a
 	@PYTHONPATH=$(CURDIR) $(DOCS)/bin/python -m sphinx -q -W --keep-going docs $(DOCS)/html
 	@echo "The pages are in $(DOCS)/html/index.html"
 
+posthoc: $(BUILT) $(EXPLAINERS)/.ready ## Explain the toy by LIME, KernelSHAP, IntegratedGradients, DeepLift, and by experts
+	@OMP_NUM_THREADS=1 $(EXPLAINERS)/bin/python -m bench posthoc $(ARGS)
+
 clean: ## Remove what was built and cached, but not .venv
 	@rm -f maskmoe_kernels/_C.abi3.so maskmoe_kernels/_build.json
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -225,8 +229,8 @@ $(OLDEST)/.ready: pyproject.toml
 # What people use beside this package, and what builds the pages, come with much else, so they get
 # venvs on top of .venv: ON_TOP takes the folder, EXTRA prints what an extra requires.
 define ON_TOP
-import sys, sysconfig, pathlib
-over = {"base": sys.argv[1], "platbase": sys.argv[1]}
+import pathlib, sys, sysconfig
+over = dict.fromkeys(("base", "platbase"), sys.argv[1])
 lines = [f"import site; site.addsitedir({sysconfig.get_path(kind)!r})" for kind in ("purelib", "platlib")]
 site = pathlib.Path(sysconfig.get_path("purelib", "venv", over))
 (site / "borrowed.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
@@ -238,11 +242,12 @@ with open("pyproject.toml", "rb") as file:
 endef
 export ON_TOP EXTRA
 
-$(INTEROP)/.ready: pyproject.toml | $(READY)
-	@$(PY) -m venv $(INTEROP) && $(PY) -c "$$ON_TOP" $(INTEROP)
-	@$(PY) -c "$$EXTRA" interop | while read -r line; do \
-	    $(INTEROP)/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
-	        echo "$$line could not be installed; its tests are skipped." >&2; done
+# The folder has the name of the extra.
+$(INTEROP)/.ready $(EXPLAINERS)/.ready: build/%/.ready: pyproject.toml | $(READY)
+	@$(PY) -m venv build/$* && $(PY) -c "$$ON_TOP" build/$*
+	@$(PY) -c "$$EXTRA" $* | while read -r line; do \
+	    build/$*/bin/python -m pip $(INSTALL) --retries 1 "$$line" || \
+	        echo "$$line could not be installed; what needs it is left out." >&2; done
 	@touch $@
 
 $(DOCS)/.ready: pyproject.toml | $(READY)

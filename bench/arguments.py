@@ -42,6 +42,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_flows(commands)
     _add_overhead(commands)
     _add_shapley(commands)
+    _add_explain(commands)
+    _add_posthoc(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
 
@@ -133,6 +135,41 @@ def _add_shapley(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="samples that a rival draws for a coalition (default: 10 100 1000)",
     )
     # fmt: on
+    add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
+
+
+def _add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("explain", help="what explanations cost", **_texts(
+        "Shapley values, interactions, Moebius coefficients and sufficient experts of a power set\n"
+        "of groups, beside the forward pass that makes their logits; and steps of training with\n"
+        "uniform weights, beside the paper's weights and a list of networks. Writes\n"
+        "explanation_cost.json into --out.",
+        f"{PROGRAM} explain --groups 8 --rows 65536",
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--groups", type=_positive, default=8, metavar="N", help="default: %(default)s")
+    add("--width", type=_positive, default=16, metavar="D", help="units (default: %(default)s)")
+    add("--rows", type=_positive, default=65536, metavar="B", help="default: %(default)s")
+    batch = "samples a step of training (default: 256 1024)"
+    add("--batch", nargs="+", type=_positive, metavar="B", help=batch)
+    add("--rounds", type=_positive, default=7, metavar="N", help="default: %(default)s")
+    add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
+
+
+def _add_posthoc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("posthoc", help="the toy, explained post hoc and by us", **_texts(
+        "The toy task, whose causes are known: a black box explained by LIME, KernelSHAP,\n"
+        "integrated gradients and DeepLift, where lime, shap and captum are installed, beside the\n"
+        "paper's mixture and ours. Writes posthoc.json and posthoc.png into --out.",
+        f"{PROGRAM} posthoc --threads 1",
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--epochs", type=_positive, default=30, metavar="N", help="default: %(default)s")
+    add("--samples", type=_positive, default=1000, metavar="N", help="default: %(default)s")
+    side = "points along an axis of the picture (default: %(default)s)"
+    add("--side", type=_positive, default=61, metavar="N", help=side)
     add("--smoke", action="store_true", help="a tiny case: does it run?")
     _add_common(parser)
 

@@ -72,3 +72,8 @@ def cache_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def own_clock() -> Callable[[], float]:
+    """With one thread the process's own time, so that other processes disturb it less."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter

@@ -23,7 +23,15 @@ from bench.layers.run import Run
 from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
-from bench.networks import flows, mlp_training, movielens_training, shapley_truth, training
+from bench.networks import (
+    explanation_cost,
+    flows,
+    mlp_training,
+    movielens_training,
+    posthoc,
+    shapley_truth,
+    training,
+)
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.existing import check_out
@@ -225,13 +233,35 @@ def _shapley(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-_CPU_ONLY = {"flows": "flows are measured", "shapley": "Shapley values are compared"}
+def _explain(arguments: argparse.Namespace, console: Console) -> int:
+    schedule = training.Schedule(arguments.batch, arguments.rounds, compile=False)
+    sizes = arguments.groups, arguments.width, arguments.rows
+    if arguments.smoke:
+        sizes, schedule = (3, 2, 64), training.Schedule((16,), 2, compile=False, seconds=0.001)
+    explanation_cost.run(*sizes, schedule, arguments.out, console)
+    return 0
+
+
+def _posthoc(arguments: argparse.Namespace, console: Console) -> int:
+    sizes = arguments.epochs, arguments.samples, arguments.side
+    posthoc.run(*((1, 40, 5) if arguments.smoke else sizes), arguments.out, console)
+    return 0
+
+
+_CPU_ONLY = {
+    "flows": "flows are measured",
+    "shapley": "Shapley values are compared",
+    "explain": "explanations are measured",
+    "posthoc": "explanations are compared",
+}
 #: What a command writes; of ``train``, by its model.
 _FILES = {
     "run": results.NAME,
     "flows": flows.FILE,
     "overhead": overhead.NAME,
     "shapley": shapley_truth.NAME,
+    "explain": explanation_cost.FILE,
+    "posthoc": posthoc.FILE,
     "movielens": movielens_training.SUBJECT.file,
     "skip": "skip_training.json",
     "mlp": mlp_training.FILE,
@@ -242,5 +272,7 @@ _COMMANDS = {
     "flows": _flows,
     "overhead": _overhead,
     "shapley": _shapley,
+    "explain": _explain,
+    "posthoc": _posthoc,
     "train": _train,
 }

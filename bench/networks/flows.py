@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import maskmoe_kernels as mk
+from bench.clock import own_clock
 from bench.machine import machine
 from bench.statistics import geometric_mean, quartiles
 from maskmoe_kernels.experiments.shared.output import (
@@ -204,7 +205,7 @@ def _sample(
 
 
 def _seconds(call: Callable[[], object], repeats: int) -> float:
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    clock = own_clock()
     start = clock()
     for _ in range(repeats):
         call()

@@ -40,7 +40,9 @@ def run(
     out: Path,
     console: Console,
 ) -> dict[str, Any]:
-    """Measure all explainers on each number of features; write ``shapley_truth.json``.
+    """Measure all explainers on each number of features.
+
+    Writes ``shapley_truth.json`` after each of them.
 
     Args:
         features: Groups of one feature each.
@@ -63,14 +65,15 @@ def run(
         true = task.shapley(x)
         print_line(console, f"{count} features: {limit:g} s of training, then the rivals")
         found = [_ours(task, limit, x, true)]
+        document["tasks"].append({"features": count, "explainers": found})
+        write_json(out / NAME, document)
         for name, explain in _rivals(task, budgets):
             explain(x[:1])  # compiles
             start = time.perf_counter()
             phi = explain(x)
             spent = time.perf_counter() - start
             found.append({"name": name, "seconds": spent / rows, **errors(phi, true)})
-        document["tasks"].append({"features": count, "explainers": found})
-        write_json(out / NAME, document)
+            write_json(out / NAME, document)
         _print(count, found, console)
     print_line(console, f"results: {out / NAME}")
     return document

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from bench.clock import own_clock
 from bench.machine import machine
 from bench.statistics import quartiles
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
@@ -129,13 +130,14 @@ class Trainer:
     def sample(self) -> float:
         """Samples a second over ``steps`` steps."""
         on_gpu = self.total.is_cuda
+        clock = time.perf_counter if on_gpu else own_clock()
         if on_gpu:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         self.train(self.steps)
         if on_gpu:
             torch.cuda.synchronize()
-        return self.steps * self.data.batch / (time.perf_counter() - start)
+        return self.steps * self.data.batch / (clock() - start)
 
 
 def measure(subject: Subject, batch: int, schedule: Schedule, device: str) -> list[dict[str, Any]]:

@@ -272,9 +272,9 @@ def _butterfly(values: Tensor, family: SubsetFamily) -> Tensor:
     groups = family.num_groups
     at = family.caches.tables[_keep_order(family, values.device)]
     tree = values.new_zeros((*values.shape[:-1], 2**groups)).index_copy(-1, at, values)
-    for group in range(groups):
-        without, with_it = tree.unflatten(-1, (-1, 2, 2**group)).unbind(-2)
-        tree = torch.stack([without, with_it - without], -2).flatten(-3)
+    for group in range(groups):  # in place: new memory would take most of the time
+        pairs = tree.unflatten(-1, (-1, 2, 2**group))
+        pairs.select(-2, 1).sub_(pairs.select(-2, 0))
     return tree.index_select(-1, at)
 
 

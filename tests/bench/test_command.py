@@ -204,6 +204,21 @@ def test_shapley_smoke(tmp_path: Path, console: Console) -> None:
         run(["shapley", "--features", "3", "--seconds", "1", "2"], console)
 
 
+def test_explain_smoke(tmp_path: Path, console: Console) -> None:
+    code, printed = run(["explain", "--smoke", "--out", str(tmp_path)], console)
+    assert code == 0
+    assert "Explaining 64 rows by 7 experts" in printed
+    document = json.loads((tmp_path / "explanation_cost.json").read_text("utf-8"))
+    explained = {one["what"]: one["of_forward"] for one in document["explaining"]}
+    assert explained.pop("forward") == 1
+    assert set(explained) == {"shapley", "interactions", "moebius", "sufficient"}
+    assert min(explained.values()) > 0
+    assert {ratio["to"] for ratio in document["training"]["ratios"]} == {
+        "ours, selection",
+        "paper style",
+    }
+
+
 def test_train_some_networks(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,7 +285,14 @@ def test_ctrl_c_says_how_to_continue(
     monkeypatch.setattr(command, "main", interrupted)
     assert command.entry([]) == 130
     assert "--resume" in capsys.readouterr().err
-    for words in ("flows", "shapley", "train", "overhead", "compare a b"):  # cannot continue
+    for words in (
+        "flows",
+        "shapley",
+        "explain",
+        "train",
+        "overhead",
+        "compare a b",
+    ):
         assert command.entry(words.split()) == 130
         assert capsys.readouterr().err == "interrupted\n"
 
@@ -305,6 +327,8 @@ WORDS = {
     "flows": ["flows", "--smoke"],
     "overhead": "overhead --rows 2 --rounds 1 --calls 1 --no-compile".split(),
     "shapley": ["shapley", "--smoke"],
+    "explain": ["explain", "--smoke"],
+    "posthoc": ["posthoc", "--smoke"],
     "train": ["train", "--smoke", "--no-compile"],
 }
 
@@ -325,7 +349,7 @@ def test_a_pipe_gets_a_line_a_record_and_tabs(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("width", [40, 80])
-@pytest.mark.parametrize("name", ["run", "train", "shapley"])
+@pytest.mark.parametrize("name", ["run", "train", "shapley", "explain"])
 def test_a_narrow_terminal_cuts_no_word(name: str, width: int, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
     with chdir(tmp_path):
@@ -350,7 +374,7 @@ def test_a_full_disk_has_a_remedy(tmp_path: Path) -> None:
 # --- What is there already ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flows", "train", "shapley"])
+@pytest.mark.parametrize("name", ["flows", "train", "shapley", "explain"])
 def test_results_are_not_replaced_unasked(
     name: str, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,7 +400,9 @@ def test_a_run_is_neither_replaced_nor_continued_unasked(tmp_path: Path, console
     assert cases(tmp_path) == ["toy3", "ncf4"]
 
 
-@pytest.mark.parametrize("name", ["", "compare", "train", "flows", "overhead", "shapley"])
+@pytest.mark.parametrize(
+    "name", ["", "compare", "train", "flows", "overhead", "shapley", "explain"]
+)
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         command.entry([*name.split(), "--help"])

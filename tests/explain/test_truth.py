@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import maskmoe_kernels as mk
 from bench.networks.gaussian_truth import GaussianTask, errors, train
 from tests.explain.definition import by_permutations
 
@@ -50,3 +51,34 @@ def test_trained_experts_have_the_true_shapley_values(features, steps):
     torch.testing.assert_close(found.sum(-1) + trained.base, trained.game(x)[:, -1])
     # Another seed of training, the same truth: it is no accident of the weights.
     assert torch.corrcoef(torch.stack([found.flatten(), true.flatten()]))[0, 1] > 0.999
+
+
+@pytest.mark.deep
+def test_trained_experts_have_the_shapley_values_of_an_enumerated_distribution():
+    """Four dependent binary features and a label: every P(y | x_S) is a sum over 16 cells."""
+    random = torch.Generator().manual_seed(3)
+    cells = torch.cartesian_prod(*[torch.arange(2)] * 4).bool()
+    weight = torch.rand(16, generator=random).square().double() + 0.02
+    positive = torch.rand(16, generator=random).double().mul(0.8).add(0.1)
+    family = mk.SubsetFamily.powerset({f"x{n}": 1 for n in range(4)})
+    agree = (cells[:, None, None] == cells[None, :, None]) | ~family.membership
+    same = agree.all(-1).double()  # (cell, cell, expert): alike in all that the expert sees?
+    seen = torch.einsum("c,xci->xi", weight, same)
+    true = torch.logit(torch.einsum("c,c,xci->xi", weight, positive, same) / seen)
+    base = float(torch.logit((weight * positive).sum() / weight.sum()))
+
+    torch.manual_seed(0)
+    net = mk.InterpretableMLP(family, [16, 16], "silu")
+    steps = 1500
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, fused=True)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        which = torch.multinomial(weight, 2048, True, generator=random)
+        y = (torch.rand(2048, generator=random) < positive[which]).float()
+        optimizer.zero_grad()
+        net.gem_loss(cells[which].float(), y, weighting="uniform").backward()
+        optimizer.step()
+        decay.step()
+    found = 2 * net(cells.float()).detach().double()
+    close = errors(mk.shapley(found, family, base), mk.shapley(true, family, base))
+    assert close["relative"] <= 0.03

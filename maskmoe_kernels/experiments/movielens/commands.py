@@ -25,7 +25,7 @@ from maskmoe_kernels.experiments.shared.arguments import (
 
 _CHECKPOINTS = tuple(f"{name}.pt" for name in EVERY_MODEL)
 _FIGURES = ("learning_curves", "hasse", "attribution", "attribution_chosen", "frontier",
-            "sufficient")  # fmt: skip
+            "sufficient", "contributions", "interactions")  # fmt: skip
 _RESULTS = (*_CHECKPOINTS, "report.json", *(f"{name}.png" for name in _FIGURES))
 
 
@@ -165,7 +165,11 @@ def _add_explain(commands: Commands[argparse.ArgumentParser]) -> None:
         f"(default: {TOLERANCE:g})",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="also write the explanation there, as json"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write the explanation there, as json, "
+        "and of sufficient.pt a picture of the first movie",
     )
     add_existing(parser)
 
@@ -206,11 +210,11 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
 
 
 def _explain(arguments: argparse.Namespace, console: Console) -> None:
-    from maskmoe_kernels.experiments.movielens.explain import explain, file_name
+    from maskmoe_kernels.experiments.movielens.explain import explain, file_names
     from maskmoe_kernels.experiments.shared.existing import check_out
 
     if arguments.out is not None:
-        check_out(arguments, [file_name(arguments.user, arguments.item)])
+        check_out(arguments, file_names(arguments.user, arguments.item))
     explain(
         arguments.data,
         arguments.checkpoint,

@@ -19,7 +19,23 @@ from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
 from maskmoe_kernels.experiments.movielens.evaluate import SEALED
-from maskmoe_kernels.experiments.movielens.verdict import Decide, mixed, named_values, sufficing
+from maskmoe_kernels.experiments.movielens.verdict import (
+    Decide,
+    Verdict,
+    mixed,
+    named_values,
+    sufficing,
+)
+from maskmoe_kernels.experiments.movielens.words import (
+    AGE_NAMES,
+    OCCUPATION_NAMES,
+    SEX_NAMES,
+    group_in_words,
+    reason_in_words,
+    same_in_words,
+    seen_by,
+)
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import (
     check_experiment,
     failing,
@@ -27,29 +43,13 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
     restore_model,
     restoring,
 )
+from maskmoe_kernels.experiments.shared.contributions import waterfall
 from maskmoe_kernels.experiments.shared.files import claim
-from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
+from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table, print_written
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.shared.structure import check
 from maskmoe_kernels.models import InterpretableNCF
 
-# Names of the codes in users.dat, in the order of AGES and of the official README.
-AGE_NAMES = ("under 18", "18-24", "25-34", "35-44", "45-49", "50-55", "56 and over")
-OCCUPATION_NAMES = (
-    "other or not specified", "academic/educator", "artist", "clerical/admin",
-    "college/grad student", "customer service", "doctor/health care", "executive/managerial",
-    "farmer", "homemaker", "K-12 student", "lawyer", "programmer", "retired", "sales/marketing",
-    "scientist", "self-employed", "technician/engineer", "tradesman/craftsman", "unemployed",
-    "writer",
-)  # fmt: skip
-_SEX_NAMES = {"F": ("woman", "women"), "M": ("man", "men")}
-# In the order of GENRES.
-_GENRE_NAMES = (
-    "action movies", "adventure movies", "animated movies", "children's movies", "comedies",
-    "crime movies", "documentaries", "dramas", "fantasy movies", "films noirs", "horror movies",
-    "musicals", "mysteries", "romances", "science fiction movies", "thrillers", "war movies",
-    "westerns",
-)  # fmt: skip
 # Below this probability an expert speaks against a movie: the "rare" confidence is 0 there.
 _NEUTRAL = 0.3
 
@@ -73,6 +73,7 @@ class Recommendation:
         gap: How far the expert that suffices is from the one that sees all, in log-odds.
         contributions: Shapley values in log-odds, of an expert that suffices: what user and item
             add to what content says. They sum to the log-odds of ``probability``.
+        answers: Log-odds of each expert, where one suffices.
     """
 
     rank: int | None
@@ -86,6 +87,7 @@ class Recommendation:
     attribution: dict[str, float]
     gap: float | None = None
     contributions: dict[str, float] = dataclasses.field(default_factory=dict)
+    answers: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def explain(
             the checkpoint, or 1 where there is none.
         tolerance: Of a checkpoint of the model ``"sufficient"``; see :func:`sufficient`. ``None``
             takes ``TOLERANCE``.
-        out: Folder for ``explain-user-U.json`` or ``explain-user-U-item-I.json``.
+        out: Folder for ``explain-user-U.json`` or ``explain-user-U-item-I.json``; of a model whose
+            experts suffice also for a picture of the first movie, ``.png``.
         console: Where the header and the table go.
 
     Raises:
@@ -165,18 +168,56 @@ def explain(
     shares = _mean_shares(model.family.names, movies)
     header = _header(data, row, shares, named is not None, within)
     explanation = Explanation(user, header, power, chosen, shares, movies, within)
-    if out is not None:
-        write_json(out / file_name(user, item), dataclasses.asdict(explanation))
     if console is not None:
         print_explanation(explanation, console)
-        if out is not None:
-            print_line(console, f"report: {out / file_name(user, item)}")
+    if out is not None:
+        _write(explanation, data, row, item, out, console)
     return explanation
 
 
-def file_name(user: int, item: int | None) -> str:
-    """Name of the file that :func:`explain` writes."""
-    return f"explain-user-{user}" + ("" if item is None else f"-item-{item}") + ".json"
+def file_names(user: int, item: int | None) -> tuple[str, str]:
+    """Names of the report and of the picture that :func:`explain` writes."""
+    stem = f"explain-user-{user}" + ("" if item is None else f"-item-{item}")
+    return f"{stem}.json", f"{stem}.png"
+
+
+def _write(
+    explanation: Explanation,
+    data: MovieLens,
+    row: int,
+    item: int | None,
+    out: Path,
+    console: Console | None,
+) -> None:
+    """The report; and the picture of the first movie, where groups have contributions."""
+    report, picture = file_names(explanation.user, item)
+    write_json(out / report, dataclasses.asdict(explanation))
+    drawn = explanation.tolerance is not None and bool(explanation.movies)
+    missing = plot_style.unsupported_reason()
+    if drawn and missing is None:
+        _draw(explanation, data, row, out / picture)
+    if console is not None and drawn:
+        print_written(console, f"report {report}", f"picture {picture}", out, missing)
+    elif console is not None:
+        print_line(console, f"report: {out / report}")
+
+
+def _draw(explanation: Explanation, data: MovieLens, row: int, path: Path) -> None:
+    first = explanation.movies[0]
+    movie = _row_of(data.movie_ids, first.movie, "movie", "movies.dat")
+    told = {
+        group: f"{group}: {group_in_words(data, row, movie, group)}"
+        for group in first.contributions
+    }
+    waterfall(
+        {told[group]: value for group, value in first.contributions.items() if group != "content"},
+        path,
+        title=f"User {explanation.user}: {first.title}\n{first.reason}",
+        base=(told["content"], first.contributions["content"]),
+        answers=first.answers,
+        sufficient=first.expert,
+        tolerance=explanation.tolerance,
+    )
 
 
 def print_explanation(explanation: Explanation, console: Console) -> None:
@@ -209,102 +250,6 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows, note)
 
 
-def reason_in_words(data: MovieLens, user: int, movie: int, expert: str, favours: bool) -> str:
-    """What ``expert`` looked at for a user row and a movie row.
-
-    Args:
-        expert: ``"content"``, ``"user"``, ``"item"`` or ``"all"``.
-        favours: Whether it speaks for the movie.
-
-    Raises:
-        KeyError: Another expert.
-    """
-    kind = _kind(data, movie)
-    if expert == "content":
-        if favours:
-            return f"like other {kind}, among {_people(data, user)}"
-        return f"{kind} are seldom watched among {_people(data, user)}"
-    if expert == "user":
-        similar, rated = _similar_rated(data, user, movie)
-        fact = f" ({similar} of {rated} rated movies)" if similar else ""
-        return (
-            f"this user's taste for {kind}{fact}"
-            if favours
-            else f"not to this user's taste: {kind}"
-        )
-    if expert == "item":
-        viewers = f"viewers like this one ({_people(data, user)}, {_occupation(data, user)})"
-        return f"liked by {viewers}" if favours else f"seldom watched by {viewers}"
-    return {
-        ("all", True): "personal to this user",
-        ("all", False): "personal: this movie does not suit this user",
-    }[expert, favours]
-
-
-def same_in_words(data: MovieLens, user: int, movie: int, expert: str) -> str:
-    """What ``expert`` knows of a user row and a movie row, and that it suffices.
-
-    Raises:
-        KeyError: Another expert.
-    """
-    kind, people = _kind(data, movie), _people(data, user)
-    similar, rated = _similar_rated(data, user, movie)
-    known = {
-        "content": f"that these are {kind}, and the user is one of the {people}",
-        "user": f"this user's ratings ({similar} of {rated} of such movies), and that these are "
-        f"{kind}",
-        "item": f"who watches this movie, and that the user is one of the {people}",
-        "all": "",
-    }[expert]
-    if expert == "all":
-        return "it takes both: this user's ratings and who watches this movie"
-    return f"the answer would be the same knowing only {known}"
-
-
-def _telling_genres(data: MovieLens, movie: int, most: int = 2) -> list[int]:
-    """The rarest genres of a movie, at most ``most``, in the order of ``GENRES``."""
-    count = data.genres.sum(0)
-    own = data.genres[movie].nonzero().flatten().tolist()
-    return sorted(sorted(own, key=lambda g: float(count[g]))[:most])
-
-
-def _kind(data: MovieLens, movie: int) -> str:
-    """Such as "comedies and dramas of the 90s"."""
-    names = [_GENRE_NAMES[g] for g in _telling_genres(data, movie)] or ["movies"]
-    if len(names) == 2 and all(name.endswith(" movies") for name in names):
-        names[0] = names[0].removesuffix(" movies")
-    return f"{' and '.join(names)} of {decade(int(data.year[movie]))}"
-
-
-def decade(year: int) -> str:
-    """``"the 90s"``; with the century where that would be unclear."""
-    tens = year // 10 * 10
-    return f"the {tens % 100:02d}s" if 1930 <= year < 2000 else f"the {tens}s"
-
-
-def _similar_rated(data: MovieLens, user: int, movie: int) -> tuple[int, int]:
-    """How many other movies of a kind the user rated, and how many movies at all.
-
-    The kind is the one the reason names: the same decade and any of the telling genres.
-    """
-    rated = _seen(data, user)
-    others = rated[rated != movie]
-    common = data.genres[others][:, _telling_genres(data, movie)].any(1)
-    same = data.year[others] // 10 == data.year[movie] // 10
-    return int((common & same).sum()), len(rated)
-
-
-def _people(data: MovieLens, user: int) -> str:
-    plural = _SEX_NAMES[SEXES[int(data.sex[user])]][1]
-    age = int(data.age[user])
-    return f"{plural} {AGE_NAMES[0]}" if age == 0 else f"{plural} of {AGE_NAMES[age]}"
-
-
-def _occupation(data: MovieLens, user: int) -> str:
-    code = int(data.occupation[user])
-    return "other occupations" if code == 0 else OCCUPATION_NAMES[code]
-
-
 def _mean_shares(names: Sequence[str], movies: Sequence[Recommendation]) -> dict[str, float]:
     def share(movie: Recommendation, name: str) -> float:
         return movie.attribution[name] if movie.attribution else float(movie.expert == name)
@@ -315,8 +260,8 @@ def _mean_shares(names: Sequence[str], movies: Sequence[Recommendation]) -> dict
 def _header(
     data: MovieLens, user: int, shares: dict[str, float], one: bool, tolerance: float | None
 ) -> str:
-    rated = _seen(data, user)
-    singular = _SEX_NAMES[SEXES[int(data.sex[user])]][0]
+    rated = seen_by(data, user)
+    singular = SEX_NAMES[SEXES[int(data.sex[user])]][0]
     age, code = AGE_NAMES[int(data.age[user])], int(data.occupation[user])
     work = "no stated occupation" if code == 0 else f"occupation {OCCUPATION_NAMES[code]}"
     some = "; ".join(data.titles[k] for k in rated[:3].tolist())
@@ -344,7 +289,7 @@ def _recommend(
 ) -> list[Recommendation]:
     """The ``top`` unseen movies, or the ``named`` one with its rank among them."""
     data = features.data
-    unseen = data.rated_items[~torch.isin(data.rated_items, _seen(data, user))]
+    unseen = data.rated_items[~torch.isin(data.rated_items, seen_by(data, user))]
     status = "unseen"
     listed = unseen
     if named is not None and not bool((unseen == named).any()):
@@ -354,21 +299,12 @@ def _recommend(
         logits = features.logits(model, torch.full_like(listed, user), listed).double()
         verdict = decide(model, logits)
     order = verdict.probability.argsort(descending=True, stable=True).tolist()
-    # Its own verdict, not the mixture's: it is the deciding expert that is explained.
-    favours = torch.sigmoid(2 * logits) >= _NEUTRAL
     result: list[Recommendation] = []
     for rank, k in enumerate(order, start=1):
         movie = int(listed[k])
         if len(result) == top or (named is not None and movie != named):
             continue
-        expert = int(verdict.expert[k])
-        name = model.family.names[expert]
-        reason = (
-            reason_in_words(data, user, movie, name, bool(favours[k, expert]))
-            if verdict.gap is None
-            else same_in_words(data, user, movie, name)
-        )
-        shares = {} if verdict.share is None else named_values(model, verdict.share[k])
+        of_experts = _of_experts(model, data, user, movie, verdict.at(k), logits[k])
         result.append(
             Recommendation(
                 rank=rank if status == "unseen" else None,
@@ -376,22 +312,37 @@ def _recommend(
                 movie=int(data.movie_ids[movie]),
                 title=data.titles[movie],
                 probability=float(verdict.probability[k]),
-                expert=name,
-                share=shares.get(name),
-                reason=reason,
-                attribution=shares,
-                gap=None if verdict.gap is None else float(verdict.gap[k]),
-                contributions={
-                    group: float(value[k]) for group, value in verdict.contributions.items()
-                },
+                **of_experts,
             )
         )
     return result
 
 
-def _seen(data: MovieLens, user: int) -> Tensor:
-    """Rows of the movies the user rated, in file order."""
-    return data.items[data.users == user]
+def _of_experts(
+    model: InterpretableNCF,
+    data: MovieLens,
+    user: int,
+    movie: int,
+    verdict: Verdict,
+    logits: Tensor,
+) -> dict[str, Any]:
+    """What a :class:`Recommendation` says of who decides and why."""
+    name = model.family.names[int(verdict.expert)]
+    if verdict.gap is None:
+        shares = named_values(model, verdict.share)
+        # Its own verdict, not the mixture's: it is the deciding expert that is explained.
+        favours = bool(torch.sigmoid(2 * logits[verdict.expert]) >= _NEUTRAL)
+        reason = reason_in_words(data, user, movie, name, favours)
+        return {"expert": name, "share": shares[name], "reason": reason, "attribution": shares}
+    return {
+        "expert": name,
+        "share": None,
+        "reason": same_in_words(data, user, movie, name),
+        "attribution": {},
+        "gap": float(verdict.gap),
+        "contributions": {group: float(phi) for group, phi in verdict.contributions.items()},
+        "answers": named_values(model, 2 * logits),
+    }
 
 
 def _row_of(ids: Tensor, wanted: int, what: str, file: str) -> int:

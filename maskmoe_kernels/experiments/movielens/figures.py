@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.experiments.shared import charts, hasse, plot_style
+from maskmoe_kernels.experiments.movielens.sufficient import Contributions
+from maskmoe_kernels.experiments.shared import charts, contributions, hasse, plot_style
 from maskmoe_kernels.experiments.shared.plot_style import (
     BLACK,
     BLUE,
@@ -56,6 +58,27 @@ def draw(report: Mapping[str, Any], out: Path) -> str | None:
             hasse.hasse(SubsetFamily(**report["models"][name]["family"]), out / "hasse.png")
             draw_frontier(report["models"], out)
     return None
+
+
+def draw_contributions(family: SubsetFamily, added: Contributions, out: Path) -> None:
+    """What groups add to all recommendations, and how much of it together."""
+    names = list(family.groups)
+    contributions.over_data(
+        names,
+        added.phi,
+        out / "contributions.png",
+        title="What decides what users are shown? Shapley values of all recommendations\n"
+        "content: what it says of this movie, less what it says of the mean one",
+        colour=added.probability,
+        colour_name="probability of watching",
+    )
+    contributions.interaction_matrix(
+        names,
+        added.interactions.abs().mean(0),
+        out / "interactions.png",
+        title="Which groups act together?\nDiagonal: alone; off it: half of what a pair adds.\n"
+        "Content is the base: what it does with others is theirs",
+    )
 
 
 def _draw_frontier(models: Mapping[str, Any], out: Path) -> None:
@@ -230,10 +253,7 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int, se
     ax.axvline(x[chosen], color=VERMILLION, lw=1.5, zorder=0)
     if min(x) > 0 and max(x) / min(x) > 4:
         ax.set_xscale("log", base=2)
-        labelled = [x[0]]  # on a log axis neighbours closer than this would overlap
-        for value in x[1:]:
-            if value / labelled[-1] >= 1.45:
-                labelled.append(value)
+        labelled = _labelled(x, chosen)
         ax.set_xticks(labelled, [f"{value:g}" for value in labelled])
         ax.minorticks_off()
     ax.set_xlabel(f"{setting} ({_UNITS[setting]})")
@@ -241,3 +261,13 @@ def _decided_panel(ax: Any, points: Sequence[Mapping[str, Any]], chosen: int, se
     ax.set_title("Who decides", fontsize=11)
     ax.set_ylim(bottom=0)
     light_grid(ax, "both")
+
+
+def _labelled(x: Sequence[float], chosen: int) -> list[float]:
+    """Values to name on a log axis: the chosen one, the ends, and what does not touch these."""
+    apart = 0.11 * math.log(max(x) / min(x))
+    named: list[float] = []
+    for value in (x[chosen], x[0], x[-1], *x):
+        if all(abs(math.log(value / other)) >= apart for other in named):
+            named.append(value)
+    return sorted(named)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -12,7 +12,7 @@ from torch import Tensor
 from maskmoe_kernels.experiments.movielens import TOLERANCE
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
 from maskmoe_kernels.experiments.shared.output import Column, print_table
-from maskmoe_kernels.explain import sufficient
+from maskmoe_kernels.explain import interactions, shapley, sufficient
 from maskmoe_kernels.explain.sufficient import top_expert
 from maskmoe_kernels.models import InterpretableNCF
 
@@ -39,8 +39,11 @@ def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
         A point of ``frontier`` has ``decided`` and ``recommended``, the share of the test
         positives, and of the ten movies that each user would see, for which an expert is the
         smallest that suffices; and ``test``, the metrics if each expert answered for its items.
+        ``contributions`` are the mean sizes of :class:`Contributions`.
     """
     logits = task.list_logits(model, task.test_lists).double()
+    added = contributions(model, logits)
+    groups = list(model.family.groups)
     return {
         "family": {
             "groups": dict(model.family.groups),
@@ -48,13 +51,49 @@ def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
         },
         "tolerance": TOLERANCE,
         "frontier": [_point(model, task, logits, tolerance) for tolerance in TOLERANCES],
+        "contributions": {
+            "mean_size": dict(zip(groups, added.phi.abs().mean(0).tolist(), strict=True)),
+            "interactions": added.interactions.abs().mean(0).tolist(),
+        },
         "test": task.ranking(answers(model, logits), task.test_lists),
     }
 
 
+class Contributions(NamedTuple):
+    """What groups add to the recommendations, in log-odds.
+
+    Attributes:
+        phi: Shapley values of user and item; of content, what it says less its mean over the
+            recommendations. ``(n, 3)``, in the order of the family's groups.
+        interactions: Whose rows sum to ``phi``, ``(n, 3, 3)``.
+        probability: That the user watches the movie, ``(n,)``.
+    """
+
+    phi: Tensor
+    interactions: Tensor
+    probability: Tensor
+
+
+def contributions(model: InterpretableNCF, logits: Tensor) -> Contributions:
+    """Of the ten movies of each list that a user would see; logits ``(U, K, 4)``, float64."""
+    best = _recommended(model, logits)
+    shown = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])).flatten(0, 1)
+    family = model.family
+    phi, between = 2 * shapley(shown, family), 2 * interactions(shown, family)
+    content = 2 * shown[:, family.names.index("content")]
+    at = list(family.groups).index("content")
+    phi[:, at] = between[:, at, at] = content - content.mean()
+    return Contributions(phi, between, torch.sigmoid(2 * answers(model, shown)))
+
+
+def _recommended(model: InterpretableNCF, logits: Tensor) -> Tensor:
+    """The ten of each list that a user would see, ``(U, 10)`` int64."""
+    return answers(model, logits).topk(min(_SHOWN, logits.shape[1]), dim=1).indices
+
+
 def _point(model: InterpretableNCF, task: Task, logits: Tensor, tolerance: float) -> dict[str, Any]:
     found = sufficient(logits, model.family, tolerance).expert
-    best = answers(model, logits).topk(min(_SHOWN, logits.shape[1]), dim=1).indices
+    best = _recommended(model, logits)
     deciding = logits.gather(-1, found.unsqueeze(-1))[..., 0]
     return {
         "tolerance": tolerance,

@@ -22,8 +22,12 @@ from maskmoe_kernels.experiments.movielens.evaluate import (
     print_report,
     scores,
 )
-from maskmoe_kernels.experiments.movielens.figures import draw
-from maskmoe_kernels.experiments.movielens.sufficient import evaluate_sufficient
+from maskmoe_kernels.experiments.movielens.figures import draw, draw_contributions
+from maskmoe_kernels.experiments.movielens.sufficient import (
+    contributions,
+    evaluate_sufficient,
+)
+from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_record, print_written
@@ -130,11 +134,19 @@ def run_movielens(
             **_evaluated(name, model, task, options),
         }
         write_json(out / "report.json", report)
+        if name == "sufficient" and plot_style.unsupported_reason() is None:
+            _draw_contributions(model, task, out)
     missing = draw(report, out)
     if console is not None:
         print_report(report, console)
         print_written(console, "checkpoints, report", "figures", out, missing)
     return report
+
+
+def _draw_contributions(model: nn.Module, task: Task, out: Path) -> None:
+    if isinstance(model, InterpretableNCF):
+        logits = task.list_logits(model, task.test_lists).double()
+        draw_contributions(model.family, contributions(model, logits), out)
 
 
 def _evaluated(name: str, model: nn.Module, task: Task, options: Options) -> dict[str, Any]:

@@ -30,6 +30,16 @@ class Verdict(NamedTuple):
     gap: Tensor | None
     contributions: dict[str, Tensor]
 
+    def at(self, k: int) -> Verdict:
+        """On movie ``k`` alone, without the axis of movies."""
+        return Verdict(
+            self.probability[k],
+            self.expert[k],
+            None if self.share is None else self.share[k],
+            None if self.gap is None else self.gap[k],
+            {group: value[k] for group, value in self.contributions.items()},
+        )
+
 
 #: From a model and the logits of its experts.
 Decide = Callable[[InterpretableNCF, Tensor], Verdict]
@@ -55,6 +65,8 @@ def sufficing(model: InterpretableNCF, logits: Tensor, tolerance: float) -> Verd
     return Verdict(found.prediction, found.expert, None, found.gap, phi)
 
 
-def named_values(model: InterpretableNCF, of_experts: Tensor) -> dict[str, float]:
-    """One value for each expert, ``(4,)``, by name."""
+def named_values(model: InterpretableNCF, of_experts: Tensor | None) -> dict[str, float]:
+    """One value for each expert, ``(4,)``, by name; none where there are none."""
+    if of_experts is None:
+        return {}
     return dict(zip(model.family.names, of_experts.tolist(), strict=True))

@@ -37,6 +37,7 @@ from maskmoe_kernels.experiments.skip.settings import (
     NORMALIZATIONS,
     PRECISIONS,
     Settings,
+    weighting_of,
 )
 
 # Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional and
@@ -144,6 +145,7 @@ def _train(arguments: argparse.Namespace, console: Console) -> None:
         torch.set_num_threads(arguments.threads)
     layers = arguments.layers or _LAYERS[arguments.model.rpartition("-")[2]]
     given = {name: getattr(arguments, name) for name in _SETTINGS}
+    given["weighting"] = weighting_of(arguments.explain, arguments.weighting)
     settings = Settings(**given, layers=layers)
     pace = Pace(
         epochs=arguments.epochs,
@@ -334,9 +336,14 @@ def _add_loss(parser: argparse.ArgumentParser) -> None:
         help="power of the confidence of smaller experts (default: 1, the paper's rule)",
     )  # fmt: skip
     group.add_argument(
-        "--weighting", choices=("selection", "deselection"), default=Settings.weighting,
+        "--weighting", choices=("selection", "deselection"),
         help="weight of a track for an expert: its share of the decision, or how unsure all "
-        "smaller experts are, as in the paper (default: %(default)s)",
+        f"smaller experts are, as in the paper (default: {Settings.weighting})",
+    )  # fmt: skip
+    group.add_argument(
+        "--explain", choices=("mixture", "sufficient"), default="mixture",
+        help="mixture: the paper's rule; sufficient: every expert learns from every track, the "
+        "one that sees all predicts, and the smallest that agrees explains (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--normalize", choices=NORMALIZATIONS, default=Settings.normalize,

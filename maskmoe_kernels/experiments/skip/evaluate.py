@@ -29,11 +29,10 @@ from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.deciders import Deciders
 from maskmoe_kernels.experiments.skip.generator.causes import Causes
 from maskmoe_kernels.experiments.skip.metrics import SkipTally
-from maskmoe_kernels.experiments.skip.models import logits_of, probability
+from maskmoe_kernels.experiments.skip.models import decided, logits_of, probability
 from maskmoe_kernels.experiments.skip.runs import load
-from maskmoe_kernels.experiments.skip.settings import Settings
+from maskmoe_kernels.experiments.skip.settings import TOLERANCE, Settings
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
-from maskmoe_kernels.ops.selection import mixture
 
 #: Table 2 of the paper: the values of ``METRICS``, per cent.
 PAPER = {
@@ -141,7 +140,7 @@ class _Trained:
         self, model: SessionModel, settings: Settings, run: Run, sharpness: float | None
     ) -> None:
         self.model, self.settings, self.run = model, settings, run
-        self.sharpness = settings.sharpness if sharpness is None else sharpness
+        self.sharpness = sharpness
         self.tally = SkipTally()
         self.deciders = Deciders(model.family) if isinstance(model, SessionExperts) else None
 
@@ -153,7 +152,7 @@ class _Trained:
         if self.deciders is None:
             predicted = probability(self.model, logits, self.settings)
         else:
-            mixed = mixture(logits, self.deciders.family, self.settings.confidence, self.sharpness)
+            mixed = decided(logits, self.deciders.family, self.settings, self.sharpness)
             predicted = mixed.probability
             self.deciders.add(mixed.attribution.cpu(), real.cpu(), causes)
         self.tally.add((predicted > 0.5) == (batch.target > 0.5), real)
@@ -169,7 +168,10 @@ class _Trained:
                 "groups": dict(family.groups),
                 "subsets": {name: list(of) for name, of in family.subsets.items()},
             }
-            result["sharpness"] = self.sharpness
+            if self.settings.suffices:
+                result["tolerance"] = TOLERANCE
+            else:
+                result["sharpness"] = self.settings.power(self.sharpness)
             result |= self.deciders.report()
         result["paper"] = _paper(self.settings.model)
         result["history"] = self.run.history
@@ -233,7 +235,8 @@ def _print_deciders(name: str, row: Mapping[str, Any], console: Console) -> None
         [expert, f"{100 * share:.1f}", f"{100 * row['decided'][expert]:.1f}"]
         for expert, share in row["mean_attribution"].items()
     ]
-    title = f"{name}: who decides, per cent (sharpness {row['sharpness']:g})"
+    what, rule = ("decides", "sharpness") if "sharpness" in row else ("suffices", "tolerance")
+    title = f"{name}: who {what}, per cent ({rule} {row[rule]:g})"
     print_table(console, title, columns, rows)
     if "decisive" not in row:
         return

@@ -21,11 +21,11 @@ from maskmoe_kernels.experiments.skip import figures as skip_figures
 from maskmoe_kernels.experiments.skip.data.columns import CONTEXT_TYPES, HISTORY
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.generator.causes import CAUSES, Causes
-from maskmoe_kernels.experiments.skip.models import logits_of
+from maskmoe_kernels.experiments.skip.models import decided, logits_of
 from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import TOLERANCE
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.sessions import SessionExperts
-from maskmoe_kernels.ops.selection import mixture
 from maskmoe_kernels.ops.selection.api import Mixture
 
 _WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -50,7 +50,8 @@ class Track:
         skipped: The label.
         predicted: Whether a skip is predicted.
         probability: Predicted probability of a skip.
-        expert: Name of the expert with the largest share of the decision.
+        expert: Name of the expert with the largest share of the decision; or the smallest that
+            suffices, whose share is 1.
         share: That share.
         belief: The probability of a skip according to this expert alone.
         reason: What this expert sees, in words.
@@ -77,16 +78,18 @@ class Explanation:
     Attributes:
         session: The official id.
         header: The session and its half A in words.
-        sharpness: Sharpness of the prediction.
-        shares: Expert -> mean share over the tracks.
+        sharpness: Sharpness of the prediction; ``None`` if experts are not mixed.
+        shares: Expert -> mean share over the tracks; or for how many of them it suffices.
         tracks: The tracks of half B, in order.
+        tolerance: Within which an expert suffices, in log-odds; ``None`` if experts are mixed.
     """
 
     session: str
     header: str
-    sharpness: float
+    sharpness: float | None
     shares: dict[str, float]
     tracks: list[Track]
+    tolerance: float | None = None
 
 
 def explain(
@@ -130,18 +133,18 @@ def explain(
     batch, table = shards.find(_first(shards) if session is None else session)
     if check is not None:
         check(batch.session_ids[0])
-    power = settings.sharpness if sharpness is None else sharpness
     with torch.inference_mode():
         logits = logits_of(model, batch, settings)[~batch.second_padding].double()
-        mixed = mixture(logits, model.family, settings.confidence, power)
+        mixed = decided(logits, model.family, settings, sharpness)
     known = None if causes is None else _cause_names(causes, batch.session_ids[0])
     rows, shares = table.to_pylist(), mixed.attribution.mean(0).tolist()
     explanation = Explanation(
         session=batch.session_ids[0],
         header=header_in_words(rows),
-        sharpness=power,
+        sharpness=settings.power(sharpness),
         shares=dict(zip(model.family.names, shares, strict=True)),
         tracks=_tracks(rows, model.family, logits, mixed, known),
+        tolerance=TOLERANCE if settings.suffices else None,
     )
     missing = None if out is None else _write(explanation, out)
     if console is not None:
@@ -162,24 +165,34 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     print_line(console, explanation.header)
     for track in explanation.tracks:
         style = None if track.skipped == track.predicted else "red"
-        print_line(console, sentence(track), style)
+        print_line(console, sentence(track, explanation.tolerance is not None), style)
     right = sum(track.skipped == track.predicted for track in explanation.tracks)
     descending = sorted(explanation.shares.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {share:.0%}" for name, share in descending if share >= 0.005)
+    mixes = explanation.tolerance is None
+    what = "Share of the decisions" if mixes else "Smallest expert that suffices"
     print_line(
         console,
-        f"Right on {right} of {len(explanation.tracks)} tracks. Share of the decisions: {shares}.",
+        f"Right on {right} of {len(explanation.tracks)} tracks. {what}: {shares}.",
     )
 
 
-def sentence(track: Track) -> str:
-    """A track in words: label, prediction and its probability, and the deciding expert."""
+def sentence(track: Track, suffices: bool = False) -> str:
+    """A track in words: label, prediction and its probability, and the deciding expert.
+
+    Args:
+        track: The track.
+        suffices: Whether its expert is the smallest that suffices, rather than one of a mixture.
+    """
     sure = track.probability if track.predicted else 1 - track.probability
     known = "" if track.cause is None else f" The label's cause: {track.cause}."
+    if suffices:
+        why = f"{track.expert} suffices: the answer would be the same knowing only {track.reason}."
+    else:
+        why = f"{track.expert} decides with {track.share:.0%} ({track.reason})."
     return (
         f"Track {track.position} was {_verb(track.skipped)}; predicted: {_verb(track.predicted)}, "
-        f"{100 * sure:.0f} % sure. {track.expert} decides with {track.share:.0%} ({track.reason})."
-        f"{known}"
+        f"{100 * sure:.0f} % sure. {why}{known}"
     )
 
 

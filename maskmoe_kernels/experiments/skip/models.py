@@ -5,14 +5,19 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
-from maskmoe_kernels.experiments.skip.settings import PRECISIONS, Settings
+from maskmoe_kernels.experiments.skip.settings import PRECISIONS, TOLERANCE, Settings
+from maskmoe_kernels.explain import sufficient
 from maskmoe_kernels.layout.families import skip_sessions
+from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import GRU, InterpretableGRU, InterpretableTransformer, Transformer
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 from maskmoe_kernels.ops.selection import mixture
+from maskmoe_kernels.ops.selection.api import Mixture
 
 
 def build(settings: Settings) -> SessionModel:
@@ -49,7 +54,7 @@ def logits_of(net: nn.Module, batch: SessionBatch, settings: Settings) -> Tensor
 
 
 def probability(model: SessionModel, logits: Tensor, settings: Settings) -> Tensor:
-    """The probability of a skip: that of the mixture, or the sigmoid of a black box's logits.
+    """The probability of a skip: of the experts, or the sigmoid of a black box's logits.
 
     Args:
         model: From :func:`build`.
@@ -59,5 +64,33 @@ def probability(model: SessionModel, logits: Tensor, settings: Settings) -> Tens
         ``(B, 10)``.
     """
     if isinstance(model, SessionExperts):
-        return mixture(logits, model.family, settings.confidence, settings.sharpness).probability
+        return decided(logits, model.family, settings).probability
     return logits.sigmoid()
+
+
+def decided(
+    logits: Tensor, family: SubsetFamily, settings: Settings, sharpness: float | None = None
+) -> Mixture:
+    """Prediction, and the share of each expert in the decision.
+
+    Args:
+        logits: ``(*, H)``.
+        family: The subsets of the experts.
+        settings: What the model was built from. If the smallest expert that suffices explains, the
+            one that sees all predicts, and the whole share is that of the former.
+        sharpness: Of the mixture; ``None``: that of the settings.
+
+    Raises:
+        DataError: A sharpness where experts are not mixed.
+    """
+    if not settings.suffices:
+        power = settings.sharpness if sharpness is None else sharpness
+        return mixture(logits, family, settings.confidence, power)
+    if sharpness is not None:
+        raise DataError(
+            "--sharpness mixes experts, and this model's are not mixed (it was trained with "
+            "--explain sufficient): leave it out"
+        )
+    found = sufficient(logits, family, TOLERANCE)
+    share = F.one_hot(found.expert, family.num_experts).to(logits.dtype)
+    return Mixture(found.prediction, share, share)

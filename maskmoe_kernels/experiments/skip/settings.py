@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+from maskmoe_kernels.errors import DataError
+
 MODELS = (
     "interpretable-transformer", "interpretable-gru", "black-box-transformer", "black-box-gru",
 )  # fmt: skip
 #: Name -> dtype of autocast; ``None``: no autocast.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
 NORMALIZATIONS = ("none", "sample", "batch")
+#: Log-odds within which a smaller expert suffices.
+TOLERANCE = 1.0
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Settings:
             weights stay in float32.
         confidence: Confidence of the loss and the prediction; see :func:`selection`.
         sharpness: Sharpness of the loss and the prediction; see :func:`selection`.
-        weighting: Weighting of the loss; see :func:`gem_loss`.
+        weighting: Weighting of the loss; see :func:`gem_loss`. With ``"uniform"`` experts are not
+            mixed: the one that sees all predicts, and the smallest that suffices explains.
         normalize: One of ``NORMALIZATIONS``; see :func:`gem_loss`, whose ``None`` is ``"none"``.
 
     Raises:
@@ -48,6 +53,17 @@ class Settings:
     weighting: str = "deselection"
     normalize: str = "batch"
 
+    @property
+    def suffices(self) -> bool:
+        """Does the smallest expert that suffices explain, rather than a mixture?"""
+        return self.weighting == "uniform"
+
+    def power(self, given: float | None) -> float | None:
+        """The sharpness of a prediction, where one may be given; ``None``: experts do not mix."""
+        if self.suffices:
+            return None
+        return self.sharpness if given is None else given
+
     def __post_init__(self) -> None:
         for name, value, known in (
             ("model", self.model, MODELS),
@@ -56,3 +72,19 @@ class Settings:
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+
+def weighting_of(explain: str, weighting: str | None) -> str:
+    """The weighting of the loss for ``"mixture"`` or ``"sufficient"``, and the one asked for.
+
+    Raises:
+        DataError: One is asked for where every track has the same weight.
+    """
+    if explain == "mixture":
+        return weighting or Settings.weighting
+    if weighting is not None:
+        raise DataError(
+            f"--explain sufficient gives every track the same weight, so --weighting {weighting} "
+            "has no place beside it: leave one of them out"
+        )
+    return "uniform"

@@ -39,6 +39,13 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "--epochs", type=positive, help="passes of 500 steps of 256 samples (default: 30)"
     )
+    parser.add_argument(
+        "--explain",
+        choices=("mixture", "sufficient"),
+        default="mixture",
+        help="mixture: the paper's rule; sufficient: every expert learns from every sample, and "
+        "the smallest that agrees with the one that sees all explains (default: %(default)s)",
+    )
     add_common(parser)
     add_existing(parser)
 
@@ -54,5 +61,6 @@ def _toy(arguments: argparse.Namespace, console: Console) -> None:
         out=arguments.out,
         device=usable(arguments.device),
         epochs=arguments.epochs,
+        explain=arguments.explain,
         console=console,
     )

@@ -22,8 +22,9 @@ from maskmoe_kernels.experiments.shared.plot_style import (
     save,
 )
 from maskmoe_kernels.experiments.toy.data import SIGMA, ToyTask, held_out
+from maskmoe_kernels.experiments.toy.evaluate import explained
 from maskmoe_kernels.models import InterpretableMLP
-from maskmoe_kernels.ops.selection import Mixture, mixture
+from maskmoe_kernels.ops.selection import Mixture
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,10 @@ class Plane:
 
 
 @torch.no_grad()
-def draw_figures(
-    net: InterpretableMLP, task: ToyTask, confidence: str, out: Path, seed: int = 0
-) -> None:
+def draw_figures(net: InterpretableMLP, task: ToyTask, rule: str, out: Path, seed: int = 0) -> None:
     """Figure 5 (``panels.png``), ``plane.png`` and ``hasse.png`` of a trained net, in ``out``."""
-    samples = partial(_sampled_plane, net, task, confidence, seed)
-    lattice = partial(_lattice_plane, net, task, confidence)
+    samples = partial(_sampled_plane, net, task, rule, seed)
+    lattice = partial(_lattice_plane, net, task, rule)
     names = task.family.names
     about = f"Toy ({task.name}): {task.title}"
     planes = [samples(axes) for axes in task.planes]
@@ -65,15 +64,15 @@ def draw_figures(
 
 
 def _sampled_plane(
-    net: InterpretableMLP, task: ToyTask, confidence: str, seed: int, axes: tuple[int, int]
+    net: InterpretableMLP, task: ToyTask, rule: str, seed: int, axes: tuple[int, int]
 ) -> Plane:
     x, y, which = held_out(task, 6000, seed)
     lies = torch.tensor([cluster.noisy == axes for cluster in task.clusters])[which]
-    return _plane(net, task, confidence, axes, x[lies], y[lies])
+    return _plane(net, task, rule, axes, x[lies], y[lies])
 
 
 def _lattice_plane(
-    net: InterpretableMLP, task: ToyTask, confidence: str, axes: tuple[int, int], side: int = 240
+    net: InterpretableMLP, task: ToyTask, rule: str, axes: tuple[int, int], side: int = 240
 ) -> Plane:
     # Inputs off the plane are zero, as they are in the samples.
     centers = torch.tensor([c.center for c in task.clusters if c.noisy == axes])[:, list(axes)]
@@ -82,14 +81,14 @@ def _lattice_plane(
     line = torch.linspace(-reach, reach, side)
     x = torch.zeros(side * side, len(task.clusters[0].center))
     x[:, list(axes)] = torch.cartesian_prod(line, line)
-    plane = _plane(net, task, confidence, axes, x, torch.full((len(x),), float("nan")))
+    plane = _plane(net, task, rule, axes, x, torch.full((len(x),), float("nan")))
     return replace(plane, centers=centers, center_labels=labels)
 
 
 def _plane(
     net: InterpretableMLP,
     task: ToyTask,
-    confidence: str,
+    rule: str,
     axes: tuple[int, int],
     x: Tensor,
     y: Tensor,
@@ -101,7 +100,7 @@ def _plane(
         points=x[:, list(axes)],
         labels=y,
         experts=torch.sigmoid(2 * logits),
-        mixture=mixture(logits, task.family, confidence),
+        mixture=explained(logits, task.family, rule),
     )
 
 
@@ -142,7 +141,7 @@ def _panels_of_plane(axes: Sequence[Any], plane: Plane, names: Sequence[str]) ->
         # A trace of what is not selected stays visible, so that the clusters keep their places.
         shown.append((f"Expert {name}", _label_colors(plane.experts[:, i]), 0.04 + 0.96 * alpha))
     shown.append(("Mixture of the experts", _label_colors(plane.mixture.probability), opaque))
-    shown.append(("Attribution", _mix(plane.mixture.attribution), opaque))
+    shown.append(("Attribution", mixed_colours(plane.mixture.attribution), opaque))
     for ax, (name, colors, alpha) in zip(axes, shown, strict=False):
         rgba = torch.cat([colors, alpha.to(colors).clamp(0, 1)[:, None]], 1).numpy()
         ax.scatter(*plane.points.T.numpy(), c=rgba, s=7, linewidths=0)
@@ -164,7 +163,7 @@ def toy_plane(
         side = round(len(plane.points) ** 0.5)
         if side * side != len(plane.points):
             raise LayoutError(f"points must be a square lattice, got {len(plane.points)} of them")
-        image = _mix(plane.mixture.attribution).view(side, side, 3).transpose(0, 1).numpy()
+        image = mixed_colours(plane.mixture.attribution).view(side, side, 3).transpose(0, 1).numpy()
         low, high = float(plane.points.min()), float(plane.points.max())
         ax.imshow(image, origin="lower", extent=(low, high, low, high), interpolation="nearest")
         line = torch.linspace(low, high, side).numpy()
@@ -177,7 +176,7 @@ def toy_plane(
     figure.suptitle(f"{title}\nWhich expert answers where, and where the answer turns", fontsize=13)
     lines = module("lines")
     handles = [
-        *_expert_handles(names, "attributed to {}"),
+        *expert_handles(names, "attributed to {}"),
         lines.Line2D([], [], color="black", lw=1.2, label="decision boundary (prediction 0.5)"),
         *(_dot(color, f"cluster with label {k}", True) for k, color in _LABELS),
     ]
@@ -218,7 +217,7 @@ def _plane_axes(ax: Any, plane: Plane, title: str) -> None:
 def _label_and_expert_legend(figure: Any, names: Sequence[str]) -> None:
     handles = [_dot(color, f"label or prediction {k}") for k, color in _LABELS]
     handles.append(_dot("#D9D9D9", "undecided (0.5)"))
-    handles += _expert_handles(names, "attributed to {}")
+    handles += expert_handles(names, "attributed to {}")
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -231,7 +230,8 @@ def _label_and_expert_legend(figure: Any, names: Sequence[str]) -> None:
     )
 
 
-def _expert_handles(names: Sequence[str], text: str) -> list[Any]:
+def expert_handles(names: Sequence[str], text: str) -> list[Any]:
+    """Entries of a legend: each expert's colour and ``text`` with its name."""
     patches = module("patches")
     return [
         patches.Patch(color=color, label=text.format(name))
@@ -265,7 +265,7 @@ def _label_colors(probability: Tensor) -> Tensor:
     return torch.where(p < 0.5, low, high)
 
 
-def _mix(attribution: Tensor) -> Tensor:
+def mixed_colours(attribution: Tensor) -> Tensor:
     """The experts' colours, weighted by their shares: ``(n, 3)``."""
     basis = torch.stack([_rgb(color) for color in EXPERTS[: attribution.shape[-1]]])
     return (attribution.float().cpu() @ basis).clamp(0, 1)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_line, print_written
@@ -19,7 +20,13 @@ from maskmoe_kernels.experiments.shared.progress import shown_progress
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import take_step
 from maskmoe_kernels.experiments.toy.data import ToyTask, sample, toy_task
-from maskmoe_kernels.experiments.toy.evaluate import combine, evaluate, print_report
+from maskmoe_kernels.experiments.toy.evaluate import (
+    CONFIDENCES,
+    SUFFICIENT,
+    combine,
+    evaluate,
+    print_report,
+)
 from maskmoe_kernels.experiments.toy.figures import draw_figures
 from maskmoe_kernels.models import InterpretableMLP
 
@@ -35,7 +42,10 @@ class ToyConfig:
 
     Attributes:
         confidence: Of the training weights.
-        predict: Confidence of the figures; the table has all of ``CONFIDENCES``.
+        predict: Confidence of the figures, or ``SUFFICIENT``.
+
+    ``predict=SUFFICIENT`` goes with ``weighting="uniform"``: every expert learns from every sample.
+    The table then has this rule, and otherwise all of ``CONFIDENCES``.
     """
 
     epochs: int = 30
@@ -139,9 +149,22 @@ def run(
         "seconds": round(seconds, 2),
         "samples_per_s": round(samples / max(seconds, 1e-9)),
         "losses": losses,
-        "table": evaluate(net, task, seed, config.test_samples),
+        "table": evaluate(net, task, seed, config.test_samples, _rules(config)),
     }
     return report, net
+
+
+def _of_sufficient(task: ToyTask, config: ToyConfig) -> ToyConfig:
+    if not task.family.inclusion.all(1).any():
+        raise DataError(
+            f"in task {task.name!r} no expert sees all inputs, so none can be said to suffice; "
+            "take task a or b, or --explain mixture"
+        )
+    return replace(config, predict=SUFFICIENT, weighting="uniform")
+
+
+def _rules(config: ToyConfig) -> Sequence[str]:
+    return (SUFFICIENT,) if config.predict == SUFFICIENT else CONFIDENCES
 
 
 def run_toy(
@@ -153,6 +176,7 @@ def run_toy(
     config: ToyConfig | None = None,
     epochs: int | None = None,
     confidence: str | None = None,
+    explain: str = "mixture",
     console: Console | None = None,
     draw: bool = True,
 ) -> dict[str, Any]:
@@ -166,6 +190,8 @@ def run_toy(
         config: How to train; the defaults of :class:`ToyConfig`.
         epochs: Instead of ``config.epochs``.
         confidence: Instead of ``config.confidence``.
+        explain: ``"mixture"``: the paper's rule. ``"sufficient"``: every expert learns from every
+            sample, and the smallest that suffices explains.
         console: For progress and table; ``None`` is quiet.
         draw: Draw the figures. Without matplotlib they are left out and the console says so.
 
@@ -173,9 +199,12 @@ def run_toy(
         The report.
 
     Raises:
+        DataError: No expert of the task sees all, so that none can suffice.
         OSError: ``out`` is no folder that can be written to.
     """
     config = config or ToyConfig()
+    if explain == SUFFICIENT:
+        config = _of_sufficient(toy_task(task), config)
     if epochs is not None:
         config = replace(config, epochs=epochs)
     if confidence is not None:

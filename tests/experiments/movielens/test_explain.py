@@ -19,14 +19,14 @@ from maskmoe_kernels.experiments.movielens.data.tables import (
     MovieLens,
 )
 from maskmoe_kernels.experiments.movielens.evaluate import CONFIDENCE
-from maskmoe_kernels.experiments.movielens.explain import (
+from maskmoe_kernels.experiments.movielens.explain import explain
+from maskmoe_kernels.experiments.movielens.train import build
+from maskmoe_kernels.experiments.movielens.words import (
     AGE_NAMES,
     OCCUPATION_NAMES,
     decade,
-    explain,
     reason_in_words,
 )
-from maskmoe_kernels.experiments.movielens.train import build
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.models import NCF, InterpretableNCF
 from maskmoe_kernels.ops.selection import mixture
@@ -140,7 +140,7 @@ def test_decades(year: int, words: str) -> None:
 
 
 def test_every_code_has_a_name() -> None:
-    from maskmoe_kernels.experiments.movielens.explain import _GENRE_NAMES
+    from maskmoe_kernels.experiments.movielens.words import _GENRE_NAMES
 
     assert (len(AGE_NAMES), len(OCCUPATION_NAMES)) == (len(AGES), NUM_OCCUPATIONS)
     assert len(_GENRE_NAMES) == len(GENRES)

@@ -1,5 +1,7 @@
 """Figures of MovieLens: the frontier."""
 
+import itertools
+
 import pytest
 
 from maskmoe_kernels import LayoutError
@@ -48,3 +50,13 @@ def test_experts_that_suffice_are_drawn_beside_the_mixture(tmp_path):
 )
 def test_a_fifth_of_the_range_is_shown_where_that_is_enough(values, expected):
     assert figures._shown_range(values) == pytest.approx(expected)
+
+
+def test_the_log_axis_names_the_chosen_point_and_both_ends():
+    tolerances = [0.25, 0.5, 0.75, 1.0, 1.5, 2.0]
+    assert figures._labelled(tolerances, 3) == tolerances
+    powers = [1, 1.25, 1.5, 2, 3, 4, 6, 8, 16]
+    for chosen in range(len(powers)):
+        named = figures._labelled(powers, chosen)
+        assert {powers[chosen], 1, 16} - set(named) <= {1 if chosen == 1 else 0}
+        assert all(b / a > 1.3 for a, b in itertools.pairwise(named))

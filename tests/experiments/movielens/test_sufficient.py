@@ -5,17 +5,24 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.movielens import explain as module
 from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
-from maskmoe_kernels.experiments.movielens.explain import explain, same_in_words
-from maskmoe_kernels.experiments.movielens.sufficient import TOLERANCES, evaluate_sufficient
+from maskmoe_kernels.experiments.movielens.explain import explain
+from maskmoe_kernels.experiments.movielens.sufficient import (
+    TOLERANCES,
+    contributions,
+    evaluate_sufficient,
+)
 from maskmoe_kernels.experiments.movielens.train import Options, build, run_movielens, train
+from maskmoe_kernels.experiments.movielens.words import same_in_words
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
 from maskmoe_kernels.models import InterpretableNCF
 from tests.experiments.movielens.test_explain import EXPERTS, save
@@ -55,7 +62,9 @@ def test_the_report_has_both_rules_and_a_figure(tmp_path: Path, folder: Path) ->
     assert left == sorted(left, reverse=True)
     assert json.loads((tmp_path / "report.json").read_text())["models"]["sufficient"] == found
     if pytest.importorskip("matplotlib"):
-        assert (tmp_path / "sufficient.png").stat().st_size > 20_000
+        for name in ("sufficient", "contributions", "interactions"):
+            assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+    assert list(found["contributions"]["mean_size"]) == list(found["family"]["groups"])
     again = run_movielens(folder, tmp_path, Options(**{**vars(options), "resume": True}))
     assert again["models"]["sufficient"] == found
 
@@ -121,6 +130,47 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
     assert "log-odds" in note
     with pytest.raises(DataError, match=r"--sharpness mixes experts.* give --tolerance"):
         explain(folder, path, user=8, item=102, sharpness=2.0)
+
+
+def test_the_explanation_has_a_picture_that_is_not_replaced(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[dict[str, Any]] = []
+    path = save(tmp_path / "sufficient.pt", biased(folder, user=0.5, all=0.9), "sufficient")
+    monkeypatch.setattr(module, "waterfall", lambda bars, to, **of: drawn.append(bars | of))
+    explain(folder, path, user=8, item=102, out=tmp_path / "out")
+    (picture,) = drawn
+    assert list(picture)[:2] == [
+        "user: this user's ratings (0 of 18 of such movies)",
+        "item: who watches this movie",
+    ]
+    assert picture["base"] == ("content: men under 18, action movies of the 70s", 0.0)
+    assert picture["answers"] == pytest.approx({"content": 0, "user": 1, "item": 0, "all": 1.8})
+    assert (picture["sufficient"], picture["tolerance"]) == ("user", 1.0)
+    monkeypatch.undo()
+    console = Console(file=io.StringIO(), width=200)
+    explain(folder, path, user=8, out=tmp_path / "out", console=console)
+    assert (tmp_path / "out" / "explain-user-8.png").stat().st_size > 20_000
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "report explain-user-8.json and picture explain-user-8.png: " in said
+
+
+def test_contributions_are_made_of_interactions_and_sum_to_the_answer(folder: Path) -> None:
+    task = Task(read_movielens(folder), 0, None)
+    torch.manual_seed(1)
+    model = build("sufficient", task.sizes)
+    assert isinstance(model, InterpretableNCF)
+    logits = torch.randn(5, 100, 4, dtype=torch.float64)
+    found = contributions(model, logits)
+    best = logits[..., 3].topk(10).indices
+    all_ = 2 * logits[..., 3].gather(1, best).flatten()
+    content = 2 * logits[..., 0].gather(1, best).flatten()
+    torch.testing.assert_close(found.probability, torch.sigmoid(all_))
+    torch.testing.assert_close(found.interactions.sum(-1), found.phi)
+    torch.testing.assert_close(found.phi.sum(-1) + content.mean(), all_)
+    at = list(model.family.groups).index("content")
+    torch.testing.assert_close(found.phi[:, at], content - content.mean())
 
 
 def test_each_expert_has_its_words(folder: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskmoe_kernels import BackendError, LayoutError, SubsetFamily
-from maskmoe_kernels.experiments.shared import charts, hasse, plot_style
+from maskmoe_kernels.experiments.shared import charts, contributions, hasse, plot_style
 from tests.experiments.pixels import count, pixels
 
 pytest.importorskip("matplotlib")
@@ -121,3 +121,50 @@ def test_drawing_leaves_global_settings_alone(tmp_path):
     before = dict(matplotlib.rcParams)
     hasse.hasse(PLANE, tmp_path / "hasse.png")
     assert dict(matplotlib.rcParams) == before
+
+
+def test_bars_of_a_waterfall_are_as_long_as_what_groups_add(tmp_path):
+    path = tmp_path / "waterfall.png"
+    contributions.waterfall({"a": 2.0, "b": -1.0}, path, title="t", base=("known", 0.5))
+    up, down = count(path, plot_style.VERMILLION), count(path, plot_style.BLUE)
+    assert up > 5000
+    assert down / up == pytest.approx(0.5, rel=0.03, abs=0)
+    assert count(path, plot_style.GREEN, 0) == 0
+    answers = {"a": 2.4, "a + b": 1.5}
+    contributions.waterfall(
+        {"a": 1.5}, path, title="t", answers=answers, sufficient="a", tolerance=1.0
+    )
+    assert count(path, plot_style.GREEN, 0) > 100
+    assert count(path, plot_style.BLUE) == 0
+    with pytest.raises(LayoutError, match=r"an expert of answers, \['a', 'a \+ b'\]: 'c'"):
+        contributions.waterfall({"a": 1.5}, path, title="t", answers=answers, sufficient="c")
+    with pytest.raises(LayoutError, match="contributions is empty"):
+        contributions.waterfall({}, path, title="t")
+
+
+def test_contributions_over_data_show_the_largest_first(tmp_path):
+    path = tmp_path / "contributions.png"
+    phi = torch.tensor([[1.0, -4.0], [-1.0, 4.0]]).repeat(500, 1)
+    contributions.over_data(["small", "large"], phi, path, title="t")
+    bars = (pixels(path) - torch.tensor([0xD5, 0x5E, 0x00])).abs().amax(-1) <= 3
+    rows = bars.sum(1)
+    upper, lower = rows[: len(rows) // 2].sum(), rows[len(rows) // 2 :].sum()
+    assert float(lower / upper) == pytest.approx(0.25, rel=0.05, abs=0)
+    contributions.over_data(["small", "large"], phi, path, title="t", colour=phi, colour_name="x")
+    for wrong in (phi[:0], phi[0], torch.zeros(3, 3)):
+        with pytest.raises(LayoutError, match=r"phi must be \(n, 2\)"):
+            contributions.over_data(["small", "large"], wrong, path, title="t")
+    with pytest.raises(LayoutError, match="colour must be"):
+        contributions.over_data(["small", "large"], phi, path, title="t", colour=phi[:3])
+
+
+def test_an_interaction_matrix_is_lightest_where_groups_act_most(tmp_path):
+    path = tmp_path / "interactions.png"
+    size = torch.tensor([[0.0, 2.0], [2.0, 0.0]])
+    contributions.interaction_matrix(["a", "b"], size, path, title="t")
+    darkest, lightest = "#00224E", "#FEE838"  # the ends of cividis
+    dark, light = count(path, darkest, 2), count(path, lightest, 2)
+    assert dark > 5000
+    assert light == pytest.approx(dark, rel=0.05, abs=0)
+    with pytest.raises(LayoutError, match=r"size must be \(2, 2\), got \(3, 3\)"):
+        contributions.interaction_matrix(["a", "b"], torch.zeros(3, 3), path, title="t")

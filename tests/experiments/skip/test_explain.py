@@ -12,10 +12,15 @@ from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.data.shards import Shards
+from maskmoe_kernels.experiments.skip.evaluate import evaluate
 from maskmoe_kernels.experiments.skip.explain import explain, header_in_words, reason_in_words
 from maskmoe_kernels.experiments.skip.generator.causes import CAUSES
 from maskmoe_kernels.experiments.skip.models import logits_of
+from maskmoe_kernels.experiments.skip.pace import Pace
 from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.settings import MODELS, TOLERANCE, Settings, weighting_of
+from maskmoe_kernels.experiments.skip.train import train
+from maskmoe_kernels.explain import sufficient
 from maskmoe_kernels.layout.families import skip_sessions
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection import mixture
@@ -51,6 +56,42 @@ def test_explanation_says_what_the_model_computes(made: dict[str, Path], tmp_pat
     assert f"Right on {right} of {len(labels)} tracks" in lines
     assert len(list(tmp_path.glob("explain-*.json"))) == 1
     assert len(list(tmp_path.glob("explain-*.png"))) == 1
+
+
+def test_experts_that_are_not_mixed_explain_by_who_suffices(
+    made: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever it learned: the one that sees all predicts, and a smaller one says the same."""
+    once = Pace(epochs=1, learning_rate=1e-3)
+    settings = Settings(MODELS[1], width=3, layers=1, batch_size=64, weighting="uniform")
+    assert weighting_of("sufficient", None) == settings.weighting
+    run = tmp_path / "run"
+    train(made["data"], run, settings, once)
+    text = Console(file=io.StringIO(), width=300)
+    said = explain(made["data"], run, causes=made["csv"], out=tmp_path / "out", console=text)
+    assert (said.sharpness, said.tolerance) == (None, TOLERANCE)
+    model, settings, _ = load(run)
+    assert isinstance(model, SessionExperts)
+    batch, _ = Shards(made["data"], "test").find(said.session)
+    logits = logits_of(model, batch, settings).detach().double()[0]
+    found = sufficient(logits, model.family, TOLERANCE)
+    for t, track in enumerate(said.tracks):
+        assert track.probability == pytest.approx(float(logits[t, -1].mul(2).sigmoid()), abs=1e-6)
+        assert track.expert == model.family.names[int(found.expert[t])]
+        assert track.share == track.attribution[track.expert] == 1
+    lines = text.file.getvalue()  # type: ignore[attr-defined]
+    assert " suffices: the answer would be the same knowing only " in lines
+    assert "Smallest expert that suffices: " in lines
+    report = evaluate(made["data"], tmp_path / "out", [run], causes=made["csv"])
+    row = report["models"][MODELS[1]]
+    assert row["tolerance"] == TOLERANCE
+    assert "sharpness" not in row
+    assert sum(row["decided"].values()) == pytest.approx(1)
+    assert row["mean_attribution"] == pytest.approx(row["decided"])
+    with pytest.raises(DataError, match="--sharpness mixes experts, and this model's are not"):
+        explain(made["data"], run, sharpness=2.0)
+    with pytest.raises(DataError, match=r"--weighting selection has no place beside it"):
+        weighting_of("sufficient", "selection")
 
 
 def test_explain_refuses_what_it_cannot_explain(made: dict[str, Path], tmp_path: Path) -> None:

@@ -1,17 +1,26 @@
 """The toy tasks: what is sampled, what training gives, what the report holds."""
 
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 import torch
 from rich.console import Console
 
-from maskmoe_kernels import LayoutError
+from maskmoe_kernels import LayoutError, mixture
+from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.toy import train as toy
 from maskmoe_kernels.experiments.toy.data import SIGMA, TASKS, sample
-from maskmoe_kernels.experiments.toy.evaluate import CONFIDENCES, combine, evaluate, print_report
+from maskmoe_kernels.experiments.toy.evaluate import (
+    CONFIDENCES,
+    SUFFICIENT,
+    combine,
+    evaluate,
+    explained,
+    print_report,
+)
 
 SHORT = toy.ToyConfig(epochs=3, steps=150, learning_rate=5e-3, test_samples=4000)
 
@@ -75,6 +84,42 @@ def test_a_short_run_beats_chance_and_finds_the_experts(trained):
     outer = [report["table"][c]["right_expert"]["outer"] for c in CONFIDENCES]
     assert inner == sorted(inner, reverse=True)
     assert outer == sorted(outer)
+
+
+def test_experts_that_learn_from_every_sample_suffice_where_they_should():
+    task = TASKS["b"]
+    config = replace(SHORT, weighting="uniform", predict=SUFFICIENT)
+    net, _, _ = toy.train(task, 1, config)
+    (rule,) = (table := evaluate(net, task, 1, 4000, (SUFFICIENT,)))
+    assert rule == SUFFICIENT
+    assert table[rule]["accuracy"] > 0.99
+    assert table[rule]["right_expert"]["inner"] > 0.75
+    assert table[rule]["right_expert"]["outer"] > 0.95
+
+
+def test_who_suffices_explains_alone_and_certainty_has_an_end():
+    family = TASKS["b"].family  # x1, x2, x1+x2; log-odds are twice the logits
+    logits = torch.tensor([[8.0, 0.0, 3.0], [8.0, -8.0, 0.0], [0.0, -0.9, -1.4], [0.0, 0.1, 0.2]])
+    found = explained(logits, family, SUFFICIENT)
+    assert found.attribution.argmax(-1).tolist() == [0, 2, 1, 1]
+    assert torch.equal(found.attribution.sum(-1), torch.ones(4))
+    torch.testing.assert_close(found.probability, torch.sigmoid(2 * logits[:, 2]))
+    by_mixture = explained(logits, family, "square")
+    torch.testing.assert_close(
+        by_mixture.attribution, mixture(logits, family, "square").attribution
+    )
+
+
+def test_the_command_explains_by_who_suffices_and_refuses_where_none_can(tmp_path):
+    config = replace(SHORT, epochs=1)
+    report = toy.run_toy("a", 0, tmp_path, config=config, explain=SUFFICIENT, draw=False)
+    assert list(report["table"]) == [SUFFICIENT]
+    assert report["config"]["weighting"] == "uniform"
+    console = Console(file=StringIO(), width=200)
+    print_report(report, console)
+    assert "explained by\tseed" in console.file.getvalue()
+    with pytest.raises(DataError, match="in task 'c' no expert sees all inputs"):
+        toy.run_toy("c", 0, tmp_path, explain="sufficient")
 
 
 def test_a_seed_gives_the_same_bits_and_leaves_the_callers_stream_alone():

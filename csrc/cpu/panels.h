@@ -54,6 +54,7 @@ struct PanelsView {
   int64_t lines;  // of a tile of outputs
   const Segment* segments;
   const Copy* copies;
+  bool shared;  // is any of them?
 };
 
 }  // namespace maskmoe

@@ -228,6 +228,7 @@ class Builder {
     add_inputs(panel, a);
     panel.segments_end = static_cast<int64_t>(out_.segments.size());
     panel.copies_end = static_cast<int64_t>(out_.copies.size());
+    add_runs(panel);
     panel.line = out_.lines;
     out_.lines += panel.vectors;
     for (int64_t n = 0; n < panel.lanes; ++n) {
@@ -312,6 +313,21 @@ class Builder {
       }
     }
     out_.copies.push_back(copy);
+  }
+
+  void add_runs(Panel& panel) {
+    panel.runs = static_cast<int64_t>(out_.runs.size());
+    for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
+      const Segment& next = out_.segments[n];
+      const bool joins = n > panel.segments &&
+                         out_.runs.back().first + out_.runs.back().length == next.first;
+      if (joins) {
+        out_.runs.back().length += next.length;
+      } else {
+        out_.runs.push_back({next.first, next.length, ~0u});
+      }
+    }
+    panel.runs_end = static_cast<int64_t>(out_.runs.size());
   }
 
   // Adds inputs [first, first + length) for the lanes in `mask`; neighbours of the last segment

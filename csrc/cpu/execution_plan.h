@@ -13,7 +13,7 @@ namespace maskmoe {
 struct Panels {
   int width;
   std::vector<Panel> panels;
-  std::vector<Segment> segments;
+  std::vector<Segment> segments, runs;
   std::vector<Copy> copies;
   int64_t lines;          // of a tile of outputs
   bool shared;            // is any panel?
@@ -37,7 +37,7 @@ Chain plan_execution(int width, std::vector<Layout> layouts);
 
 inline PanelsView view(const Panels& p) {
   return {p.panels.data(), static_cast<int64_t>(p.panels.size()), p.lines, p.segments.data(),
-          p.copies.data(), p.shared};
+          p.runs.data(), p.copies.data(), p.shared};
 }
 
 // Floats of the buffer for a call that reads weights in place from `in_place` on.

@@ -36,15 +36,14 @@ class OurPrices(NamedTuple):
 
     call: float  # between layers of other kinds, where it takes longer than call after call
     product: float  # a row and step of a panel; in a step of training, of three products
-    masked: float  # more, a row and step with a mask; of two products
     copy: float  # a row and feature or unit
     move: float  # more, a row and interleaved feature or unit
     pack: float  # a present weight
 
 
 # AMD EPYC (Zen 3), AVX2, float32, torch 2.13. Other processors change all prices, ratios hardly.
-FORWARD = DensePrices(21e3, 0.0228, 0.145, 0.81), OurPrices(35e3, 0.358, 0.39, 0.169, 0.26, 0.55)
-STEP = DensePrices(131e3, 0.0666, 1.02, 2.69), OurPrices(230e3, 0.378, 1.09, 0.282, 0.39, 1.66)
+FORWARD = DensePrices(21e3, 0.0230, 0.208, 1.07), OurPrices(35e3, 0.362, 0.238, 0.234, 0.53)
+STEP = DensePrices(131e3, 0.0641, 1.51, 4.20), OurPrices(230e3, 0.357, 0.912, 0.609, 3.18)
 
 
 def why_no_gain(
@@ -77,20 +76,16 @@ def gains(layout: BlockLayout, rows: int) -> tuple[float, float]:
     edges = layout.in_features + layout.out_features
     moved = layout.in_features * (layout.col_order is not None)
     moved += layout.out_features * (layout.row_order is not None)
-    walked, masked = layout.panel_steps
+    walked, _ = layout.panel_steps
     transposed, _ = layout.caches.derive("transposed", lambda: transposed_layout(layout))
-    walked_back, masked_back = transposed.panel_steps
+    walked_back, _ = transposed.panel_steps
 
-    def ratio(prices: tuple[DensePrices, OurPrices], steps: int, with_mask: int) -> float:
+    def ratio(prices: tuple[DensePrices, OurPrices], steps: int) -> float:
         dense, ours = prices
         before = dense.product * size + dense.copy * edges
-        after = ours.product * steps + ours.masked * with_mask
-        after += ours.copy * edges + ours.move * moved
+        after = ours.product * steps + ours.copy * edges + ours.move * moved
         return (dense.call + dense.mask * size + rows * before) / (
             ours.call + ours.pack * layout.num_weights + rows * after
         )
 
-    return (
-        ratio(FORWARD, walked, masked),
-        ratio(STEP, 2 * walked + walked_back, masked + masked_back),
-    )
+    return ratio(FORWARD, walked), ratio(STEP, 2 * walked + walked_back)

@@ -31,7 +31,6 @@ struct PanelProduct {
     int64_t y_second;  // from the first vector of lanes to the second
     int32_t lanes;
     bool whole;  // vectors are stored whole; lanes without an output hold zeros
-    bool finite;  // all of x: a product with an absent weight, which is 0 in the buffer, is 0
     Activation activation;  // none, relu or leaky_relu
     const float* saved;     // where given, results are multiplied by the derivative that the
     Activation derivative;  // activation had there: relu or leaky_relu
@@ -120,7 +119,7 @@ struct PanelProduct {
     const int64_t w_stride = t.weight_stride, y_stride = t.y_stride, line = t.line;
     const int64_t second = N == 2 ? t.y_second : 0;
     for (const Segment* s = t.segments; s != t.segments_end; ++s) {
-      if (Shared && !t.finite && s->mask != ~0u) {
+      if (Shared && s->mask != ~0u) {
         w = add_segment<R, N, true>(sum, *s, t.x, line, w, w_stride);
       } else {
         w = add_segment<R, N, false>(sum, *s, t.x, line, w, w_stride);
@@ -241,19 +240,19 @@ struct PanelProduct {
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
       const bool direct = panel.place >= in_place;
+      const bool unmasked = finite || !panel.shared;
       Tile tile{x,
                 line,
                 direct ? weight + panel.weight : buffer + panel.buffer,
                 direct ? panel.stride : panel.vectors * L,
-                view.segments + panel.segments,
-                view.segments + panel.segments_end,
+                unmasked ? view.runs + panel.runs : view.segments + panel.segments,
+                unmasked ? view.runs + panel.runs_end : view.segments + panel.segments_end,
                 bias == nullptr ? nullptr : bias + panel.first,
                 y.data + (lined ? panel.line * y.line : panel.first),
                 y.stride,
                 lined ? y.line : L,
                 panel.lanes,
                 lined,
-                finite,
                 activation,
                 y.saved == nullptr ? nullptr : y.saved + panel.line * y.line,
                 y.derivative};

@@ -109,7 +109,10 @@ def test_what_is_not_finite_stays_in_its_row_and_with_who_sees_it(isa, rows):
     x[row, feature], cotangent[row, unit] = torch.nan, torch.inf
     spoilt, spoilt_grad, *_ = step(layout, x, weight, bias, cotangent, None)
     mask = layout.mask()
-    for before, after, reached in ((y, spoilt, mask[:, feature]), (grad_x, spoilt_grad, mask[unit])):
+    for before, after, reached in (
+        (y, spoilt, mask[:, feature]),
+        (grad_x, spoilt_grad, mask[unit]),
+    ):
         assert 0 < reached.sum() < reached.numel()
         assert torch.equal(before[:row], after[:row])
         assert torch.equal(before[row, ~reached], after[row, ~reached])

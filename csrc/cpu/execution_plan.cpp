@@ -153,13 +153,14 @@ class Cuts {
     }
   }
 
-  // What a row costs, in steps of two whole vectors: one vector at a time is bound by loads, a mask
-  // takes instructions, and a panel has to be begun and stored.
+  // What a row costs, in steps of two whole vectors: one vector at a time is bound by loads, and a
+  // panel has to be begun and stored.
   double cost_of(int64_t first, int64_t length, size_t block) {
     const double vectors = length > width_ ? 1.0 : 0.6;
     if (first + length <= d_.lane_offsets[block + 1]) return (3.0 + depths_[block]) * vectors;
-    // Beside the sums of two vectors, masks find no registers; one vector waits for loads anyway.
-    const double mask = length > width_ ? 0.4 : 0.0, begin = length > width_ ? 1.5 : 0.7;
+    // Masks are skipped where all inputs are finite. But AMX has no products for shared panels.
+    const bool wide = width_ > 8, two = length > width_;
+    const double mask = wide && two ? 0.4 : 0.0, begin = !wide ? 0.2 : two ? 1.5 : 0.7;
     double all = 0, masked = 0;
     int64_t readers = 0;
     touched_.clear();
@@ -189,6 +190,7 @@ class Builder {
   Builder(const Direction& direction, const std::vector<Cut>& cuts, int width) : d_(direction) {
     out_.width = width;
     out_.lines = 0;
+    out_.shared = false;
     out_.slots.resize(d_.lane_offsets.back());
     row_of_.resize(d_.input_sizes.size());
     size_t block = 0;
@@ -221,11 +223,12 @@ class Builder {
     if (cut.first + cut.lanes <= d_.lane_offsets[a + 1]) {
       read_in_place(panel, a);
     } else {
-      panel.shared = true;
+      panel.shared = out_.shared = true;
     }
     add_inputs(panel, a);
     panel.segments_end = static_cast<int64_t>(out_.segments.size());
     panel.copies_end = static_cast<int64_t>(out_.copies.size());
+    add_runs(panel);
     panel.line = out_.lines;
     out_.lines += panel.vectors;
     for (int64_t n = 0; n < panel.lanes; ++n) {
@@ -310,6 +313,21 @@ class Builder {
       }
     }
     out_.copies.push_back(copy);
+  }
+
+  void add_runs(Panel& panel) {
+    panel.runs = static_cast<int64_t>(out_.runs.size());
+    for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
+      const Segment& next = out_.segments[n];
+      const bool joins = n > panel.segments &&
+                         out_.runs.back().first + out_.runs.back().length == next.first;
+      if (joins) {
+        out_.runs.back().length += next.length;
+      } else {
+        out_.runs.push_back({next.first, next.length, ~0u});
+      }
+    }
+    panel.runs_end = static_cast<int64_t>(out_.runs.size());
   }
 
   // Adds inputs [first, first + length) for the lanes in `mask`; neighbours of the last segment

@@ -13,9 +13,10 @@ namespace maskmoe {
 struct Panels {
   int width;
   std::vector<Panel> panels;
-  std::vector<Segment> segments;
+  std::vector<Segment> segments, runs;
   std::vector<Copy> copies;
   int64_t lines;          // of a tile of outputs
+  bool shared;            // is any panel?
   std::vector<int64_t> slots;  // of each output, in block order, in such a tile
   int64_t buffer_size[4];  // floats that panels before each Place need; the last: all of them
 };
@@ -36,7 +37,7 @@ Chain plan_execution(int width, std::vector<Layout> layouts);
 
 inline PanelsView view(const Panels& p) {
   return {p.panels.data(), static_cast<int64_t>(p.panels.size()), p.lines, p.segments.data(),
-          p.copies.data()};
+          p.runs.data(), p.copies.data(), p.shared};
 }
 
 // Floats of the buffer for a call that reads weights in place from `in_place` on.

@@ -32,6 +32,7 @@ struct Panel {
   bool shared;     // several blocks: not every lane sees every segment
   Place place;     // where float32 weights can be read
   int64_t segments, segments_end;
+  int64_t runs, runs_end;  // the same inputs without masks: neighbouring segments are one
   int64_t copies, copies_end;
   int64_t depth;   // inputs in all segments
   int64_t weight;  // in place: offset in the packed weight; `stride` floats from input to input
@@ -52,8 +53,9 @@ struct PanelsView {
   const Panel* panels;
   int64_t count;
   int64_t lines;  // of a tile of outputs
-  const Segment* segments;
+  const Segment *segments, *runs;
   const Copy* copies;
+  bool shared;  // is any of them?
 };
 
 }  // namespace maskmoe

@@ -24,6 +24,25 @@ struct Isa {
     return _mm256_setr_ps(p[at[0]], p[at[1]], p[at[2]], p[at[3]], p[at[4]], p[at[5]], p[at[6]],
                           p[at[7]]);
   }
+  static constexpr bool kTransposes = true;
+  // The values of 8 rows, turned: to[n] holds the n-th value of each.
+  [[gnu::always_inline]] static void transpose(const float* const (&from)[8], V (&to)[8]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      V row[4];  // four values of one row, and of the one four below
+#pragma GCC unroll 4
+      for (int n = 0; n < 4; ++n) {
+        row[n] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[n] + 4 * half)),
+                                      _mm_loadu_ps(from[n + 4] + 4 * half), 1);
+      }
+      const V a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpackhi_ps(row[0], row[1]);
+      const V c = _mm256_unpacklo_ps(row[2], row[3]), d = _mm256_unpackhi_ps(row[2], row[3]);
+      to[4 * half] = _mm256_shuffle_ps(a, c, 0x44);
+      to[4 * half + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      to[4 * half + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      to[4 * half + 3] = _mm256_shuffle_ps(b, d, 0xee);
+    }
+  }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }

@@ -25,6 +25,7 @@ struct Isa {
                           p[at[7]], p[at[8]], p[at[9]], p[at[10]], p[at[11]], p[at[12]], p[at[13]],
                           p[at[14]], p[at[15]]);
   }
+  static constexpr bool kTransposes = false;
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }

@@ -27,6 +27,10 @@ LAYOUTS = {
     "one unit": FAMILY.hidden_layout(16, 1),
     "one input": FAMILY.hidden_layout(1, 16),
     "input": FAMILY.input_layout(16),
+    # Nested sets in no order: panels cross blocks, and both sides are gathered and scattered.
+    "staircase": mk.BlockLayout.from_mask(
+        (torch.arange(90) % 11)[:, None] >= torch.arange(45) % 11
+    ),
 }
 
 
@@ -91,6 +95,47 @@ def test_a_row_does_not_depend_on_its_neighbours(layout, rows, seed):
     row = seed % rows
     one = mk.masked_linear(x[row : row + 1], weight, bias, layout, "tanh", backend="native")
     assert torch.equal(y[row : row + 1], one)
+
+
+@pytest.mark.parametrize("rows", [7, 8, 49, 130])
+@pytest.mark.parametrize("isa", native.isas())
+def test_what_is_not_finite_stays_in_its_row_and_with_who_sees_it(isa, rows):
+    """Tiles of finite values are multiplied without masks, others with them: the same bits."""
+    native.set_isa(isa)
+    layout = LAYOUTS["staircase"]
+    x, weight, bias, cotangent = drawn(layout, rows)
+    y, grad_x, *_ = step(layout, x, weight, bias, cotangent, None)
+    row, feature, unit = rows - 1, 5, 14
+    x[row, feature], cotangent[row, unit] = torch.nan, torch.inf
+    spoilt, spoilt_grad, *_ = step(layout, x, weight, bias, cotangent, None)
+    mask = layout.mask()
+    for before, after, reached in (
+        (y, spoilt, mask[:, feature]),
+        (grad_x, spoilt_grad, mask[unit]),
+    ):
+        assert 0 < reached.sum() < reached.numel()
+        assert torch.equal(before[:row], after[:row])
+        assert torch.equal(before[row, ~reached], after[row, ~reached])
+        assert not after[row, reached].isfinite().any()
+
+
+@pytest.mark.parametrize("isa", native.isas())
+def test_the_sign_of_a_zero_tells_nothing_of_what_is_not_seen(isa):
+    native.set_isa(isa)
+    layout = LAYOUTS["staircase"]
+    feature = 10  # that few units see
+    unseen = ~layout.mask()[:, feature]
+    bits = []
+    for value in (1.0, -1.0, torch.inf):
+        x = torch.full((50, layout.in_features), -(2.0**-100))
+        x[:, feature] = value
+        weight = torch.full((layout.num_weights,), 2.0**-100)  # products are rounded to -0
+        bias = torch.full((layout.out_features,), -0.0)
+        y = mk.masked_linear(x, weight, bias, layout, backend="native")
+        assert not y[:, unseen].any()
+        bits.append(y[:, unseen].view(torch.int32))
+    assert torch.equal(bits[0], bits[1])
+    assert torch.equal(bits[0], bits[2])
 
 
 def test_instruction_sets_agree():

@@ -79,7 +79,7 @@ inline void backward(const Backward& b, int64_t row, int64_t end, float* grad_we
   Tiles::configure();
   for (bool add = false; row < end; row += at.tile, add = true) {
     const int64_t rows = min(at.tile, end - row);
-    FloatLinear::gradient(b, g, at.line, row, rows);
+    FloatLinear::gradient(b, g, at.line, row, rows, nullptr);
     if (b.grad_x.data != nullptr) {
       if (needs.pieces > 0) round_lines(rounded, g, at.line, b.panels.lines, rows);
       multiply(b.transposed, rounded, g, at.line, b.transposed_buffer, nullptr,

@@ -229,7 +229,8 @@ void multiply(const PanelsView& view, const float* x, const float* floats, int64
     } else {
       Panel alone = panel;
       alone.first = 0;
-      const PanelsView one{&alone, 1, view.lines, view.segments, view.copies};
+      const PanelsView one{&alone, 1, view.lines, view.segments, view.runs, view.copies,
+                           view.shared};
       const int64_t most = 2 * Isa::kRows1;
       for (int64_t r = 0; r < rows; r += most) {
         const int64_t here = min(most, rows - r);

@@ -12,6 +12,7 @@ struct Elements {
 
   static constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+  static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
   static float widen(const void* p, Dtype dtype, int64_t n) {
     float one[L];

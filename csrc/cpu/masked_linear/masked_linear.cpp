@@ -10,11 +10,14 @@
 namespace maskmoe {
 namespace {
 
-constexpr int64_t kTileFloats = 1 << 16;  // a tile of x and y: a quarter of a 1 MiB cache
+// A tile of x and y, in floats. Backward, gradients of all weights are read and written once a tile.
+constexpr int64_t kForwardTile = 1 << 16, kBackwardTile = 1 << 17;
 
-int64_t tile_rows_for(int64_t features, int64_t rows) {
-  const int64_t fit = std::clamp<int64_t>(kTileFloats / features, 56, 252);
-  return std::max<int64_t>(1, std::min(fit / 28 * 28, rows));
+// Rows of a tile of so many floats: a multiple of those that go through a panel together.
+int64_t tile_rows_for(const Kernels& k, int64_t floats, int64_t features, int64_t rows) {
+  const int64_t step = k.width == 8 ? 24 : 28, least = floats == kForwardTile ? 2 : 4;
+  const int64_t fit = std::clamp<int64_t>(floats / features / step, least, 252 / step) * step;
+  return std::max<int64_t>(1, std::min(fit, rows));
 }
 
 }  // namespace
@@ -29,7 +32,7 @@ void masked_linear(const ExecutionPlan& plan, const Kernels& k, const Matrix& x,
   const int64_t threads = threads_for(2 * rows * layout.num_weights, rows);
   const Place in_place = place_for(x.dtype, rows);
   Forward f{view(panels), x, y, z, nullptr, nullptr, in_place, nullptr, activation, 0};
-  f.tile_rows = tile_rows_for(x.features + y.features, (rows + threads - 1) / threads);
+  f.tile_rows = tile_rows_for(k, kForwardTile, x.features + y.features, (rows + threads - 1) / threads);
   const int64_t each_needs = Scratch::round_up(k.forward_scratch(f));
   const int64_t packed = Scratch::round_up(buffer_size(panels, in_place));
   const bool copy_bias = bias != nullptr && (!direct || y.order != nullptr);
@@ -67,7 +70,7 @@ void masked_linear_backward(const ExecutionPlan& plan, const Kernels& k, const M
   grad_x.stride = x.features;
   Backward b{view(panels), view(plan.backward), grad_y,    saved, x, grad_x, nullptr, in_place,
              need_weight,  need_bias,           activation, 0};
-  b.tile_rows = tile_rows_for(x.features + grad_y.features, (rows + threads - 1) / threads);
+  b.tile_rows = tile_rows_for(k, kBackwardTile, x.features + grad_y.features, (rows + threads - 1) / threads);
   const int64_t each_needs = Scratch::round_up(k.backward_scratch(b));
   const int64_t transposed =
       Scratch::round_up(grads.x != nullptr ? buffer_size(plan.backward, Place::kNowhere) : 0);

@@ -3,7 +3,8 @@
 // A tile of sums is R rows by one panel of lanes. Its sums stay in registers while the kernel goes
 // through the panel's segments; each step loads the weights of one input for all lanes and
 // multiplies them by that input's value in each row. Inputs that no lane sees are in no segment;
-// where blocks share a panel, a mask keeps an input from lanes that do not see it.
+// where blocks share a panel, a mask keeps an input from lanes that do not see it, unless all inputs
+// are known to be finite: then their product with the zero in its place is zero.
 #pragma once
 
 #include "cpu/activations.h"
@@ -124,6 +125,7 @@ struct PanelProduct {
         w = add_segment<R, N, false>(sum, *s, t.x, line, w, w_stride);
       }
     }
+    if constexpr (Shared) clear_signs(sum);
     if (t.activation == Activation::kRelu) {
       activate_sums<Activation::kRelu>(sum);
     } else if (t.activation == Activation::kLeakyRelu) {
@@ -131,6 +133,16 @@ struct PanelProduct {
     }
     if (t.saved != nullptr) derive(sum, t, second);
     store_sums(sum, t, y_stride, second, last);
+  }
+
+  // -0 becomes 0: the sign of a zero, alone, could tell of an input that is multiplied by 0.
+  template <int R, int N>
+  [[gnu::always_inline]] static void clear_signs(V (&sum)[R][N]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) sum[r][v] = I::add(sum[r][v], I::zero());
+    }
   }
 
   template <Activation A, int R, int N>
@@ -218,21 +230,23 @@ struct PanelProduct {
     int64_t operator[](uint32_t part) const { return each + (part < longer ? 1 : 0); }
   };
 
-  // All panels on `rows` rows.
+  // All panels on `rows` rows. `finite`: all of x is; where it is not known, it is not.
   static void multiply(const PanelsView& view, const float* x, int64_t line,
                        const float* weight, Place in_place, const float* buffer,
-                       const float* bias, const Output& y, Activation activation, int64_t rows) {
+                       const float* bias, const Output& y, Activation activation, int64_t rows,
+                       bool finite = false) {
     const bool lined = y.line != 0;
     const Cut cuts[2] = {{rows, I::kRows1}, {rows, I::kRows2}};
     for (int64_t p = 0; p < view.count; ++p) {
       const Panel& panel = view.panels[p];
       const bool direct = panel.place >= in_place;
+      const bool unmasked = finite || !panel.shared;
       Tile tile{x,
                 line,
                 direct ? weight + panel.weight : buffer + panel.buffer,
                 direct ? panel.stride : panel.vectors * L,
-                view.segments + panel.segments,
-                view.segments + panel.segments_end,
+                unmasked ? view.runs + panel.runs : view.segments + panel.segments,
+                unmasked ? view.runs + panel.runs_end : view.segments + panel.segments_end,
                 bias == nullptr ? nullptr : bias + panel.first,
                 y.data + (lined ? panel.line * y.line : panel.first),
                 y.stride,

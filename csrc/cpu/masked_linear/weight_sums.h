@@ -97,6 +97,7 @@ struct WeightSums {
   };
   static constexpr Outers outer_table{};
 
+  // Where blocks share a panel, sums of absent weights are computed as well, and never read.
   static void weight_sums(const PanelsView& view, Place in_place, const float* x, const float* g,
                           int64_t line, int64_t rows, float* grad_weight, float* grad_buffer,
                           bool add) {
@@ -108,9 +109,9 @@ struct WeightSums {
                 direct ? grad_weight + panel.weight : grad_buffer + panel.buffer, stride, add};
       const Outer* of = panel.vectors == 2 ? outer_table.two : outer_table.one;
       const int64_t most = panel.vectors == 2 ? I::kSums2 : I::kSums1;
-      for (int64_t n = panel.segments; n < panel.segments_end; ++n) {
-        int64_t slot = view.segments[n].first;
-        for (int64_t left = view.segments[n].length; left > 0;) {
+      for (int64_t n = panel.runs; n < panel.runs_end; ++n) {
+        int64_t slot = view.runs[n].first;
+        for (int64_t left = view.runs[n].length; left > 0;) {
           // To the end of the line, in nearly equal parts: as Cut, without a division.
           const int64_t here = E::min(left, L - slot % L);
           const int64_t inputs = here <= most ? here : here <= 2 * most ? (here + 1) / 2 : most;

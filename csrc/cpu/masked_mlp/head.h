@@ -111,7 +111,7 @@ struct MlpHead {
                               ? I::set(1.0f)
                               : I::load(n.scale + first, I::mask(~0u >> (32 - count)));
           Tile::template load_line<D>(at.grads + (panel.line + lane / L) * at.line, n.grad_logits,
-                                      row, rows, first, count,
+                                      row, rows, first, count, nullptr,
                                       [&](V a, int64_t) { return I::mul(a, scale); });
         }
       }

@@ -63,8 +63,26 @@ class Interpretable(BaseEstimator):
     networks_: list[Network]
     base_: Any
     n_features_in_: int
-
-    def _more_tags(self) -> None: ...
+    # Parameters, which each subclass sets in its own __init__, as scikit-learn wants it.
+    subsets: Any
+    groups: Any
+    categorical: Any
+    max_experts: int | None
+    units: int
+    top_units: int
+    max_bins: int
+    max_categories: int
+    n_bags: int
+    learning_rate: float
+    weight_decay: float
+    batch_size: int
+    max_epochs: int | None
+    early_stopping: str | bool
+    validation_fraction: float
+    patience: int
+    random_state: Any
+    device: str | None
+    verbose: int
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -96,7 +114,7 @@ class Interpretable(BaseEstimator):
     # --- Reading -------------------------------------------------------------------------------
 
     def _read(self, x: Any, reset: bool) -> Table:
-        table = read_table(x, self.categorical)  # type: ignore[attr-defined]
+        table = read_table(x, self.categorical)
         if table.labels is None:
             like: Any = np.empty((1, len(table.names)))
         else:
@@ -135,14 +153,15 @@ class Interpretable(BaseEstimator):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
-        early: Any = self.early_stopping  # type: ignore[attr-defined]
-        if early not in ("auto", True, False):
-            raise ValueError(f"early_stopping must be 'auto', True or False, got {early!r}")
+        if self.early_stopping not in ("auto", True, False):
+            raise ValueError(
+                f"early_stopping must be 'auto', True or False, got {self.early_stopping!r}"
+            )
         try:
-            torch.empty(0, device=self.device)  # type: ignore[attr-defined]
+            torch.empty(0, device=self.device)
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
-                f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}"  # type: ignore[attr-defined]
+                f"device={self.device!r} cannot be used: {str(error).splitlines()[0]}"
             ) from None
 
     # --- Fitting -------------------------------------------------------------------------------
@@ -154,7 +173,7 @@ class Interpretable(BaseEstimator):
         samples = self._samples(table, target, weight)
         pace = self._pace()
         self.validation_loss_: list[list[float]] = []
-        with Progress(disable=not self.verbose, transient=True) as bar:  # type: ignore[attr-defined]
+        with Progress(disable=not self.verbose, transient=True) as bar:
             for k, network in enumerate(self.networks_):
                 task = bar.add_task(f"bag {k + 1} of {len(self.networks_)}")
                 generator = torch.Generator().manual_seed(self._seed + k)
@@ -190,34 +209,30 @@ class Interpretable(BaseEstimator):
 
     def _begin(self, table: Table, target: Array, weight: Array) -> None:
         """Fit the encoder, choose the experts, make the networks."""
-        groups = checked_groups(self.groups, table.names)  # type: ignore[attr-defined]
-        bins = int(min(self.max_bins, max(4, table.rows // _ROWS_PER_BIN)))  # type: ignore[attr-defined]
-        most: int = self.max_categories  # type: ignore[attr-defined]
-        self.encoder_ = Encoder.fitted(table, groups, weight, bins, most)
+        groups = checked_groups(self.groups, table.names)
+        bins = int(min(self.max_bins, max(4, table.rows // _ROWS_PER_BIN)))
+        self.encoder_ = Encoder.fitted(table, groups, weight, bins, self.max_categories)
         self.pair_gains_: list[PairGain] = []
-        limit: int | None = self.max_experts  # type: ignore[attr-defined]
-        subsets: Any = self.subsets  # type: ignore[attr-defined]
-        if isinstance(subsets, str) and subsets == "auto" and not takes_power_set(len(groups), limit):
+        subsets, limit = self.subsets, self.max_experts
+        auto = isinstance(subsets, str) and subsets == "auto"
+        if auto and not takes_power_set(len(groups), limit):
             pairs = None if limit is None else limit - len(groups) - 1
             one_hot = self._one_hot(target)
             self.pair_gains_ = screened(self.encoder_, table, one_hot, weight, pairs)
         self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_)
-        random = check_random_state(self.random_state)  # type: ignore[attr-defined]
+        random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
-        self.networks_ = [
-            self._network(self._seed + k)
-            for k in range(self.n_bags)  # type: ignore[attr-defined]
-        ]
+        self.networks_ = [self._network(self._seed + k) for k in range(self.n_bags)]
 
     def _network(self, seed: int) -> Network:
-        units: tuple[int, int] = (self.units, self.top_units)  # type: ignore[attr-defined]
+        units = self.units, self.top_units
         network = Network(self.encoder_, self.family_, units, self._outputs, seed)
-        return network.to(self.device or "cpu")  # type: ignore[attr-defined]
+        return network.to(self.device or "cpu")
 
     def _one_hot(self, target: Array) -> Array:
         if self._outputs is None:
-            return target[:, None].astype(np.float64)
-        return (target[:, None] == np.arange(self._outputs)).astype(np.float64)
+            return np.array(target[:, None], dtype=np.float64)
+        return np.array(target[:, None] == np.arange(self._outputs), dtype=np.float64)
 
     def _samples(self, table: Table, target: Array, weight: Array) -> Samples:
         kind = np.int64 if self._outputs else np.float32
@@ -227,7 +242,7 @@ class Interpretable(BaseEstimator):
             torch.from_numpy(target.astype(kind)),
             None if even else torch.from_numpy(weight),
         )
-        return samples.to(torch.device(self.device or "cpu"))  # type: ignore[attr-defined]
+        return samples.to(torch.device(self.device or "cpu"))
 
     def _pace(self) -> Pace:
         names = ("learning_rate", "weight_decay", "batch_size", "max_epochs", "patience")
@@ -238,14 +253,13 @@ class Interpretable(BaseEstimator):
     ) -> tuple[Samples, Samples | None]:
         """Rows to train on and rows to validate on, of each class its share."""
         count = len(target)
-        early = self.early_stopping  # type: ignore[attr-defined]
-        if early is False or (early == "auto" and count < _FEW):
+        if not self.early_stopping or (self.early_stopping == "auto" and count < _FEW):
             return samples, None
         order = torch.randperm(count, generator=generator)
         if self._kind != "regression":
             of_class = torch.from_numpy(target)[order]
             order = order[of_class.argsort(stable=True)]
-        fraction: float = self.validation_fraction  # type: ignore[attr-defined]
+        fraction = self.validation_fraction
         # Every k-th row of those sorted by class: each class is split in the same proportion.
         place = torch.arange(count)
         first = float(torch.rand(1, generator=generator))
@@ -273,10 +287,11 @@ class Interpretable(BaseEstimator):
         if not getattr(self, "_optimizers", None):
             self._optimizers = [optimizer_of(network, self._pace()) for network in self.networks_]
         samples = self._samples(table, target, weight)
-        for k, (network, optimizer) in enumerate(zip(self.networks_, self._optimizers, strict=True)):
+        for k, (network, optimizer) in enumerate(
+            zip(self.networks_, self._optimizers, strict=True)
+        ):
             generator = torch.Generator().manual_seed(self._seed + k)
-            size: int = self.batch_size  # type: ignore[attr-defined]
-            run_epoch(network, optimizer, samples, self._kind, size, generator)
+            run_epoch(network, optimizer, samples, self._kind, self.batch_size, generator)
             network.settle()
         return self
 
@@ -289,8 +304,8 @@ class Interpretable(BaseEstimator):
     def _values(self, table: Table) -> Tensor:
         """v of every expert, in log-odds or like y: ``(rows, H)`` or ``(rows, H, K)``, float64."""
         codes = self.encoder_.codes(table)
-        total = sum(network.values(codes) for network in self.networks_)
-        return self._in_units(total / len(self.networks_))  # type: ignore[operator]
+        values = torch.stack([network.values(codes) for network in self.networks_])
+        return self._in_units(values.mean(0))
 
     def _answer(self, x: Any) -> Array:
         """v of the expert that sees all: ``(rows,)`` or ``(rows, K)``."""

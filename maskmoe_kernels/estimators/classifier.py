@@ -127,9 +127,7 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         """
         return self._fit(X, y, sample_weight)
 
-    def partial_fit(
-        self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None
-    ) -> Self:
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> Self:
         """Learn from the next rows of a stream: one pass over them.
 
         The first call fits bins, categories and experts to its rows, which should be many; they

@@ -118,7 +118,8 @@ class InterpretableRegressor(RegressorMixin, Interpretable):
         return self._later_target(y)
 
     def _later_target(self, target: Array) -> Array:
-        return (target - self.base_) / self.scale_
+        scaled: Array = (target - self.base_) / self.scale_
+        return scaled
 
     def _in_units(self, logits: Tensor) -> Tensor:
-        return logits * self.scale_ + self.base_
+        return logits.mul(self.scale_).add(self.base_)

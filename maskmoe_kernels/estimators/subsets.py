@@ -229,15 +229,14 @@ def _cells(column: Any, x: Array) -> Array:
     return np.where(np.isnan(x), len(inner) + 1, np.searchsorted(inner, x, side="right"))
 
 
-def _residual(
-    one_hot: Array, weighted: Array, count: Array, target: Array, weight: Array
-) -> Array:
+def _residual(one_hot: Array, weighted: Array, count: Array, target: Array, weight: Array) -> Array:
     """What the additive least-squares fit of the cells leaves, ``(rows,)``."""
     centred = target - np.average(target, weights=weight)
     ridge = 1e-3 * len(target) * np.eye(len(count)) + 1e-6
     fit = np.linalg.solve(count + ridge, weighted.T.astype(np.float64) @ centred)
     left = centred - one_hot.astype(np.float64) @ fit
-    return left - np.average(left, weights=weight)
+    residual: Array = left - np.average(left, weights=weight)
+    return residual
 
 
 def _of_columns(sums: Array, count: Array, start: Array) -> tuple[Array, Array]:

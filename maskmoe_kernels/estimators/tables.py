@@ -109,10 +109,10 @@ def _of_frame(frame: Any) -> tuple[list[str], list[Array]]:
         raise ValueError("X has no columns: 0 feature(s) while a minimum of 1 is required.")
     if len(frame) == 0:
         raise ValueError("X has no rows: 0 sample(s) while a minimum of 1 is required.")
-    return names, [_of_series(name, frame[name]) for name in frame.columns]
+    return names, [_of_series(*pair) for pair in zip(names, frame.iter_columns(), strict=True)]
 
 
-def _of_series(name: Any, series: Any) -> Array:
+def _of_series(name: str, series: Any) -> Array:
     kind = series.dtype
     if kind.is_numeric() or kind == nw.Boolean:
         return _floats(series)
@@ -194,8 +194,8 @@ def _refuse_infinite(name: str, column: Array) -> None:
     if infinite.any():
         row = int(infinite.argmax())
         raise ValueError(
-            f"column {name!r} holds infinity, first in row {row}; replace it by a finite number, or "
-            "by NaN if it means a missing value"
+            f"column {name!r} holds infinity, first in row {row}; replace it by a finite number, "
+            "or by NaN if it means a missing value"
         )
 
 

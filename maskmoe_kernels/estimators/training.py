@@ -16,8 +16,9 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.ops.selection.api import expert_loss
 
-#: Without ``max_epochs``: so many passes over the data, and at least so many steps.
-_EPOCHS, _STEPS = 40, 1000
+#: Without ``max_epochs``: so many passes over the data, and at least so many steps; fewer where no
+#: validation rows tell when to stop.
+_EPOCHS, _STEPS, _BLIND_STEPS = 40, 1000, 300
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
@@ -156,7 +157,7 @@ def run_epoch(
     generator: torch.Generator,
     before_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One pass over the rows, in an order that ``generator`` draws; rows left over are not dropped."""
+    """One pass over all rows, in an order that ``generator`` draws."""
     count = len(samples.target)
     order = torch.randperm(count, generator=generator).to(samples.target.device)
     for rows in order.tensor_split(max(1, round(count / batch_size))):
@@ -192,7 +193,8 @@ def train(
     """
     optimizer = optimizer_of(network, pace)
     steps = max(1, round(len(samples.target) / pace.batch_size))
-    epochs = pace.max_epochs or max(_EPOCHS, -(-_STEPS // steps))
+    wanted = _BLIND_STEPS if validation is None else _STEPS
+    epochs = pace.max_epochs or max(_EPOCHS, -(-wanted // steps))
     done = 0
 
     def set_rate() -> None:

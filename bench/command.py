@@ -27,8 +27,8 @@ from bench.networks import flows, mlp_training, movielens_training, shapley_trut
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.existing import check_out
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import open_console, print_line
+from maskmoe_kernels.files import claim
 
 ERROR, INTERRUPTED = 2, 130
 

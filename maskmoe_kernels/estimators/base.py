@@ -55,13 +55,14 @@ _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
 }
 
 
-class Interpretable(BaseEstimator):
+class Estimator(BaseEstimator):
     """The common part; see the two estimators for what its parameters mean."""
 
     encoder_: Encoder
     family_: SubsetFamily
     networks_: list[Network]
     base_: Any
+    _optimizers: list[torch.optim.Optimizer]
     n_features_in_: int
     # Parameters, which each subclass sets in its own __init__, as scikit-learn wants it.
     subsets: Any
@@ -172,7 +173,6 @@ class Interpretable(BaseEstimator):
         self._begin(table, target, weight)
         samples = self._samples(table, target, weight)
         pace = self._pace()
-        self.validation_loss_: list[list[float]] = []
         with Progress(disable=not self.verbose, transient=True) as bar:
             for k, network in enumerate(self.networks_):
                 task = bar.add_task(f"bag {k + 1} of {len(self.networks_)}")
@@ -184,7 +184,7 @@ class Interpretable(BaseEstimator):
 
                 found = train(network, kept, held_out, self._kind, pace, generator, told)
                 self.validation_loss_.append(found)
-        self._finish()
+        self._sum_up(table, weight)
         return self
 
     def _prepared(self, x: Any, y: Any, sample_weight: Any) -> tuple[Table, Array, Array]:
@@ -222,10 +222,12 @@ class Interpretable(BaseEstimator):
         self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_)
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
-        self.networks_ = [self._network(self._seed + k) for k in range(self.n_bags)]
-
-    def _network(self, seed: int) -> Network:
         units = self.units, self.top_units
+        self.networks_ = [self._network(self._seed + k, units) for k in range(self.n_bags)]
+        self._optimizers = []
+        self.validation_loss_: list[list[float]] = []
+
+    def _network(self, seed: int, units: tuple[int, int]) -> Network:
         network = Network(self.encoder_, self.family_, units, self._outputs, seed)
         return network.to(self.device or "cpu")
 
@@ -269,9 +271,6 @@ class Interpretable(BaseEstimator):
             return samples, None
         return samples.taken(order[~held].to(device)), samples.taken(order[held].to(device))
 
-    def _finish(self) -> None:
-        self._optimizers: list[torch.optim.Optimizer] = []
-
     def _partial_fit(self, x: Any, y: Any, sample_weight: Any, first: bool) -> Self:
         self._check_parameters()
         if first:
@@ -284,7 +283,7 @@ class Interpretable(BaseEstimator):
             counts = weight > 0
             table, target, weight = table.taken(counts), target[counts], weight[counts]
             target = self._later_target(target)
-        if not getattr(self, "_optimizers", None):
+        if not self._optimizers:
             self._optimizers = [optimizer_of(network, self._pace()) for network in self.networks_]
         samples = self._samples(table, target, weight)
         for k, (network, optimizer) in enumerate(
@@ -293,11 +292,19 @@ class Interpretable(BaseEstimator):
             generator = torch.Generator().manual_seed(self._seed + k)
             run_epoch(network, optimizer, samples, self._kind, self.batch_size, generator)
             network.settle()
+        self._sum_up(table, weight)
         return self
+
+    def _sum_up(self, table: Table, weight: Array) -> None:
+        """Remember what :meth:`explain_global` tells about training rows."""
+        raise NotImplementedError
 
     def _later_target(self, target: Array) -> Array:
         """What the networks learn of more rows, as the first call of ``partial_fit`` set it."""
         return target
+
+    def _check_fitted(self) -> None:
+        check_is_fitted(self, "networks_")
 
     # --- Values --------------------------------------------------------------------------------
 
@@ -309,7 +316,7 @@ class Interpretable(BaseEstimator):
 
     def _answer(self, x: Any) -> Array:
         """v of the expert that sees all: ``(rows,)`` or ``(rows, K)``."""
-        check_is_fitted(self, "networks_")
+        self._check_fitted()
         values = self._values(self._read(x, reset=False))
         answer: Array = values[:, top_expert(self.family_)].numpy()
         return answer

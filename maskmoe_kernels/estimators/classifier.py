@@ -13,7 +13,9 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_consistent_length, column_or_1d
 from torch import Tensor
 
-from maskmoe_kernels.estimators.base import Interpretable, checked_mapping
+from maskmoe_kernels.estimators.base import checked_mapping
+from maskmoe_kernels.estimators.explaining import Interpretable
+from maskmoe_kernels.estimators.storage import labels_from_json, labels_to_json
 from maskmoe_kernels.estimators.tables import Array
 
 
@@ -177,6 +179,27 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
     @property
     def _outputs(self) -> int | None:
         return None if len(self.classes_) == 2 else len(self.classes_)
+
+    @property
+    def _labels(self) -> list[Any]:
+        labels: list[Any] = self.classes_.tolist()
+        return labels
+
+    @property
+    def _unit(self) -> str:
+        return f"log-odds of {self.classes_[1]}" if self._outputs is None else "log-odds"
+
+    @property
+    def _tolerance(self) -> float:
+        return 0.5
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"classes": labels_to_json(self.classes_)}
+
+    def _set_own_state(self, record: dict[str, Any]) -> None:
+        self.classes_ = labels_from_json(record["classes"])
+        if len(self.classes_) < 2:
+            raise ValueError("fewer than two classes")
 
     def _encode_target(self, y: Any, rows: int, weight: Array) -> tuple[Array, Array]:
         if y is None:

@@ -15,6 +15,9 @@ UNSEEN, MISSING, FIRST = 0, 1, 2
 _HEAVY = 0.05
 #: Units of an embedding at the most; up to so many rows, it begins as one unit a row.
 _WIDEST = 16
+#: Bins of the picture of a distribution.
+_SPREAD = 30
+_ARRAYS = ("edges", "heavy", "mean", "spread")
 
 
 @dataclass(frozen=True)
@@ -33,12 +36,17 @@ class NumericColumn:
         edges: ``(B + 1,)`` float64, ascending; or one, where the column is constant, or none.
         heavy: Values that at least 5 % of the rows have, ``(V,)``.
         mean: Of the codes of edges and of heavy values, ``(B + V,)``.
+        spread: Share of the training rows in 30 bins of equal width from the first edge to the
+            last, for pictures.
+        missing: Share of the training rows in which it is missing.
     """
 
     name: str
     edges: Array
     heavy: Array
     mean: Array
+    spread: Array
+    missing: float
 
     @property
     def width(self) -> int:
@@ -56,6 +64,7 @@ class NumericColumn:
             bins: B at the most.
         """
         there = ~np.isnan(x)
+        missing = float(weight[~there].sum() / weight.sum())
         x, weight = x[there], weight[there]
         values, at = np.unique(x, return_inverse=True)
         share = np.bincount(at, weight, minlength=len(values))
@@ -64,9 +73,14 @@ class NumericColumn:
         light = ~np.isin(values, heavy)
         edges = _weighted_quantiles(values[light], share[light], bins)
         edges = edges if len(values) < 2 else np.unique([values[0], *edges, values[-1]])
-        raw = cls(name, edges, heavy, np.zeros(max(len(edges) - 1, 0) + len(heavy)))
+        spread = np.zeros(_SPREAD)
+        if len(edges):
+            at = np.histogram(values, _SPREAD, (edges[0], edges[-1]), weights=share)[0]
+            spread = at / at.sum()
+        mean = np.zeros(max(len(edges) - 1, 0) + len(heavy))
+        raw = cls(name, edges, heavy, mean, spread, missing)
         mean = share @ raw.codes(values).astype(np.float64)[:, :-1]
-        return cls(name, edges, heavy, mean)
+        return cls(name, edges, heavy, mean, spread, missing)
 
     def codes(self, x: Array) -> Array:
         """Numbers ``(rows,)`` to codes ``(rows, width)``, float32."""
@@ -84,8 +98,8 @@ class NumericColumn:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for :func:`column_from_json`."""
-        values = {key: getattr(self, key).tolist() for key in ("edges", "heavy", "mean")}
-        return {"kind": "numbers", "name": self.name, **values}
+        values = {key: getattr(self, key).tolist() for key in _ARRAYS}
+        return {"kind": "numbers", "name": self.name, "missing": self.missing, **values}
 
 
 def _weighted_quantiles(values: Array, share: Array, bins: int) -> Array:
@@ -176,9 +190,7 @@ def column_from_json(record: dict[str, Any]) -> Column:
         if len(share) != FIRST + len(categories):
             raise ValueError(f"column {name!r}: {len(share)} shares, {len(categories)} categories")
         return CategoricalColumn(name, categories, share)
-    edges, heavy, mean = (
-        np.array(record[key], dtype=np.float64) for key in ("edges", "heavy", "mean")
-    )
+    edges, heavy, mean, spread = (np.array(record[key], dtype=np.float64) for key in _ARRAYS)
     if len(mean) != max(len(edges) - 1, 0) + len(heavy) or (np.diff(edges) <= 0).any():
         raise ValueError(f"column {name!r}: edges, heavy values and means do not fit")
-    return NumericColumn(name, edges, heavy, mean)
+    return NumericColumn(name, edges, heavy, mean, spread, float(record["missing"]))

@@ -10,7 +10,7 @@ from sklearn.base import RegressorMixin
 from sklearn.utils.validation import check_array, check_consistent_length, column_or_1d
 from torch import Tensor
 
-from maskmoe_kernels.estimators.base import Interpretable
+from maskmoe_kernels.estimators.explaining import Interpretable
 from maskmoe_kernels.estimators.tables import Array
 
 
@@ -97,6 +97,20 @@ class InterpretableRegressor(RegressorMixin, Interpretable):
     @property
     def _outputs(self) -> int | None:
         return None
+
+    @property
+    def _unit(self) -> str:
+        return "units of y"
+
+    @property
+    def _tolerance(self) -> float:
+        return 0.1 * self.scale_
+
+    def _own_state(self) -> dict[str, Any]:
+        return {"scale": self.scale_}
+
+    def _set_own_state(self, record: dict[str, Any]) -> None:
+        self.scale_ = float(record["scale"])
 
     def _encode_target(self, y: Any, rows: int, weight: Array) -> tuple[Array, Array]:
         if y is None:

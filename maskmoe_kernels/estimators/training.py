@@ -94,6 +94,7 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.units = units
         widths = [units[0]] * family.num_experts
         widths[top_expert(family)] = units[1]
         with torch.random.fork_rng(devices=[]):

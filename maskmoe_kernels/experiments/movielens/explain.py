@@ -27,10 +27,10 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
     restore_model,
     restoring,
 )
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.shared.structure import check
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models import InterpretableNCF
 
 # Names of the codes in users.dat, in the order of AGES and of the official README.

@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from maskmoe_kernels.experiments.shared import plot_style
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_line, print_written
 from maskmoe_kernels.experiments.shared.progress import shown_progress
 from maskmoe_kernels.experiments.shared.report import machine, write_json
@@ -21,6 +20,7 @@ from maskmoe_kernels.experiments.shared.trainer import take_step
 from maskmoe_kernels.experiments.toy.data import ToyTask, sample, toy_task
 from maskmoe_kernels.experiments.toy.evaluate import combine, evaluate, print_report
 from maskmoe_kernels.experiments.toy.figures import draw_figures
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models import InterpretableMLP
 
 

@@ -23,7 +23,14 @@ from bench.layers.run import Run
 from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
-from bench.networks import flows, mlp_training, movielens_training, shapley_truth, training
+from bench.networks import (
+    estimators,
+    flows,
+    mlp_training,
+    movielens_training,
+    shapley_truth,
+    training,
+)
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.existing import check_out
@@ -225,10 +232,23 @@ def _shapley(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-_CPU_ONLY = {"flows": "flows are measured", "shapley": "Shapley values are compared"}
+def _estimators(arguments: argparse.Namespace, console: Console) -> int:
+    grid = arguments.tables, arguments.models, arguments.splits, None
+    if arguments.smoke:
+        grid = ["wine"], [estimators.OURS, estimators.BOOSTED, estimators.LINEAR], 1, 2
+    estimators.run(*grid, arguments.out, console)
+    return 0
+
+
+_CPU_ONLY = {
+    "estimators": "estimators are compared",
+    "flows": "flows are measured",
+    "shapley": "Shapley values are compared",
+}
 #: What a command writes; of ``train``, by its model.
 _FILES = {
     "run": results.NAME,
+    "estimators": estimators.NAME,
     "flows": flows.FILE,
     "overhead": overhead.NAME,
     "shapley": shapley_truth.NAME,
@@ -239,6 +259,7 @@ _FILES = {
 _COMMANDS = {
     "run": _run,
     "compare": _compare,
+    "estimators": _estimators,
     "flows": _flows,
     "overhead": _overhead,
     "shapley": _shapley,

@@ -38,13 +38,14 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 _MERGED = 10_000
 #: With early_stopping="auto", fewer rows than this are all trained on.
 _FEW = 100
+#: Bags; half as many from so many rows on.
+_BAGS, _MANY = 8, 5000
 #: Rows of a bin at the least, on average.
 _ROWS_PER_BIN = 20
 
 _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
     "units": (int, 1, 4096),
     "top_units": (int, 1, 65536),
-    "n_bags": (int, 1, 1000),
     "max_bins": (int, 1, 4096),
     "max_categories": (int, 1, 1_000_000),
     "batch_size": (int, 1, 1 << 24),
@@ -73,7 +74,7 @@ class Estimator(BaseEstimator):
     top_units: int
     max_bins: int
     max_categories: int
-    n_bags: int
+    n_bags: int | None
     learning_rate: float
     weight_decay: float
     batch_size: int
@@ -150,7 +151,7 @@ class Estimator(BaseEstimator):
                 raise ValueError(f"{name} must be {wanted} from {low:g} to {high:g}, got {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be {wanted} from {low:g} to {high:g}, got {value!r}")
-        for name in ("max_epochs", "max_experts"):
+        for name in ("max_epochs", "max_experts", "n_bags"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
@@ -223,7 +224,8 @@ class Estimator(BaseEstimator):
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
         units = self.units, self.top_units
-        self.networks_ = [self._network(self._seed + k, units) for k in range(self.n_bags)]
+        bags = self.n_bags or (_BAGS if table.rows < _MANY else _BAGS // 2)
+        self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
         self._optimizers = []
         self.validation_loss_: list[list[float]] = []
 

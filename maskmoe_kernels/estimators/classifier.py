@@ -39,7 +39,8 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         max_bins: Bins of a numeric column; with few rows, there are fewer.
         max_categories: Of a categorical column that get an embedding of their own; rarer ones
             share one.
-        n_bags: Networks whose log-odds are averaged; each has other validation rows.
+        n_bags: Networks whose log-odds are averaged; each has other validation rows. ``None``: 8,
+            or 4 from 5000 rows on.
         learning_rate: Adam's largest.
         weight_decay: Decoupled (AdamW).
         batch_size: Rows of a training step.
@@ -81,7 +82,7 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         top_units: int = 32,
         max_bins: int = 32,
         max_categories: int = 256,
-        n_bags: int = 4,
+        n_bags: int | None = None,
         learning_rate: float = 5e-3,
         weight_decay: float = 1e-3,
         batch_size: int = 256,

@@ -35,7 +35,7 @@ class InterpretableRegressor(RegressorMixin, Interpretable):
         top_units: int = 32,
         max_bins: int = 32,
         max_categories: int = 256,
-        n_bags: int = 4,
+        n_bags: int | None = None,
         learning_rate: float = 5e-3,
         weight_decay: float = 1e-3,
         batch_size: int = 256,

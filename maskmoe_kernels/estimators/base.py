@@ -41,7 +41,7 @@ _FEW = 100
 #: Bags; half as many from so many rows on.
 _BAGS, _MANY = 8, 5000
 #: Rows of a bin at the least, on average.
-_ROWS_PER_BIN = 20
+_ROWS_PER_BIN = 40
 
 _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
     "units": (int, 1, 4096),
@@ -138,8 +138,6 @@ class Estimator(BaseEstimator):
                 f"sample_weight must be at least 0, got {weight[row]:g} in row {row}; to leave a "
                 "row out, give it the weight 0"
             )
-        if not weight.sum() > 0:
-            raise ValueError("sample_weight is 0 in every row, so there is nothing to learn from")
         return weight
 
     def _check_parameters(self) -> None:
@@ -192,14 +190,16 @@ class Estimator(BaseEstimator):
         """Rows that count, equal ones merged, with what the networks learn and weights."""
         table = self._read(x, reset=True)
         weight = self._weight(sample_weight, table.rows)
+        there = int((weight > 0).sum())
+        if there < 2:
+            raise ValueError(
+                f"fit needs at least 2 rows of a sample_weight above 0, got {there} sample(s) "
+                f"(n_samples = {there})"
+            )
         target, weight = self._encode_target(y, table.rows, weight)
         counts = weight > 0
         if not counts.all():
             table, target, weight = table.taken(counts), target[counts], weight[counts]
-        if table.rows < 2:
-            raise ValueError(
-                f"fit needs at least 2 rows that count, got {table.rows} sample(s) (n_samples = 1)"
-            )
         if table.rows <= _MERGED:
             table, target, weight = _merged(table, target, weight)
         return table, self._learn_target(target, weight), weight

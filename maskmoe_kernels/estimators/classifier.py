@@ -207,9 +207,9 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
             raise ValueError("requires y to be passed, but the target y is None")
         labels = column_or_1d(y, warn=True)
         check_consistent_length(np.empty(rows), labels)
-        check_classification_targets(labels)
         if labels.dtype == object and any(value is None or value != value for value in labels):
             raise ValueError("y holds missing labels (None or NaN); leave these rows out")
+        check_classification_targets(labels)
         known = getattr(self, "_known", None)
         there = np.unique(labels[weight > 0])
         classes = there if known is None else known

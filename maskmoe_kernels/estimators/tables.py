@@ -56,12 +56,17 @@ def read_table(x: Any, categorical: Iterable[str | int] | None = None) -> Table:
             infinite number, or ``categorical`` names what is not there.
         TypeError: Sparse data, a lazy frame, or a cell that is neither number nor text.
     """
-    frame = nw.from_native(x, pass_through=True)
+    frame = nw.from_native(x, pass_through=True, allow_series=True)
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("X is a lazy frame, whose rows are not there yet; pass X.collect()")
     labels = None
     if isinstance(frame, nw.DataFrame):
-        names, columns = _of_frame(frame)
+        try:
+            names, columns = _of_frame(frame)
+        except nw.exceptions.DuplicateError as error:
+            raise ValueError(
+                f"X has columns of the same name; rename them, so that each has its own. {error}"
+            ) from None
         labels = [*frame.columns]
     elif isinstance(frame, nw.Series):
         raise ValueError(
@@ -90,7 +95,7 @@ def as_categories(column: Array) -> Array:
 
 
 def _as_text(value: Any) -> str | None:
-    if value is None or value != value:
+    if _missing(value):
         return None
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
@@ -99,12 +104,6 @@ def _as_text(value: Any) -> str | None:
 
 def _of_frame(frame: Any) -> tuple[list[str], list[Array]]:
     names = [str(name) for name in frame.columns]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(
-            f"X has more than one column named {repeated[0]!r}; rename them, so that each column "
-            "has a name of its own"
-        )
     if not names:
         raise ValueError("X has no columns: 0 feature(s) while a minimum of 1 is required.")
     if len(frame) == 0:
@@ -134,7 +133,7 @@ def _of_series(name: str, series: Any) -> Array:
 
 def _floats(series: Any) -> Array:
     if series.is_null().any() or series.dtype == nw.Boolean or series.dtype == nw.Decimal:
-        values = [np.nan if value is None else float(value) for value in series.to_list()]
+        values = [np.nan if _missing(value) else float(value) for value in series.to_list()]
         return np.array(values, dtype=np.float64)
     return np.array(series.to_numpy(), dtype=np.float64)
 

@@ -56,17 +56,17 @@ def read_table(x: Any, categorical: Iterable[str | int] | None = None) -> Table:
             infinite number, or ``categorical`` names what is not there.
         TypeError: Sparse data, a lazy frame, or a cell that is neither number nor text.
     """
-    frame = nw.from_native(x, pass_through=True, allow_series=True)
+    try:
+        frame = nw.from_native(x, pass_through=True, allow_series=True)
+    except nw.exceptions.DuplicateError as error:
+        raise ValueError(
+            f"X has columns of the same name; rename them, so that each has its own. {error}"
+        ) from None
     if isinstance(frame, nw.LazyFrame):
         raise TypeError("X is a lazy frame, whose rows are not there yet; pass X.collect()")
     labels = None
     if isinstance(frame, nw.DataFrame):
-        try:
-            names, columns = _of_frame(frame)
-        except nw.exceptions.DuplicateError as error:
-            raise ValueError(
-                f"X has columns of the same name; rename them, so that each has its own. {error}"
-            ) from None
+        names, columns = _of_frame(frame)
         labels = [*frame.columns]
     elif isinstance(frame, nw.Series):
         raise ValueError(

@@ -133,6 +133,7 @@ def test_private_names_of_torch_stand_in_one_module():
 def test_import_needs_no_extra():
     """Only torch, numpy and rich are required: extras are imported where they are used."""
     extras = ["hypothesis", "matplotlib", "pyarrow", "pytest", "zuko"]
+    extras += ["narwhals", "pandas", "safetensors", "sklearn"]
     code = f"import sys; sys.modules.update(dict.fromkeys({extras})); import maskmoe_kernels"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

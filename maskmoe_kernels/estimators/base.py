@@ -19,6 +19,7 @@ from maskmoe_kernels.estimators.subsets import (
     PairGain,
     checked_groups,
     choose,
+    drawn_orders,
     screened,
     takes_power_set,
 )
@@ -216,11 +217,14 @@ class Estimator(BaseEstimator):
         self.pair_gains_: list[PairGain] = []
         subsets, limit = self.subsets, self.max_experts
         auto = isinstance(subsets, str) and subsets == "auto"
+        self.orders_: list[list[int]] = []
         if auto and not takes_power_set(len(groups), limit):
-            pairs = None if limit is None else limit - len(groups) - 1
+            self.orders_ = drawn_orders(len(groups), limit)
+            in_orders = len(self.orders_) * (len(groups) - 2)
+            pairs = None if limit is None else limit - len(groups) - 1 - in_orders
             one_hot = self._one_hot(target)
             self.pair_gains_ = screened(self.encoder_, table, one_hot, weight, pairs)
-        self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_)
+        self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_, self.orders_)
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
         units = self.units, self.top_units

@@ -27,7 +27,8 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
 
     Args:
         subsets: Which experts there are besides the one that sees all. ``"auto"``: every subset of
-            up to 6 groups; of more, each group alone and the pairs that a screen finds worth it.
+            up to 6 groups; of more, each group alone, the pairs that a screen finds worth it, and
+            the beginnings of some orders of the groups.
             ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of lists of groups.
         groups: Name to the columns of a group, by name or position; other columns are groups of
             their own. ``None``: every column is one.
@@ -59,6 +60,8 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         family_: The experts.
         encoder_: What was fitted to each column.
         pair_gains_: What the screen found about each pair, best first, and which were kept.
+        orders_: Orders of the groups, by number, of which every beginning has an expert;
+            contributions add up along them where there is no power set.
         base_: The answer before any column is seen: the log-odds of the training rows.
         validation_loss_: Of each bag, at each look.
         n_features_in_: Columns.

@@ -73,8 +73,9 @@ class Interpretable(Estimator):
             raise ValueError(f"of={of!r} is for more than two classes; leave it out")
         index = X.index if isinstance(X, pd.DataFrame) else None
         rows = Rows(table, self.encoder_.groups)
-        base, tells = self.base_, (self._unit, self._labels)
-        return explained(values, self.family_, base, tolerance, chosen, rows, index, *tells)
+        game = values, self.family_, self.base_, self.orders_
+        tells = self._unit, self._labels
+        return explained(*game, tolerance, chosen, rows, index, *tells)
 
     def explain_global(self, tolerance: float | None = None) -> GlobalExplanation:
         """What the model does on the whole.
@@ -95,6 +96,7 @@ class Interpretable(Estimator):
             sufficient=share.sort_values(ascending=False, kind="stable"),
             shapes=shapes_of(self.encoder_, self.family_, self._values),
             pairs=pairs_of(self.encoder_, self.family_, self.base_, self._values),
+            base=self.base_,
             tolerance=self._tolerance,
             unit=self._unit,
             classes=self._labels,
@@ -108,7 +110,7 @@ class Interpretable(Estimator):
         many = values.dim() == 3
         importance = np.full(self.family_.num_groups, np.nan)
         try:
-            phi = contributions_of(values, self.family_, self.base_).abs()
+            phi = contributions_of(values, self.family_, self.base_, self.orders_).abs()
             phi = phi.mean(-1) if many else phi
             importance = np.average(phi.numpy(), axis=0, weights=weight)
         except LayoutError:  # a list of subsets that does not tell the groups apart
@@ -164,6 +166,7 @@ class Interpretable(Estimator):
             "parameters": plain_parameters(self.get_params(deep=False)),
             "encoder": self.encoder_.to_json(),
             "subsets": [list(members) for members in self.family_.subsets.values()],
+            "orders": self.orders_,
             "pair_gains": [[*gain.groups, gain.gain, gain.kept] for gain in self.pair_gains_],
             "columns": None if names is None else names.tolist(),
             "summary": {
@@ -213,6 +216,9 @@ class Interpretable(Estimator):
             PairGain((str(a), str(b)), float(gain), bool(kept))
             for a, b, gain, kept in record["pair_gains"]
         ]
+        self.orders_ = [[int(n) for n in order] for order in record["orders"]]
+        if any(sorted(order) != [*range(self.family_.num_groups)] for order in self.orders_):
+            raise ValueError("an order does not hold every group once")
         self.n_features_in_ = len(self.encoder_.columns)
         if record["columns"] is not None:
             self.feature_names_in_ = np.array(record["columns"], dtype=object)

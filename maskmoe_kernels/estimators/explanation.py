@@ -187,14 +187,27 @@ def _listed(names: Sequence[str]) -> str:
     return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def contributions_of(values: Tensor, family: SubsetFamily, base: float | Array) -> Tensor:
+def contributions_of(
+    values: Tensor, family: SubsetFamily, base: float | Array, orders: Sequence[Sequence[int]]
+) -> Tensor:
     """Shapley values ``(rows, G)`` or ``(rows, G, K)``, float64; they sum to answer less base.
 
-    Exact where every subset has an expert, else the weighted least-squares fit of KernelSHAP over
-    the subsets that have one.
+    Exact where every subset has an expert. Else what each group adds when the groups come one by
+    one, in the mean of some ``orders`` (Castro et al., 2009): what adds nothing gets nothing.
+    Without orders, the weighted least-squares fit of KernelSHAP over the subsets that there are.
     """
     has_all = family.num_experts == 2**family.num_groups - 1
     start = torch.as_tensor(base, dtype=torch.float64)
+    if orders and not has_all:
+        names = [*family.groups]
+        expert = {frozenset(members): k for k, members in enumerate(family.subsets.values())}
+        phi = values.new_zeros(len(values), len(names), *values.shape[2:])
+        for order in orders:
+            sets = [frozenset(names[n] for n in order[: k + 1]) for k in range(len(order))]
+            after = values[:, [expert[members] for members in sets]]
+            before = torch.cat([start.expand_as(after[:, :1]), after[:, :-1]], dim=1)
+            phi[:, list(order)] += (after - before) / len(orders)
+        return phi
     dim = -1 if values.dim() == 2 else -2
     return shapley(values, family, start, method=_EXACT if has_all else _FITTED, dim=dim)
 
@@ -203,6 +216,7 @@ def explained(
     values: Tensor,
     family: SubsetFamily,
     base: float | Array,
+    orders: Sequence[Sequence[int]],
     tolerance: float,
     chosen: Array | None,
     rows: Rows,
@@ -216,6 +230,7 @@ def explained(
         values: ``(rows, H)`` or ``(rows, H, K)``, float64.
         family: The experts.
         base: v of no group: a number, or ``(K,)``.
+        orders: See :func:`contributions_of`.
         tolerance: Of sufficiency.
         chosen: Of K classes, the position of the one to be explained, ``(rows,)``.
         rows: What is explained.
@@ -223,7 +238,7 @@ def explained(
         unit: In words.
         classes: Labels.
     """
-    phi = contributions_of(values, family, base)
+    phi = contributions_of(values, family, base, orders)
     many = values.dim() == 3
     # sufficient takes z, whose log-odds are 2 z; of K outputs, the log-odds themselves.
     found = sufficient(values if many else values / 2, family, tolerance, dim=-2 if many else -1)

@@ -127,12 +127,25 @@ def curve(x: Array, y: Array, spread: Array, title: str, unit: str, missing: Any
     return _titled(ax, title, unit)
 
 
-def levels(names: Sequence[str], y: Array, title: str, unit: str, classes: Sequence[str]) -> Axes:
-    """A shape function of categories: a point each, ``(categories,)`` or ``(…, classes)``."""
+def levels(
+    names: Sequence[str], y: Array, base: Any, title: str, unit: str, classes: Sequence[str]
+) -> Axes:
+    """A shape function of categories: bars from the base, or a point for each class.
+
+    Args:
+        names: Of the categories.
+        y: ``(categories,)`` or ``(categories, classes)``.
+        base: Where the bars begin.
+        title: Name of the column.
+        unit: Of y.
+        classes: Their labels.
+    """
     ax = axes(5, 3.2)
     at = np.arange(len(names))
     if y.ndim == 1:
-        ax.bar(at, y, color=[_UP if value > 0 else _DOWN for value in y], width=0.7)
+        colours = [_UP if value > base else _DOWN for value in y]
+        ax.bar(at, y - base, bottom=base, color=colours, width=0.7)
+        ax.axhline(base, color=_QUIET, linewidth=1, linestyle=":")
     else:
         ax.plot(at, y, marker="o", linestyle="none", label=[*classes])
     ax.set_xticks(at, [short(name) for name in names], rotation=60, ha="right", fontsize=7)

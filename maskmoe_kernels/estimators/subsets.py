@@ -16,6 +16,8 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 
 #: Up to so many groups, "auto" takes every subset.
 POWER_SET = 6
+#: Up to so many groups, contributions go through four orders of them, and through two.
+_FOUR_ORDERS, _TWO_ORDERS = 12, 32
 #: A power set of more groups than this is refused.
 _LARGEST_POWER_SET = 10
 #: Rows that the screen of pairs looks at, and cells that it cuts a column into.
@@ -101,8 +103,29 @@ def family_of(widths: Mapping[str, int], chosen: Iterable[Iterable[str]]) -> Sub
     return SubsetFamily(widths, subsets)
 
 
+def drawn_orders(groups: int, most: int | None) -> list[list[int]]:
+    """Orders in which contributions add the groups one by one, where there is no power set.
+
+    Each comes with its reverse; for up to 12 groups there are four, for up to 32 two, else none.
+
+    Args:
+        groups: How many there are.
+        most: Experts at the most: those of singles and of all count, too.
+    """
+    pairs = 2 if groups <= _FOUR_ORDERS else 1 if groups <= _TWO_ORDERS else 0
+    if most is not None:
+        pairs = min(pairs, max(0, most - groups - 1) // max(1, 2 * (groups - 2)))
+    random = np.random.default_rng(0)
+    forward = [random.permutation(groups).tolist() for _ in range(pairs)]
+    return [order for one in forward for order in (one, one[::-1])]
+
+
 def choose(
-    subsets: Any, widths: Mapping[str, int], most: int | None, gains: Sequence[PairGain]
+    subsets: Any,
+    widths: Mapping[str, int],
+    most: int | None,
+    gains: Sequence[PairGain],
+    orders: Sequence[Sequence[int]] = (),
 ) -> SubsetFamily:
     """The family that the parameters ``subsets`` and ``max_experts`` ask for.
 
@@ -111,7 +134,8 @@ def choose(
             groups.
         widths: Group to its width.
         most: Experts at the most; ``None``: any number.
-        gains: Of the pairs, those to be kept marked; for ``"auto"``.
+        gains: Of the pairs, those to be kept marked; for ``"auto"``, as the next.
+        orders: Of groups, whose beginnings get an expert each.
 
     Raises:
         ValueError: Another ``subsets``, or more experts than ``most``.
@@ -132,6 +156,11 @@ def choose(
             chosen = [*singles]
         elif subsets == "auto":
             chosen = [*singles, *(pair.groups for pair in gains if pair.kept)]
+            chosen += [
+                tuple(names[n] for n in order[:size])
+                for order in orders
+                for size in range(2, len(names))
+            ]
         else:
             raise ValueError(
                 "subsets must be 'auto', 'powerset', 'pairs', 'singles' or a list of lists of "

@@ -84,6 +84,7 @@ class GlobalExplanation:
             suffices, the largest first.
         shapes: Group to its shape function, for groups of one column with an expert of their own.
         pairs: Pairs of such groups with an expert.
+        base: The answer before any column is seen.
         tolerance: Of sufficiency.
         unit: Of all answers, in words.
         classes: Labels, ``None`` for a regression.
@@ -93,6 +94,7 @@ class GlobalExplanation:
     sufficient: pd.Series
     shapes: dict[str, Shape]
     pairs: list[PairMap]
+    base: Any
     tolerance: float
     unit: str
     classes: list[Any] | None
@@ -125,7 +127,7 @@ class GlobalExplanation:
     def _plot_shape(self, shape: Shape) -> Axes:
         classes = [str(name) for name in self.classes or ()]
         if shape.x.dtype == object:
-            ax = levels([*shape.x], shape.y, shape.name, self.unit, classes)
+            ax = levels([*shape.x], shape.y, self.base, shape.name, self.unit, classes)
         else:
             ax = curve(shape.x, shape.y, shape.spread, shape.name, self.unit, shape.missing)
         if shape.y.ndim == 2 and shape.y.shape[1] <= 10:

@@ -82,6 +82,24 @@ def test_contributions_are_those_of_the_closed_form():
     assert pairs.drop(columns="b & c").abs().to_numpy().mean() < 0.1
 
 
+def test_contributions_along_orders_give_nothing_to_what_adds_nothing():
+    """Copies share what one of them says, additive columns keep theirs, noise gets nothing."""
+    random = np.random.default_rng(0)
+    x = random.uniform(-2, 2, (2000, 8))
+    frame = pd.DataFrame(x, columns=[*"abcdefgh"])
+    frame["b"] = frame["c"] = frame["a"]
+    y = 2 * frame.a + np.sin(2 * frame.d) + 0.1 * random.normal(size=2000)
+    model = InterpretableRegressor(n_bags=1, units=16, learning_rate=0.02, random_state=0)
+    found = model.fit(frame, y).explain(frame)
+    total = found.contributions.to_numpy().sum(1) + found.base
+    assert total == pytest.approx(model.predict(frame), abs=1e-9)
+    copies = found.contributions[[*"abc"]].sum(axis=1)
+    assert np.sqrt(np.mean((copies - 2 * frame.a) ** 2)) < 0.2
+    assert np.sqrt(np.mean((found.contributions.d - np.sin(2 * frame.d)) ** 2)) < 0.2
+    assert found.contributions[[*"efgh"]].abs().to_numpy().mean() < 0.1
+    assert copies.std() > 2
+
+
 def test_sufficient_subsets_are_the_smallest_that_agree(binary):
     model, frame = binary
     values = model._values(model._read(frame, reset=False)).numpy()

@@ -142,6 +142,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(saved, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(os.name != "posix", reason="kills a process")
 def test_a_kill_leaves_the_old_file_or_the_new_one(saved, tmp_path):
     path = tmp_path / "m"

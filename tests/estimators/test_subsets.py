@@ -33,12 +33,18 @@ def test_the_screen_finds_what_adds_up_to_nothing_alone():
     assert [gain.gain for gain in model.pair_gains_] == sorted(
         (gain.gain for gain in model.pair_gains_), reverse=True
     )
-    names = [*frame.columns, "a & b", "c & kind", "all groups"]
-    assert model.family_.names == names
-    assert fitted(frame, y, max_experts=12).family_.names == [
-        *frame.columns, f"{model.pair_gains_[0].groups[0]} & {model.pair_gains_[0].groups[1]}",
-        "all groups",
-    ]  # fmt: skip
+    chosen = {*model.family_.subsets.values()}
+    assert {*kept, *((name,) for name in frame)} <= chosen
+    # Four orders of ten groups: of each, every beginning has an expert.
+    names = [*frame.columns]
+    assert [sorted(order) for order in model.orders_] == [[*range(10)]] * 4
+    for order in model.orders_:
+        for size in range(1, 11):
+            beginning = {names[n] for n in order[:size]}
+            assert tuple(name for name in names if name in beginning) in chosen
+    few = fitted(frame, y, max_experts=12)
+    assert few.orders_ == []
+    assert few.family_.names == [*names, " & ".join(model.pair_gains_[0].groups), "all groups"]
 
 
 def test_of_noise_no_pair_is_kept():

@@ -12,6 +12,7 @@ from bench import rivals
 from bench.cases import DTYPES
 from bench.layers.suites import SUITES
 from bench.networks import flows, mlp_training
+from bench.networks.estimators import BOOSTED, EBM, LINEAR, OURS, TABLES
 from bench.networks.training import Schedule
 from maskmoe_kernels.experiments.shared.arguments import add_existing
 from maskmoe_kernels.layout.families import FAMILIES
@@ -42,6 +43,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_flows(commands)
     _add_overhead(commands)
     _add_shapley(commands)
+    _add_estimators(commands)
     _add_explain(commands)
     _add_posthoc(commands)
     parser.set_defaults(command="run")
@@ -171,6 +173,22 @@ def _add_posthoc(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     side = "points along an axis of the picture (default: %(default)s)"
     add("--side", type=_positive, default=61, metavar="N", help=side)
     add("--smoke", action="store_true", help="a tiny case: does it run?")
+    _add_common(parser)
+
+
+def _add_estimators(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("estimators", help="estimators on real tables", **_texts(
+        "Our estimators beside EBM, HistGradientBoosting and linear models on tables that\n"
+        "scikit-learn and statsmodels ship: held-out score and seconds of the processor, one\n"
+        "thread. Writes estimators.json into --out.",
+        f"{PROGRAM} estimators --tables diabetes fair --splits 2",
+    ))  # fmt: skip
+    add = parser.add_argument
+    add("--tables", nargs="+", choices=[*TABLES], default=[*TABLES], help="default: all")
+    models = [OURS, EBM, BOOSTED, LINEAR]
+    add("--models", nargs="+", choices=models, default=models, help="default: all")
+    add("--splits", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    add("--smoke", action="store_true", help="one small table, without EBM: does it run?")
     _add_common(parser)
 
 

@@ -24,6 +24,7 @@ from bench.layers.suites import SUITES, Suite
 from bench.layers.summary import print_summary
 from bench.machine import machine
 from bench.networks import (
+    estimators,
     explanation_cost,
     flows,
     mlp_training,
@@ -35,8 +36,8 @@ from bench.networks import (
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.shared.existing import check_out
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import open_console, print_line
+from maskmoe_kernels.files import claim
 
 ERROR, INTERRUPTED = 2, 130
 
@@ -248,7 +249,16 @@ def _posthoc(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _estimators(arguments: argparse.Namespace, console: Console) -> int:
+    grid = arguments.tables, arguments.models, arguments.splits, None
+    if arguments.smoke:
+        grid = ["wine"], [estimators.OURS, estimators.BOOSTED, estimators.LINEAR], 1, 2
+    estimators.run(*grid, arguments.out, console)
+    return 0
+
+
 _CPU_ONLY = {
+    "estimators": "estimators are compared",
     "flows": "flows are measured",
     "shapley": "Shapley values are compared",
     "explain": "explanations are measured",
@@ -257,6 +267,7 @@ _CPU_ONLY = {
 #: What a command writes; of ``train``, by its model.
 _FILES = {
     "run": results.NAME,
+    "estimators": estimators.NAME,
     "flows": flows.FILE,
     "overhead": overhead.NAME,
     "shapley": shapley_truth.NAME,
@@ -269,6 +280,7 @@ _FILES = {
 _COMMANDS = {
     "run": _run,
     "compare": _compare,
+    "estimators": _estimators,
     "flows": _flows,
     "overhead": _overhead,
     "shapley": _shapley,

@@ -133,7 +133,8 @@ def test_private_names_of_torch_stand_in_one_module():
 
 IMPORT = """
 import json, sys
-sys.modules.update(dict.fromkeys(["hypothesis", "matplotlib", "pyarrow", "pytest", "zuko"]))
+extras = "duckdb hypothesis matplotlib narwhals pandas pyarrow pytest safetensors sklearn zuko"
+sys.modules.update(dict.fromkeys(extras.split()))
 import torch
 before = set(sys.modules)
 import maskmoe_kernels

@@ -12,7 +12,7 @@ from bench.cases import DTYPES
 from bench.counts import PHASES
 from bench.layers.ratios import Line, lines
 from maskmoe_kernels.experiments.shared import plot_style
-from maskmoe_kernels.experiments.shared.files import replacing
+from maskmoe_kernels.files import replacing
 from maskmoe_kernels.layout.families import FAMILIES
 
 SPEEDUP, ROOFLINE = "speedup.png", "roofline.png"

@@ -26,7 +26,7 @@ from bench.layers import run as layer_run
 from bench.layers.ratios import line_of
 from bench.layers.suites import SUITES
 from bench.layers.summary import summarize
-from bench.networks import mlp_training
+from bench.networks import estimators, mlp_training
 from bench.peak_rates import PeakRates, measure_peak_rates
 from maskmoe_kernels.errors import BackendError, DataError
 from tests.bench.handmade import document, result
@@ -219,6 +219,32 @@ def test_explain_smoke(tmp_path: Path, console: Console) -> None:
     }
 
 
+def test_estimators_smoke(tmp_path: Path, console: Console) -> None:
+    reason = "the extra sklearn is not installed"
+    pytest.importorskip("maskmoe_kernels.estimators", reason=reason)
+    code, printed = run(["estimators", "--smoke", "--out", str(tmp_path)], console)
+    assert code == 0
+    assert "Estimators on real tables" in printed
+    document = json.loads((tmp_path / "estimators.json").read_text("utf-8"))
+    assert [fit["model"] for fit in document["fits"]] == ["ours", "HistGradientBoosting", "linear"]
+    linear = document["fits"][2]
+    assert (linear["rows"], linear["columns"], linear["metric"]) == (178, 13, "accuracy")
+    assert linear["score"] > 0.9
+    assert all(0 < fit["seconds"] < 60 for fit in document["fits"])
+
+
+def test_a_summary_of_estimators_compares_the_splits_of_both() -> None:
+    scores = {("ours", 0): 0.9, ("ours", 1): 0.8, ("EBM", 0): 0.88, ("linear", 0): 0.7}
+    fits = [
+        {"table": "t", "model": m, "split": k, "score": score, "seconds": 1 if m == "ours" else 8}
+        for (m, k), score in scores.items()
+    ]
+    (found,) = estimators.summary([*fits, {"table": "t", "model": "EBM", "unavailable": "no"}])
+    assert found["models"]["ours"] == {"score": pytest.approx(0.85), "seconds": 1, "splits": 2}
+    assert found["gain"] == pytest.approx(0.02, rel=1e-9, abs=0)
+    assert found["times_as_fast"] == 8
+
+
 def test_train_some_networks(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,13 +312,14 @@ def test_ctrl_c_says_how_to_continue(
     assert command.entry([]) == 130
     assert "--resume" in capsys.readouterr().err
     for words in (
+        "estimators",
         "flows",
         "shapley",
         "explain",
         "train",
         "overhead",
         "compare a b",
-    ):
+    ):  # cannot continue
         assert command.entry(words.split()) == 130
         assert capsys.readouterr().err == "interrupted\n"
 
@@ -401,7 +428,7 @@ def test_a_run_is_neither_replaced_nor_continued_unasked(tmp_path: Path, console
 
 
 @pytest.mark.parametrize(
-    "name", ["", "compare", "train", "flows", "overhead", "shapley", "explain"]
+    "name", ["", "compare", "estimators", "train", "flows", "overhead", "shapley", "explain"]
 )
 def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("pyarrow", reason="reads prepared sessions")
 pytest.importorskip("resource", reason="bounds memory as POSIX does")
 
-from maskmoe_kernels.experiments.shared import files as durable
+from maskmoe_kernels import files as durable
 from tests.fuzz import files
 
 

@@ -44,10 +44,10 @@ from maskmoe_kernels.experiments.shared.checkpoint import (
     restoring,
 )
 from maskmoe_kernels.experiments.shared.contributions import waterfall
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table, print_written
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json, write_json
 from maskmoe_kernels.experiments.shared.structure import check
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models import InterpretableNCF
 
 # Below this probability an expert speaks against a movie: the "rare" confidence is 0 there.

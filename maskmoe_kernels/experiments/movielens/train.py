@@ -29,12 +29,12 @@ from maskmoe_kernels.experiments.movielens.sufficient import (
 )
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_record, print_written
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.source import TensorSource
 from maskmoe_kernels.experiments.shared.trainer import Pace, Run, Trainer, check_identity
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models import NCF, InterpretableNCF, NCFSizes
 
 #: Table 1 of the paper: HR@10 and NDCG@10.

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import replacing
 from maskmoe_kernels.experiments.shared.structure import Spec, check
+from maskmoe_kernels.files import replacing
 
 CHECKPOINT_FORMAT = 1
 

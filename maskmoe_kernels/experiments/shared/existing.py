@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import claim
+from maskmoe_kernels.files import claim
 
 _SHOWN = 4
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe_kernels.errors import BackendError
-from maskmoe_kernels.experiments.shared.files import replacing
+from maskmoe_kernels.files import replacing
 
 DPI = 150
 

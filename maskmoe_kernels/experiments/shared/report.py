@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import replacing
+from maskmoe_kernels.files import replacing
 
 #: Key of the checksum in a sealed object.
 _SEAL = "checksum"

@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import (
     Column,
     print_line,
@@ -32,6 +31,7 @@ from maskmoe_kernels.experiments.skip.metrics import SkipTally
 from maskmoe_kernels.experiments.skip.models import decided, logits_of, probability
 from maskmoe_kernels.experiments.skip.runs import load
 from maskmoe_kernels.experiments.skip.settings import TOLERANCE, Settings
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 
 #: Table 2 of the paper: the values of ``METRICS``, per cent.

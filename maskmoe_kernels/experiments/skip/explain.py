@@ -14,7 +14,6 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared import plot_style
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_line, print_written
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
@@ -24,6 +23,7 @@ from maskmoe_kernels.experiments.skip.generator.causes import CAUSES, Causes
 from maskmoe_kernels.experiments.skip.models import decided, logits_of
 from maskmoe_kernels.experiments.skip.runs import load
 from maskmoe_kernels.experiments.skip.settings import TOLERANCE
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection.api import Mixture

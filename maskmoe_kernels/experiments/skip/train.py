@@ -11,7 +11,6 @@ from rich.console import Console
 from torch import nn
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run, Trainer
@@ -24,6 +23,7 @@ from maskmoe_kernels.experiments.skip.pace import MONITOR, Pace
 from maskmoe_kernels.experiments.skip.runs import CHECKPOINT, EXPERIMENT, REPORT
 from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.experiments.skip.source import SessionSource
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models.sessions import SessionModel
 
 

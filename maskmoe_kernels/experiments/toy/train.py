@@ -14,7 +14,6 @@ from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared import plot_style
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.output import print_line, print_written
 from maskmoe_kernels.experiments.shared.progress import shown_progress
 from maskmoe_kernels.experiments.shared.report import machine, write_json
@@ -28,6 +27,7 @@ from maskmoe_kernels.experiments.toy.evaluate import (
     print_report,
 )
 from maskmoe_kernels.experiments.toy.figures import draw_figures
+from maskmoe_kernels.files import claim
 from maskmoe_kernels.models import InterpretableMLP
 
 

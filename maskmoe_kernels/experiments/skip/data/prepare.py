@@ -19,7 +19,6 @@ import numpy as np
 from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import claim
 from maskmoe_kernels.experiments.shared.progress import OpenBar, shown_bytes
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
@@ -33,6 +32,7 @@ from maskmoe_kernels.experiments.skip.data.records import (
 )
 from maskmoe_kernels.experiments.skip.data.shard_format import ROW_GROUP, SPLITS
 from maskmoe_kernels.experiments.skip.data.tracks import prepare_tracks
+from maskmoe_kernels.files import claim
 
 #: Sessions whose digests are compared at a time, in 320 MB.
 _COMPARED = 20_000_000

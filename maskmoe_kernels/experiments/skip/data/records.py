@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import checksum, replacing
 from maskmoe_kernels.experiments.shared.report import read_json
 from maskmoe_kernels.experiments.skip.data.arrays import Array
+from maskmoe_kernels.files import checksum, replacing
 
 #: Version of everything that ``prepare`` writes. Files of another version are made again.
 FORMAT = 2

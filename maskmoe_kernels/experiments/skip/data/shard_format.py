@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskmoe_kernels.experiments.shared.files import checksum
 from maskmoe_kernels.experiments.skip.data.arrays import Ints, UInt64s
 from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
 from maskmoe_kernels.experiments.skip.data.ids import mix
+from maskmoe_kernels.files import checksum
 
 #: The splits hold 80, 10 and 10 % of the sessions; see :func:`split_of`.
 SPLITS = ("train", "valid", "test")

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskmoe_kernels.experiments.shared.files import replacing
 from maskmoe_kernels.experiments.skip.data.ids import hash_ids
 from maskmoe_kernels.experiments.skip.data.shard_format import (
     SCHEMA,
@@ -20,6 +19,7 @@ from maskmoe_kernels.experiments.skip.data.shard_format import (
     part_checksums,
     split_of,
 )
+from maskmoe_kernels.files import replacing
 
 
 class ShardWriter:

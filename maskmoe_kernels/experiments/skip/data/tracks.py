@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import replacing
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import Array, Floats, UInt64s
 from maskmoe_kernels.experiments.skip.data.columns import TRACK_COLUMNS, TRACK_FEATURES
@@ -27,6 +26,7 @@ from maskmoe_kernels.experiments.skip.data.records import (
     save_array,
     size_and_checksum,
 )
+from maskmoe_kernels.files import replacing
 
 #: Normalised features are clipped to at most this many standard deviations.
 CLIP = 8.0

@@ -17,13 +17,13 @@ from pyarrow import csv
 from rich.console import Console
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.files import claim, replacing
 from maskmoe_kernels.experiments.shared.progress import counted
 from maskmoe_kernels.experiments.shared.report import read_json, write_json
 from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COLUMNS
 from maskmoe_kernels.experiments.skip.generator import causes
 from maskmoe_kernels.experiments.skip.generator.chunk import catalogue_of, draw_chunk
 from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
+from maskmoe_kernels.files import claim, replacing
 
 #: File of the settings, which is written first.
 SETTINGS = "generation.json"

@@ -27,11 +27,11 @@ from maskmoe_kernels.experiments.movielens.data import files as movielens_files
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
-from maskmoe_kernels.experiments.shared.files import UNFINISHED, claim, replacing
 from maskmoe_kernels.experiments.shared.report import read_json, sealed, write_json
 from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
 from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
 from maskmoe_kernels.experiments.toy.train import ToyConfig, run_toy
+from maskmoe_kernels.files import UNFINISHED, claim, replacing
 from tests.experiments.movielens.tiny import write_movielens
 from tests.experiments.shared.test_trainer import CONFIG, Problem
 from tests.experiments.skip.skip_sessions import ROOT

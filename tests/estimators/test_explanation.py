@@ -1,0 +1,215 @@
+"""Explanations: sums, values known in closed form, sufficient subsets, pictures, the report."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+pytest.importorskip("maskmoe_kernels.estimators", reason="the extra sklearn is not installed")
+
+import pandas as pd
+
+from maskmoe_kernels.estimators import InterpretableClassifier, InterpretableRegressor
+from tests.estimators.tables import QUICK, mixed
+
+
+def wide(rows=200):
+    """Eight columns, so that there is no power set, and four classes."""
+    frame, _, score = mixed(rows)
+    random = np.random.default_rng(4)
+    for name in "pqrs":
+        frame[name] = random.normal(size=rows)
+    return frame, np.digitize(score + frame.p, [-1, 0, 1])
+
+
+@pytest.fixture(scope="module")
+def binary():
+    frame, labels, _ = mixed(300)
+    return InterpretableClassifier(**QUICK).fit(frame, labels), frame
+
+
+@pytest.fixture(scope="module")
+def of_four():
+    frame, labels = wide()
+    return InterpretableClassifier(**QUICK, subsets="pairs").fit(frame, labels), frame
+
+
+def test_contributions_and_base_sum_to_the_log_odds(binary):
+    model, frame = binary
+    found = model.explain(frame)
+    total = found.contributions.to_numpy().sum(1) + found.base
+    assert total == pytest.approx(model.decision_function(frame), abs=1e-9)
+    probability = model.predict_proba(frame)[:, 1]
+    assert total == pytest.approx(np.log(probability / (1 - probability)), abs=1e-9)
+    assert [*found.contributions] == [*frame.columns]
+    assert found.contributions.index.equals(frame.index)
+    assert found.contributions.abs().to_numpy().mean() > 0.01
+
+
+def test_and_of_every_class_without_a_power_set(of_four):
+    model, frame = of_four
+    answer = model.decision_function(frame)
+    for label in model.classes_:
+        found = model.explain(frame, of=label)
+        total = found.contributions.to_numpy().sum(1) + found.base
+        assert total == pytest.approx(answer[:, label], abs=1e-9)
+    found = model.explain(frame)
+    assert np.array_equal(found.of, model.predict(frame))
+    total = found.contributions.to_numpy().sum(1) + found.base
+    assert total == pytest.approx(answer.max(1), abs=1e-9)
+    assert found.values.shape == (200, 8, 4)
+    assert found.values.sum(-1) == pytest.approx(0, abs=1e-9)
+
+
+def test_contributions_are_those_of_the_closed_form():
+    """y = 2 sin(a) + bc + k with independent columns, whose Shapley values are known."""
+    random = np.random.default_rng(0)
+    rows = 4000
+    frame = pd.DataFrame(random.uniform(-2, 2, (rows, 3)), columns=[*"abc"])
+    frame["k"] = random.choice(["u", "v"], rows)
+    k = np.where(frame.k == "u", 1.0, -1.0)
+    y = 2 * np.sin(frame.a) + frame.b * frame.c + k + 0.1 * random.normal(size=rows)
+    model = InterpretableRegressor(n_bags=2, units=16, learning_rate=0.02, random_state=0)
+    found = model.fit(frame, y).explain(frame)
+    half = frame.b * frame.c / 2
+    truth = np.column_stack([2 * np.sin(frame.a), half, half, k])
+    error = np.sqrt(np.mean((found.contributions.to_numpy() - truth) ** 2, axis=0))
+    assert error.max() < 0.15
+    assert truth.std(0).min() > 0.6
+    pairs = found.pairs()
+    assert np.sqrt(np.mean((pairs["b & c"] - frame.b * frame.c) ** 2)) < 0.25
+    assert pairs.drop(columns="b & c").abs().to_numpy().mean() < 0.1
+
+
+def test_contributions_along_orders_give_nothing_to_what_adds_nothing():
+    """Copies share what one of them says, additive columns keep theirs, noise gets nothing."""
+    random = np.random.default_rng(0)
+    x = random.uniform(-2, 2, (2000, 8))
+    frame = pd.DataFrame(x, columns=[*"abcdefgh"])
+    frame["b"] = frame["c"] = frame["a"]
+    y = 2 * frame.a + np.sin(2 * frame.d) + 0.1 * random.normal(size=2000)
+    model = InterpretableRegressor(n_bags=1, units=16, learning_rate=0.02, random_state=0)
+    found = model.fit(frame, y).explain(frame)
+    total = found.contributions.to_numpy().sum(1) + found.base
+    assert total == pytest.approx(model.predict(frame), abs=1e-9)
+    copies = found.contributions[[*"abc"]].sum(axis=1)
+    assert np.sqrt(np.mean((copies - 2 * frame.a) ** 2)) < 0.2
+    assert np.sqrt(np.mean((found.contributions.d - np.sin(2 * frame.d)) ** 2)) < 0.2
+    assert found.contributions[[*"efgh"]].abs().to_numpy().mean() < 0.1
+    assert copies.std() > 2
+
+
+def test_sufficient_subsets_are_the_smallest_that_agree(binary):
+    model, frame = binary
+    values = model._values(model._read(frame, reset=False)).numpy()
+    subsets = [*model.family_.subsets.values()]
+    found = model.explain(frame, tolerance=0.3)
+    gap = np.abs(values - values[:, [-1]])
+    for row in range(0, 300, 7):
+        sizes = [len(s) for s, g in zip(subsets, gap[row], strict=True) if g <= 0.3]
+        assert len(found.sufficient[row]) == min(sizes)
+        assert found.gap[row] == pytest.approx(gap[row, subsets.index(found.sufficient[row])])
+    strict = model.explain(frame, tolerance=0)
+    assert {len(groups) for groups in strict.sufficient} == {4}
+    for group in found.sufficient[0]:
+        assert group in found.words(0)
+    assert "needs all 4 groups" in strict.words(0)
+
+
+def texts(ax):
+    return [text.get_text() for text in (*ax.get_yticklabels(), *ax.get_xticklabels())]
+
+
+def test_the_waterfall_ends_at_the_answer(binary):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    model, frame = binary
+    found = model.explain(frame)
+    ax = found.plot(5)
+    widths = [bar.get_width() for bar in ax.patches]
+    assert sorted(widths) == pytest.approx(sorted(found.contributions.iloc[5]), abs=1e-9)
+    top = ax.patches[0]
+    assert top.get_x() + top.get_width() == pytest.approx(found.answer[5], abs=1e-9)
+    last = ax.patches[-1]
+    assert last.get_x() == pytest.approx(found.base, abs=1e-9)
+    assert f"town = {frame.town[5]}" in texts(ax)
+    assert "age = missing" in texts(found.plot(17))
+    few = found.plot(5, most=2)
+    assert [bar.get_width() for bar in few.patches][1] == pytest.approx(
+        found.contributions.iloc[5].sum() - widths[0], abs=1e-9
+    )
+    assert "3 others" in texts(few)
+
+
+def test_it_becomes_an_explanation_of_shap(binary, of_four):
+    shap = pytest.importorskip("shap", reason="shap is not installed")
+    for model, frame in (binary, of_four):
+        found = model.explain(frame)
+        converted = found.to_shap()
+        assert isinstance(converted, shap.Explanation)
+        total = converted.values.sum(1) + converted.base_values
+        assert total == pytest.approx(model.decision_function(frame), abs=1e-9)
+        assert converted.feature_names == [*frame.columns]
+        assert converted.data.shape == (len(frame), len(frame.columns))
+
+
+def test_the_model_as_a_whole(binary):
+    model, frame = binary
+    whole = model.explain_global()
+    own = model.explain(frame)
+    expected = own.contributions.abs().mean()
+    assert whole.importance[expected.index].to_numpy() == pytest.approx(expected, abs=0.02)
+    assert whole.importance.is_monotonic_decreasing
+    assert whole.sufficient.sum() == pytest.approx(1, abs=1e-9)
+    alone = np.mean([groups == ("town",) for groups in own.sufficient])
+    assert whole.to_frame().loc["town", "suffices alone"] == pytest.approx(alone, abs=0.03)
+    values = model._values(model._read(frame, reset=False)).numpy()
+    shape = whole.shapes["town"]
+    for row in range(0, 300, 11):
+        name = "missing" if pd.isna(frame.town[row]) else frame.town[row]
+        at = shape.x.tolist().index(name)
+        town = model.family_.names.index("town")
+        assert shape.y[at] == pytest.approx(values[row, town], abs=1e-6)
+    assert whole.shapes["age"].missing is not None
+    assert whole.shapes["income"].missing is None
+    assert len(whole.pairs) == 6
+    columns = [*shape.to_frame().columns]
+    assert columns == ["value", "answer"]
+
+
+class Page(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.pictures, self.outside = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in ("img", "meta", "link"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if tag == "img" and name == "src":
+                self.pictures.append(value)
+            if name in ("src", "href") and not value.startswith("data:"):
+                self.outside.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_file_of_its_own(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    frame, labels, _ = mixed(100)
+    frame = frame.rename(columns={"age": "<script>alert(1)</script>", "town": "a$b_{c"})
+    model = InterpretableClassifier(**QUICK, subsets=[[name] for name in frame])
+    whole = model.fit(frame, labels).explain_global()
+    path = whole.report(tmp_path / "sub" / "report.html", title="Who & {what}")
+    text = path.read_text("utf-8")
+    page = Page(text)
+    assert (page.open, page.outside) == ([], [])
+    assert len(page.pictures) == 5
+    assert all(picture.startswith("data:image/png;base64,iVBOR") for picture in page.pictures)
+    assert "<script" not in text
+    assert "Who &amp; {what}" in text
+    shares = re.findall(r"</td><td>(\d+\.\d)%", text)
+    assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]

@@ -1,0 +1,163 @@
+"""Models as files: the same answers, no pickle, a clean error for a file that is not one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("maskmoe_kernels.estimators", reason="the extra sklearn is not installed")
+
+import safetensors.torch
+import torch
+
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.estimators import InterpretableClassifier, InterpretableRegressor
+from tests.estimators.tables import QUICK, mixed
+
+FRAME, LABELS, SCORE = mixed(120)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    model = InterpretableClassifier(**QUICK, class_weight={"yes": 2, "no": 1}).fit(FRAME, LABELS)
+    model.save(path)
+    return model, path
+
+
+def test_a_loaded_classifier_is_the_same(saved):
+    model, path = saved
+    loaded = InterpretableClassifier.load(path)
+    assert np.array_equal(loaded.predict_proba(FRAME), model.predict_proba(FRAME))
+    assert np.array_equal(loaded.predict(FRAME), model.predict(FRAME))
+    assert loaded.get_params() == model.get_params()
+    assert loaded.feature_names_in_.tolist() == [*FRAME.columns]
+    a, b = model.explain(FRAME), loaded.explain(FRAME)
+    assert a.to_frame().equals(b.to_frame())
+    assert model.explain_global().to_frame().equals(loaded.explain_global().to_frame())
+    with pytest.raises(ValueError, match="now missing:\n- age"):
+        loaded.predict(FRAME[["town"]])
+    assert loaded.partial_fit(FRAME, LABELS).predict(FRAME).shape == (120,)
+
+
+@pytest.mark.parametrize("labels", [[3, 1, 2], [2.0, 0.0, -1.0], [False, True], ["ü", "b", "c"]])
+def test_labels_of_any_kind_come_back(labels, tmp_path):
+    y = np.array([labels[k % len(labels)] for k in range(120)])
+    model = InterpretableClassifier(**QUICK | {"random_state": np.random.RandomState(0)})
+    model.fit(FRAME.to_numpy(), y).save(tmp_path / "m")
+    loaded = InterpretableClassifier.load(tmp_path / "m")
+    assert loaded.classes_.dtype == model.classes_.dtype
+    assert np.array_equal(loaded.predict(FRAME.to_numpy()), model.predict(FRAME.to_numpy()))
+    assert loaded.explain(FRAME.to_numpy()).base == pytest.approx(
+        model.explain(FRAME.to_numpy()).base, abs=0
+    )
+
+
+def test_parameters_that_changed_after_fit_do_not_break_the_file(tmp_path):
+    model = InterpretableRegressor(**QUICK, groups={"who": ["age", "town"]})
+    model.fit(FRAME, SCORE).set_params(units=9).save(tmp_path / "m")
+    loaded = InterpretableRegressor.load(tmp_path / "m")
+    assert loaded.units == 9
+    assert np.array_equal(loaded.predict(FRAME), model.predict(FRAME))
+
+
+def with_header(path, change):
+    """The file with another header, and the same tensors."""
+    with safetensors.safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(metadata, tensors)
+    return safetensors.torch.save(tensors, metadata)
+
+
+def in_model(change):
+    def inside(metadata, tensors):
+        record = json.loads(metadata["model"])
+        change(record)
+        metadata["model"] = json.dumps(record)
+
+    return inside
+
+
+def first_wider(metadata, tensors):
+    name = next(iter(tensors))
+    tensors[name] = torch.zeros(3, 3)
+
+
+CHANGES = {
+    "another format": (lambda m, t: m.update(format="x"), "no estimator"),
+    "a later version": (lambda m, t: m.update(version="2"), "version 2 of the format"),
+    "no model": (lambda m, t: m.pop("model"), "header is damaged"),
+    "no json": (lambda m, t: m.update(model="{"), "header is damaged"),
+    "a list": (lambda m, t: m.update(model="[]"), "header holds no object"),
+    "another class": (
+        in_model(lambda r: r.update({"class": "X"})), "of the class X, and this is Interp",
+    ),
+    "no encoder": (in_model(lambda r: r.pop("encoder")), "parts do not fit.*encoder"),
+    "an unknown parameter": (in_model(lambda r: r["parameters"].update(x=1)), "unexpected.*'x'"),
+    "a column less": (in_model(lambda r: r["encoder"]["columns"].pop()), "hold every column once"),
+    "one class": (in_model(lambda r: r["classes"].update(values=["a"])), "fewer than two classes"),
+    "a tensor of another shape": (first_wider, r"shape \(3, 3\)"),
+    "a tensor less": (lambda m, t: t.pop(next(iter(t))), "parts do not fit"),
+    "a group of strangers": (in_model(lambda r: r["subsets"].append(["x"])), "parts do not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_a_file_that_was_changed_is_refused(case, saved, tmp_path):
+    change, words = CHANGES[case]
+    path = tmp_path / "changed"
+    path.write_bytes(with_header(saved[1], change))
+    with pytest.raises(DataError, match=f"changed: .*{words}"):
+        InterpretableClassifier.load(path)
+
+
+def test_a_file_that_is_none_is_refused(saved, tmp_path):
+    whole = saved[1].read_bytes()
+    for data in (b"", b"PK\x03\x04 not a model", whole[:100], whole[:-1], whole[: len(whole) // 2]):
+        (tmp_path / "m").write_bytes(data)
+        with pytest.raises(DataError, match="no model of save"):
+            InterpretableClassifier.load(tmp_path / "m")
+    with pytest.raises(FileNotFoundError, match="no such file; save"):
+        InterpretableClassifier.load(tmp_path / "nothing")
+    with pytest.raises(DataError, match="of the class InterpretableClassifier, and this is"):
+        InterpretableRegressor.load(saved[1])
+
+
+def test_what_cannot_be_saved_leaves_the_old_file(saved, tmp_path):
+    model, path = saved
+    with pytest.raises(OSError, match="cannot be written"):
+        model.save(path / "below")
+    before = path.read_bytes()
+    labels = np.array([(k % 2,) for k in range(120)] + [None], dtype=object)[:-1]
+    odd = InterpretableClassifier(**QUICK).fit(FRAME, LABELS)
+    odd.classes_ = labels[:2]
+    with pytest.raises(ValueError, match="cannot be saved; name them by text or numbers"):
+        odd.save(path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_kill_leaves_the_old_file_or_the_new_one(saved, tmp_path):
+    path = tmp_path / "m"
+    code = (
+        "import sys\n"
+        "from maskmoe_kernels.estimators import InterpretableClassifier\n"
+        "model = InterpretableClassifier.load(sys.argv[1])\n"
+        "model.save(sys.argv[2]); print('saved', flush=True)\n"
+        "while True: model.save(sys.argv[2])"
+    )
+    words = [sys.executable, "-c", code, str(saved[1]), str(path)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "saved\n"
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    loaded = InterpretableClassifier.load(path)
+    assert np.array_equal(loaded.predict_proba(FRAME), saved[0].predict_proba(FRAME))

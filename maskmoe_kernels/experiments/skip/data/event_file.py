@@ -178,7 +178,7 @@ def _are_known(
     kind = "item" if key == file.declared.item else "user"
     table = file.schema.items if kind == "item" else file.schema.users
     files = "" if table is None else table.files
-    wanted = f"a {kind} of the files {files} in column {key}"
+    wanted = f"an id in column {key} that the files {files} hold"
     problems.add(
         f"unknown {kind}",
         block.lines[rows],

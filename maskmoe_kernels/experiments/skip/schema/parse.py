@@ -223,7 +223,7 @@ def _events(node: Node, sessions: Sessions) -> Events:
     if sessions.by == "file":
         if missing := {"session_position", "session_length"} - own:
             raise node.fail(f"expected the columns {sorted(missing)}, got none.", "columns")
-    elif taken := (own & _TAKEN) - {sessions.column}:
+    elif taken := _TAKEN & {c.name for c in table.columns if c.kind != "id"}:
         raise node.fail(f"expected other names than {sorted(taken)}, which shards use.", "columns")
     node.finish()
     return Events(table.files, table.columns, "", **found)

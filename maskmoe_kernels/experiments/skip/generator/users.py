@@ -13,7 +13,7 @@ popularity            hits, and tracks that nearly nobody plays  nobody plays it
 discounted            heard three times, always with one label   that label was a skip
 listener              heard once, a day ago or three days ago    it was a day ago
 music                 of high or low energy                      its sign is not that of the valence
-                                                                 of the session's other tracks
+                                                                 of the user's other tracks
 popularity+music      instrumental                               either major or new, but not both
 popularity+listener   explicit                                   either the track is new or the
                                                                  listener young, but not both
@@ -152,6 +152,7 @@ class Users:
         self.random = np.random.default_rng([seed, 2, 1 + first])
         self.numbers = first + np.arange(count)
         self.young = self.random.random(count) < 0.5
+        self.high = self.random.random(count) < 0.5  # valence of what the user likes to hear
         self._drawn = dict.fromkeys(tracks.kinds, 0)
         self._begin = {
             kind: self.random.integers(0, len(rows), count) for kind, rows in tracks.kinds.items()
@@ -173,6 +174,11 @@ class Users:
         found: Ints = rows[(self._begin[kind][:, None] + steps) % len(rows)]
         return found
 
+    def liked(self, shape: tuple[int, ...]) -> Ints:
+        """Fresh tracks of the valence that their user likes, ``(users, n)``."""
+        low, high = self.fresh("low valence", shape), self.fresh("high valence", shape)
+        return np.where(self.high[:, None], high, low)
+
     def _introduce(self) -> tuple[Ints, Ints, Array]:
         """Short sessions before the first one: tracks with one label each, and remixes.
 
@@ -180,8 +186,7 @@ class Users:
             Tracks that are always skipped or played (the skipped ones are even), ``(users, 40)``;
             remixes, and whether they were skipped, ``(users, 20)``.
         """
-        bases = [self.fresh(kind, (self.count, _KNOWN // 2)) for kind in list(_KINDS)[:2]]
-        known = self.random.permuted(np.concatenate(bases, 1), axis=1)
+        known = self.liked((self.count, _KNOWN))
         remixes = self.fresh("remix", (self.count, _REMIXES))
         skipped = self.random.random(remixes.shape) < 0.5
         heard = np.concatenate([known, known, known, remixes], 1)
@@ -218,8 +223,7 @@ class Users:
         drawn = random.choice(len(names), shape, p=np.array(list(_SHARES.values())))
         codes = np.array([_CAUSES.index(name) for name in names])
         cause = np.where(persistent, _CAUSES.index("persistence"), codes[drawn])
-        high = (random.random(self.count) < 0.5)[:, None]  # valence of the other tracks
-        track = np.where(high, self.fresh("high valence", shape), self.fresh("low valence", shape))
+        track = self.liked(shape)
         fresh = np.isin(cause, [_CAUSES.index("chance"), _CAUSES.index("persistence")])
         label = random.random(shape) < 0.5
         label = np.where(persistent, (random.random(self.count) < 0.5)[:, None], label)
@@ -238,7 +242,7 @@ class Users:
         loud = random.random(shape) < 0.5
         energy = np.where(loud, self.fresh("high energy", shape), self.fresh("low energy", shape))
         np.copyto(track, energy, where=at)
-        np.copyto(label, loud != high, where=at)
+        np.copyto(label, loud != self.high[:, None], where=at)
         flipped = (random.random(shape) < NOISE) & (cause > 0)
         self._heard.append((track, fresh & (np.arange(shape[1]) < length[:, None])))
         decisive = (cause > 0) & ~flipped
@@ -249,9 +253,7 @@ class Users:
 
     def _favourite(self, name: str, number: int, at: Array) -> tuple[Ints, Array, Array]:
         size = 12  # related tracks of a session
-        kinds = list(_KINDS)[:2]
-        pool = np.concatenate([self.fresh(kind, (self.count, size // 2)) for kind in kinds], 1)
-        pool = self.random.permuted(pool, axis=1)
+        pool = self.liked((self.count, size))
         which = _ranks(at, size)
         track = np.take_along_axis(pool, np.maximum(which, 0), 1)
         for row, relation in enumerate(("favourites", "banned")):

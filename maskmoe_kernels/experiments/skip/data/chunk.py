@@ -84,7 +84,7 @@ class Chunk:
     def made_from(self) -> dict[str, Any]:
         """What the record must say for the shards to be kept."""
         rows = {"begin": self.begin, "end": self.end, "row_group": self.row_group}
-        return rows | {"inputs": self.inputs, "schema": self.schema.text}
+        return rows | {"inputs": self.inputs, "schema": self.schema.data}
 
     def valid_record(self) -> dict[str, Any] | None:
         """The record of an earlier run; None if the sessions must be made (again)."""

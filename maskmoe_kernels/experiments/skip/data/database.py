@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,14 +41,17 @@ def database(folder: Path, threads: int) -> Iterator[Any]:
         folder: The folder.
         threads: Its threads.
     """
+    spilled = folder / ".duckdb"
+    shutil.rmtree(spilled, ignore_errors=True)  # of a run that was killed
     connection = check_duckdb().connect()
     try:
         connection.execute(f"SET memory_limit = '{MEMORY}'")
         connection.execute(f"SET threads = {threads}")
-        connection.execute(f"SET temp_directory = {quoted(folder / '.duckdb')}")
+        connection.execute(f"SET temp_directory = {quoted(spilled)}")
         yield connection
     finally:
         connection.close()
+        shutil.rmtree(spilled, ignore_errors=True)
 
 
 def write_sorted(

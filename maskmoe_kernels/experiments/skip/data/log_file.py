@@ -79,7 +79,7 @@ class LogFile:
         record = read_record(self.record)
         if record is None or record["source"] != fingerprint(self.source):
             return None
-        if record["schema"] != self.schema.text or record["row_group"] != self.row_group:
+        if record["schema"] != self.schema.data or record["row_group"] != self.row_group:
             return None
         if record["tracks"] != self.tracks:
             return None
@@ -126,7 +126,7 @@ def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -
         "format": FORMAT,
         "source": source,
         "digest": file.digest,
-        "schema": log.schema.text,
+        "schema": log.schema.data,
         "tracks": log.tracks,
         "row_group": log.row_group,
         "because": dict(log.earlier),

@@ -86,7 +86,7 @@ def write_manifest(
     }
     content = {"tracks": tables[TRACKS_FOLDER]["digest"], "logs": digests, "splits": splits}
     if USERS_FOLDER in tables:
-        content |= {"users": tables[USERS_FOLDER]["digest"], "schema": schema.text}
+        content |= {"users": tables[USERS_FOLDER]["digest"], "schema": schema.data}
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     statistics = {name: table["statistics"] for name, table in tables.items()}
     manifest = {"format": FORMAT, "digest": digest, "schema": schema.text}

@@ -170,7 +170,7 @@ def _digest(
     content = {
         "checked": {n: [r["digest"] for _, r in found] for n, found in checked.items()},
         "tables": {name: table["digest"] for name, table in tables.items()},
-        "schema": schema.text,
+        "schema": schema.data,
         "chunk": CHUNK_EVENTS,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

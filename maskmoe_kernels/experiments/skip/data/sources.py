@@ -66,13 +66,14 @@ def find_tables(paths: Sequence[str | Path], schema: Schema) -> dict[str, list[P
             raise DataError(
                 f"{named}: expected a {pattern}.csv (or .csv.gz{other}), got none. {remedy}"
             )
-    _check_names(found["events"])
+    for name in ("events", *schema.relations):
+        _check_names(found[name])
     return {name: sorted(files, key=lambda p: p.name) for name, files in found.items()}
 
 
-def _check_names(events: set[Path]) -> None:
+def _check_names(files: set[Path]) -> None:
     by_name: dict[str, Path] = {}
-    for path in sorted(events):
+    for path in sorted(files):
         name = stem(path)
         if name in by_name:
             raise DataError(

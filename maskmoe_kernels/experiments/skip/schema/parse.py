@@ -31,6 +31,7 @@ _MOST = 65535
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(second|minute|hour|day)s?")
 _UNITS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 _TAKEN = {"session_id", "session_position", "session_length", "track", "user", "line", "place"}
+_TABLES = {"events", "items", "users", "tracks"}
 _NAME = re.compile(r"\w[\w+ -]*")
 
 
@@ -270,6 +271,13 @@ def _check_past(
     users: Table | None,
     relations: dict[str, Relation],
 ) -> None:
+    own = {c.name for c in events.columns} | _TAKEN
+    for name in past:
+        if name in own:
+            raise root.fail(f"expected another name than {name}, a column's.", "past", name)
+    for name in relations:
+        if name in _TABLES or not name.isidentifier():
+            raise root.fail(f"expected another name than {name!r}.", "relations", name)
     if sessions.by != "file":
         return
     for name, given in (("past", past), ("users", users), ("relations", relations)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -230,6 +231,12 @@ class Schema:
     verbs: tuple[str, str]
     header: str = ""
     said: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def data(self) -> str:
+        """A digest of what decides the rows of the shards: all but groups, experts and words."""
+        parts = self.sessions, self.events, self.items, self.users, self.relations, self.past
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @cached_property
     def family(self) -> SubsetFamily:

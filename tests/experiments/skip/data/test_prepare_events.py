@@ -445,6 +445,25 @@ def test_users_without_sessions_in_training_are_unknown(sliced: Path) -> None:
             assert user == (own + 1 if own in trained else 0)
 
 
+def test_other_groups_and_experts_need_no_other_shards(
+    made: Path, events: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(prepare_events, "CHUNK_EVENTS", 100)
+    log, out = write_log(tmp_path / "log", events, files=3), tmp_path / "out"
+    prepare([log], out, SCHEMA, row_group=4)
+    times = {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")}
+    text = TEXT.replace('all = ["given"', 'some = ["given", "past"]\nall = ["given"')
+    prepare([log], out, parse_schema(text), row_group=4)
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*.parquet")} == times
+    assert list(Shards(out, "train").schema.experts) == ["given", "past", "who", "some", "all"]
+    longer = parse_schema(TEXT.replace("shortest = 2", "shortest = 4"))
+    assert sum(prepare([log], out, longer, row_group=4).sessions.values()) < len(rows_of(made))
+    nothing = parse_schema(TEXT.replace("shortest = 2", "shortest = 40"))
+    with pytest.raises(DataError, match="expected sessions, got none that is whole"):
+        prepare([log], out, nothing, row_group=4)
+    assert not (out / "manifest.json").exists()
+
+
 def test_records_name_what_they_are_of(made: Path) -> None:
     names = {path.name for path in (made / "logs").glob("part-*.json")}
     assert len(names) > 2

@@ -21,6 +21,7 @@ from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSetting
 from maskmoe_kernels.experiments.skip.generator.users import USERS
 from maskmoe_kernels.experiments.skip.runs import check_schema, load
 from maskmoe_kernels.experiments.skip.schema.parse import shipped
+from tests.experiments.skip.skip_sessions import command
 
 SETTINGS = GeneratorSettings(800, seed=2, tracks=3_000, chunk=400, kind="users")
 NAMES = tuple(USERS.causes)
@@ -152,3 +153,17 @@ def test_from_generated_events_to_words(
     assert names == {"subsets.png", "attribution", "causes", "learning_curves.png", "explain"}
     with pytest.raises(DataError, match="expected a run with the groups and experts"):
         check_schema(tmp_path / "model", load(tmp_path / "model")[0], shipped("mssd"))
+
+
+@pytest.mark.deep
+def test_a_killed_training_on_slices_ends_with_the_same_weights(data: Path, tmp_path: Path) -> None:
+    words = ["skip", "train", "--data", str(data), "--model", "interpretable-gru", "--width", "3",
+             "--batch", "64", "--epochs", "2", "--lr", "0.01", "--save-every", "2", "--threads",
+             "1", "--embeddings", "strict", "--out"]  # fmt: skip
+    assert command([*words, str(tmp_path / "whole")]) == 0
+    for kill in ("step:3", "save:2", "step:13"):
+        assert command([*words, str(tmp_path / "killed"), "--resume"], kill) == -9
+    assert command([*words, str(tmp_path / "killed"), "--resume"]) == 0
+    whole, killed = (load(tmp_path / name)[2].state for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    assert all(torch.equal(whole[name], killed[name]) for name in whole)

@@ -78,6 +78,7 @@ DAMAGES = [
     ("width = 3", "width = 0", "expected width from 1 to 512, got 0"),
     ('  "past.wanted",', '  "past.wanted",\n  "past.sold",', "each feature once, got .'sold'."),
     ('true = "left"', 'true = "left"\nsession = "{where}"', r"expected fields out of .*'where'"),
+    ("sold = {", "price = {", "expected another name than price, a column's"),
     ("price =", "track =", "expected other names than .'track'., which shards use"),
 ]  # fmt: skip
 
@@ -95,6 +96,12 @@ def test_every_damage_says_file_and_line(old: str, new: str, message: str) -> No
     pairs = enumerate(zip(lines, TEXT.splitlines(), strict=False), 1)
     changed = next((i for i, (a, b) in pairs if a != b), len(lines))
     assert abs(line - changed) <= 12 or lines[line - 1].startswith("[") or line == 1
+
+
+def test_a_relation_may_not_have_the_name_of_a_table() -> None:
+    text = TEXT.replace("relations.wanted", "relations.events").replace('"wanted" }', '"events" }')
+    with pytest.raises(DataError, match=r"line 34: expected another name than 'events'"):
+        parse_schema(text)
 
 
 def test_lines_are_exact_where_a_value_is_wrong() -> None:

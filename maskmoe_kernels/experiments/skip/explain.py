@@ -131,18 +131,16 @@ def explain(
         logits = logits_of(model, batch, settings)[~batch.second_padding].double()
         mixed = mixture(logits, model.family, settings.confidence, power)
     known = None if causes is None else _cause_names(causes, batch, schema)
-    rows, shares = table.to_pylist(), mixed.attribution.mean(0).tolist()
+    shares = dict(zip(model.family.names, mixed.attribution.mean(0).tolist(), strict=True))
+    rows = table.to_pylist()
     explanation = Explanation(
         session=batch.session_ids[0],
         header=header_in_words(rows, schema),
         sharpness=power,
-        shares=dict(zip(model.family.names, shares, strict=True)),
+        shares=shares,
         tracks=_tracks(rows, schema, logits, mixed, known),
         verbs=schema.verbs,
-        sums={
-            name: sum(shares[model.family.names.index(expert)] for expert in experts)
-            for name, experts in schema.sums.items()
-        },
+        sums={name: sum(shares[one] for one in of) for name, of in schema.sums.items()},
     )
     missing = None if out is None else _write(explanation, out, schema)
     if console is not None:

@@ -90,18 +90,20 @@ def check_settings(out: Path, settings: GeneratorSettings) -> None:
     Raises:
         DataError: The folder holds sessions of other or unknown settings.
     """
-    path = out / SETTINGS
+    path, wanted = out / SETTINGS, dict(vars(settings))
+    if settings.kind == "mssd":  # the only kind there was at first
+        del wanted["kind"]
     if path.is_file():
         found = read_json(path, _REMEDY)
-        if found != vars(settings):
-            raise DataError(f"{path}: expected {vars(settings)}, got {found}. {_REMEDY}")
+        if found != wanted:
+            raise DataError(f"{path}: expected {wanted}, got {found}. {_REMEDY}")
     elif strange := sorted(p.name for k in _TABLES for p in out.glob(f"{k}_*")):
         raise DataError(
             f"{out}: expected no sessions of unknown origin, got {strange[:5]}. Name an empty "
             "folder."
         )
     else:
-        write_json(path, vars(settings))
+        write_json(path, wanted)
 
 
 def _write_chunks(

@@ -25,6 +25,7 @@ from maskmoe_kernels.experiments.skip.generator.causes import Causes
 from maskmoe_kernels.experiments.skip.models import logits_of
 from maskmoe_kernels.experiments.skip.runs import check_schema, load
 from maskmoe_kernels.experiments.skip.schema.schema import Schema
+from maskmoe_kernels.experiments.skip.settings import Settings
 from maskmoe_kernels.experiments.skip.words import header_in_words, reason_in_words
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection import mixture
@@ -114,12 +115,7 @@ def explain(
     """
     if out is not None:
         claim(out)
-    model, settings, _ = load(run)
-    if not isinstance(model, SessionExperts):
-        raise DataError(
-            f"{run}: holds the {settings.model!r} model, which has no experts to explain; name a "
-            "run of an interpretable one"
-        )
+    model, settings = _load(run)
     shards = Shards(data, split)
     schema = shards.schema
     check_schema(run, model, schema)
@@ -148,6 +144,17 @@ def explain(
         if out is not None:
             print_written(console, "report", "figure", out, missing)
     return explanation
+
+
+def _load(run: Path) -> tuple[SessionExperts, Settings]:
+    """The interpretable model of a run, and its settings."""
+    model, settings, _ = load(run)
+    if not isinstance(model, SessionExperts):
+        raise DataError(
+            f"{run}: holds the {settings.model!r} model, which has no experts to explain; name a "
+            "run of an interpretable one"
+        )
+    return model, settings
 
 
 def file_name(session: str) -> str:

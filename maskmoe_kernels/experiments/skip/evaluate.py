@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ PAPER = {
 TABLES = {MSSD.name: 2, "users": 3}
 METRICS = ("Acc", "Acc@1", "MAA")
 #: Skips and padding of half A to a prediction for each track of half B.
-BASELINES = {"last": last_skip, "mean": mean_skip}
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"last": last_skip, "mean": mean_skip}
 #: Sessions of a batch.
 BATCH = 512
 
@@ -97,7 +97,7 @@ def evaluate(
     for (model, *_), path in zip(trained.values(), runs, strict=True):
         check_schema(path, model, schema)
     known = None if causes is None else Causes(causes, schema)
-    entries: dict[str, _Baseline | _Trained] = {name: _Baseline(name, schema) for name in BASELINES}
+    entries: dict[str, _Baseline | _Trained] = {**_baselines(schema)}
     for name, (model, settings, run) in trained.items():
         entries[name] = _Trained(model, settings, run, sharpness, schema)
     if console is not None:
@@ -127,13 +127,16 @@ class _Baseline:
     """A baseline and its counts.
 
     Args:
-        name: A key of ``BASELINES``.
+        name: Its name.
         schema: The schema of the sessions.
+        predict: Labels and padding of half A to a prediction for each track of half B.
     """
 
-    def __init__(self, name: str, schema: Schema) -> None:
+    def __init__(
+        self, name: str, schema: Schema, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
         self.schema = schema
-        self.name, self.predict, self.tally = name, BASELINES[name], SkipTally()
+        self.name, self.predict, self.tally = name, predict, SkipTally()
 
     def add(self, batch: SessionBatch, causes: tuple[Tensor, Tensor] | None) -> None:
         """Count a batch; ``causes`` is not used."""
@@ -145,6 +148,15 @@ class _Baseline:
     def report(self) -> dict[str, Any]:
         """Its entry in ``evaluation.json``."""
         return {**self.tally.metrics(), "paper": _paper(self.name, self.schema)}
+
+
+def _baselines(schema: Schema) -> dict[str, _Baseline]:
+    """The baselines by name; ``random`` where the paper has it."""
+    predictions = dict(BASELINES)
+    if "random" in PAPER.get(schema.name, {}):
+        generator = torch.Generator().manual_seed(0)
+        predictions = {"random": partial(random_skip, generator=generator)} | predictions
+    return {name: _Baseline(name, schema, predict) for name, predict in predictions.items()}
 
 
 class _Trained:

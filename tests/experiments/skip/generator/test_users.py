@@ -144,6 +144,9 @@ def test_from_generated_events_to_words(
     assert "# paper: table 3, other sessions" in said
     report = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert report["models"]["last"]["paper"]["Acc"] == 69.0
+    assert list(report["models"]) == ["random", "last", "mean", "interpretable-gru"]
+    assert report["models"]["random"]["Acc"] == pytest.approx(0.5, rel=0, abs=0.06)
+    assert report["models"]["random"]["MAA"] == pytest.approx(0.323, rel=0, abs=0.06)
     own = report["models"]["interpretable-gru"]["decisive"]
     assert sum(row["tracks"] for row in own["causes"].values()) == own["tracks"] > 200
     said = run("explain", "--data", str(data), "--run", model, "--causes", str(raw), "--out", out)

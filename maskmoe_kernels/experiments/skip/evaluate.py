@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from maskmoe_kernels.experiments.shared.progress import counted
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip import figures as skip_figures
-from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip
+from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip, random_skip
 from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset

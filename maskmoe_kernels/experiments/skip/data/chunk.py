@@ -298,11 +298,11 @@ def _pairs(user: Ints, item: Ints) -> Ints:
 
 def _related(past: Past, chunk: Chunk, user: Ints, item: Ints, start: Array) -> Array:
     """Whether each pair is in the relation since before the session, ``(events,)`` float64."""
-    if not len(user):
-        return np.zeros(0)
+    path = chunk.out / SORTED_FOLDER / f"{past.relation}.parquet"
+    if not len(user) or not path.is_file():  # without pairs, there is no table
+        return np.zeros(len(user))
     digests = np.load(chunk.out / USERS_FOLDER / DIGESTS, mmap_mode="r")
     low, high = digests[user.min()], digests[user.max()]
-    path = chunk.out / SORTED_FOLDER / f"{past.relation}.parquet"
     table = pq.read_table(
         path, filters=(pc.field("user") >= low) & (pc.field("user") <= high), use_threads=False
     )

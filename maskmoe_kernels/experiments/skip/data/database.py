@@ -70,7 +70,14 @@ def write_sorted(
     with replacing(target) as file:
         options = f"FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE {ROWS}, USE_TMP_FILE false"
         query = f"{select.format(files)} ORDER BY {order}"
-        connection.execute(f"COPY ({query}) TO {quoted(Path(file.name))} ({options})")
+        try:
+            connection.execute(f"COPY ({query}) TO {quoted(Path(file.name))} ({options})")
+        except check_duckdb().Error as error:
+            raise DataError(
+                f"{target}: expected duckdb to sort into this file, got {error}. It needs as much "
+                "room on the disk as the events, twice, and the memory that it asks for; then run "
+                "the same command with --resume."
+            ) from error
 
 
 def quoted(path: Path) -> str:

@@ -198,7 +198,10 @@ def _sort(
     (folder / _RECORD).unlink(missing_ok=True)
     bar = job.open_bar("sort", None)
     made = dict(tables)
-    paths = {name: [file.target for file, _ in found] for name, found in checked.items()}
+    paths = {
+        name: [file.target for file, record in found if record["rows"]]
+        for name, found in checked.items()
+    }
     with database(job.out, job.workers) as connection:
         for key, table_folder, column in (
             ("item", TRACKS_FOLDER, job.schema.events.item),
@@ -214,6 +217,9 @@ def _sort(
         )  # fmt: skip
         for name in job.schema.relations:
             target = folder / f"{name}.parquet"
+            target.unlink(missing_ok=True)
+            if not paths[name]:
+                continue
             write_sorted(
                 connection, paths[name], target, 'SELECT "user", item, since FROM {}',
                 '"user", item, since',

@@ -342,6 +342,30 @@ def test_repeated_events_and_damaged_files(events: dict[str, Any], tmp_path: Pat
         prepare([pq_log], tmp_path / "out2", SCHEMA)
 
 
+def test_files_without_rows(events: dict[str, Any], tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", events)
+    (log / "visits_1.csv").write_text((log / "visits_0.csv").read_text().splitlines()[0] + "\n")
+    (log / "wanted.csv").write_text("who,what,since\n")
+    prepare([log], tmp_path / "out", SCHEMA)
+    rows = rows_of(tmp_path / "out")
+    assert rows.keys() == sessions_by_hand(events).keys()
+    assert not any(row["wanted"] for own in rows.values() for row in own)
+    (log / "visits_0.csv").unlink()
+    with pytest.raises(DataError, match=r"visits_1\.csv: expected events, got none that is valid"):
+        prepare([log], tmp_path / "out", SCHEMA)
+
+
+def test_a_failed_sort_says_where_and_what_to_do(
+    events: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(database, "MEMORY", "1KB")
+    log = write_log(tmp_path / "log", events)
+    with pytest.raises(DataError, match=r"users\.parquet: expected duckdb to sort into this file"):
+        prepare([log], tmp_path / "out", SCHEMA)
+    assert not list((tmp_path / "out").rglob(".unfinished*"))
+    assert not (tmp_path / "out" / ".duckdb").exists()
+
+
 def test_without_duckdb_the_error_says_what_to_install(
     events: dict[str, Any], tmp_path: Path, monkeypatch: Any
 ) -> None:

@@ -262,7 +262,8 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             for text in (f"{100 * row[key]:.1f}", f"{paper[key]:.1f}" if key in paper else "")
         ]
         rows.append([name, *cells])
-    title = f"Skip prediction, {report['sessions']:,} sessions ({report['split']}), per cent"
+    name = "Skip prediction" if report["schema"] in TABLES else report["schema"]
+    title = f"{name}, {report['sessions']:,} sessions ({report['split']}), per cent"
     number = TABLES.get(report["schema"])
     caption = "" if number is None else f"paper: table {number}, other sessions"
     print_table(console, title, columns, rows, caption)

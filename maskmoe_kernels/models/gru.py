@@ -13,6 +13,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.models.sessions import (
     SessionBlackBox,
     SessionExperts,
+    UserTable,
     check_layers,
     second_layout,
 )
@@ -32,6 +33,10 @@ class InterpretableGRU(SessionExperts):
             ``InterpretableGRU(*skip_sessions())``.
         width: Units per expert; an int, or one per expert.
         layers: Layers of each GRU.
+        users: Embeddings of users, in the columns of a group; ``None``: none.
+        strict: Whether only the smallest subsets that contain the group of the users train their
+            embeddings; otherwise every expert that sees them does, and an embedding that a small
+            expert reads depends, through training, on features outside its subset.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
@@ -47,15 +52,20 @@ class InterpretableGRU(SessionExperts):
         width: Width = 16,
         layers: int = 1,
         *,
+        users: UserTable | None = None,
+        strict: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        second = second_layout(family, second_groups, width)
-        super().__init__(family, second_groups)
+        second = second_layout(family, second_groups, width, strict=strict)
+        super().__init__(family, second_groups, users)
         check_integer("layers", layers)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        self.encoder = MaskedGRU(family, width, layers, batch_first=True, **options)
+        self.encoder = MaskedGRU(
+            family, width, layers, batch_first=True, **options,
+            input_layout=family.input_layout(width, strict=strict),
+        )  # fmt: skip
         self.decoder = MaskedGRU(
             family, width, layers, batch_first=True, input_layout=second, **options
         )
@@ -67,6 +77,7 @@ class InterpretableGRU(SessionExperts):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, T2, H)``; at padded steps they mean nothing.
 
@@ -76,11 +87,12 @@ class InterpretableGRU(SessionExperts):
             first_padding: ``(B, T1)`` bool, true where a step is padding; whatever it holds, NaN
                 and infinity included, reaches nothing.
             second_padding: ``(B, T2)`` bool.
+            user: Rows of the table of users, ``(B,)`` int64, if the model has one.
 
         Raises:
             LayoutError: Shapes or types that do not fit.
         """
-        first, second = self.present(first, second, first_padding, second_padding)
+        first, second = self.present(first, second, first_padding, second_padding, user)
         _, state = self.encoder(first, padding_mask=first_padding)
         states, _ = self.decoder(second, state, padding_mask=second_padding)
         logits: Tensor = self.head(states)
@@ -98,6 +110,7 @@ class GRU(SessionBlackBox):
         second_features: Width of B's steps.
         width: Units.
         layers: Layers of each GRU.
+        users: Embeddings of users, in the columns of a group; ``None``: none.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
 
@@ -112,10 +125,11 @@ class GRU(SessionBlackBox):
         width: int = 128,
         layers: int = 1,
         *,
+        users: UserTable | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(first_features, second_features)
+        super().__init__(first_features, second_features, users)
         check_layers(layers)
         created: dict[str, Any] = {"device": device, "dtype": dtype}
         # One nn.GRU per layer: the states of all layers are needed where each session ends, and a
@@ -135,9 +149,10 @@ class GRU(SessionBlackBox):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, T2)``; arguments as :class:`InterpretableGRU`."""
-        first, second = self.present(first, second, first_padding, second_padding)
+        first, second = self.present(first, second, first_padding, second_padding, user)
         for encoder, decoder in zip(self.encoder, self.decoder, strict=True):
             first, last = encoder(first)
             if first_padding is not None:

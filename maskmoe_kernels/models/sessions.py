@@ -18,7 +18,7 @@ from maskmoe_kernels.ops.selection.confidence import Confidence
 
 
 def second_layout(
-    family: SubsetFamily, second_groups: Mapping[str, int], width: Width
+    family: SubsetFamily, second_groups: Mapping[str, int], width: Width, *, strict: bool = False
 ) -> BlockLayout:
     """Input layout of the second half: experts x its groups, present iff the group is in S_i.
 
@@ -32,6 +32,8 @@ def second_layout(
         second_groups: Group name to width, in the order of the second half's columns. A group
             may be wider or narrower there than in the first half.
         width: Units per expert; an int, or one per expert.
+        strict: Route the gradient of a group to the smallest subsets that contain it only; see
+            :meth:`SubsetFamily.input_layout`.
 
     Raises:
         LayoutError: A group that is not among the family's, none at all, or a bad width.
@@ -50,6 +52,7 @@ def second_layout(
         block_sizes("width", width, family.num_experts),
         block_sizes("second_groups", list(second_groups.values()), len(second_groups)),
         family.membership[:, columns],
+        family.input_layout(1, strict=strict).routes_grad[:, columns],
     )
 
 
@@ -58,16 +61,90 @@ def check_layers(layers: int) -> None:
     check_integer("layers", layers, 1)
 
 
+class UserTable(nn.Module):
+    """Embeddings of users, which stand in the columns of one group at every step.
+
+    Args:
+        count: Rows of the table.
+        group: The group; its width is that of the embedding.
+        first_groups: Groups of A and their widths, in the order of its columns.
+        second_groups: Those of B; the group may be among them or not.
+        std: Standard deviation of the initial embeddings, N(0, std).
+
+    Raises:
+        LayoutError: The group is not among A's, or another width in B.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        group: str,
+        first_groups: Mapping[str, int],
+        second_groups: Mapping[str, int],
+        std: float = 0.05,
+    ) -> None:
+        super().__init__()
+        check_integer("count", count, 1)
+        width = first_groups.get(group)
+        if width is None or second_groups.get(group, width) != width:
+            raise LayoutError(
+                f"group {group!r} must be one of A, of the same width in B, got "
+                f"{dict(first_groups)} and {dict(second_groups)}"
+            )
+        self.table = nn.Embedding(count, width)
+        nn.init.normal_(self.table.weight, std=std)
+        self.places = tuple(_place(group, groups) for groups in (first_groups, second_groups))
+
+    def forward(self, first: Tensor, second: Tensor, user: Tensor) -> tuple[Tensor, Tensor]:
+        """Both halves with the users' embeddings in the group's columns, whatever was there.
+
+        Args:
+            first: ``(B, T1, in_A)``.
+            second: ``(B, T2, in_B)``.
+            user: Rows of the table, ``(B,)`` int64.
+
+        Raises:
+            LayoutError: ``user`` has another shape or type.
+        """
+        if user.shape != first.shape[:1] or user.dtype != torch.int64:
+            raise LayoutError(
+                f"user must be int64 ({len(first)},), a row of the table a session, got "
+                f"{user.dtype} {tuple(user.shape)}"
+            )
+        embedded = self.table(user).to(first.dtype).unsqueeze(1)
+        halves = []
+        for x, place in zip((first, second), self.places, strict=True):
+            if place is not None:
+                wide = embedded.expand(-1, x.shape[1], -1)
+                x = torch.cat([x[..., : place[0]], wide, x[..., place[1] :]], -1)
+            halves.append(x)
+        return halves[0], halves[1]
+
+
+def _place(group: str, groups: Mapping[str, int]) -> tuple[int, int] | None:
+    """The first column of a group, and the one after its last; ``None``: there is no such group."""
+    start = 0
+    for name, width in groups.items():
+        if name == group:
+            return start, start + width
+        start += width
+    return None
+
+
 class SessionModel(nn.Module):
     """A model of sessions: checks both halves and sets padded steps to zero.
 
     Args:
         first_features: Width of A's steps.
         second_features: Width of B's steps.
+        users: Embeddings of users; ``None``: the sessions have no users.
     """
 
-    def __init__(self, first_features: int, second_features: int) -> None:
+    def __init__(
+        self, first_features: int, second_features: int, users: UserTable | None = None
+    ) -> None:
         super().__init__()
+        self.users = users
         self.first_features = first_features
         self.second_features = second_features
 
@@ -77,11 +154,12 @@ class SessionModel(nn.Module):
         second: Tensor,
         first_padding: Tensor | None,
         second_padding: Tensor | None,
+        user: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Both halves with zeros at padded steps, whatever was there.
+        """Both halves with the users' embeddings, and zeros at padded steps, whatever was there.
 
         Raises:
-            LayoutError: Shapes or types that do not fit.
+            LayoutError: Shapes or types that do not fit, or users are missing.
         """
         check_floats(first=first, second=second)
         check_beside(first, first_padding=first_padding, second_padding=second_padding)
@@ -102,6 +180,10 @@ class SessionModel(nn.Module):
                     f"{name}_padding must be bool {tuple(x.shape[:2])}, got {padding.dtype} "
                     f"{tuple(padding.shape)}"
                 )
+        if self.users is not None:
+            if user is None:
+                raise LayoutError("user must be given: this model has embeddings of users")
+            first, second = self.users(first, second, user)
         return _without(first, first_padding), _without(second, second_padding)
 
 
@@ -115,10 +197,16 @@ class SessionExperts(Routed, SessionModel):
     Args:
         family: Subsets of the groups of A.
         second_groups: Groups of B; see :func:`second_layout`.
+        users: Embeddings of users; ``None``: the sessions have no users.
     """
 
-    def __init__(self, family: SubsetFamily, second_groups: Mapping[str, int]) -> None:
-        super().__init__(family.in_features, sum(second_groups.values()))
+    def __init__(
+        self,
+        family: SubsetFamily,
+        second_groups: Mapping[str, int],
+        users: UserTable | None = None,
+    ) -> None:
+        super().__init__(family.in_features, sum(second_groups.values()), users)
         self.family = family
         self.second_groups = dict(second_groups)
 
@@ -129,6 +217,7 @@ class SessionExperts(Routed, SessionModel):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
         *,
         confidence: Confidence = "abs",
         sharpness: float = 1.0,
@@ -139,7 +228,7 @@ class SessionExperts(Routed, SessionModel):
         The arguments are those of ``forward`` and of :func:`mixture`. At padded steps they mean
         nothing. No gradient is recorded.
         """
-        logits = self(first, second, first_padding, second_padding)
+        logits = self(first, second, first_padding, second_padding, user)
         return mixture(logits, self.family, confidence, sharpness, missing)
 
 
@@ -153,7 +242,8 @@ class SessionBlackBox(SessionModel):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
     ) -> Tensor:
         """Probability ``(B, T2)`` of each step of B. No gradient is recorded."""
-        logits: Tensor = self(first, second, first_padding, second_padding)
+        logits: Tensor = self(first, second, first_padding, second_padding, user)
         return logits.sigmoid()

@@ -15,6 +15,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.models.sessions import (
     SessionBlackBox,
     SessionExperts,
+    UserTable,
     check_layers,
     second_layout,
 )
@@ -125,6 +126,10 @@ class InterpretableTransformer(SessionExperts):
         layers: Blocks of the encoder, and of the decoder.
         feedforward: Units per expert inside the feed-forward parts; by default four times
             ``width``.
+        users: Embeddings of users, in the columns of a group; ``None``: none.
+        strict: Whether only the smallest subsets that contain the group of the users train their
+            embeddings; otherwise every expert that sees them does, and an embedding that a small
+            expert reads depends, through training, on features outside its subset.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
@@ -142,19 +147,23 @@ class InterpretableTransformer(SessionExperts):
         layers: int = 3,
         feedforward: Width | None = None,
         *,
+        users: UserTable | None = None,
+        strict: bool = False,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        second = second_layout(family, second_groups, width)
-        super().__init__(family, second_groups)
+        second = second_layout(family, second_groups, width, strict=strict)
+        super().__init__(family, second_groups, users)
         check_layers(layers)
         if feedforward is None:
             widths = block_sizes("width", width, family.num_experts)
             feedforward = [FEEDFORWARD_FACTOR * units for units in widths]
         feedforward = block_sizes("feedforward", feedforward, family.num_experts)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        self.first_input = MaskedLinear.from_layout(family.input_layout(width), **options)
+        self.first_input = MaskedLinear.from_layout(
+            family.input_layout(width, strict=strict), **options
+        )
         self.second_input = MaskedLinear.from_layout(second, **options)
         self.encoder = nn.ModuleList(
             EncoderBlock(family, width, heads, feedforward, **options) for _ in range(layers)
@@ -170,6 +179,7 @@ class InterpretableTransformer(SessionExperts):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, T2, H)``; at padded steps they mean nothing.
 
@@ -179,11 +189,12 @@ class InterpretableTransformer(SessionExperts):
             first_padding: ``(B, T1)`` bool, true where a step is padding; whatever it holds, NaN
                 and infinity included, reaches nothing.
             second_padding: ``(B, T2)`` bool.
+            user: Rows of the table of users, ``(B,)`` int64, if the model has one.
 
         Raises:
             LayoutError: Shapes or types that do not fit.
         """
-        first, second = self.present(first, second, first_padding, second_padding)
+        first, second = self.present(first, second, first_padding, second_padding, user)
         memory = self.first_input(first)
         for block in self.encoder:
             memory = block(memory, first_padding)
@@ -204,6 +215,7 @@ class Transformer(SessionBlackBox):
         heads: Heads.
         layers: Blocks of the encoder, and of the decoder.
         feedforward: Units inside the feed-forward parts; by default four times ``width``.
+        users: Embeddings of users, in the columns of a group; ``None``: none.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
 
@@ -220,10 +232,11 @@ class Transformer(SessionBlackBox):
         layers: int = 3,
         feedforward: int | None = None,
         *,
+        users: UserTable | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(first_features, second_features)
+        super().__init__(first_features, second_features, users)
         check_layers(layers)
         if heads < 1 or width % heads:
             raise LayoutError(f"width={width} must be a multiple of heads={heads}")
@@ -250,9 +263,10 @@ class Transformer(SessionBlackBox):
         second: Tensor,
         first_padding: Tensor | None = None,
         second_padding: Tensor | None = None,
+        user: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, T2)``; arguments as :class:`InterpretableTransformer`."""
-        first, second = self.present(first, second, first_padding, second_padding)
+        first, second = self.present(first, second, first_padding, second_padding, user)
         masks = _opened(first_padding), _opened(second_padding)
         memory = self.first_input(first)
         for block in self.encoder:

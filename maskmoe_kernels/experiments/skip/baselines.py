@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -31,3 +32,16 @@ def mean_skip(skips: Tensor, padding: Tensor) -> Tensor:
     real = ~padding
     count = real.sum(1, keepdim=True)
     return (skips.masked_fill(padding, 0).sum(1, keepdim=True) / count).where(count > 0, 0.5)
+
+
+def random_skip(skips: Tensor, padding: Tensor, generator: torch.Generator) -> Tensor:
+    """Predict a skip of each track of half B with probability 1/2.
+
+    Args:
+        skips: Skips of half A; only its shape counts, ``(B, T)``.
+        padding: Not used.
+        generator: Draws the predictions, on the CPU.
+    Returns:
+        ``(B, T)``, from 0 to 1; a skip is predicted above 1/2.
+    """
+    return torch.rand(skips.shape, generator=generator).to(skips.device)

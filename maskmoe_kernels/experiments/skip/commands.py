@@ -17,7 +17,6 @@ from maskmoe_kernels.experiments.shared.arguments import (
     add_common,
     add_device,
     add_existing,
-    natural,
     positive,
     seed,
     usable,
@@ -30,15 +29,15 @@ from maskmoe_kernels.experiments.shared.output import (
 from maskmoe_kernels.experiments.skip.generator.settings import (
     CHUNK,
     FEWEST_TRACKS,
+    KINDS,
     GeneratorSettings,
 )
 from maskmoe_kernels.experiments.skip.settings import (
     MODELS,
-    NORMALIZATIONS,
-    PRECISIONS,
     Settings,
     weighting_of,
 )
+from maskmoe_kernels.experiments.skip.train_arguments import add_training, add_workers
 
 # Each command imports the modules that it needs, so that pyarrow and matplotlib stay optional and
 # other commands start quickly. The settings are light and imported here, for their defaults.
@@ -52,7 +51,7 @@ _LAYERS = {"transformer": 3, "gru": 1}
 #: The arguments that are fields of :class:`Settings`.
 _SETTINGS = (
     "model", "width", "heads", "batch_size", "seed", "precision", "confidence", "sharpness",
-    "weighting", "normalize",
+    "weighting", "normalize", "embeddings",
 )  # fmt: skip
 
 
@@ -86,19 +85,25 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
 def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     _check_pyarrow()
     from maskmoe_kernels.experiments.shared.existing import check_out
-    from maskmoe_kernels.experiments.skip.data.prepare import find_sources, prepare
+    from maskmoe_kernels.experiments.skip.data.prepare import prepare
     from maskmoe_kernels.experiments.skip.data.records import LOGS_FOLDER, MANIFEST
+    from maskmoe_kernels.experiments.skip.data.sources import find_tables
+    from maskmoe_kernels.experiments.skip.schema.parse import read_schema
 
-    logs, _ = find_sources(*arguments.sources)
+    schema = read_schema(arguments.schema)
+    logs = find_tables(arguments.sources, schema)["events"]
     records = f"{LOGS_FOLDER}/*.json"
+    steps = ("checked/*.json", "sorted/*.json", "*/tracks.json")
     check_out(arguments, (MANIFEST, records), (MANIFEST, records))
     if arguments.overwrite:  # without its record, a file is converted again
-        for path in (arguments.out / MANIFEST, *arguments.out.glob(records)):
-            path.unlink(missing_ok=True)
+        for pattern in (MANIFEST, records, *steps):
+            for path in arguments.out.glob(pattern):
+                path.unlink(missing_ok=True)
     print_line(console, f"preparing {len(logs):,} log files, into {arguments.out}")
     made = prepare(
         arguments.sources,
         arguments.out,
+        schema,
         strict=arguments.strict,
         workers=arguments.workers,
         row_group=arguments.row_group,
@@ -119,7 +124,11 @@ def _generate(arguments: argparse.Namespace, console: Console) -> None:
 
     try:
         settings = GeneratorSettings(
-            arguments.sessions, arguments.seed, arguments.tracks, arguments.chunk
+            arguments.sessions,
+            arguments.seed,
+            arguments.tracks,
+            arguments.chunk,
+            arguments.kind,
         )
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -231,19 +240,24 @@ def _add_prepare(commands: Commands[argparse.ArgumentParser]) -> None:
         commands,
         "prepare",
         _prepare,
-        "convert the official csv files to checked shards, once",
-        "Convert log_*.csv and tf_*.csv to typed, checked shards of sessions, split 80-10-10.\n"
+        "convert the files of a log to checked shards, once",
+        "Convert log_*.csv and tf_*.csv to typed, checked shards of sessions, split 80-10-10; or\n"
+        "the files of another log, csv, parquet or arrow, as --schema declares it.\n"
         "Invalid rows are counted and shown, and their sessions left out. With --resume, files\n"
         "that an earlier run converted are not converted again unless they changed.",
         "maskmoe skip prepare mssd/ --out runs/skip/data --workers 4",
         hint="; finished files are kept: run the same command with --resume to go on",
     )
     parser.add_argument(
-        "sources", nargs="+", type=Path, metavar="PATH", help="the csv files, or their folders"
+        "sources", nargs="+", type=Path, metavar="PATH", help="the files, or their folders"
     )
     _add_out(parser)
+    parser.add_argument(
+        "--schema", default="mssd", metavar="NAME",
+        help="what the files hold: mssd, users, or a TOML file of your own (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--strict", action="store_true", help="stop at the first invalid row")
-    _add_workers(parser, 1, "processes that convert files in parallel (default: 1)")
+    add_workers(parser, 1, "processes that convert files in parallel (default: 1)")
     parser.add_argument(
         "--row-group", type=positive, default=2048, metavar="N",
         help="sessions that are read together (default: %(default)s)",
@@ -266,6 +280,11 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         hint="; finished files are kept: run the same command with --resume to go on",
     )
     parser.add_argument(
+        "--kind", choices=KINDS, default=KINDS[0],
+        help="mssd: the format of the Music Streaming Sessions Dataset; users: sessions of known "
+        "users, ten of each, for `prepare --schema users` (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--sessions", type=positive, required=True, metavar="N", help="number of sessions"
     )
     parser.add_argument(
@@ -276,7 +295,7 @@ def _add_generate(commands: Commands[argparse.ArgumentParser]) -> None:
         "--chunk", type=positive, default=CHUNK, metavar="N",
         help="sessions of a file (default: %(default)s)",
     )  # fmt: skip
-    _add_workers(parser, 1, "processes that write files in parallel (default: 1)")
+    add_workers(parser, 1, "processes that write files in parallel (default: 1)")
     _add_out(parser)
     add_existing(parser, "keep the sessions of the same settings in --out, and write the rest")
     parser.add_argument("--seed", type=seed, default=0, help="of all random numbers (default: 0)")
@@ -302,113 +321,8 @@ def _add_train(commands: Commands[argparse.ArgumentParser]) -> None:
         "--model", choices=MODELS, default=MODELS[0], metavar="MODEL",
         help=f"one of {', '.join(MODELS)} (default: %(default)s)",
     )  # fmt: skip
-    _add_size(parser)
-    _add_loss(parser)
-    _add_pace(parser)
-    _add_means(parser)
+    add_training(parser)
     add_common(parser)
-
-
-def _add_size(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--width", type=positive, default=Settings.width,
-        help="units per expert; a black box has as many as all eight (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--heads", type=positive, default=Settings.heads,
-        help="attention heads per expert; a black box likewise (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--layers", type=positive,
-        help="blocks of encoder and decoder, or layers of a GRU (default: Transformer 3, GRU 1)",
-    )  # fmt: skip
-
-
-def _add_loss(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("loss of the interpretable models")
-    group.add_argument(
-        "--confidence", choices=("abs", "square", "smooth"), default=Settings.confidence,
-        help="confidence of an expert's logit, in the loss and in predictions "
-        "(default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--sharpness", type=above_zero, default=Settings.sharpness,
-        help="power of the confidence of smaller experts (default: 1, the paper's rule)",
-    )  # fmt: skip
-    group.add_argument(
-        "--weighting", choices=("selection", "deselection"),
-        help="weight of a track for an expert: its share of the decision, or how unsure all "
-        f"smaller experts are, as in the paper (default: {Settings.weighting})",
-    )  # fmt: skip
-    group.add_argument(
-        "--explain", choices=("mixture", "sufficient"), default="mixture",
-        help="mixture: the paper's rule; sufficient: every expert learns from every track, the "
-        "one that sees all predicts, and the smallest that agrees explains (default: %(default)s)",
-    )  # fmt: skip
-    group.add_argument(
-        "--normalize", choices=NORMALIZATIONS, default=Settings.normalize,
-        help="what the weights are divided by: nothing, their sum per track, or their sum over "
-        "the batch, as in the paper (default: %(default)s)",
-    )  # fmt: skip
-
-
-def _add_pace(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--epochs", type=positive, default=20,
-        help="largest number of epochs (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--steps", type=positive,
-        help="steps of an epoch; the model is validated after each epoch (default: a pass over the "
-        "data)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--patience", type=positive, default=4,
-        help="epochs without a better validation Acc before training stops (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch", dest="batch_size", type=positive, default=Settings.batch_size,
-        help="sessions a step, over all processes (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lr", type=above_zero, default=1e-4,
-        help="learning rate of Adam (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--least-lr", type=above_zero, default=1e-6,
-        help="smallest rate to which it is reduced (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--plateau", type=natural, default=1,
-        help="epochs without a better validation Acc before the rate is reduced (default: "
-        "%(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--clip", type=above_zero, default=1.0,
-        help="norm to which larger gradients are scaled down, over all parameters (default: "
-        "%(default)s)",
-    )  # fmt: skip
-
-
-def _add_means(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default=Settings.precision,
-        help="bfloat16: autocast, weights stay in float32 (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--compile", action="store_true", help="use torch.compile")
-    parser.add_argument(
-        "--threads", type=positive, help="threads of each process (default: torch's)"
-    )
-    _add_workers(parser, 0, "processes that prepare batches (default: 0, the training process)")
-    parser.add_argument(
-        "--save-every", type=positive, default=500, metavar="STEPS",
-        help="steps between checkpoints within an epoch (default: %(default)s)",
-    )  # fmt: skip
-    add_existing(
-        parser,
-        "continue the run in --out from its last checkpoint, or start where there is none: give "
-        "it from the beginning where a scheduler restarts the command",
-    )
 
 
 def _add_evaluate(commands: Commands[argparse.ArgumentParser]) -> None:
@@ -484,8 +398,3 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where to write; made if missing"
     )
-
-
-def _add_workers(parser: argparse.ArgumentParser, default: int, text: str) -> None:
-    kind = positive if default else natural
-    parser.add_argument("--workers", type=kind, default=default, metavar="N", help=text)

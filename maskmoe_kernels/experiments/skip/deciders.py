@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.experiments.skip.generator.causes import CAUSE_GROUPS, CAUSES
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.layout.subsets import SubsetFamily
+
+CauseGroups = Mapping[str, frozenset[str]]
 
 
 class Deciders:
@@ -16,6 +19,7 @@ class Deciders:
 
     Args:
         family: The subsets of the experts.
+        groups: Cause -> the groups that an expert must see to know it.
 
     Attributes:
         share: Sum of the attributions, ``(H,)`` float64.
@@ -24,12 +28,12 @@ class Deciders:
             ``(causes, H)`` int64.
     """
 
-    def __init__(self, family: SubsetFamily) -> None:
-        self.family = family
+    def __init__(self, family: SubsetFamily, groups: CauseGroups = MSSD.causes) -> None:
+        self.family, self.groups = family, groups
         experts = family.num_experts
         self.share = torch.zeros(experts, dtype=torch.float64)
         self.decided = torch.zeros(experts, dtype=torch.int64)
-        self.by_cause = torch.zeros(len(CAUSES), experts, dtype=torch.int64)
+        self.by_cause = torch.zeros(len(groups), experts, dtype=torch.int64)
 
     def add(
         self, attribution: Tensor, real: Tensor, causes: tuple[Tensor, Tensor] | None = None
@@ -61,11 +65,14 @@ class Deciders:
         }
         if not self.by_cause.any():
             return result
-        sees, smallest = sees_cause(self.family)
+        sees, smallest = sees_cause(self.family, self.groups)
         causes = {}
-        for name, counts, can, least in zip(CAUSES, self.by_cause, sees, smallest, strict=True):
+        for name, counts, can, least in zip(
+            self.groups, self.by_cause, sees, smallest, strict=True
+        ):
             if total := int(counts.sum()):
                 causes[name] = {
+                    "groups": sorted(self.groups[name]),
                     "tracks": total,
                     "sees": int(counts[can].sum()) / total,
                     "smallest": int(counts[least].sum()) / total,
@@ -81,16 +88,19 @@ class Deciders:
         return result
 
 
-def sees_cause(family: SubsetFamily) -> tuple[Tensor, Tensor]:
+def sees_cause(family: SubsetFamily, groups: CauseGroups = MSSD.causes) -> tuple[Tensor, Tensor]:
     """Which experts see all groups of each cause, and which are the smallest of these.
 
     An expert is a smallest one if none of its proper subsets sees all groups of the cause.
 
+    Args:
+        family: The subsets of the experts.
+        groups: Cause -> the groups that an expert must see to know it.
     Returns:
-        Two ``(causes, H)`` bool, causes in the order of ``CAUSES``.
+        Two ``(causes, H)`` bool, causes in the order of ``groups``.
     """
-    subsets = [set(groups) for groups in family.subsets.values()]
-    sees = torch.tensor([[CAUSE_GROUPS[name] <= s for s in subsets] for name in CAUSES])
+    subsets = [set(seen) for seen in family.subsets.values()]
+    sees = torch.tensor([[needed <= s for s in subsets] for needed in groups.values()])
     # strict[i, j]: S_j is a proper subset of S_i. So entry (cause, i) is: does any S_j see it?
     subset_sees = (sees.double() @ family.strict.double().T) > 0
     return sees, sees & ~subset_sees

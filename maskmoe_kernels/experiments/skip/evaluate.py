@@ -1,8 +1,9 @@
-"""Evaluates skip models: metrics beside the paper's table 2, and which experts decide."""
+"""Evaluates skip models: metrics beside the paper's tables 2 and 3, and which experts decide."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +22,41 @@ from maskmoe_kernels.experiments.shared.progress import counted
 from maskmoe_kernels.experiments.shared.report import machine, write_json
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip import figures as skip_figures
-from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip
-from maskmoe_kernels.experiments.skip.data.features import SKIP_2, SessionBatch
+from maskmoe_kernels.experiments.skip.baselines import last_skip, mean_skip, random_skip
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
+from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.sessions import SessionDataset
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 from maskmoe_kernels.experiments.skip.deciders import Deciders
 from maskmoe_kernels.experiments.skip.generator.causes import Causes
 from maskmoe_kernels.experiments.skip.metrics import SkipTally
 from maskmoe_kernels.experiments.skip.models import decided, logits_of, probability
-from maskmoe_kernels.experiments.skip.runs import load
+from maskmoe_kernels.experiments.skip.runs import check_schema, load
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 from maskmoe_kernels.experiments.skip.settings import TOLERANCE, Settings
 from maskmoe_kernels.files import claim
 from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 
-#: Table 2 of the paper: the values of ``METRICS``, per cent.
+#: Tables 2 and 3 of the paper, by schema: the values of ``METRICS``, per cent.
 PAPER = {
-    "last": (63.0, 74.2, 54.3),
-    "mean": (61.7, 66.3, 51.7),
-    "black-box-transformer": (72.2, 80.0, 62.8),
-    "interpretable-transformer": (70.9, 78.8, 61.1),
+    MSSD.name: {
+        "last": (63.0, 74.2, 54.3),
+        "mean": (61.7, 66.3, 51.7),
+        "black-box-transformer": (72.2, 80.0, 62.8),
+        "interpretable-transformer": (70.9, 78.8, 61.1),
+    },
+    "users": {
+        "random": (50.0, 50.0, 32.3),
+        "last": (69.0, 77.9, 60.8),
+        "mean": (70.1, 73.3, 60.9),
+        "black-box-transformer": (78.9, 83.4, 70.2),
+        "interpretable-transformer": (77.7, 82.4, 68.8),
+    },
 }
+TABLES = {MSSD.name: 2, "users": 3}
 METRICS = ("Acc", "Acc@1", "MAA")
 #: Skips and padding of half A to a prediction for each track of half B.
-BASELINES = {"last": last_skip, "mean": mean_skip}
+BASELINES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"last": last_skip, "mean": mean_skip}
 #: Sessions of a batch.
 BATCH = 512
 
@@ -80,18 +93,22 @@ def evaluate(
     claim(out)
     trained = _named([(load(path, device), path) for path in runs])
     sessions = SessionDataset(Shards(data, split), BATCH)
-    known = None if causes is None else Causes(causes)
-    entries: dict[str, _Baseline | _Trained] = {name: _Baseline(name) for name in BASELINES}
+    schema = sessions.shards.schema
+    for (model, *_), path in zip(trained.values(), runs, strict=True):
+        check_schema(path, model, schema)
+    known = None if causes is None else Causes(causes, schema)
+    entries: dict[str, _Baseline | _Trained] = {**_baselines(schema)}
     for name, (model, settings, run) in trained.items():
-        entries[name] = _Trained(model, settings, run, sharpness)
+        entries[name] = _Trained(model, settings, run, sharpness, schema)
     if console is not None:
         print_line(console, f"evaluating {len(sessions.shards):,} sessions, into {out}")
     for batch in counted(console, "evaluating", sessions, sessions.schedule().batches, "batches"):
-        label_causes = None if known is None else known.of(batch.session_ids)
+        label_causes = None if known is None else known.of_batch(batch)
         moved = batch.to(device)
         for entry in entries.values():
             entry.add(moved, label_causes)
     report: dict[str, Any] = {
+        "schema": schema.name,
         "data": sessions.shards.digest,
         "split": split,
         "sessions": len(sessions.shards),
@@ -110,20 +127,36 @@ class _Baseline:
     """A baseline and its counts.
 
     Args:
-        name: A key of ``BASELINES``.
+        name: Its name.
+        schema: The schema of the sessions.
+        predict: Labels and padding of half A to a prediction for each track of half B.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name, self.predict, self.tally = name, BASELINES[name], SkipTally()
+    def __init__(
+        self, name: str, schema: Schema, predict: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self.schema = schema
+        self.name, self.predict, self.tally = name, predict, SkipTally()
 
     def add(self, batch: SessionBatch, causes: tuple[Tensor, Tensor] | None) -> None:
         """Count a batch; ``causes`` is not used."""
-        predicted = self.predict(batch.first[..., SKIP_2], batch.first_padding) > 0.5
+        predicted = (
+            self.predict(batch.first[..., self.schema.label_column], batch.first_padding) > 0.5
+        )
         self.tally.add(predicted == (batch.target > 0.5), ~batch.second_padding)
 
     def report(self) -> dict[str, Any]:
         """Its entry in ``evaluation.json``."""
-        return {**self.tally.metrics(), "paper": _paper(self.name)}
+        return {**self.tally.metrics(), "paper": _paper(self.name, self.schema)}
+
+
+def _baselines(schema: Schema) -> dict[str, _Baseline]:
+    """The baselines by name; ``random`` where the paper has it."""
+    predictions = dict(BASELINES)
+    if "random" in PAPER.get(schema.name, {}):
+        generator = torch.Generator().manual_seed(0)
+        predictions = {"random": partial(random_skip, generator=generator)} | predictions
+    return {name: _Baseline(name, schema, predict) for name, predict in predictions.items()}
 
 
 class _Trained:
@@ -134,19 +167,28 @@ class _Trained:
         settings: The settings it was trained with.
         run: The result of its training.
         sharpness: Sharpness of the prediction; ``None``: that of the settings.
+        schema: The schema of the sessions.
     """
 
     def __init__(
-        self, model: SessionModel, settings: Settings, run: Run, sharpness: float | None
+        self,
+        model: SessionModel,
+        settings: Settings,
+        run: Run,
+        sharpness: float | None,
+        schema: Schema,
     ) -> None:
+        self.schema = schema
         self.model, self.settings, self.run = model, settings, run
         self.sharpness = sharpness
         self.tally = SkipTally()
-        self.deciders = Deciders(model.family) if isinstance(model, SessionExperts) else None
+        self.deciders: Deciders | None = None
+        if isinstance(model, SessionExperts):
+            self.deciders = Deciders(model.family, schema.causes)
 
     @torch.no_grad()
     def add(self, batch: SessionBatch, causes: tuple[Tensor, Tensor] | None) -> None:
-        """Count a batch; ``causes`` as :meth:`Causes.of` returns them."""
+        """Count a batch; ``causes`` as :meth:`Causes.of_batch` returns them."""
         real = ~batch.second_padding
         logits = logits_of(self.model, batch, self.settings)
         if self.deciders is None:
@@ -173,7 +215,7 @@ class _Trained:
             else:
                 result["sharpness"] = self.settings.power(self.sharpness)
             result |= self.deciders.report()
-        result["paper"] = _paper(self.settings.model)
+        result["paper"] = _paper(self.settings.model, self.schema)
         result["history"] = self.run.history
         result["best_epoch"] = self.run.best_epoch
         return result
@@ -197,9 +239,9 @@ def _named(
     return result
 
 
-def _paper(model: str) -> dict[str, float] | None:
-    """The paper's values for a model, if it has any."""
-    values = PAPER.get(model)
+def _paper(model: str, schema: Schema) -> dict[str, float] | None:
+    """The paper's values for a model on such sessions, if it has any."""
+    values = PAPER.get(schema.name, {}).get(model)
     return None if values is None else dict(zip(METRICS, values, strict=True))
 
 
@@ -222,8 +264,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
             for text in (f"{100 * row[key]:.1f}", f"{paper[key]:.1f}" if key in paper else "")
         ]
         rows.append([name, *cells])
-    title = f"Skip prediction, {report['sessions']:,} sessions ({report['split']}), per cent"
-    print_table(console, title, columns, rows, "paper: table 2, other sessions")
+    name = "Skip prediction" if report["schema"] in TABLES else report["schema"]
+    title = f"{name}, {report['sessions']:,} sessions ({report['split']}), per cent"
+    number = TABLES.get(report["schema"])
+    caption = "" if number is None else f"paper: table {number}, other sessions"
+    print_table(console, title, columns, rows, caption)
     for name, row in report["models"].items():
         if "decided" in row:
             _print_deciders(name, row, console)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +17,18 @@ from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.output import print_line, print_written
 from maskmoe_kernels.experiments.shared.report import write_json
 from maskmoe_kernels.experiments.skip import figures as skip_figures
-from maskmoe_kernels.experiments.skip.data.columns import CONTEXT_TYPES, HISTORY
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
+from maskmoe_kernels.experiments.skip.data.features import SessionBatch
 from maskmoe_kernels.experiments.skip.data.shards import Shards
-from maskmoe_kernels.experiments.skip.generator.causes import CAUSES, Causes
+from maskmoe_kernels.experiments.skip.generator.causes import Causes
 from maskmoe_kernels.experiments.skip.models import decided, logits_of
-from maskmoe_kernels.experiments.skip.runs import load
-from maskmoe_kernels.experiments.skip.settings import TOLERANCE
+from maskmoe_kernels.experiments.skip.runs import check_schema, load
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
+from maskmoe_kernels.experiments.skip.settings import TOLERANCE, Settings
+from maskmoe_kernels.experiments.skip.words import header_in_words, reason_in_words
 from maskmoe_kernels.files import claim
-from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.sessions import SessionExperts
 from maskmoe_kernels.ops.selection.api import Mixture
-
-_WEEKDAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_CONTEXT_NAMES = {
-    "editorial_playlist": "editorial playlist",
-    "radio": "radio",
-    "user_collection": "own collection",
-    "catalog": "catalogue",
-    "charts": "charts",
-    "personalized_playlist": "personalised playlist",
-}
-# The features of the music group that a reason mentions.
-_MUSIC = ("energy", "acousticness", "instrumentalness", "danceability")
 
 
 @dataclass(frozen=True)
@@ -80,6 +70,8 @@ class Explanation:
         header: The session and its half A in words.
         sharpness: Sharpness of the prediction; ``None`` if experts are not mixed.
         shares: Expert -> mean share over the tracks; or for how many of them it suffices.
+        sums: Name of a sum of the schema -> mean share of its experts together.
+        verbs: What is said of a label that is false, and of one that is true.
         tracks: The tracks of half B, in order.
         tolerance: Within which an expert suffices, in log-odds; ``None`` if experts are mixed.
     """
@@ -90,6 +82,8 @@ class Explanation:
     shares: dict[str, float]
     tracks: list[Track]
     tolerance: float | None = None
+    verbs: tuple[str, str] = MSSD.verbs
+    sums: dict[str, float] = field(default_factory=dict)
 
 
 def explain(
@@ -123,35 +117,46 @@ def explain(
     """
     if out is not None:
         claim(out)
-    model, settings, _ = load(run)
-    if not isinstance(model, SessionExperts):
-        raise DataError(
-            f"{run}: holds the {settings.model!r} model, which has no experts to explain; name a "
-            "run of an interpretable one"
-        )
+    model, settings = _load(run)
     shards = Shards(data, split)
+    schema = shards.schema
+    check_schema(run, model, schema)
     batch, table = shards.find(_first(shards) if session is None else session)
     if check is not None:
         check(batch.session_ids[0])
     with torch.inference_mode():
         logits = logits_of(model, batch, settings)[~batch.second_padding].double()
         mixed = decided(logits, model.family, settings, sharpness)
-    known = None if causes is None else _cause_names(causes, batch.session_ids[0])
-    rows, shares = table.to_pylist(), mixed.attribution.mean(0).tolist()
+    known = None if causes is None else _cause_names(causes, batch, schema)
+    shares = dict(zip(model.family.names, mixed.attribution.mean(0).tolist(), strict=True))
+    rows = table.to_pylist()
     explanation = Explanation(
         session=batch.session_ids[0],
-        header=header_in_words(rows),
+        header=header_in_words(rows, schema),
         sharpness=settings.power(sharpness),
-        shares=dict(zip(model.family.names, shares, strict=True)),
-        tracks=_tracks(rows, model.family, logits, mixed, known),
+        shares=shares,
+        tracks=_tracks(rows, schema, logits, mixed, known),
         tolerance=TOLERANCE if settings.suffices else None,
+        verbs=schema.verbs,
+        sums={name: sum(shares[one] for one in of) for name, of in schema.sums.items()},
     )
-    missing = None if out is None else _write(explanation, out)
+    missing = None if out is None else _write(explanation, out, schema)
     if console is not None:
         print_explanation(explanation, console)
         if out is not None:
             print_written(console, "report", "figure", out, missing)
     return explanation
+
+
+def _load(run: Path) -> tuple[SessionExperts, Settings]:
+    """The interpretable model of a run, and its settings."""
+    model, settings, _ = load(run)
+    if not isinstance(model, SessionExperts):
+        raise DataError(
+            f"{run}: holds the {settings.model!r} model, which has no experts to explain; name a "
+            "run of an interpretable one"
+        )
+    return model, settings
 
 
 def file_name(session: str) -> str:
@@ -165,7 +170,8 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
     print_line(console, explanation.header)
     for track in explanation.tracks:
         style = None if track.skipped == track.predicted else "red"
-        print_line(console, sentence(track, explanation.tolerance is not None), style)
+        suffices = explanation.tolerance is not None
+        print_line(console, sentence(track, explanation.verbs, suffices), style)
     right = sum(track.skipped == track.predicted for track in explanation.tracks)
     descending = sorted(explanation.shares.items(), key=lambda item: -item[1])
     shares = ", ".join(f"{name} {share:.0%}" for name, share in descending if share >= 0.005)
@@ -175,13 +181,17 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         console,
         f"Right on {right} of {len(explanation.tracks)} tracks. {what}: {shares}.",
     )
+    if explanation.sums:
+        sums = ", ".join(f"{name} {share:.0%}" for name, share in explanation.sums.items())
+        print_line(console, f"Summed: {sums}.")
 
 
-def sentence(track: Track, suffices: bool = False) -> str:
+def sentence(track: Track, verbs: tuple[str, str] = MSSD.verbs, suffices: bool = False) -> str:
     """A track in words: label, prediction and its probability, and the deciding expert.
 
     Args:
         track: The track.
+        verbs: What is said of a label that is false, and of one that is true.
         suffices: Whether its expert is the smallest that suffices, rather than one of a mixture.
     """
     sure = track.probability if track.predicted else 1 - track.probability
@@ -191,78 +201,9 @@ def sentence(track: Track, suffices: bool = False) -> str:
     else:
         why = f"{track.expert} decides with {track.share:.0%} ({track.reason})."
     return (
-        f"Track {track.position} was {_verb(track.skipped)}; predicted: {_verb(track.predicted)}, "
+        f"Track {track.position} was {verbs[track.skipped]}; predicted: {verbs[track.predicted]}, "
         f"{100 * sure:.0f} % sure. {why}{known}"
     )
-
-
-def header_in_words(rows: list[dict[str, Any]]) -> str:
-    """A session in words: its length, time, context, and the interactions of half A.
-
-    Args:
-        rows: All rows of the session.
-    """
-    first = rows[: len(rows) // 2]
-    start = rows[0]
-    when = f"{_WEEKDAYS[start['date'].weekday()]} at {start['hour_of_day']} h"
-    skips = [row["skip_2"] for row in first]
-    return (
-        f"Session {start['session_id']}: {len(rows)} tracks, {when}, {_context(first)}. "
-        f"Of the first {len(first)} tracks {sum(skips)} were skipped; {_interaction(first)}."
-    )
-
-
-def reason_in_words(groups: tuple[str, ...], first: list[dict[str, Any]], row: Any) -> str:
-    """What an expert sees when it predicts a track of half B.
-
-    Args:
-        groups: The subset of the expert.
-        first: Rows of half A.
-        row: The row of the track, with its raw features.
-    """
-    words = {
-        "context": lambda: _context(first),
-        "interaction": lambda: _interaction(first),
-        "popularity": lambda: _popularity(row),
-        "music": lambda: _music(row),
-    }
-    reasons = [words[group]() for group in groups if group in words]
-    return "; ".join(reasons) or "the place in the session"
-
-
-def _context(first: list[dict[str, Any]]) -> str:
-    last = first[-1]
-    account = "paying account" if last["premium"] else "free account"
-    source = _CONTEXT_NAMES[CONTEXT_TYPES[last["context_type"]]]
-    shuffle = ", shuffled" if last[HISTORY + "is_shuffle"] else ""
-    return f"{account}, {source}{shuffle}"
-
-
-def _interaction(first: list[dict[str, Any]]) -> str:
-    skips = [bool(row["skip_2"]) for row in first]
-    run = next((k for k, skip in enumerate(reversed(skips)) if skip != skips[-1]), len(skips))
-    seeks = sum(row[HISTORY + "n_seekfwd"] for row in first)
-    last = (
-        f"the last {run} were {_verb(skips[-1])}" if run > 1 else f"the last was {_verb(skips[-1])}"
-    )
-    return last + (f", {seeks} seeks forward" if seeks else "")
-
-
-def _popularity(row: Any) -> str:
-    minutes, seconds = divmod(round(row["duration"]), 60)
-    return (
-        f"popularity {row['us_popularity_estimate']:.1f}, of {row['release_year']:.0f}, "
-        f"{minutes}:{seconds:02d} min"
-    )
-
-
-def _music(row: Any) -> str:
-    features = ", ".join(f"{name} {row[name]:.2f}" for name in _MUSIC)
-    return f"{features}, {'major' if row['mode'] > 0.5 else 'minor'}"
-
-
-def _verb(skipped: bool) -> str:
-    return "skipped" if skipped else "played"
 
 
 def _first(shards: Shards) -> str:
@@ -273,14 +214,15 @@ def _first(shards: Shards) -> str:
     return name
 
 
-def _cause_names(causes: Path, session: str) -> list[str]:
-    """The causes of the labels of half B, padded to ten tracks."""
-    return [CAUSES[code] for code in Causes(causes).of([session])[0][0].tolist()]
+def _cause_names(causes: Path, batch: SessionBatch, schema: Schema) -> list[str]:
+    """The causes of the labels of half B, padded."""
+    names = tuple(schema.causes)
+    return [names[code] for code in Causes(causes, schema).of_batch(batch)[0][0].tolist()]
 
 
 def _tracks(
     rows: list[dict[str, Any]],
-    family: SubsetFamily,
+    schema: Schema,
     logits: Tensor,
     mixed: Mixture,
     causes: Sequence[str] | None,
@@ -289,11 +231,12 @@ def _tracks(
 
     Args:
         rows: All rows of the session.
-        family: The subsets of the experts.
+        schema: The schema.
         logits: ``(tracks, H)``.
         mixed: Their mixture.
         causes: Causes of the tracks, if known.
     """
+    family = schema.family
     first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
     beliefs = torch.sigmoid(2 * logits)
     result = []
@@ -304,13 +247,13 @@ def _tracks(
         result.append(
             Track(
                 position=row["session_position"],
-                skipped=bool(row["skip_2"]),
+                skipped=bool(row[schema.events.label]),
                 predicted=probability > 0.5,
                 probability=probability,
                 expert=name,
                 share=float(mixed.attribution[t, expert]),
                 belief=float(beliefs[t, expert]),
-                reason=reason_in_words(tuple(family.subsets[name]), first, row),
+                reason=reason_in_words(tuple(family.subsets[name]), first, row, schema),
                 cause=None if causes is None else causes[t],
                 attribution=dict(zip(family.names, mixed.attribution[t].tolist(), strict=True)),
             )
@@ -318,7 +261,7 @@ def _tracks(
     return result
 
 
-def _write(explanation: Explanation, out: Path) -> str | None:
+def _write(explanation: Explanation, out: Path, schema: Schema) -> str | None:
     """Write the report and figure 11.
 
     Returns:
@@ -337,5 +280,21 @@ def _write(explanation: Explanation, out: Path) -> str | None:
             [track.probability for track in tracks],
             out / f"{name}.png",
             f"Session {explanation.session}",
+            schema.verbs,
         )
+        if schema.sums:
+            sums = [
+                [sum(track.attribution[e] for e in experts) for experts in schema.sums.values()]
+                for track in tracks
+            ]
+            skip_figures.session(
+                torch.tensor(sums),
+                list(schema.sums),
+                [track.position for track in tracks],
+                [track.skipped for track in tracks],
+                [track.probability for track in tracks],
+                out / f"{name}-sums.png",
+                f"Session {explanation.session}",
+                schema.verbs,
+            )
     return missing

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from maskmoe_kernels.experiments.shared import charts, plot_style
 from maskmoe_kernels.experiments.shared.plot_style import BLUE, GREY, ORANGE
-from maskmoe_kernels.experiments.skip.generator.causes import CAUSE_GROUPS
 from maskmoe_kernels.layout.subsets import SubsetFamily
 
 _DARK, _PALE = "#333333", "#EFEFEF"
@@ -120,8 +119,8 @@ def causes(decisive: Mapping[str, Any], family: SubsetFamily, path: Path, model:
     figure = plot_style.canvas(3.6 + 1.0 * family.num_experts, 2.7 + 0.56 * len(rows))
     ax = figure.subplots()
     colors = _colors()
-    for n, (name, row) in enumerate(rows.items()):
-        needed = CAUSE_GROUPS[name]
+    for n, row in enumerate(rows.values()):
+        needed = set(row["groups"])
         for i, (expert, share) in enumerate(row["decided"].items()):
             ax.add_patch(_cell(i, n, colors(0.9 * share)))
             if needed <= set(family.subsets[expert]):
@@ -152,6 +151,7 @@ def session(
     probability: Sequence[float],
     path: Path,
     title: str,
+    verbs: tuple[str, str] = ("played", "skipped"),
 ) -> None:
     """Draw figure 11: experts by tracks of half B of one session, and the predictions.
 
@@ -163,11 +163,12 @@ def session(
         probability: Predicted probability that each track is skipped.
         path: The PNG file.
         title: First line of the title.
+        verbs: What is said of a label that is false, and of one that is true.
     """
     tracks, experts = len(positions), len(names)
     figure = plot_style.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
     top, ax = figure.subplots(2, 1, height_ratios=[2, experts], sharex=True)
-    _draw_predictions(top, labels, probability)
+    _draw_predictions(top, labels, probability, verbs)
     colors = _colors()
     for t, shares in enumerate(attribution.tolist()):
         most = max(range(experts), key=shares.__getitem__)
@@ -184,9 +185,7 @@ def session(
     ax.set_xlabel("track of the session")
     ax.set_ylabel("expert: share of the decision (%)")
     skips = [*labels, *(chance > 0.5 for chance in probability)]
-    handles = [_patch(ORANGE, "skipped")] * any(skips) + [_patch(_PALE, "played")] * (
-        not all(skips)
-    )
+    handles = [_patch(ORANGE, verbs[1])] * any(skips) + [_patch(_PALE, verbs[0])] * (not all(skips))
     handles.append(_patch(colors(0.5), "the darker, the larger the expert's share"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     wrong = sum(label != (chance > 0.5) for label, chance in zip(labels, probability, strict=True))
@@ -195,20 +194,23 @@ def session(
     plot_style.save(figure, path)
 
 
-def _draw_predictions(ax: Any, labels: Sequence[bool], probability: Sequence[float]) -> None:
+def _draw_predictions(
+    ax: Any, labels: Sequence[bool], probability: Sequence[float], verbs: tuple[str, str]
+) -> None:
     """Draw two rows of cells: the labels, and the predictions with frames around wrong ones."""
+    short = ("play", "skip") if verbs == ("played", "skipped") else verbs
     for t, (label, chance) in enumerate(zip(labels, probability, strict=True)):
         for row, skipped in enumerate((label, chance > 0.5)):
             ax.add_patch(_cell(t, row, ORANGE if skipped else _PALE))
         text = f"{100 * chance:.0f} %"
-        ax.text(t, 0, "skip" if label else "play", ha="center", va="center", fontsize=9)
+        ax.text(t, 0, short[label], ha="center", va="center", fontsize=9)
         wrong = label != (chance > 0.5)
         weight, color = ("bold", "#B00020") if wrong else ("normal", "black")
         ax.text(t, 1, text, ha="center", va="center", fontsize=9, color=color, fontweight=weight)
         if wrong:
             ax.add_patch(_cell(t, 1, "none", edge=color, inset=0.05, lw=2))
     _grid_axes(ax, len(labels), 2)
-    ax.set_yticks([0, 1], ["label", "predicted skip"], fontsize=9)
+    ax.set_yticks([0, 1], ["label", f"predicted {short[1]}"], fontsize=9)
     ax.tick_params(labelbottom=False)
 
 

@@ -9,31 +9,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.features import SessionBatch
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 from maskmoe_kernels.experiments.skip.settings import PRECISIONS, TOLERANCE, Settings
 from maskmoe_kernels.explain import sufficient
-from maskmoe_kernels.layout.families import skip_sessions
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models import GRU, InterpretableGRU, InterpretableTransformer, Transformer
-from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
+from maskmoe_kernels.models.sessions import SessionExperts, SessionModel, UserTable
 from maskmoe_kernels.ops.selection import mixture
 from maskmoe_kernels.ops.selection.api import Mixture
 
 
-def build(settings: Settings) -> SessionModel:
-    """Build a model and initialise it from the seed. Changes the state of torch's generator."""
+def build(settings: Settings, schema: Schema = MSSD, users: int = 1) -> SessionModel:
+    """Build a model and initialise it from the seed. Changes the state of torch's generator.
+
+    Args:
+        settings: What to build.
+        schema: The groups and the experts.
+        users: Rows of the table of embeddings, if the schema has one.
+    """
     torch.manual_seed(settings.seed)
-    family, second = skip_sessions()
+    family, second = schema.family, schema.second_groups
     width, heads, layers = settings.width, settings.heads, settings.layers
+    table = None
+    if schema.embedding is not None:
+        table = UserTable(users, schema.embedding[0], family.groups, second)
+    strict = settings.embeddings == "strict"
     if settings.model == "interpretable-transformer":
-        return InterpretableTransformer(family, second, width, heads, layers)
+        return InterpretableTransformer(
+            family, second, width, heads, layers, users=table, strict=strict
+        )
     if settings.model == "interpretable-gru":
-        return InterpretableGRU(family, second, width, layers)
+        return InterpretableGRU(family, second, width, layers, users=table, strict=strict)
     features = family.in_features, sum(second.values())
     experts = family.num_experts
     if settings.model == "black-box-transformer":
-        return Transformer(*features, experts * width, experts * heads, layers)
-    return GRU(*features, experts * width, layers)
+        return Transformer(*features, experts * width, experts * heads, layers, users=table)
+    return GRU(*features, experts * width, layers, users=table)
 
 
 def logits_of(net: nn.Module, batch: SessionBatch, settings: Settings) -> Tensor:
@@ -49,7 +62,9 @@ def logits_of(net: nn.Module, batch: SessionBatch, settings: Settings) -> Tensor
     dtype = PRECISIONS[settings.precision]
     device = batch.first.device.type
     with nullcontext() if dtype is None else torch.autocast(device, dtype):
-        logits: Tensor = net(batch.first, batch.second, batch.first_padding, batch.second_padding)
+        logits: Tensor = net(
+            batch.first, batch.second, batch.first_padding, batch.second_padding, batch.user
+        )
     return logits.float()
 
 

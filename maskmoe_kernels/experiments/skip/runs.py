@@ -22,8 +22,10 @@ from maskmoe_kernels.experiments.shared.structure import check
 from maskmoe_kernels.experiments.shared.trainer import Run
 from maskmoe_kernels.experiments.skip.models import build
 from maskmoe_kernels.experiments.skip.pace import MONITOR
+from maskmoe_kernels.experiments.skip.schema.parse import parse_schema
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 from maskmoe_kernels.experiments.skip.settings import Settings
-from maskmoe_kernels.models.sessions import SessionModel
+from maskmoe_kernels.models.sessions import SessionExperts, SessionModel
 
 #: Files in the folder of a run.
 CHECKPOINT, REPORT = "checkpoint.pt", "report.json"
@@ -55,10 +57,30 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[SessionModel
     best = saved["best"]
     settings = _settings_of(path, config, best["model"])
     with restoring(path, "settings"):
-        model = build(settings)
+        schema = parse_schema(config["schema"], f"{path} (its schema)")
+        model = build(settings, schema, config["users"])
     restore_model(path, model, best["model"])
     run = Run(saved["history"], best["epoch"], best["metrics"], best["model"])
     return model.to(device).eval(), settings, run
+
+
+def check_schema(path: Path, model: SessionModel, schema: Schema) -> None:
+    """Check that a run is of sessions with these groups and experts.
+
+    Raises:
+        DataError: It is of others.
+    """
+    groups = schema.first_groups, schema.second_groups
+    widths = tuple(sum(group.values()) for group in groups)
+    same = (model.first_features, model.second_features) == widths
+    if isinstance(model, SessionExperts):
+        same &= model.family.groups == groups[0] and model.second_groups == groups[1]
+        same &= model.family.subsets == schema.family.subsets
+    if not same:
+        raise DataError(
+            f"{path}: expected a run with the groups and experts of the schema {schema.name!r} of "
+            "the data, got one with others. Name the data that it was trained on."
+        )
 
 
 def _settings_of(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Settings:
@@ -68,9 +90,12 @@ def _settings_of(path: Path, config: dict[str, Any], weights: dict[str, Tensor])
         DataError: They are invalid, or too large for the weights in the checkpoint.
     """
     kinds = get_type_hints(Settings)
-    check(config, kinds, failing(path), "config")
+    check(config, kinds | {"schema": str, "users": int}, failing(path), "config")
     with restoring(path, "settings"):
         settings = Settings(**{name: config[name] for name in kinds})
+    rows = weights.get("users.table.weight", torch.empty(1, 0)).shape[0]
+    if config["users"] != rows:
+        raise failing(path)(f"expected config.users of {rows}, got {config['users']}")
     # Every layer has a square matrix. Refuse larger settings before they allocate memory.
     most = math.isqrt(sum(value.numel() for value in weights.values()))
     for name in ("width", "heads", "layers"):

@@ -13,6 +13,7 @@ MODELS = (
 )  # fmt: skip
 #: Name -> dtype of autocast; ``None``: no autocast.
 PRECISIONS = {"float32": None, "bfloat16": torch.bfloat16}
+EMBEDDINGS = ("shared", "strict")
 NORMALIZATIONS = ("none", "sample", "batch")
 #: Log-odds within which a smaller expert suffices.
 TOLERANCE = 1.0
@@ -35,10 +36,12 @@ class Settings:
         sharpness: Sharpness of the loss and the prediction; see :func:`selection`.
         weighting: Weighting of the loss; see :func:`gem_loss`. With ``"uniform"`` experts are not
             mixed: the one that sees all predicts, and the smallest that suffices explains.
+        embeddings: One of ``EMBEDDINGS``, of an interpretable model of sessions with users: which
+            experts train the embedding of the user; see :class:`InterpretableNCF`.
         normalize: One of ``NORMALIZATIONS``; see :func:`gem_loss`, whose ``None`` is ``"none"``.
 
     Raises:
-        ValueError: ``model``, ``precision`` or ``normalize`` is an unknown name.
+        ValueError: ``model``, ``precision``, ``normalize`` or ``embeddings`` is an unknown name.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Settings:
     sharpness: float = 1.0
     weighting: str = "deselection"
     normalize: str = "batch"
+    embeddings: str = "shared"
 
     @property
     def suffices(self) -> bool:
@@ -69,6 +73,7 @@ class Settings:
             ("model", self.model, MODELS),
             ("precision", self.precision, tuple(PRECISIONS)),
             ("normalize", self.normalize, NORMALIZATIONS),
+            ("embeddings", self.embeddings, EMBEDDINGS),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")

@@ -74,11 +74,13 @@ def train(
     pace, means = pace or Pace(), means or Means()
     ranks = ranks or Ranks(torch.device("cpu"))
     training, held_out = _open_data(data, out, settings, ranks)
-    model = build(settings).to(ranks.device)
+    shards = training.shards
+    users = shards.embedded if shards.schema.embedding else 1
+    model = build(settings, shards.schema, users).to(ranks.device)
     if means.compile:
         model.compile()
     net = ranks.parallel(model)
-    identity = _identity(settings, pace, training)
+    identity = _identity(settings, pace, shards, users)
 
     def report(history: list[dict[str, float]]) -> None:
         write_json(out / REPORT, _report(model, training, identity, pace, means, ranks, history))
@@ -145,12 +147,12 @@ def _open_data(
     return training, held_out
 
 
-def _identity(settings: Settings, pace: Pace, training: SessionDataset) -> dict[str, Any]:
+def _identity(settings: Settings, pace: Pace, shards: Shards, users: int) -> dict[str, Any]:
     """What a checkpoint must agree with to be resumed: all that changes the weights of a step."""
     # A resumed run may end or save at other steps, so these three may differ.
     free = ("epochs", "patience", "save_every")
     kept = {name: value for name, value in asdict(pace).items() if name not in free}
-    data = {"data": training.shards.digest}
+    data = {"data": shards.digest, "schema": shards.schema.text, "users": users}
     return {"experiment": EXPERIMENT, **asdict(settings), **kept, **data}
 
 
@@ -164,7 +166,7 @@ def _report(
     history: list[dict[str, float]],
 ) -> dict[str, Any]:
     return {
-        "settings": identity,
+        "settings": {**identity, "schema": data.shards.schema.name},
         "pace": asdict(pace),
         "means": {**asdict(means), "device": ranks.device.type, "processes": ranks.world},
         "machine": machine(),

@@ -10,7 +10,6 @@ import csv as python_csv
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence, Set
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,79 +20,25 @@ from pyarrow import csv
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.data.arrays import Array
-from maskmoe_kernels.experiments.skip.data.columns import FALSE, ID_LENGTH, TRUE, Column
+from maskmoe_kernels.experiments.skip.data.block import (
+    EXAMPLES,
+    Block,
+    Problems,
+    add_invalid,
+    are_ids,
+    arrow_type,
+    convert_column,
+    line_message,
+    only_chunk,
+    parsable_text,
+)
 from maskmoe_kernels.experiments.skip.data.packed import open_unpacked
 from maskmoe_kernels.experiments.skip.data.quotes import badly_quoted, replace_lines
+from maskmoe_kernels.experiments.skip.schema.column import FALSE, TRUE, Column
 
 BLOCK_BYTES = 8 << 20
 #: Longest line that is accepted, so that a file without newlines cannot fill the memory.
 LINE_BYTES = 64 << 10
-#: How many messages are kept of each kind of problem.
-EXAMPLES = 5
-_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?$"
-
-
-@dataclass
-class Problems:
-    """The problems found in one file.
-
-    Attributes:
-        counts: Kind of problem -> number of rows or sessions.
-        examples: Kind of problem -> its first messages, at most ``EXAMPLES``.
-        first: Line and message of the problem with the lowest line number since the last call of
-            :meth:`raise_first`.
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-    first: tuple[int, str] | None = None
-
-    def add(self, kind: str, lines: Array, describe: Callable[[int], str]) -> None:
-        """Add a problem of one kind at each of ``lines``.
-
-        Args:
-            kind: A key of ``counts``.
-            lines: Line numbers, ascending, ``(n,)``.
-            describe: Index into ``lines`` to the message.
-        """
-        if not len(lines):
-            return
-        self.counts[kind] = self.counts.get(kind, 0) + len(lines)
-        kept = self.examples.setdefault(kind, [])
-        kept += [describe(i) for i in range(min(len(lines), EXAMPLES - len(kept)))]
-        if self.first is None or lines[0] < self.first[0]:
-            self.first = int(lines[0]), describe(0)
-
-    def raise_first(self, strict: bool) -> None:
-        """Raise the first problem if ``strict``; otherwise forget which one was first.
-
-        Raises:
-            DataError: ``strict``, and a problem was added since the last call.
-        """
-        if strict and self.first is not None:
-            raise DataError(self.first[1])
-        self.first = None
-
-
-@dataclass(frozen=True)
-class Block:
-    """Consecutive rows of one file.
-
-    Attributes:
-        values: Column name -> ``(n,)``: a pyarrow string array for ids, else a numpy array. Names
-            are indices into ``Column.names``; dates are days since 1970-01-01.
-        lines: Line number of each row, ``(n,)`` int64.
-        valid: Whether all values of the row are valid, ``(n,)`` bool.
-    """
-
-    values: dict[str, Any]
-    lines: Array
-    valid: Array
-
-
-def line_message(path: Path, line: int, expected: str, got: str, remedy: str = "") -> str:
-    """An error message that names file and line."""
-    return f"{path}, line {line}: expected {expected}, got {got}. {remedy}".rstrip()
 
 
 class CsvFile:
@@ -219,22 +164,22 @@ class CsvFile:
 
     def _typed(self, data: bytes, line: int) -> Block | None:
         """The block parsed with the columns' types; None if a value does not fit its type."""
-        types = {name: column.arrow for name, column in self.columns.items()}
+        types = {name: arrow_type(column) for name, column in self.columns.items()}
         try:
             table = self._parse(data, types)
         except (pa.ArrowInvalid, pa.ArrowKeyError):
             return None
-        arrays = {name: _only_chunk(table[name]) for name in self.columns}
+        arrays = {name: only_chunk(table[name]) for name in self.columns}
         for name, array in arrays.items():
-            if array.null_count or (self.columns[name].kind == "id" and not _are_ids(array).all()):
+            if array.null_count or (self.columns[name].kind == "id" and not are_ids(array).all()):
                 return None
         lines = line + np.arange(len(table))
         valid = np.ones(len(table), bool)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
             array = arrays[name]
-            values[name], in_range = _convert(column, array)
-            self._add_problems(column, array, valid & ~in_range, lines)
+            values[name], in_range = convert_column(column, array)
+            add_invalid(self.path, self.problems, column, array, valid & ~in_range, lines)
             valid &= in_range
         return Block(values, lines, valid)
 
@@ -273,9 +218,9 @@ class CsvFile:
         valid = np.ones(len(table), bool)
         values: dict[str, Any] = {}
         for name, column in self.columns.items():
-            text = pc.fill_null(_only_chunk(table[name]), "")
-            values[name], in_range = _convert(column, *_parsable(column, text))
-            self._add_problems(column, text, valid & ~in_range, lines)
+            text = pc.fill_null(only_chunk(table[name]), "")
+            values[name], in_range = convert_column(column, *parsable_text(column, text))
+            add_invalid(self.path, self.problems, column, text, valid & ~in_range, lines)
             valid &= in_range
         return Block(values, lines, valid)
 
@@ -298,78 +243,3 @@ class CsvFile:
                 "Remove line breaks within fields, and write a quote in a quoted field twice.",
             ),
         )  # fmt: skip
-
-    def _add_problems(self, column: Column, fields: Any, invalid: Array, lines: Array) -> None:
-        """Report the rows whose first invalid field is the one of ``column``.
-
-        Args:
-            column: The column of ``fields``.
-            fields: pyarrow array, ``(n,)``, for the messages.
-            invalid: ``(n,)`` bool.
-            lines: ``(n,)``.
-        """
-        if not invalid.any():
-            return
-        rows = invalid.nonzero()[0]
-        self.problems.add(
-            f"bad {column.kind}",
-            lines[rows],
-            lambda i: line_message(
-                self.path, int(lines[rows[i]]), f"{column.expected} in column {column.name}",
-                repr(fields[int(rows[i])].as_py())[:90], column.remedy,
-            ),
-        )  # fmt: skip
-
-
-def _only_chunk(column: Any) -> Any:
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-
-
-def _are_ids(array: Any) -> Array:
-    length = np.asarray(pc.binary_length(array))
-    accepted: Array = (length > 0) & (length <= ID_LENGTH)
-    return accepted
-
-
-def _parsable(column: Column, text: Any) -> tuple[Any, Array | None]:
-    """The text of one column as :func:`_convert` takes it, and where a number can be parsed.
-
-    Returns:
-        pyarrow array ``(n,)``, and ``(n,)`` bool, or None for all. What cannot be parsed as a
-        number is 0.
-    """
-    if column.kind == "id":
-        return text, _are_ids(text)
-    if column.kind != "number":
-        return text.dictionary_encode(), None
-    text = pc.utf8_trim(text, " \t")
-    parsable = pc.match_substring_regex(text, _NUMBER)
-    number = pc.if_else(parsable, pc.utf8_ltrim(text, "+"), "0").cast(column.arrow)
-    return number, np.asarray(parsable)
-
-
-def _convert(column: Column, array: Any, parsable: Array | None = None) -> tuple[Any, Array]:
-    """The values as :class:`Block` holds them, and which are valid values of the column.
-
-    Args:
-        column: The column.
-        array: pyarrow array ``(n,)``: ids, values of the column's type, or a dictionary of texts.
-        parsable: Which values count, ``(n,)`` bool; None: all.
-    Returns:
-        Values ``(n,)`` and ``(n,)`` bool.
-    """
-    in_range = np.ones(len(array), bool) if parsable is None else parsable
-    if column.kind == "id":
-        return array, in_range
-    if pa.types.is_dictionary(array.type):
-        found = [column.parse(text) for text in array.dictionary.to_pylist()]
-        index = np.asarray(array.indices)
-        in_range = in_range & np.array([value is not None for value in found], bool)[index]
-        values = np.array([value or 0 for value in found], np.int32)[index]
-    else:
-        values = array.to_numpy(zero_copy_only=False)
-    if column.kind == "flag":
-        return values.astype(bool), in_range
-    if column.kind in ("integer", "number"):  # False for NaN
-        in_range = in_range & (values >= column.low) & (values <= column.high)
-    return values, in_range

@@ -1,8 +1,9 @@
 """Sessions as tensors: the feature columns of both halves, and batches made from rows.
 
-Half A is the first floor(n / 2) of a session's n tracks, half B the others. Each half is padded
-with zeros to ten tracks. The columns of A, by group, are listed below. B has the groups position,
-popularity and music, computed in the same way from its own tracks.
+Half A is the first floor(n / 2) of the n tracks of a session, or of the slice that is drawn from
+it; half B is the others. Each half is padded with zeros. The schema says which columns a half has;
+those of the Music Streaming Sessions Dataset are, by group, listed below. B has its groups
+position, popularity and music, computed in the same way from its own tracks.
 
 =============  =====  =========================================================================
 group          width  columns
@@ -17,87 +18,75 @@ popularity       3    duration, release year, popularity; normalised, see :mod:`
 music           26    the other features of the track, normalised
 =============  =====  =========================================================================
 
-Flags are 0 or 1. The context and the interactions of B are not read, except skip_2, the target.
+Flags are 0 or 1. Of B only the groups that exist there are read, and the label, the target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.experiments.skip.data.arrays import Array
-from maskmoe_kernels.experiments.skip.data.columns import (
-    CONTEXT_TYPES,
-    END_NAMES,
-    END_REASONS,
-    HISTORY,
-    LONGEST,
-    POPULARITY,
-    START_NAMES,
-    START_REASONS,
-    TRACK_FEATURES,
-)
+from maskmoe_kernels.experiments.skip.data.arrays import Array, Ints
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
+from maskmoe_kernels.experiments.skip.data.ids import hash_ids, mix
+from maskmoe_kernels.experiments.skip.schema.parse import parse_schema
+from maskmoe_kernels.experiments.skip.schema.schema import PLACES, Feature, Group, Schema
 
-#: Tracks of a half, including padding.
-HALF = LONGEST // 2
-_FLAGS = (
-    "skip_1", "skip_2", "skip_3", "not_skipped", "context_switch", "no_pause_before_play",
-    "short_pause_before_play", "long_pause_before_play",
-)  # fmt: skip
-_SEEKS = (HISTORY + "n_seekfwd", HISTORY + "n_seekback")
-
-#: Name of each column, by group.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "position": ("position", "session_length"),
-    "context": (
-        *CONTEXT_TYPES, "premium", "shuffle", "hour_sin", "hour_cos", "weekday_sin", "weekday_cos",
-        "weekend",
-    ),
-    "interaction": (
-        *_FLAGS, "seeks_forward", "seeks_back",
-        *(f"start_{name}" for name in (*START_REASONS, "other")),
-        *(f"end_{name}" for name in (*END_REASONS, "other")),
-    ),
-    "popularity": POPULARITY,
-    "music": tuple(name for name in TRACK_FEATURES if name not in POPULARITY),
-}  # fmt: skip
-#: Groups of half A and their widths, in the order of the columns.
-FIRST_GROUPS: dict[str, int] = {name: len(columns) for name, columns in COLUMNS.items()}
-#: Groups of half B and their widths.
-SECOND_GROUPS: dict[str, int] = {
-    name: width for name, width in FIRST_GROUPS.items() if name not in ("context", "interaction")
-}
+#: Of the Music Streaming Sessions Dataset: tracks of a half, padding included; groups of both
+#: halves and their widths; names of the columns; the column of half A that holds skip_2.
+HALF = MSSD.sessions.half
+FIRST_GROUPS, SECOND_GROUPS = MSSD.first_groups, MSSD.second_groups
 FIRST_WIDTH, SECOND_WIDTH = sum(FIRST_GROUPS.values()), sum(SECOND_GROUPS.values())
-#: Column names in tensor order.
-FIRST_COLUMNS: tuple[str, ...] = tuple(name for group in FIRST_GROUPS for name in COLUMNS[group])
-SECOND_COLUMNS: tuple[str, ...] = tuple(name for group in SECOND_GROUPS for name in COLUMNS[group])
-#: The column of half A that holds skip_2, which the baselines use.
-SKIP_2 = FIRST_COLUMNS.index("skip_2")
+FIRST_COLUMNS, SECOND_COLUMNS = MSSD.first_columns, MSSD.second_columns
+SKIP_2 = MSSD.label_column
+#: In training, one session in so many has an unknown user, so that its embedding is trained.
+UNKNOWN = 16
 
-#: The columns of the shards that :class:`Rows` reads.
-READ = (
-    "session_id", "session_position", "track", *_FLAGS, *_SEEKS, HISTORY + "is_shuffle",
-    "hour_of_day", "date", "premium", "context_type", HISTORY + "reason_start",
-    HISTORY + "reason_end",
-)  # fmt: skip
+
+@cache
+def _read_columns(text: str) -> tuple[str, ...]:
+    schema = parse_schema(text)
+    names = dict.fromkeys(("session_id", "session_position", "track"))
+    if schema.events.user:
+        names["user"] = None
+    used = (f for group in schema.groups for f in group.features)
+    for feature in used:
+        if feature.table in ("events", "past") and feature.source not in PLACES:
+            names[feature.source] = None
+    return (*names, *({schema.events.label} - names.keys()))
+
+
+def read_columns(schema: Schema) -> tuple[str, ...]:
+    """The columns of the shards that :class:`Rows` reads."""
+    return _read_columns(schema.text)
+
+
+#: Those of the Music Streaming Sessions Dataset.
+READ = read_columns(MSSD)
 
 
 @dataclass(eq=False)
 class SessionBatch:
     """A batch of B sessions in two halves; ``first``, ``second`` and ``target`` are 0 at padding.
 
+    A half has T steps, padding included: ``schema.sessions.half``, ten for MSSD.
+
     Attributes:
-        first: Half A with the columns ``FIRST_COLUMNS``, ``(B, 10, 73)`` float32.
-        second: Half B with the columns ``SECOND_COLUMNS``, ``(B, 10, 31)`` float32.
-        target: skip_2 of each track of half B, 0 or 1, ``(B, 10)`` float32.
-        first_padding: True where half A has no track, ``(B, 10)`` bool.
-        second_padding: True where half B has no track, ``(B, 10)`` bool.
-        session_ids: The official ids, ``B`` of them.
+        first: Half A with the columns ``schema.first_columns``, ``(B, T, 73)`` float32 for MSSD.
+        second: Half B with the columns ``schema.second_columns``, ``(B, T, 31)`` float32 for MSSD.
+        target: The label of each track of half B, 0 or 1, ``(B, T)`` float32.
+        first_padding: True where half A has no track, ``(B, T)`` bool.
+        second_padding: True where half B has no track, ``(B, T)`` bool.
+        session_ids: The ids, ``B`` of them.
+        user: Row of each session's user in the table of embeddings, ``(B,)`` int64; 0 is a user
+            without sessions in training. ``None``: the sessions have no users.
+        offset: Tracks of the session before half A, ``(B,)`` int64; ``None``: 0.
     """
 
     first: Tensor
@@ -106,6 +95,8 @@ class SessionBatch:
     first_padding: Tensor
     second_padding: Tensor
     session_ids: list[str]
+    user: Tensor | None = None
+    offset: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.session_ids)
@@ -130,7 +121,8 @@ class SessionBatch:
         return cls(**joined, session_ids=[name for part in parts for name in part.session_ids])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "session_ids"}
+        found = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -138,61 +130,121 @@ class Rows:
     """Decoded rows of whole sessions.
 
     Attributes:
-        columns: The columns ``READ`` without the session's id, each ``(rows,)``.
+        columns: The columns of :func:`read_columns` without the session's id, each ``(rows,)``.
         starts: Row of each session's first track, ``(sessions,)`` int64.
         lengths: Tracks of each session, ``(sessions,)`` int64.
         session_ids: pyarrow strings, ``(sessions,)``.
+        schema: The schema.
     """
 
     columns: Mapping[str, Array]
     starts: Array
     lengths: Array
     session_ids: Any
+    schema: Schema
 
     @classmethod
-    def decode(cls, table: Any) -> Rows:
+    def decode(cls, table: Any, schema: Schema = MSSD) -> Rows:
         """Decode rows of shards.
 
         Args:
-            table: pyarrow table with the columns ``READ``.
+            table: pyarrow table with the columns of :func:`read_columns`.
+            schema: The schema.
         """
         table = table.combine_chunks()
         columns = {}
-        for name in READ[1:]:
+        for name in read_columns(schema)[1:]:
             column = table[name]
-            column = column.cast("int32") if name == "date" else column
+            column = column.cast("int32") if str(column.type).startswith("date32") else column
             columns[name] = column.to_numpy()
         starts = (columns["session_position"] == 1).nonzero()[0]
         ids = table["session_id"].take(starts).combine_chunks()
-        return cls(columns, starts, np.diff(starts, append=len(table)), ids)
+        return cls(columns, starts, np.diff(starts, append=len(table)), ids, schema)
 
 
-def assemble(rows: Rows, which: Array, tracks: Array) -> SessionBatch:
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of an epoch; they depend on the seed, the epoch and the session alone.
+
+    Attributes:
+        seed: The seed.
+        epoch: The epoch, from 0.
+        training: Whether some users become unknown.
+    """
+
+    seed: int = 0
+    epoch: int = 0
+    training: bool = False
+
+    def offsets(self, digests: Array, most: Ints) -> Ints:
+        """Where the slice of each session begins: from 0 to ``most``, all equally likely.
+
+        Args:
+            digests: Digests of the sessions' ids, ``(B,)`` uint64.
+            most: ``(B,)``.
+        """
+        return (self._bits(digests, 1) % (most + 1).astype(np.uint64)).astype(np.int64)
+
+    def unknown(self, digests: Array) -> Array:
+        """Of which sessions the user is to be unknown, ``(B,)`` bool."""
+        if not self.training:
+            return np.zeros(len(digests), bool)
+        chosen: Array = self._bits(digests, 2) % np.uint64(UNKNOWN) == 0
+        return chosen
+
+    def _bits(self, digests: Array, stream: int) -> Array:
+        key = np.random.SeedSequence([self.seed, self.epoch, stream]).generate_state(1, np.uint64)
+        bits: Array = mix(digests ^ key)
+        return bits
+
+
+def assemble(
+    rows: Rows,
+    which: Array,
+    tracks: Array,
+    users: tuple[Array, Array] | None = None,
+    draw: Draw | None = None,
+) -> SessionBatch:
     """Make a batch of some sessions, in the order of ``which``.
 
     Args:
         rows: The rows of these sessions and of others.
         which: Indices of sessions in ``rows``, ``(B,)``.
-        tracks: Normalised features of all tracks, ``(tracks, 29)`` float32.
+        tracks: Normalised features of all tracks, ``(tracks, columns)`` float32.
+        users: Those of all users, ``(users, columns)`` float32, and whether they have sessions in
+            training, ``(users,)`` bool.
+        draw: The random choices; ``None``: the same in every epoch.
     """
+    schema, draw = rows.schema, draw or Draw()
+    ids = rows.session_ids.take(which)
     lengths = rows.lengths[which]
-    first = _Half(rows, rows.starts[which], lengths // 2, lengths)
-    second = _Half(rows, rows.starts[which] + lengths // 2, lengths - lengths // 2, lengths)
-    a, b = first.empty(FIRST_GROUPS), second.empty(SECOND_GROUPS)
-    for half, groups in ((first, a), (second, b)):
-        half.fill_position(groups["position"])
-        features = tracks[half.values("track")]
-        groups["popularity"][:] = features[:, : len(POPULARITY)]
-        groups["music"][:] = features[:, len(POPULARITY) :]
-    _fill_context(first, a["context"])
-    _fill_interaction(first, a["interaction"])
+    starts, counts = rows.starts[which], lengths
+    if schema.sessions.slice or users is not None:
+        digests = hash_ids(ids)
+    offsets = np.zeros(len(which), np.int64)
+    if schema.sessions.slice:
+        counts = np.minimum(lengths, schema.sessions.slice)
+        offsets = draw.offsets(digests, lengths - counts)
+        starts = starts + offsets
+    first = _Half(rows, starts, counts // 2, lengths, 1)
+    second = _Half(rows, starts + counts // 2, counts - counts // 2, lengths, 1 + counts // 2)
+    tables = {"items": (tracks, "track")}
+    user = None
+    if users is not None:
+        tables["users"] = (users[0], "user")
+        row = rows.columns["user"][rows.starts[which]].astype(np.int64)
+        known = users[1][row] & ~draw.unknown(digests)
+        user = torch.from_numpy(np.where(known, row + 1, 0))
+    groups = schema.groups
     return SessionBatch(
-        first=first.padded(a),
-        second=second.padded(b),
-        target=second.padded({"": second.values("skip_2")[:, None]}).squeeze(-1),
+        first=first.fill(groups, tables),
+        second=second.fill([group for group in groups if "B" in group.halves], tables),
+        target=second.padded(second.values(schema.events.label)[:, None]).squeeze(-1),
         first_padding=torch.from_numpy(~first.real),
         second_padding=torch.from_numpy(~second.real),
-        session_ids=rows.session_ids.take(which).to_pylist(),
+        session_ids=ids.to_pylist(),
+        user=user,
+        offset=torch.from_numpy(offsets) if schema.sessions.slice else None,
     )
 
 
@@ -204,78 +256,112 @@ class _Half:
         starts: First row of the half of each session, ``(B,)``.
         counts: Tracks of the half, ``(B,)``.
         lengths: Tracks of the session, ``(B,)``.
+        place: Place of the half's first track in the slice, from 1; a number or ``(B,)``.
 
     Attributes:
-        real: Whether there is a track, ``(B, 10)`` bool.
+        real: Whether there is a track, ``(B, T)`` bool.
         rows: Row of each track, ``(tracks,)``.
-        lengths: Tracks of the session of each track, ``(tracks,)``.
     """
 
-    def __init__(self, rows: Rows, starts: Array, counts: Array, lengths: Array):
-        self.real = np.arange(HALF) < counts[:, None]
-        self.rows = (starts[:, None] + np.arange(HALF))[self.real]
-        self.lengths = np.repeat(lengths, counts)
-        self._columns = rows.columns
+    def __init__(self, rows: Rows, starts: Array, counts: Array, lengths: Array, place: Any):
+        steps = np.arange(rows.schema.sessions.half)
+        self.real = steps < counts[:, None]
+        self.rows = (starts[:, None] + steps)[self.real]
+        self._schema, self._columns = rows.schema, rows.columns
+        self._lengths, self._counts, self._place = lengths, counts, place
 
     def values(self, name: str) -> Array:
         """A column, ``(tracks,)``."""
+        if name == "session_length":
+            return np.repeat(self._lengths, self._counts)
+        if name == "place":
+            steps = np.arange(self.real.shape[1])
+            return np.broadcast_to(np.reshape(self._place, (-1, 1)) + steps, self.real.shape)[
+                self.real
+            ]
         return self._columns[name][self.rows]
 
-    def empty(self, groups: Mapping[str, int]) -> dict[str, Array]:
-        """An uninitialised matrix for each group, ``(tracks, width)`` float32."""
-        return {
-            name: np.empty((len(self.rows), width), np.float32) for name, width in groups.items()
-        }
+    def fill(self, groups: Sequence[Group], tables: Mapping[str, tuple[Array, str]]) -> Tensor:
+        """The columns of the groups, padded with zeros, ``(B, T, sum of widths)`` float32.
 
-    def padded(self, groups: Mapping[str, Array]) -> Tensor:
-        """The groups concatenated and padded with zeros, ``(B, 10, sum of widths)`` float32."""
-        width = sum(group.shape[1] for group in groups.values())
-        result = np.zeros((*self.real.shape, width), np.float32)
-        result[self.real] = np.concatenate(list(groups.values()), 1)
+        Args:
+            groups: The groups.
+            tables: ``"items"``, ``"users"`` -> features of all rows, and the column of the row.
+        """
+        out = np.empty((len(self.rows), sum(len(g.columns) for g in groups)), np.float32)
+        gathered: dict[str, Array] = {}
+        start = 0
+        for feature in (feature for group in groups for feature in group.features):
+            part = out[:, start : start + len(feature.columns)]
+            start += len(feature.columns)
+            if feature.encoding == "embedding":
+                part[:] = 0
+            elif feature.table in ("events", "past"):
+                _encode(feature, self.values(feature.source), part, self._schema)
+            else:
+                if feature.table not in gathered:
+                    table, row = tables[feature.table]
+                    gathered[feature.table] = table[self.values(row)]
+                declared = getattr(self._schema, feature.table)
+                values = gathered[feature.table][:, declared.places[feature.source]]
+                part[:] = _scaled(feature, values)
+        return self.padded(out)
+
+    def padded(self, columns: Array) -> Tensor:
+        """Columns ``(tracks, width)``, padded with zeros, ``(B, T, width)`` float32."""
+        result = np.zeros((*self.real.shape, columns.shape[1]), np.float32)
+        result[self.real] = columns
         return torch.from_numpy(result)
 
-    def fill_position(self, out: Array) -> None:
-        out[:, 0] = self.values("session_position") / np.float32(10) - 1
-        out[:, 1] = self.lengths / np.float32(10) - 1
+
+def _scaled(feature: Feature, values: Array) -> Array:
+    if feature.log:
+        values = np.log1p(values.astype(np.float32))
+    if feature.divide != 1:
+        values = values / np.float32(feature.divide)
+    return values - feature.subtract if feature.subtract else values
 
 
+def _encode(feature: Feature, values: Array, out: Array, schema: Schema) -> None:
+    """Write the columns of a feature of an event.
+
+    Args:
+        feature: The feature.
+        values: Its values as the shards hold them, ``(tracks,)``.
+        out: ``(tracks, columns)``.
+        schema: The schema.
+    """
+    match feature.encoding:
+        case "value":
+            out[:, 0] = _scaled(feature, values)
+        case "one_hot":
+            names = schema.events.by_name[feature.source].names
+            out[:] = _one_hot(names, feature.names)[values]
+        case "circle":
+            out[:] = _circle(feature.period)[values % feature.period]
+        case _:
+            kind = schema.events.by_name[feature.source].kind
+            days = values if kind == "date" else values // 86_400_000
+            weekday = (days + 3) % 7  # Monday is 0; 1970-01-01 was a Thursday
+            out[:] = (
+                _circle(7)[weekday] if feature.encoding == "weekday" else (weekday >= 5)[:, None]
+            )
+
+
+@cache
 def _circle(period: int) -> Array:
     """Sine and cosine of the angles 2 pi k / period, ``(period, 2)`` float32."""
     angle = 2 * np.pi * np.arange(period) / period
     return np.stack([np.sin(angle), np.cos(angle)], 1).astype(np.float32)
 
 
+@cache
 def _one_hot(names: Sequence[str], own: Sequence[str]) -> Array:
-    """A one-hot row for each of ``names``; those not in ``own`` share the last column.
+    """A one-hot row for each of ``names``; those not in ``own`` share a last column.
 
     Returns:
-        ``(names, own + 1)`` float32.
+        ``(names, columns)`` float32.
     """
     place = [own.index(name) if name in own else len(own) for name in names]
-    table: Array = np.eye(len(own) + 1, dtype=np.float32)[place]
+    table: Array = np.eye(len(own) + (len(own) < len(names)), dtype=np.float32)[place]
     return table
-
-
-_HOURS, _WEEKDAYS = _circle(24), _circle(7)
-_CONTEXTS = np.eye(len(CONTEXT_TYPES), dtype=np.float32)
-_STARTS = _one_hot(START_NAMES, START_REASONS)
-_ENDS = _one_hot(END_NAMES, END_REASONS)
-
-
-def _fill_context(half: _Half, out: Array) -> None:
-    weekday = (half.values("date") + 3) % 7  # Monday is 0; 1970-01-01 was a Thursday
-    out[:, :6] = _CONTEXTS[half.values("context_type")]
-    out[:, 6] = half.values("premium")
-    out[:, 7] = half.values(HISTORY + "is_shuffle")
-    out[:, 8:10] = _HOURS[half.values("hour_of_day")]
-    out[:, 10:12] = _WEEKDAYS[weekday]
-    out[:, 12] = weekday >= 5
-
-
-def _fill_interaction(half: _Half, out: Array) -> None:
-    for i, name in enumerate(_FLAGS):
-        out[:, i] = half.values(name)
-    for i, name in enumerate(_SEEKS):
-        out[:, 8 + i] = np.log1p(half.values(name).astype(np.float32))
-    out[:, 10:20] = _STARTS[half.values(HISTORY + "reason_start")]
-    out[:, 20:29] = _ENDS[half.values(HISTORY + "reason_end")]

@@ -11,8 +11,8 @@ import numpy as np
 
 from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
-from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
-from maskmoe_kernels.experiments.skip.data.csv_file import CsvFile
+from maskmoe_kernels.experiments.skip.data.arrow_file import open_table
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.packed import stem
 from maskmoe_kernels.experiments.skip.data.records import (
     FORMAT,
@@ -28,6 +28,7 @@ from maskmoe_kernels.experiments.skip.data.session_rows import SessionRows, bloc
 from maskmoe_kernels.experiments.skip.data.shard_format import ROW_GROUP, SPLITS, is_part_intact
 from maskmoe_kernels.experiments.skip.data.shard_writer import ShardWriter
 from maskmoe_kernels.experiments.skip.data.tracks import DIGESTS
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class LogFile:
         strict: Stop at the first problem.
         excluded: Digests of sessions to drop because earlier log files hold them.
         earlier: Those log files: name -> digest of its content.
+        schema: The schema.
     """
 
     source: Path
@@ -51,6 +53,7 @@ class LogFile:
     strict: bool = False
     excluded: UInt64s = field(default_factory=lambda: np.empty(0, np.uint64))
     earlier: Mapping[str, str] = field(default_factory=dict)
+    schema: Schema = MSSD
 
     @property
     def name(self) -> str:
@@ -76,7 +79,9 @@ class LogFile:
         record = read_record(self.record)
         if record is None or record["source"] != fingerprint(self.source):
             return None
-        if record["tracks"] != self.tracks or record["row_group"] != self.row_group:
+        if record["schema"] != self.schema.data or record["row_group"] != self.row_group:
+            return None
+        if record["tracks"] != self.tracks:
             return None
         if self.strict and record["problems"]["counts"]:
             return None
@@ -104,13 +109,13 @@ def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -
     source = fingerprint(log.source)
     log.record.unlink(missing_ok=True)
     tracks = np.load(log.out / TRACKS_FOLDER / DIGESTS, mmap_mode="r")
-    file = CsvFile(log.source, LOG_COLUMNS, advance)
-    sessions = SessionRows(file.path, file.problems, log.excluded, log.earlier)
-    with ShardWriter(log.shard, log.row_group) as shards:
+    file = open_table(log.source, log.schema.events.columns, advance)
+    sessions = SessionRows(file.path, file.problems, log.excluded, log.earlier, log.schema)
+    with ShardWriter(log.shard, log.row_group, log.schema) as shards:
         for block in file.blocks():
             # Raise before sessions are checked: an invalid row also makes its session incomplete.
             file.problems.raise_first(log.strict)
-            shards.add(sessions.add(block_table(block, tracks)))
+            shards.add(sessions.add(block_table(block, tracks, log.schema)))
             file.problems.raise_first(log.strict)
         file.problems.raise_first(log.strict)
         shards.add(sessions.finish())
@@ -121,6 +126,7 @@ def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -
         "format": FORMAT,
         "source": source,
         "digest": file.digest,
+        "schema": log.schema.data,
         "tracks": log.tracks,
         "row_group": log.row_group,
         "because": dict(log.earlier),

@@ -15,13 +15,15 @@ from maskmoe_kernels.experiments.shared.compression import compression_of, unpac
 
 #: How the names of files in a folder end that are taken for csv files.
 ENDINGS = (".csv", ".csv.gz", ".csv.bz2", ".csv.xz", ".csv.zst", ".csv.lz4")
+#: How the names of parquet and arrow files end, which have rows instead of lines.
+ROW_ENDINGS = (".parquet", ".arrow", ".feather")
 _CODECS = {None: None, "gzip": "gzip", "bzip2": "bz2", "zstd": "zstd", "lz4": "lz4"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def stem(path: Path) -> str:
     """The name of a file without its endings."""
-    for ending in sorted(ENDINGS, key=len, reverse=True):
+    for ending in sorted((*ENDINGS, *ROW_ENDINGS), key=len, reverse=True):
         if path.name.endswith(ending):
             return path.name.removesuffix(ending)
     return path.name

@@ -4,6 +4,7 @@
 
     manifest.json           written last: format, digests, statistics of the tracks, and per split
                             the shards with the number of sessions of each row group
+    users/                  the table of users, if the schema has users; as that of the tracks
     tracks/                 the table of tracks, see :mod:`.tracks`
     train/ valid/ test/     one shard per log file; a row group holds whole sessions
     logs/                   one record per log file, written when the file is converted
@@ -25,9 +26,9 @@ from maskmoe_kernels.experiments.skip.data.arrays import Array
 from maskmoe_kernels.files import checksum, replacing
 
 #: Version of everything that ``prepare`` writes. Files of another version are made again.
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
-TRACKS_FOLDER, LOGS_FOLDER = "tracks", "logs"
+TRACKS_FOLDER, LOGS_FOLDER, USERS_FOLDER = "tracks", "logs", "users"
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -10,29 +10,33 @@ import numpy as np
 import pyarrow as pa
 
 from maskmoe_kernels.experiments.skip.data.arrays import Array, UInt64s
-from maskmoe_kernels.experiments.skip.data.columns import LONGEST, SHORTEST
-from maskmoe_kernels.experiments.skip.data.csv_file import Block, Problems, line_message
+from maskmoe_kernels.experiments.skip.data.block import Block, Problems, line_message
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.ids import hash_ids
-from maskmoe_kernels.experiments.skip.data.shard_format import SCHEMA
+from maskmoe_kernels.experiments.skip.data.shard_format import shard_schema
+from maskmoe_kernels.experiments.skip.schema.schema import Schema, Sessions
 
 
-def block_table(block: Block, tracks: UInt64s) -> Any:
+def block_table(block: Block, tracks: UInt64s, schema: Schema) -> Any:
     """The rows of a block in the types of the shards.
 
     Args:
         block: Rows of a log file.
         tracks: Digests of the known tracks' ids, ascending, ``(tracks,)``.
+        schema: The schema.
     Returns:
-        pyarrow table: the columns of ``SCHEMA`` and ``line``, ``valid``, ``digest`` (of the
+        pyarrow table: the columns of the shards and ``line``, ``valid``, ``digest`` (of the
         session's id) and ``track_id``. Invalid rows hold 0, unknown tracks are -1.
     """
     valid = block.valid
-    ids = block.values["track_id_clean"]
+    ids = block.values[schema.events.item]
     digest = hash_ids(ids)
     place = np.minimum(np.searchsorted(tracks, digest), len(tracks) - 1)
-    values = dict(block.values) | {"track": np.where(tracks[place] == digest, place, -1)}
+    values = dict(block.values)
+    values["session_id"] = values[schema.sessions.column]
+    values["track"] = np.where(tracks[place] == digest, place, -1)
     columns = {}
-    for entry in SCHEMA:
+    for entry in shard_schema(schema):
         value = values[entry.name]
         if isinstance(value, np.ndarray):
             if pa.types.is_boolean(entry.type):
@@ -41,13 +45,13 @@ def block_table(block: Block, tracks: UInt64s) -> Any:
             value = np.where(valid, value, 0) if value.dtype != bool else value
             kind = np.int32 if pa.types.is_date(entry.type) else entry.type.to_pandas_dtype()
             if entry.name in ("session_position", "session_length"):
-                value = np.minimum(value, 255)
+                value = np.minimum(value, 2**entry.type.bit_width - 1)
             value = pa.array(value.astype(kind)).cast(entry.type)
         columns[entry.name] = value
     extra = {
         "line": pa.array(block.lines),
         "valid": pa.array(valid),
-        "digest": pa.array(hash_ids(block.values["session_id"])),
+        "digest": pa.array(hash_ids(values["session_id"])),
         "track_id": ids,
     }
     return pa.table(columns | extra)
@@ -61,14 +65,23 @@ class SessionRows:
         problems: Where problems are added.
         excluded: Digests of sessions that are dropped because other log files hold them.
         others: Names of those log files, for messages.
+        schema: The schema.
 
     Attributes:
         lines: Digest of each session that was passed on -> line of its first row.
         dropped: Number of sessions that were dropped.
     """
 
-    def __init__(self, path: Path, problems: Problems, excluded: UInt64s, others: Iterable[str]):
-        self.path, self.problems = path, problems
+    def __init__(
+        self,
+        path: Path,
+        problems: Problems,
+        excluded: UInt64s,
+        others: Iterable[str],
+        schema: Schema = MSSD,
+    ):
+        self.path, self.problems, self.schema = path, problems, schema
+        self._columns = shard_schema(schema)
         self.lines: dict[int, int] = {}
         self.dropped = 0
         self._excluded = frozenset(excluded.tolist())
@@ -83,27 +96,31 @@ class SessionRows:
         Args:
             table: From :func:`block_table`.
         Returns:
-            pyarrow table with the columns of ``SCHEMA``.
+            pyarrow table with the columns of the shards.
         """
         if self._rest is not None:
             table = pa.concat_tables([self._rest, table]).combine_chunks()
         starts = _starts(table)
         # Far more rows than a session may have: report them now instead of holding them back.
-        end = int(starts[-1]) if len(table) - starts[-1] <= 4 * LONGEST else len(table)
+        end = (
+            int(starts[-1])
+            if len(table) - starts[-1] <= 4 * self.schema.sessions.longest
+            else len(table)
+        )
         self._rest = table.slice(end)
         return self._valid_rows(table.slice(0, end), last=False)
 
     def finish(self) -> Any:
         """The rows of the last session if it is valid; to be called at the end of the file."""
         if self._rest is None:
-            return SCHEMA.empty_table()
+            return self._columns.empty_table()
         return self._valid_rows(self._rest, last=True)
 
     def _valid_rows(self, table: Any, last: bool) -> Any:
         if not len(table):
-            return SCHEMA.empty_table()
+            return self._columns.empty_table()
         self._add_unknown_tracks(table)
-        runs = _Runs(table)
+        runs = _Runs(table, self.schema.sessions)
         # The problems of single rows are reported already: drop their sessions without another.
         keep = runs.all(runs.column["valid"] & (runs.column["track"] >= 0))
         for rule in runs.rules(last):
@@ -120,7 +137,7 @@ class SessionRows:
         )
         keep &= ~is_repeat
         self.dropped += int((~keep).sum())
-        return table.select(SCHEMA.names).filter(pa.array(np.repeat(keep, runs.count)))
+        return table.select(self._columns.names).filter(pa.array(np.repeat(keep, runs.count)))
 
     def _add_problems(
         self,
@@ -161,6 +178,10 @@ class SessionRows:
                 self.lines[digests[s]] = lines[s]
         return repeats
 
+    @property
+    def _files(self) -> str:
+        return "" if self.schema.items is None else self.schema.items.files
+
     def _add_unknown_tracks(self, table: Any) -> None:
         unknown = table["valid"].to_numpy() & (table["track"].to_numpy() < 0)
         rows, lines = unknown.nonzero()[0], table["line"].to_numpy()
@@ -169,7 +190,7 @@ class SessionRows:
             lines[rows],
             lambda i: line_message(
                 self.path, int(lines[rows[i]]),
-                "a track of the tf_*.csv files in column track_id_clean",
+                f"a track of the {self._files}.csv files in column {self.schema.events.item}",
                 repr(table["track_id"][int(rows[i])].as_py()), "Add the file that holds it.",
             ),
         )  # fmt: skip
@@ -200,8 +221,8 @@ class _Runs:
         column: Name -> ``(rows,)``, of the columns that are checked.
     """
 
-    def __init__(self, table: Any):
-        self.table = table
+    def __init__(self, table: Any, sessions: Sessions):
+        self.table, self.sessions = table, sessions
         self.starts = _starts(table)
         self.count = np.diff(self.starts, append=len(table))
         names = ("line", "valid", "digest", "track", "session_position", "session_length")
@@ -220,11 +241,12 @@ class _Runs:
         """
         count, length = self.count, self.column["session_length"]
         position = self.column["session_position"]
+        shortest, longest = self.sessions.shortest, self.sessions.longest
         declared = length[self.starts].astype(np.int64)
         row = np.arange(len(position)) - np.repeat(self.starts, count)
 
         def of(s: int) -> slice:
-            return slice(self.starts[s], self.starts[s] + min(count[s], LONGEST + 5))
+            return slice(self.starts[s], self.starts[s] + min(count[s], longest + 5))
 
         def rows(s: int) -> str:
             return f"{declared[s]} rows (session_length) of session"
@@ -245,8 +267,8 @@ class _Runs:
         )  # fmt: skip
         yield _Rule("length", count == declared, rows, lambda s: count[s])
         yield _Rule(
-            "session size", (count >= SHORTEST) & (count <= LONGEST),
-            lambda s: f"{SHORTEST} to {LONGEST} tracks in session", lambda s: count[s],
+            "session size", (count >= shortest) & (count <= longest),
+            lambda s: f"{shortest} to {longest} tracks in session", lambda s: count[s],
         )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.skip.data.arrays import Ints
-from maskmoe_kernels.experiments.skip.data.features import Rows, SessionBatch, assemble
+from maskmoe_kernels.experiments.skip.data.features import Draw, Rows, SessionBatch, assemble
 from maskmoe_kernels.experiments.skip.data.schedule import Pool, Schedule
 from maskmoe_kernels.experiments.skip.data.shards import Shards
 
@@ -111,9 +111,12 @@ class SessionDataset(IterableDataset[SessionBatch]):
             place[begin[i] : begin[i] + pool.sizes[i]] = count + np.arange(pool.sizes[i])
             count += int(pool.sizes[i])
         groups = pool.groups[needed] if len(needed) else pool.groups[:1]
-        rows = Rows.decode(pa.concat_tables([self.shards.table(int(g)) for g in groups]))
+        shards = self.shards
+        tables = pa.concat_tables([shards.table(int(g)) for g in groups])
+        rows = Rows.decode(tables, shards.schema)
+        draw = None if self.seed is None else Draw(self.seed, self.epoch, training=True)
         for share in shares:
-            yield assemble(rows, place[share], self.shards.tracks)
+            yield assemble(rows, place[share], shards.tracks, shards.users, draw)
 
 
 class SessionLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maskmoe_kernels.experiments.skip.data.arrays import Ints, UInt64s
-from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS
+from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.ids import mix
+from maskmoe_kernels.experiments.skip.schema.parse import parse_schema
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 from maskmoe_kernels.files import checksum
 
 #: The splits hold 80, 10 and 10 % of the sessions; see :func:`split_of`.
@@ -20,26 +23,56 @@ SPLITS = ("train", "valid", "test")
 #: Sessions of a row group, the unit of reading.
 ROW_GROUP = 2048
 
-_SMALL = {"session_position": pa.uint8(), "session_length": pa.uint8(), "hour_of_day": pa.uint8()}
-_TYPES = {"flag": pa.bool_(), "name": pa.uint8(), "date": pa.date32(), "id": pa.string()}
+_TYPES = {
+    "flag": pa.bool_(), "name": pa.uint8(), "date": pa.date32(), "id": pa.string(),
+    "time": pa.int64(), "number": pa.float32(),
+}  # fmt: skip
 
 
-def _shard_type(name: str, kind: str, high: float) -> Any:
-    if kind != "integer":
-        return _TYPES[kind]
-    return _SMALL.get(name) or (pa.bool_() if high == 1 else pa.uint16())
+def _integer_type(low: float, high: float) -> Any:
+    if (low, high) == (0, 1):
+        return pa.bool_()
+    for bits, kind in ((8, pa.uint8()), (16, pa.uint16())):
+        if low >= 0 and high < 2**bits:
+            return kind
+    return pa.int32()
 
 
-#: The official log columns in their order, but ``track``, a row of the table of tracks, in place
-#: of the track's id.
-SCHEMA = pa.schema(
-    [
-        ("track", pa.int32())
-        if column.name == "track_id_clean"
-        else (column.name, _shard_type(column.name, column.kind, column.high))
-        for column in LOG_COLUMNS
-    ]
-)
+@cache
+def _shard_schema(text: str) -> Any:
+    schema = parse_schema(text)
+    place = pa.uint8() if schema.sessions.longest < 256 else pa.uint16()
+    fields: dict[str, Any] = {}
+    if schema.sessions.by != "file":
+        fields = {"session_id": pa.string(), "session_position": place, "session_length": place}
+        fields["user"] = pa.int32()
+    for column in schema.events.columns:
+        if column.name in ("session_position", "session_length"):
+            fields[column.name] = place
+        elif column.name == schema.events.item:
+            fields["track"] = pa.int32()
+        elif column.kind != "id":
+            whole = column.kind == "integer"
+            kind = _integer_type(column.low, column.high) if whole else _TYPES[column.kind]
+            fields[column.name] = kind
+        elif column.name == schema.sessions.column:
+            fields["session_id"] = pa.string()
+    return pa.schema(list((fields | dict.fromkeys(schema.past, pa.float32())).items()))
+
+
+def shard_schema(schema: Schema) -> Any:
+    """The columns of the shards of a schema, and their types.
+
+    The columns of the events in their order, but ``track``, a row of the table of items, in place
+    of the item's id. Sessions that are made from events have first ``session_id``,
+    ``session_position``, ``session_length`` and ``user``, a row of the table of users, and last
+    the features of the past.
+    """
+    return _shard_schema(schema.text)
+
+
+#: The columns of the shards of the Music Streaming Sessions Dataset.
+SCHEMA = shard_schema(MSSD)
 
 
 def split_of(digest: UInt64s) -> Ints:

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
 from maskmoe_kernels.experiments.skip.data.ids import hash_ids
 from maskmoe_kernels.experiments.skip.data.shard_format import (
-    SCHEMA,
     SPLITS,
     part_checksums,
+    shard_schema,
     split_of,
 )
+from maskmoe_kernels.experiments.skip.schema.schema import Schema
 from maskmoe_kernels.files import replacing
 
 
@@ -29,6 +31,7 @@ class ShardWriter:
         shard: Split -> path of its shard. A shard without sessions is not written, and one that
             is there is removed.
         row_group: Sessions of a row group.
+        schema: The schema.
 
     Attributes:
         row_groups: Split -> number of sessions of each row group.
@@ -36,7 +39,8 @@ class ShardWriter:
         parts: Split -> :func:`part_checksums` of the shard; known after the context.
     """
 
-    def __init__(self, shard: Callable[[str], Path], row_group: int):
+    def __init__(self, shard: Callable[[str], Path], row_group: int, schema: Schema):
+        self.schema, self._columns = schema, shard_schema(schema)
         self.shard, self.row_group = shard, row_group
         self.row_groups: dict[str, list[int]] = {split: [] for split in SPLITS}
         self.bytes = dict.fromkeys(SPLITS, 0)
@@ -48,17 +52,20 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def add(self, table: Any) -> None:
+    def add(self, table: Any, owners: UInt64s | None = None) -> None:
         """Take the rows of whole sessions, and write the row groups that are full.
 
         Args:
-            table: pyarrow table with the columns of ``SCHEMA``.
+            table: pyarrow table with the columns of the shards.
+            owners: Digest for each session of what decides its split; ``None``: of its id.
         """
         if not len(table):
             return
         starts = (table["session_position"].to_numpy() == 1).nonzero()[0]
         count = np.diff(starts, append=len(table))
-        split = split_of(hash_ids(table["session_id"].take(pa.array(starts))))
+        if owners is None:
+            owners = hash_ids(table["session_id"].take(pa.array(starts)))
+        split = split_of(owners)
         for i, name in enumerate(SPLITS):
             self._pending[name].append(table.filter(pa.array(np.repeat(split == i, count))))
             self._write(name, self.row_group)
@@ -80,7 +87,7 @@ class ShardWriter:
     def _writer(self, split: str) -> Any:
         if split not in self._writers:
             file = self._files.enter_context(replacing(self.shard(split)))
-            self._writers[split] = pq.ParquetWriter(file, SCHEMA, compression="zstd")
+            self._writers[split] = pq.ParquetWriter(file, self._columns, compression="zstd")
             self._files.callback(self._writers[split].close)  # runs before the file is closed
         return self._writers[split]
 

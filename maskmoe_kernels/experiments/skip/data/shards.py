@@ -15,24 +15,31 @@ from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.shared.report import check_seal, read_json
 from maskmoe_kernels.experiments.shared.structure import Spec, check
 from maskmoe_kernels.experiments.skip.data.arrays import Array
-from maskmoe_kernels.experiments.skip.data.columns import TRACK_FEATURES
-from maskmoe_kernels.experiments.skip.data.features import READ, Rows, SessionBatch, assemble
+from maskmoe_kernels.experiments.skip.data.features import (
+    Rows,
+    SessionBatch,
+    assemble,
+    read_columns,
+)
 from maskmoe_kernels.experiments.skip.data.records import (
     FORMAT,
     LOGS_FOLDER,
     MANIFEST,
     TRACKS_FOLDER,
+    USERS_FOLDER,
     is_intact,
 )
 from maskmoe_kernels.experiments.skip.data.shard_format import SPLITS, is_part_intact
-from maskmoe_kernels.experiments.skip.data.tracks import FEATURES, TRACKS
+from maskmoe_kernels.experiments.skip.data.tracks import FEATURES, KNOWN, TRACKS
+from maskmoe_kernels.experiments.skip.schema.parse import parse_schema
 
 _REMEDY = "Run `maskmoe skip prepare` again with --resume: it makes what is missing or damaged."
 _SPEC: Spec = {
     "digest": str,
+    "schema": str,
     "splits": {str: [{"file": str, "bytes": int, "row_groups": [int]}]},
     "parts": {str: [[int]]},
-    "files": {str: {"bytes": int, "crc32": int}},
+    "files": {str: {str: {"bytes": int, "crc32": int}}},
     "checksum": str,
 }
 
@@ -45,6 +52,7 @@ class Shards:
         split: ``train``, ``valid`` or ``test``.
 
     Attributes:
+        schema: The schema of the sessions.
         digest: Digest of the sessions and tracks of all splits.
         sizes: Sessions of each row group, in file order.
 
@@ -60,6 +68,7 @@ class Shards:
         self.folder, self.split = Path(folder), split
         manifest = _read_manifest(self.folder)
         self.digest: str = manifest["digest"]
+        self.schema = parse_schema(manifest["schema"], f"{self.folder / MANIFEST} (its schema)")
         self._shards = manifest["splits"][split]
         for shard in self._shards:
             path = self.folder / shard["file"]
@@ -68,7 +77,7 @@ class Shards:
                 got = "no such file" if size is None else f"{size} bytes"
                 raise DataError(f"{path}: expected {shard['bytes']} bytes, got {got}. {_REMEDY}")
         self._parts: dict[str, list[list[int]]] = manifest["parts"]
-        self._files: dict[str, dict[str, int]] = manifest["files"]
+        self._files: dict[str, dict[str, dict[str, int]]] = manifest["files"]
         self._verified: set[str] = set()  # shards whose index is verified
         self.sizes: list[int] = [n for shard in self._shards for n in shard["row_groups"]]
         self._places = [
@@ -81,42 +90,66 @@ class Shards:
 
     @cached_property
     def tracks(self) -> Array:
-        """Normalised features of all tracks, ``(tracks, 29)`` float32, memory-mapped.
+        """Normalised features of all tracks, ``(tracks, columns)`` float32, memory-mapped.
 
         Raises:
             DataError: The file is missing or damaged.
         """
-        path = self._track_file(FEATURES)
+        return self._matrix(TRACKS_FOLDER, FEATURES)
+
+    @cached_property
+    def users(self) -> tuple[Array, Array] | None:
+        """Features of all users, ``(users, columns)`` float32, memory-mapped, and whether they
+        have sessions in training, ``(users,)`` bool; ``None`` without users.
+
+        Raises:
+            DataError: A file is missing or damaged.
+        """
+        if not self.schema.events.user:
+            return None
+        return self._matrix(USERS_FOLDER, FEATURES), self._matrix(USERS_FOLDER, KNOWN)
+
+    @property
+    def embedded(self) -> int:
+        """Rows of the table of embeddings: the users, and one for all unknown ones."""
+        return 1 + (0 if self.users is None else len(self.users[1]))
+
+    def _matrix(self, folder: str, name: str) -> Array:
+        path = self._table_file(folder, name)
         try:
             matrix: Array = np.load(path, mmap_mode="r")
         except ValueError as error:
             raise DataError(f"{path}: expected a matrix, got {error}. {_REMEDY}") from error
         return matrix
 
-    def _track_file(self, name: str) -> Path:
-        """The path of a file of the tracks, after its checksum is verified."""
-        path = self.folder / TRACKS_FOLDER / name
+    def _table_file(self, folder: str, name: str) -> Path:
+        """The path of a file of the tracks or users, after its checksum is verified."""
+        path = self.folder / folder / name
         try:
-            intact = is_intact(path, self._files[name])
+            intact = is_intact(path, self._files[folder][name])
         except OSError as error:
             raise DataError(f"{path}: expected a file, got {error.strerror}. {_REMEDY}") from error
+        except KeyError as error:
+            raise DataError(f"{path}: expected an entry in {MANIFEST}. {_REMEDY}") from error
         if not intact:
             raise DataError(f"{path}: expected what `prepare` wrote, got another file. {_REMEDY}")
         return path
 
-    def table(self, group: int, columns: tuple[str, ...] | None = READ) -> Any:
+    def table(self, group: int, columns: tuple[str, ...] | None = ()) -> Any:
         """The rows of one row group.
 
         Args:
             group: Index into ``sizes``.
-            columns: Names of the columns to read; ``None``: all.
+            columns: Names of the columns to read; none: those that :class:`Rows` reads;
+                ``None``: all.
         Returns:
             pyarrow table.
         Raises:
             DataError: The shard is damaged.
         """
         name, place = self._places[group]
-        path, wanted = self.folder / name, None if columns is None else list(columns)
+        path = self.folder / name
+        wanted = None if columns is None else list(columns or read_columns(self.schema))
         try:
             if name not in self._verified:
                 self._verify(name, -1)
@@ -136,8 +169,8 @@ class Shards:
         """Find one session.
 
         Returns:
-            A batch of this session alone, and a pyarrow table of its rows with the raw features
-            of their tracks.
+            A batch of this session alone, and a pyarrow table of its rows (of its slice) with the
+            raw features of their tracks and users.
         Raises:
             DataError: The split does not hold the session, or a file is damaged.
         """
@@ -147,10 +180,15 @@ class Shards:
                 continue
             table = self.table(group, None)
             table = table.filter(pc.equal(table["session_id"], session_id)).combine_chunks()
-            batch = assemble(Rows.decode(table), np.arange(1), self.tracks)
-            raw = pq.read_table(self._track_file(TRACKS)).take(table["track"])
-            for name in ("track_id", *TRACK_FEATURES):
-                table = table.append_column(name, raw[name])
+            rows = Rows.decode(table, self.schema)
+            batch = assemble(rows, np.arange(1), self.tracks, self.users)
+            begin = 0 if batch.offset is None else int(batch.offset)
+            table = table.slice(begin, self.schema.sessions.size)
+            for folder, key in ((TRACKS_FOLDER, "track"), (USERS_FOLDER, "user")):
+                if key in table.column_names:
+                    raw = pq.read_table(self._table_file(folder, TRACKS)).take(table[key])
+                    for name in raw.column_names:
+                        table = table.append_column(name, raw[name])
             return batch, table
         raise DataError(
             f"session {session_id!r} is not among the {len(self)} sessions of {self.split} in "

@@ -1,7 +1,8 @@
-"""Writes generated sessions in the official csv format, with the causes of the labels of half B.
+"""Writes generated sessions, with the causes of their labels.
 
-Lengths, contexts, accounts, reasons, skips, and the tracks' features follow the statistics in
-:mod:`.calibration`. The rules that decide half B are those of :mod:`.causes`.
+Sessions of the kind ``mssd`` are in the official csv format. Lengths, contexts, accounts, reasons,
+skips, and the tracks' features follow the statistics in :mod:`.calibration`. The rules that decide
+half B are those of :mod:`.causes`. Sessions of the kind ``users``: see :mod:`.users`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,14 @@ from maskmoe_kernels.experiments.skip.data.columns import LOG_COLUMNS, TRACK_COL
 from maskmoe_kernels.experiments.skip.generator import causes
 from maskmoe_kernels.experiments.skip.generator.chunk import catalogue_of, draw_chunk
 from maskmoe_kernels.experiments.skip.generator.settings import GeneratorSettings
+from maskmoe_kernels.experiments.skip.generator.users import SESSIONS, USERS, Tracks, Users
 from maskmoe_kernels.files import claim, replacing
 
 #: File of the settings, which is written first.
 SETTINGS = "generation.json"
+#: How the names of generated files begin.
+_TABLES = ("log", "tf", "causes", "events", "tracks", "users", "favourites", "banned")
+_ITEMS = () if USERS.items is None else USERS.items.columns
 _REMEDY = "Give --overwrite to replace them, or name an empty folder."
 
 
@@ -38,6 +44,9 @@ def generate(
     console: Console | None = None,
 ) -> None:
     """Write ``tf_0.csv``, ``log_*.csv`` and ``causes_*.parquet`` to ``out``.
+
+    Of the kind ``users``: ``tracks_0.csv``, ``users_*.csv``, and ``events_*``, ``favourites_*``,
+    ``banned_*`` and ``causes_*.parquet``.
 
     Chunks that an earlier run with the same settings wrote are kept. Memory: one chunk a worker.
 
@@ -54,11 +63,13 @@ def generate(
         raise ValueError(f"workers must be at least 1, got {workers}")
     out = claim(out)
     check_settings(out, settings)
-    catalogue = catalogue_of(settings)
-    if not (out / "tf_0.csv").is_file():
-        header = [column.name for column in TRACK_COLUMNS]
-        _write_csv(out / "tf_0.csv", header, catalogue.table())
-    todo = [k for k in range(settings.chunks) if not (out / f"log_{k}.csv").is_file()]
+    table, header, last = "tf_0.csv", [column.name for column in TRACK_COLUMNS], "log_{}.csv"
+    if settings.kind == "users":
+        table, header, last = "tracks_0.csv", [c.name for c in _ITEMS], "events_{}.parquet"
+    if not (out / table).is_file():
+        drawn = _tracks_of(settings) if settings.kind == "users" else catalogue_of(settings)
+        _write_csv(out / table, header, drawn.table())
+    todo = [k for k in range(settings.chunks) if not (out / last.format(k)).is_file()]
     done = _write_chunks(out, settings, todo, workers)
     for _ in counted(console, "generate", done, len(todo), "log files"):
         pass
@@ -68,7 +79,7 @@ def remove(out: Path) -> None:
     """Remove the sessions that :func:`generate` wrote; a folder of other sessions stays."""
     if not (out / SETTINGS).is_file():
         return
-    for pattern in ("log_*.csv", "tf_0.csv", "causes_*.parquet", SETTINGS):
+    for pattern in (*(f"{name}_*" for name in _TABLES), SETTINGS):
         for path in out.glob(pattern):
             path.unlink()
 
@@ -79,18 +90,20 @@ def check_settings(out: Path, settings: GeneratorSettings) -> None:
     Raises:
         DataError: The folder holds sessions of other or unknown settings.
     """
-    path = out / SETTINGS
+    path, wanted = out / SETTINGS, dict(vars(settings))
+    if settings.kind == "mssd":  # the only kind there was at first
+        del wanted["kind"]
     if path.is_file():
         found = read_json(path, _REMEDY)
-        if found != vars(settings):
-            raise DataError(f"{path}: expected {vars(settings)}, got {found}. {_REMEDY}")
-    elif strange := sorted(p.name for k in ("log_*", "tf_*", "causes_*") for p in out.glob(k)):
+        if found != wanted:
+            raise DataError(f"{path}: expected {wanted}, got {found}. {_REMEDY}")
+    elif strange := sorted(p.name for k in _TABLES for p in out.glob(f"{k}_*")):
         raise DataError(
             f"{out}: expected no sessions of unknown origin, got {strange[:5]}. Name an empty "
             "folder."
         )
     else:
-        write_json(path, vars(settings))
+        write_json(path, wanted)
 
 
 def _write_chunks(
@@ -111,11 +124,32 @@ def _write_chunks(
 
 
 def _write_chunk(out: Path, settings: GeneratorSettings, number: int) -> None:
+    if settings.kind == "users":
+        _write_users(out, settings, number)
+        return
     log, table = draw_chunk(settings, number)
     with replacing(out / f"causes_{number}.parquet") as file:
         pq.write_table(causes.sealed(table), file)
     # The log is written last: a chunk with a log is complete.
     _write_csv(out / f"log_{number}.csv", [column.name for column in LOG_COLUMNS], log)
+
+
+@lru_cache(maxsize=1)
+def _tracks_of(settings: GeneratorSettings) -> Tracks:
+    return Tracks.draw(settings.tracks, settings.seed)
+
+
+def _write_users(out: Path, settings: GeneratorSettings, number: int) -> None:
+    each = -(-settings.chunk // SESSIONS)
+    count = min(each, -(-settings.sessions // SESSIONS) - number * each)
+    users = Users(_tracks_of(settings), number * each, count, SESSIONS, settings.seed)
+    tables = dict(users.tables())
+    _write_csv(out / f"users_{number}.csv", ["user_id", "age"], tables["users"])
+    tables["causes"] = causes.sealed(tables["causes"].cast(causes.SCHEMA), USERS)
+    # The events are written last: a chunk with events is complete.
+    for name in ("favourites", "banned", "causes", "events"):
+        with replacing(out / f"{name}_{number}.parquet") as file:
+            pq.write_table(tables[name], file)
 
 
 def _write_csv(path: Path, header: list[str], table: Any) -> None:

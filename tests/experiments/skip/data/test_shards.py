@@ -24,7 +24,7 @@ def test_damaged_folders(data: Path, tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
     for text, message in (
         ("{", "expected json, got"),
-        (json.dumps(manifest | {"format": 0}), "expected format 2, got 0"),
+        (json.dumps(manifest | {"format": 0}), "expected format 3, got 0"),
         (json.dumps(manifest), r"log_0\.parquet: expected \d+ bytes, got no such file. Run"),
     ):
         path.write_text(text)

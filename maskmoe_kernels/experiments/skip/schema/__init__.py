@@ -1,0 +1,1 @@
+"""Declared schemas of session logs: TOML files that say what the tables, groups and experts are."""

@@ -53,7 +53,10 @@ PUBLIC = (
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|numpy|np|collections|typing|hypothesis|st|nn)(\..*)?"),
     ("py:.*", r"Tensor|Generator|Callable|Mapping|Sequence|Iterable|Iterator|Any|SearchStrategy"),
-    ("py:.*", r"(.*\.)?(M|Width|NamedSubsets|Confidence)"),  # a type variable, names of types
+    (
+        "py:.*",
+        r"(.*\.)?(M|Width|NamedSubsets|Confidence|Encoder)",
+    ),  # a type variable, names of types and of what is not public
 ]
 
 

@@ -68,8 +68,10 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         feature_names_in_: Their names, if X was a DataFrame.
 
     Example:
-        >>> model = InterpretableClassifier(random_state=0).fit(frame, y)
-        >>> model.explain(frame).contributions
+        >>> X, y = [[0.0], [1.0], [2.0], [3.0]] * 10, [False, False, True, True] * 10
+        >>> fitted = InterpretableClassifier(random_state=0).fit(X, y)
+        >>> fitted.explain(X).contributions.shape
+        (40, 1)
     """
 
     classes_: Array

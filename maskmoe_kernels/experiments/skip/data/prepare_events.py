@@ -176,6 +176,17 @@ def _digest(
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def _sort_relations(job: _Job, connection: Any, paths: Mapping[str, list[Path]]) -> None:
+    for name in job.schema.relations:
+        target = job.out / SORTED_FOLDER / f"{name}.parquet"
+        target.unlink(missing_ok=True)
+        if paths[name]:
+            write_sorted(
+                connection, paths[name], target, 'SELECT "user", item, since FROM {}',
+                '"user", item, since',
+            )  # fmt: skip
+
+
 def _sort(
     job: _Job,
     checked: Mapping[str, list[tuple[EventFile, dict[str, Any]]]],
@@ -215,15 +226,7 @@ def _sort(
             "SELECT * EXCLUDE (" + ", ".join(_ids(tables)) + ") FROM {}" if _ids(tables)
             else "SELECT * FROM {}", f'"user", {time}, source, line',
         )  # fmt: skip
-        for name in job.schema.relations:
-            target = folder / f"{name}.parquet"
-            target.unlink(missing_ok=True)
-            if not paths[name]:
-                continue
-            write_sorted(
-                connection, paths[name], target, 'SELECT "user", item, since FROM {}',
-                '"user", item, since',
-            )  # fmt: skip
+        _sort_relations(job, connection, paths)
         if any(past.of == "item" for past in job.schema.past.values()):
             _sort_by_item(job, connection, paths["events"], time)
     bar(1)

@@ -329,12 +329,7 @@ class _Backward:
 
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
         self._multiply = [(of_w, multiply(of_w, of_i)) for of_w, of_i in kinds]
-        together = min(_TOGETHER, triton.next_power_of_2(count))
-        size = _LOADED // together
-        self._total = Launch(
-            kernels.total, (triton.cdiv(sum(sums), size),), *sums, count,
-            BIAS=bias, SIZE=size, TOGETHER=together,
-        )  # fmt: skip
+        self._total = _summing(sums, count, bias)
 
     def __call__(
         self,
@@ -410,6 +405,16 @@ def _resources(
     if not of_input:
         return warps, None
     return warps, registers(xt, max(of_w, of_rows), warps, dtype, not formed, of_x.packed)
+
+
+def _summing(sums: tuple[int, int], count: int, bias: bool) -> Launch:
+    """The launch that adds up ``count`` split-K chunks of so many sums."""
+    together = min(_TOGETHER, triton.next_power_of_2(count))
+    size = _LOADED // together
+    return Launch(
+        kernels.total, (triton.cdiv(sum(sums), size),), *sums, count,
+        BIAS=bias, SIZE=size, TOGETHER=together,
+    )  # fmt: skip
 
 
 def _split_k(rows: int, items: int, sums: int, count: int, alone: bool) -> tuple[int, int]:

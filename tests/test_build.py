@@ -426,7 +426,7 @@ def test_wheel_has_the_library_and_no_sources(built):
         f"maskmoe_kernels-{version}.dist-info",
     }
     kinds = {Path(name).suffix for name in names if name.startswith("maskmoe_kernels/")}
-    assert kinds == {".py", ".so", ".json", ".typed"}
+    assert kinds == {".py", ".so", ".json", ".toml", ".typed"}
     assert record["cpu"] is None
     assert record["isas"] == ["avx2"]
     assert str(built) not in json.dumps(record)

@@ -19,8 +19,15 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 from triton.runtime.jit import JITFunction  # noqa: E402
+from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from maskmoe_kernels.ops.masked_linear.triton import kernels, launch, products, tune  # noqa: E402
+from maskmoe_kernels.ops.masked_linear.triton import (  # noqa: E402
+    kernels,
+    launch,
+    operands,
+    products,
+    tune,
+)
 from maskmoe_kernels.ops.triton_support import launcher  # noqa: E402
 
 STREAM = 7
@@ -42,8 +49,13 @@ class Compiled(CompiledKernel):
 def plain(given):
     """What the launcher makes of it: addresses and numbers. What hooks there are is no part."""
     x, y, z, stream, function, metadata, _, _, _, *args = given
-    read = [a.data_ptr() if isinstance(a, torch.Tensor) else a or 0 for a in args]
-    return x, y, z, stream, function, metadata, read
+    return x, y, z, stream, function, metadata, [read(a) for a in args]
+
+
+def read(value):
+    if isinstance(value, TensorDescriptor):
+        return value.base.data_ptr(), value.shape, value.strides, value.block_shape
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value or 0
 
 
 class Kernel(JITFunction):
@@ -72,7 +84,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(driver, "_active", gpu)
     names = ("forward", "reduce_parts", "backward", "total", "pack", "form", "transpose")
     made = {name: Kernel(getattr(kernels, name), found) for name in names}
-    monkeypatch.setattr(launch, "kernels", SimpleNamespace(**made))
+    for module in (launch, operands):
+        monkeypatch.setattr(module, "kernels", SimpleNamespace(**made))
     monkeypatch.setenv("MASKMOE_TUNE", "0")
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # unset, it warns
     for module in (launch, products):
@@ -166,6 +179,23 @@ def test_with_split_k_and_without(needs, rows, launched, monkeypatch):
         expected = [*["pack"] * of_x, "form", *["backward"] * (of_x + of_weight)]
         expected += ["total"] * of_weight
     assert [name for name, _ in chosen] == expected
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_descriptors_name_what_is_aligned(offset, launched, monkeypatch):
+    monkeypatch.setattr(launch, "has_tma", lambda device: True)
+    chosen = compared(launched, monkeypatch)
+    runs = mk.SubsetFamily.powerset(dict.fromkeys("ab", 64)).hidden_layout(64, 64)
+    x, weight = room(4096, runs.in_features, offset=offset), room(runs.num_weights)
+    launch.forward(x, weight, None, runs, "relu", False)
+    assert [name for name, _ in chosen] == ["pack", "forward"]
+    described = [value for value in launched[-1][-1] if isinstance(value, tuple)]
+    if offset:
+        assert not described
+    else:
+        rows, packed = described
+        assert rows == (x.data_ptr(), [4096, 192], [192, 1], [128, 64])
+        assert packed[3] in ([64, 64], [128, 64])
 
 
 def test_sums_of_split_tiles(launched, monkeypatch):

@@ -204,7 +204,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(
     monkeypatch.setattr(prepare_events, "CHUNK_EVENTS", 100)
     log, out = write_log(tmp_path / "log", events, files=3), tmp_path / "out"
     stops = 0
-    from maskmoe_kernels.experiments.shared import files
+    from maskmoe_kernels import files
 
     move = files._Unfinished.move_to
 
@@ -237,7 +237,7 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bits(
 
 _KILLED = """
 import itertools, os, signal, sys
-from maskmoe_kernels.experiments.shared import files
+from maskmoe_kernels import files
 from maskmoe_kernels.experiments.skip.data import prepare_events
 from maskmoe_kernels.experiments.skip.data.prepare import prepare
 from maskmoe_kernels.experiments.skip.schema.parse import parse_schema

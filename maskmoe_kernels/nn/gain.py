@@ -21,6 +21,8 @@ ROWS = (256, 1024, 4096)
 # How many times as fast a layer has to be by the model, whose errors are about as large for layers
 # of few units.
 LEAST_GAIN = 1.25
+#: Entries of the mask; below, a call costs as much as what is saved, and the prices say too little.
+LEAST_SIZE = 1 << 15
 
 
 class DensePrices(NamedTuple):
@@ -65,6 +67,9 @@ def why_no_gain(
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or reason is not None:
         reason = reason or f"{weight.dtype} on {weight.device}"
         return f"a gain was measured for the CPU's float32 kernels only ({reason})"
+    size = layout.in_features * layout.out_features
+    if size < LEAST_SIZE:
+        return f"no gain expected: its mask has {size:,} entries, less than {LEAST_SIZE:,}"
     for rows in (batch,) if batch is not None else ROWS:
         for phase, gain in zip(("forward", "step"), gains(layout, rows), strict=True):
             if gain < LEAST_GAIN:

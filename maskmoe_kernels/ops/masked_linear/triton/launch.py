@@ -323,12 +323,12 @@ class _Backward:
                 ACT=activation, BIAS=bias, PRECISION=precision, R=step, F=features,
                 TRANSPOSED=self._transposed.is_on, OF_W=of_weight, OF_X=of_input,
                 **_tiles_of_weight(t), **_tiles_of_x(xt, of_x, packing),
-                num_warps=warps, num_stages=of_x.stages if of_x.tma and not of_weight else w.stages,
-                maxnreg=limit, described=2,
+                TMA=packing.tma and of_input, maxnreg=limit, described=2, num_warps=warps,
+                num_stages=of_x.stages if of_x.tma and not of_weight else w.stages,
             )  # fmt: skip
 
         kinds = [(True, False), (False, True)] if apart else [(need_weight, need_x)]
-        self._multiply = [(of_w, multiply(of_w, of_i)) for of_w, of_i in kinds]
+        self._multiply = [(*kind, multiply(*kind)) for kind in kinds]
         self._total = _summing(sums, count, bias)
 
     def __call__(
@@ -357,11 +357,11 @@ class _Backward:
         if self._sums:
             of_weight = x.new_empty(self._sums[0], dtype=torch.float32)
             of_bias = x.new_empty(self._sums[1], dtype=torch.float32)
-        for is_of_weight, multiply in self._multiply:
+        for is_of_weight, is_of_input, multiply in self._multiply:
             of = (grad_y, saved, x)
             if is_of_weight and self._transposed.is_on:
                 of = self._transposed(grad_y, x)
-            described = self._packing.described(grad_y, packed) if self._need_x else (None, None)
+            described = self._packing.described(grad_y, packed) if is_of_input else (None, None)
             multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias, *described)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
@@ -379,8 +379,8 @@ def _tiles_of_x(t: Tiles, config: Config, packing: Packing) -> dict[str, Any]:
     """What the backward kernel knows of the tiles of grad_x when it is compiled."""
     return {
         "XM": config.rows, "XN": t.lanes, "XK": t.depth, "XPARTS": config.parts,
-        "XSHARED": t.shared, "XPACKED": packing.is_on, "TMA": packing.tma,
-        "XFEATURE_GRAIN": t.feature_grain, "PACKED_GRAIN": packing.grain,
+        "XSHARED": t.shared, "XPACKED": packing.is_on, "XFEATURE_GRAIN": t.feature_grain,
+        "PACKED_GRAIN": packing.grain,
         "XUNIT_GRAIN": t.unit_grain, "XWEIGHT_GRAIN": t.weight_grain,
     }  # fmt: skip
 

@@ -272,28 +272,21 @@ def _write(explanation: Explanation, out: Path, schema: Schema) -> str | None:
     missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
-        skip_figures.session(
-            torch.tensor([list(track.attribution.values()) for track in tracks]),
-            list(explanation.shares),
-            [track.position for track in tracks],
-            [track.skipped for track in tracks],
-            [track.probability for track in tracks],
-            out / f"{name}.png",
-            f"Session {explanation.session}",
-            schema.verbs,
-        )
+        drawn = {name: (explanation.shares, [[*track.attribution.values()] for track in tracks])}
         if schema.sums:
             sums = [
                 [sum(track.attribution[e] for e in experts) for experts in schema.sums.values()]
                 for track in tracks
             ]
+            drawn[f"{name}-sums"] = explanation.sums, sums
+        for file, (names, shares) in drawn.items():
             skip_figures.session(
-                torch.tensor(sums),
-                list(schema.sums),
+                torch.tensor(shares),
+                list(names),
                 [track.position for track in tracks],
                 [track.skipped for track in tracks],
                 [track.probability for track in tracks],
-                out / f"{name}-sums.png",
+                out / f"{file}.png",
                 f"Session {explanation.session}",
                 schema.verbs,
             )

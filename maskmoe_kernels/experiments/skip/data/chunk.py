@@ -26,8 +26,7 @@ from maskmoe_kernels.experiments.skip.data.records import (
     read_record,
 )
 from maskmoe_kernels.experiments.skip.data.shard_format import (
-    SPLITS,
-    is_part_intact,
+    are_intact,
     shard_schema,
 )
 from maskmoe_kernels.experiments.skip.data.shard_writer import ShardWriter
@@ -93,13 +92,7 @@ class Chunk:
             return None
         if self.strict and record["problems"]["counts"]:
             return None
-        for split in SPLITS:
-            path, parts = self.shard(split), record["parts"][split]
-            if (path.stat().st_size if path.is_file() else 0) != record["bytes"][split]:
-                return None
-            if not all(is_part_intact(path, parts, i) for i in range(len(parts))):
-                return None
-        return record
+        return record if are_intact(self.shard, record) else None
 
 
 def convert_chunk(

@@ -25,7 +25,7 @@ from maskmoe_kernels.experiments.skip.data.records import (
     size_and_checksum,
 )
 from maskmoe_kernels.experiments.skip.data.session_rows import SessionRows, block_table
-from maskmoe_kernels.experiments.skip.data.shard_format import ROW_GROUP, SPLITS, is_part_intact
+from maskmoe_kernels.experiments.skip.data.shard_format import ROW_GROUP, are_intact
 from maskmoe_kernels.experiments.skip.data.shard_writer import ShardWriter
 from maskmoe_kernels.experiments.skip.data.tracks import DIGESTS
 from maskmoe_kernels.experiments.skip.schema.schema import Schema
@@ -85,12 +85,8 @@ class LogFile:
             return None
         if self.strict and record["problems"]["counts"]:
             return None
-        for split in SPLITS:
-            path, parts = self.shard(split), record["parts"][split]
-            if (path.stat().st_size if path.is_file() else 0) != record["bytes"][split]:
-                return None
-            if not all(is_part_intact(path, parts, i) for i in range(len(parts))):
-                return None
+        if not are_intact(self.shard, record):
+            return None
         return record if is_intact(self.digests, record["digests"]) else None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -113,3 +113,19 @@ def is_part_intact(path: Path, parts: Sequence[Sequence[int]], i: int) -> bool:
     """
     end, expected = parts[i]
     return checksum(path, parts[i - 1][0] if i else 0, end) == expected
+
+
+def are_intact(shard: Callable[[str], Path], record: Mapping[str, Any]) -> bool:
+    """Whether every split's shard is as ``record`` says that it was written.
+
+    Args:
+        shard: The shard of a split; one without sessions has no file.
+        record: Has the size of each shard (``bytes``) and its ``parts``.
+    """
+    for split in SPLITS:
+        path, parts = shard(split), record["parts"][split]
+        if (path.stat().st_size if path.is_file() else 0) != record["bytes"][split]:
+            return False
+        if not all(is_part_intact(path, parts, i) for i in range(len(parts))):
+            return False
+    return True

@@ -1,6 +1,6 @@
 """The C++ kernels: whether they are here, which instruction set they use, and why not.
 
-Importing the extension registers the CPU implementation of the ops; there is nothing to call.
+Importing the extension registers the ops; launches of Triton kernels alone call it.
 ``MASKMOE_ISA`` names the instruction set to use (``amx``, ``avx512``, ``avx2``),
 ``MASKMOE_EXTENSION`` a different build of the extension to load (with sanitizers, say).
 """
@@ -20,6 +20,11 @@ from maskmoe_kernels.errors import BackendError
 from maskmoe_kernels.layout.serialized import on_forget
 
 _PACKAGE = Path(__file__).parent.parent
+
+
+def extension() -> ModuleType | None:
+    """The C++ extension; None where it is not there."""
+    return _extension
 
 
 def isas() -> list[str]:

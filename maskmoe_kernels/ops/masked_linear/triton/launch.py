@@ -243,7 +243,7 @@ class _Forward:
             maxnreg=registers(
                 t, config.rows * t.lanes, config.warps, x.dtype, packed=config.packed
             ),
-            described=2,
+            described=packing.described,
         )  # fmt: skip
         self._reduce = Launch(
             kernels.reduce_parts, (triton.cdiv(rows, 16), t.splits.shape[0]),
@@ -260,8 +260,8 @@ class _Forward:
         if self._sums:
             sums = x.new_empty(self._sums, dtype=torch.float32)
         packed = self._packing(weight)
-        described = self._packing.described(x, packed)
-        self._multiply(self._device, x, weight, packed, bias, y, z, sums, *described)
+        blocks = self._packing.blocks(x, packed)
+        self._multiply(self._device, x, weight, packed, bias, y, z, sums, *blocks)
         if self._sums:
             self._reduce(self._device, sums, bias, y, z)
 
@@ -323,7 +323,8 @@ class _Backward:
                 ACT=activation, BIAS=bias, PRECISION=precision, R=step, F=features,
                 TRANSPOSED=self._transposed.is_on, OF_W=of_weight, OF_X=of_input,
                 **_tiles_of_weight(t), **_tiles_of_x(xt, of_x, packing),
-                TMA=packing.tma and of_input, maxnreg=limit, described=2, num_warps=warps,
+                TMA=packing.tma and of_input, maxnreg=limit, num_warps=warps,
+                described=packing.described if of_input else (),
                 num_stages=of_x.stages if of_x.tma and not of_weight else w.stages,
             )  # fmt: skip
 
@@ -361,8 +362,8 @@ class _Backward:
             of = (grad_y, saved, x)
             if is_of_weight and self._transposed.is_on:
                 of = self._transposed(grad_y, x)
-            described = self._packing.described(grad_y, packed) if is_of_input else (None, None)
-            multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias, *described)
+            blocks = self._packing.blocks(grad_y, packed) if is_of_input else (None, None)
+            multiply(self._device, *of, xt, packed, grad_x, of_weight, of_bias, *blocks)
         if self._sums:
             self._total(self._device, of_weight, of_bias, grad_weight, grad_bias)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 from torch import Tensor
@@ -45,7 +43,8 @@ class Packing:
     ) -> None:
         """``rows`` begin ``stride`` apart in the matrix that is multiplied."""
         self._launch: Launch | None = None
-        self._described: tuple[Described, Described] | None = None
+        #: How descriptors name the blocks of what is multiplied, where they do.
+        self.described: tuple[Described, ...] = ()
         self.parts, self.features = tiles.parts, tiles.features
         self.grain, self.is_on, self.tma = tiles.feature_grain, config.packed, config.tma
         self._device = device.index
@@ -60,16 +59,14 @@ class Packing:
         if config.tma:
             lanes, depth = config.lanes, config.depth
             columns = product.layout.in_features
-            self._described = (
+            self.described = (
                 Described(rows, columns, stride, (config.rows, depth)),
                 Described(self._size // depth, depth, depth, (lanes, depth)),
             )
 
-    def described(self, rows: Tensor, packed: Tensor) -> tuple[Any, Any]:
-        """The descriptors of what is multiplied, where descriptors name the blocks."""
-        if self._described is None:
-            return None, None
-        return self._described[0](rows), self._described[1](packed)
+    def blocks(self, rows: Tensor, packed: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Whose blocks descriptors name."""
+        return (rows, packed) if self.tma else (None, None)
 
     def __call__(self, weight: Tensor) -> Tensor:
         """The packed weights; ``weight`` itself where they are not packed."""

@@ -35,6 +35,7 @@ def prove(lab: Lab) -> list[Task]:
         "tests/nn/test_linear.py",
         "tests/nn/test_checkpoints.py",
         "tests/models/test_mlp.py",
+        "tests/models/test_cuda_networks.py",
     ]
     contract = [
         f"tests/ops/masked_linear/test_{name}.py" for name in ("masked_linear", "contract", "needs")

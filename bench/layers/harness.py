@@ -7,7 +7,7 @@ three).
 
 On a GPU there are three modes. *Hot* calls use the same inputs again and again. *Cold* calls use
 many inputs in turn, so that each has left the cache before it is used again. *Graph* replays a CUDA
-graph, for few rows only.
+graph, unless results are huge.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bench.counts import count
 from bench.layers.limits import Settings, case_unsupported_reason, unsupported_reason
 from bench.layers.ratios import COLD, GRAPH, HOT, RECORDED
 from bench.layers.reference_error import error_limit, errors, reference, rows_to_check
-from bench.layers.replay import MOST_ROWS, Replayed
+from bench.layers.replay import MOST_VALUES, Replayed
 from bench.precision import products
 from bench.problem import Problem
 from bench.statistics import quartiles
@@ -229,7 +229,7 @@ def _warm(contender: Contender, mode: str, record: dict[str, Any]) -> list[Runne
 
 
 def _replayed(contender: Contender, record: dict[str, Any]) -> list[Runner]:
-    """Runners of its CUDA graph, for few rows on a GPU; if that fails, ``record`` says why."""
+    """Runners of its CUDA graph, on a GPU, unless that holds gigabytes; if that fails, ``record`` says why."""
     if not replays(contender.problem):
         return []
     try:
@@ -242,7 +242,8 @@ def _replayed(contender: Contender, record: dict[str, Any]) -> list[Runner]:
 
 def replays(problem: Problem) -> bool:
     """Are the contenders measured as CUDA graphs, too?"""
-    return problem.device.type == "cuda" and problem.batch <= MOST_ROWS
+    values = problem.batch * problem.layout.out_features
+    return problem.device.type == "cuda" and values <= MOST_VALUES
 
 
 def _checked(contender: Contender, expected: dict[str, Tensor], rows: int) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Samples a second of training a model, beside its rivals: ``python -m bench train``.
 
 Each model is a :class:`Trainer`; a :class:`Subject` says which models are trained on what. Rounds
-are interleaved in one process, eager and under ``torch.compile`` (model and loss).
+are interleaved in one process, eager, under ``torch.compile`` (model and loss) and, on a GPU, with
+the whole step captured once as a CUDA graph and replayed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.clock import own_clock
+from bench.layers.replay import capture
 from bench.machine import machine
 from bench.statistics import quartiles
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table
@@ -104,6 +106,7 @@ class Trainer:
         self.loss: Callable[..., Tensor] = torch.compile(loss, dynamic=False) if compiled else loss
         device = next(model.parameters()).device
         self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.take: Callable[..., None] = self._take  # a step on a batch
         self.done = 0
         self.steps = 1
         self.samples: list[float] = []
@@ -111,15 +114,31 @@ class Trainer:
     def train(self, steps: int) -> None:
         """Take steps as ``maskmoe_kernels.experiments.shared.trainer`` does."""
         for _ in range(steps):
-            batch = self.data.step(self.done)
-            self.optimizer.zero_grad()
-            loss = self.loss(*batch)
-            loss.backward()
-            if self.clip is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-            self.optimizer.step()
-            self.total.add_(loss.detach(), alpha=len(batch[0]))
+            self.take(*self.data.step(self.done))
             self.done += 1
+
+    def _take(self, *batch: Tensor) -> None:
+        self.optimizer.zero_grad()
+        loss = self.loss(*batch)
+        loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.total.add_(loss.detach(), alpha=len(batch[0]))
+
+    def capture(self) -> None:
+        """Make all steps from now on replays of a CUDA graph; call it before the first step."""
+        for group in self.optimizer.param_groups:
+            group["capturable"] = True
+        held = [tensor.clone() for tensor in self.data.step(0)]
+        replay, _ = capture(lambda: self._take(*held), self.total.device)
+
+        def take(*batch: Tensor) -> None:
+            for tensor, values in zip(held, batch, strict=True):
+                tensor.copy_(values)
+            replay()
+
+        self.take = take
 
     def warm_up(self, seconds: float) -> None:
         """Compile, fill caches, and choose the number of steps that takes ``seconds``."""
@@ -144,14 +163,18 @@ def measure(subject: Subject, batch: int, schedule: Schedule, device: str) -> li
     """Samples a second of every model at one batch size."""
     make = subject.prepare(batch, schedule, device)
     records, trainers = [], []
-    for compiled in (False, True) if schedule.compile else (False,):
+    ways = ["eager", *["compiled"] * schedule.compile]
+    ways += ["captured"] * (torch.device(device).type == "cuda")
+    for way in ways:
         for name, note in subject.notes.items():
+            compiled = way == "compiled"
             if compiled and subject.compiled is not None and name not in subject.compiled:
                 continue
-            record: dict[str, Any] = {"model": name, "compiled": compiled, "batch": batch}
-            records.append(record | {"note": note})
+            records.append({"model": name, "way": way, "batch": batch, "note": note})
             try:
                 trainer = make(name, compiled)
+                if way == "captured":
+                    trainer.capture()
                 trainer.warm_up(schedule.seconds)
                 trainers.append((records[-1], trainer))
             except Exception as error:  # a model that cannot run is recorded with its reason
@@ -171,22 +194,22 @@ def measure(subject: Subject, batch: int, schedule: Schedule, device: str) -> li
 
 
 def ratios(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rate of ours / rate of each other model, for each batch, eager and compiled."""
+    """Rate of ours / rate of each other model, for each batch and way to train."""
     rates = {
-        (r["batch"], r["compiled"], r["model"]): r["samples_per_s"]
+        (r["batch"], r["way"], r["model"]): r["samples_per_s"]
         for r in records
         if "samples_per_s" in r
     }
     return [
         {
             "batch": batch,
-            "compiled": compiled,
+            "way": way,
             "to": other,
-            "ratio": rate / rates[batch, compiled, other],
+            "ratio": rate / rates[batch, way, other],
         }
-        for (batch, compiled, name), rate in rates.items()
+        for (batch, way, name), rate in rates.items()
         for other in dict.fromkeys(r["model"] for r in records)
-        if name == OURS != other and (batch, compiled, other) in rates
+        if name == OURS != other and (batch, way, other) in rates
     ]
 
 
@@ -216,16 +239,15 @@ def show(document: dict[str, Any], title: str, console: Console) -> None:
         Column("quartiles", optional=1),
         Column("ours is"),
     ]
-    ratio = {(r["batch"], r["compiled"], r["to"]): r["ratio"] for r in document["ratios"]}
+    ratio = {(r["batch"], r["way"], r["to"]): r["ratio"] for r in document["ratios"]}
     rows, reasons = [], {}
     for r in document["results"]:
-        how = "compiled" if r["compiled"] else "eager"
-        cells = [str(r["batch"]), how, r["model"]]
+        cells = [str(r["batch"]), r["way"], r["model"]]
         if "unavailable" in r:
             rows.append([*cells, "-", "-", "-"])
-            reasons[f"{r['model']}, {how}, batch {r['batch']}"] = r["unavailable"]
+            reasons[f"{r['model']}, {r['way']}, batch {r['batch']}"] = r["unavailable"]
             continue
-        than = ratio.get((r["batch"], r["compiled"], r["model"]))
+        than = ratio.get((r["batch"], r["way"], r["model"]))
         times = "-" if than is None else f"{than:.2f}x as fast"
         quartiles = f"{r['q25']:,.0f}-{r['q75']:,.0f}"
         rows.append([*cells, f"{r['samples_per_s']:,.0f}", quartiles, times])

@@ -4,12 +4,14 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include <cstring>
 #include <exception>
 #include <memory>
 
 #include "common/kernel_launch.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/plan_cache.h"
+#include "cuda/smem_layout.h"
 
 namespace {
 
@@ -147,6 +149,36 @@ PyObject* launch(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return nullptr;
 }
 
+// --- Networks on a GPU ----------------------------------------------------------------------------
+
+// Bytes of shared memory that a tile of few rows takes in training, for numbers of 2 and 4 bytes, where
+// the derivative of the activation is kept, too. A text: why the CUDA kernels do not compute the MLP.
+PyObject* mlp_bytes(PyObject*, PyObject* given) {
+  PyObject* list;
+  long long features;
+  if (!PyArg_ParseTuple(given, "O!L", &PyList_Type, &list, &features)) return nullptr;
+  std::vector<std::string> contents;
+  if (!read(list, contents)) return nullptr;
+  std::vector<std::vector<int64_t>> values;
+  std::vector<maskmoe::Encoded> layouts;
+  for (const std::string& bytes : contents) {
+    std::vector<int64_t>& of = values.emplace_back(bytes.size() / sizeof(int64_t));
+    std::memcpy(of.data(), bytes.data(), of.size() * sizeof(int64_t));
+    layouts.push_back({of.data(), static_cast<int64_t>(of.size())});
+  }
+  using namespace maskmoe::fused;
+  try {
+    const CompiledPlan compiled(layouts, {features});
+    const ExecutionPlan plan = compiled.at(compiled.bytes().data());
+    const auto bytes = [&](int item_size) -> long long {
+      return smem_layout(plan, {Op::kGem, item_size, true}, min_tile_rows(item_size)).bytes;
+    };
+    return Py_BuildValue("(LL)", bytes(2), bytes(4));
+  } catch (const std::exception& error) {
+    return PyUnicode_FromString(error.what());
+  }
+}
+
 PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, "Kernels that this build has and this machine can run."},
     {"isa", isa, METH_NOARGS, "The kernels that run, or None."},
@@ -157,6 +189,8 @@ PyMethodDef methods[] = {
      "A launch of a kernel, given the driver's functions, its shape and its parameters."},
     {"launch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(launch)), METH_FASTCALL,
      "Launch what was prepared on a stream, with these addresses."},
+    {"mlp_bytes", mlp_bytes, METH_VARARGS,
+     "Shared memory that an MLP takes on a GPU, given its serialized layouts and its features."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module{PyModuleDef_HEAD_INIT, "_C", "Kernels.", -1, methods,

@@ -49,6 +49,8 @@ class LayoutChain:
         self.too_fine = any(layout.too_fine for layout in layouts)
         #: (backend, dtype, device) of a call: why no kernels run it, or None; see ops/dispatch.py.
         self.dispatch_cache: dict[tuple[str | None, torch.dtype, torch.device], str | None] = {}
+        #: What training takes on a GPU, or why it cannot run as one op there; see ops/dispatch.py.
+        self.gpu_bytes: tuple[int, int] | str | None = None
         self._serialized: dict[torch.device, tuple[list[Tensor], list[int]]] = {}
 
     def serialized(self, device: torch.device) -> tuple[list[Tensor], list[int]]:

@@ -25,7 +25,7 @@ from maskmoe_kernels.nn.interception import (
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.checks import PLAIN
-from maskmoe_kernels.ops.dispatch import reason_against
+from maskmoe_kernels.ops.dispatch import note_gpu_bytes, reason_against
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 
@@ -101,6 +101,8 @@ class MaskedMLP(Routed, nn.Sequential):
         first = next(self.parameters(), None)
         if first is not None:
             self._chain.serialized(first.device)
+            if first.is_cuda:
+                note_gpu_bytes(self._chain)
 
     def _unroute(self) -> None:
         self._chain = LayoutChain([layout.unrouted() for layout in self.layouts])
@@ -229,7 +231,9 @@ class MaskedMLP(Routed, nn.Sequential):
         chain, like = self._chain, weights[0]
         if tracing:  # a trace guards on what it finds in a cache
             return reason_against("masked_mlp", "native", backend, chain, weights)
-        key = backend, like.dtype, like.device
+        autocast = like.is_cuda and torch.is_autocast_enabled("cuda")
+        dtype = torch.get_autocast_dtype("cuda") if autocast else like.dtype
+        key = backend, dtype, like.device
         if key not in chain.dispatch_cache:
             reason = reason_against("masked_mlp", "native", backend, chain, weights)
             chain.dispatch_cache[key] = reason

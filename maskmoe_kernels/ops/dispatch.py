@@ -92,9 +92,9 @@ TOO_FINE = (
 _NO_TILES = (
     "its layout does not fit tiles: they would multiply more than twice what a dense product does"
 )
-_NOT_BY_ITSELF = (
-    "its CUDA kernels are not chosen by themselves yet: which networks they make faster depends on "
-    "size and dtype (README has what was measured); name them with backend='native'"
+_FLOAT32 = (
+    "its CUDA kernels are not chosen by themselves in float32: they take three TF32 products for "
+    "one, whose error is a few times that of float32; name them with backend='native'"
 )
 
 
@@ -146,8 +146,15 @@ def reason_against(
         return f"the tensors are on {device}; these kernels are for NVIDIA GPUs"
     reason = unsupported_reason(op, implementation, layout, tensors, confidence)
     if reason is None and backend is None and op == "masked_mlp" and implementation == "native":
-        return _NOT_BY_ITSELF if device == "cuda" else None
+        return _gpu_reason(layout, tensors[0]) if device == "cuda" else None
     return reason
+
+
+def note_gpu_bytes(chain: LayoutChain) -> None:
+    """Find out what ``chain`` takes on a GPU, before a trace asks: a trace cannot."""
+    if chain.gpu_bytes is None:
+        with outside_of_modes():
+            chain.gpu_bytes = native.mlp_bytes(chain)
 
 
 def choose(
@@ -222,6 +229,27 @@ def _fused_mlp_reason(layout: Layouts, weight: Tensor) -> str | None:
     return native.UNSUPPORTED_REASON or (TOO_FINE if too_fine else None)
 
 
+def _gpu_reason(layout: Layouts, weight: Tensor) -> str | None:
+    """Why a network does not get its CUDA kernels unasked."""
+    dtype = weight.dtype
+    if dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+    if dtype == torch.float32:
+        return _FLOAT32
+    needed = layout.gpu_bytes if isinstance(layout, LayoutChain) else None
+    if needed is None:
+        return "it is not known yet what it takes on a GPU"
+    if isinstance(needed, str):
+        return needed
+    limit = _shared_memory(weight.device)
+    if needed[0] > limit:
+        return (
+            f"its CUDA kernels take {needed[0]} bytes of shared memory in training, and this GPU "
+            f"has {limit} a block"
+        )
+    return None
+
+
 def _selection_reason(
     implementation: str, family: Layouts, logits: Tensor, confidence: object
 ) -> str | None:
@@ -264,6 +292,13 @@ def _fine_reason(layout: Layout) -> str | None:
 @constant_in_trace
 def _triton_reason(device: torch.device) -> str | None:
     return triton_support.unsupported_reason(device)
+
+
+@constant_in_trace
+def _shared_memory(device: torch.device) -> int:
+    properties: Any = torch.cuda.get_device_properties(device)
+    bytes_a_block: int = properties.shared_memory_per_block_optin
+    return bytes_a_block
 
 
 def _tiles_fit(layout: Layout) -> bool:

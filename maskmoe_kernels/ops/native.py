@@ -1,6 +1,7 @@
 """The C++ kernels: whether they are here, which instruction set they use, and why not.
 
-Importing the extension registers the ops; launches of Triton kernels alone call it.
+Importing the extension registers the ops. What else it has: launches of Triton's kernels, and what
+a network takes on a GPU.
 ``MASKMOE_ISA`` names the instruction set to use (``amx``, ``avx512``, ``avx2``),
 ``MASKMOE_EXTENSION`` a different build of the extension to load (with sanitizers, say).
 """
@@ -16,7 +17,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.layout.serialized import on_forget
 
 _PACKAGE = Path(__file__).parent.parent
@@ -45,6 +49,19 @@ def set_isa(name: str) -> None:
     """
     if _extension is None or not _extension.set_isa(name):
         raise BackendError(f"no kernels for {name!r} here; there are {isas() or 'none'}")
+
+
+def mlp_bytes(chain: LayoutChain) -> tuple[int, int] | str:
+    """Bytes of shared memory that training takes on a GPU, with 2 and with 4 bytes a number.
+
+    A text says why the CUDA kernels do not compute such a network.
+    """
+    if CUDA_UNSUPPORTED_REASON is not None or _extension is None:
+        return CUDA_UNSUPPORTED_REASON or _reason
+    serialized, _ = chain.serialized(torch.device("cpu"))
+    layouts = [layout.numpy().tobytes() for layout in serialized]
+    found: tuple[int, int] | str = _extension.mlp_bytes(layouts, chain.in_features)
+    return found.removeprefix("maskmoe: ") if isinstance(found, str) else found
 
 
 def build_record() -> dict[str, Any]:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import maskmoe_kernels as mk
+from maskmoe_kernels.layout.chain import LayoutChain
+from maskmoe_kernels.ops import native
 from maskmoe_kernels.testing import strategies
 from tests.ops import host_emulator
 from tests.ops.cuda_cases import (
@@ -112,6 +114,21 @@ def test_it_does_not_matter_what_stays_in_shared_memory(name, dtype):
         found.append(net.gem(target)[1])
     for grads in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["toy", "ncf", "eight"])
+def test_what_a_network_is_said_to_take_is_what_it_takes(name, dtype, monkeypatch):
+    """The bytes that decide whether a network gets these kernels unasked."""
+    monkeypatch.setattr(native, "CUDA_UNSUPPORTED_REASON", None)
+    net = MLPS[name](20, "gelu", dtype)
+    needed = native.mlp_bytes(LayoutChain(net.layouts))[dtype == torch.float32]
+    configure(multiprocessors=1000, shared=needed)
+    target, _ = targets(20)
+    net.gem(target)
+    configure(multiprocessors=1000, shared=needed - 1)
+    with pytest.raises(RuntimeError, match=f"needs {needed} bytes"):
+        net.gem(target)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)

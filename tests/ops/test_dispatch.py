@@ -11,7 +11,7 @@ import torch
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.families import FAMILIES
 from maskmoe_kernels.layout.serialized import serialized_layout
-from maskmoe_kernels.ops import native, triton_support
+from maskmoe_kernels.ops import dispatch, native, triton_support
 from maskmoe_kernels.ops.dispatch import BACKENDS, choose, reason_against, unsupported_reason
 from maskmoe_kernels.ops.masked_linear import autograd
 
@@ -172,3 +172,41 @@ def test_an_op_of_one_backend_refuses_what_that_cannot():
         torch.ops.maskmoe.triton_linear(
             x, weight, None, fixed, layout.id, layout.out_features, "none", False
         )
+
+
+@pytest.mark.usefixtures("everything_built")
+def test_a_network_gets_its_gpu_kernels_where_it_fits(monkeypatch):
+    monkeypatch.setattr(native, "CUDA_UNSUPPORTED_REASON", None)
+    monkeypatch.setattr(dispatch, "_shared_memory", lambda device: 232_448)
+
+    def reason(net, dtype=torch.bfloat16):
+        weights = [tensor(dtype, "cuda")]
+        return reason_against("masked_mlp", "native", None, net.layers._chain, weights)
+
+    small = mk.InterpretableMLP(FAMILY, hidden=[16, 16])
+    assert "not known yet" in reason(small)
+    for net in (small, wide := mk.InterpretableMLP(FAMILY, hidden=[512, 512])):
+        dispatch.note_gpu_bytes(net.layers._chain)
+    assert reason(small) is None
+    assert reason(small, torch.float16) is None
+    assert "three TF32 products" in reason(small, torch.float32)
+    assert "of shared memory in training" in reason(wide)
+    many = mk.InterpretableMLP(FAMILY, hidden=[16], outputs=3)
+    dispatch.note_gpu_bytes(many.layers._chain)
+    assert "3 units, not 1" in reason(many)
+    assert choose("masked_mlp", None, small.layers._chain, [tensor(torch.bfloat16, "cuda")]) == (
+        "native"
+    )
+    # Under autocast, the network computes in its dtype.
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    assert reason(small, torch.float32) is None
+
+
+@pytest.mark.usefixtures("everything_built")
+def test_without_cuda_kernels_no_network_gets_them():
+    net = mk.InterpretableMLP(FAMILY, hidden=[16])
+    dispatch.note_gpu_bytes(net.layers._chain)
+    weights = [tensor(torch.bfloat16, "cuda")]
+    reason = reason_against("masked_mlp", "native", None, net.layers._chain, weights)
+    assert reason == "no CUDA kernels were built"

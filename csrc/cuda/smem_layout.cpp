@@ -3,6 +3,11 @@
 #include <algorithm>
 
 namespace maskmoe::fused {
+namespace {
+
+constexpr int64_t kReserved = 1024;  // bytes of each thread block that the system takes
+
+}  // namespace
 
 SmemLayout smem_layout(const ExecutionPlan& plan, const TileKind& kind, int rows) {
   SmemLayout layout{};
@@ -40,13 +45,15 @@ SmemLayout smem_layout(const ExecutionPlan& plan, const TileKind& kind, int rows
   return layout;
 }
 
+int64_t blocks_that_fit(const SmemLayout& layout, const DeviceLimits& limits) {
+  return std::max<int64_t>(limits.shared_per_multiprocessor / (layout.bytes + kReserved), 1);
+}
+
 void place_sums(SmemLayout& layout, const ExecutionPlan& plan, int64_t count,
                 const DeviceLimits& limits) {
-  constexpr int64_t kReserved = 1024;   // bytes of each block that the system takes
   constexpr int64_t kSmall = 16 << 10;  // sums of so few bytes leave L1 what it needs for weights
   const int64_t shared = limits.shared_per_multiprocessor;
-  const int64_t blocks =
-      std::clamp<int64_t>(shared / (layout.bytes + kReserved), 1, kBackwardBlocks);
+  const int64_t blocks = std::min<int64_t>(blocks_that_fit(layout, limits), kBackwardBlocks);
   const int64_t spare =
       std::min(shared / blocks - kReserved, limits.shared_per_block) - layout.bytes;
   const int64_t weights = int64_t{kBlockSize} * plan.forward_blocks, others = count - weights;

@@ -47,6 +47,9 @@ constexpr int min_tile_rows(int item_size) { return max_tile_rows(item_size) / 2
 
 SmemLayout smem_layout(const ExecutionPlan& plan, const TileKind& kind, int rows);
 
+// Thread blocks that a multiprocessor has shared memory for. One that is there alone gets more warps.
+int64_t blocks_that_fit(const SmemLayout& layout, const DeviceLimits& limits);
+
 // Keeps the last of a backward's `count` sums of weight gradients in shared memory: as many as do
 // not lower the number of blocks that fit a multiprocessor. `count` is a multiple of 4. A block that
 // has a multiprocessor alone gets more warps.

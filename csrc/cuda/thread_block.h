@@ -14,11 +14,13 @@
 #define MASKMOE_DEVICE __device__ __forceinline__
 #define MASKMOE_HOST_DEVICE __host__ __device__ inline
 #define MASKMOE_UNROLL _Pragma("unroll")
+#define MASKMOE_UNROLL_8 _Pragma("unroll 8")
 #define MASKMOE_NO_UNROLL _Pragma("unroll 1")
 #else
 #define MASKMOE_DEVICE inline
 #define MASKMOE_HOST_DEVICE inline
 #define MASKMOE_UNROLL
+#define MASKMOE_UNROLL_8
 #define MASKMOE_NO_UNROLL
 #endif
 
@@ -96,6 +98,10 @@ MASKMOE_DEVICE UInt4 read_only(const UInt4* p) {
 MASKMOE_DEVICE Float4 read_only(const Float4* p) {
   const float4 q = __ldg(reinterpret_cast<const float4*>(p));
   return {{q.x, q.y, q.z, q.w}};
+}
+MASKMOE_DEVICE Vec<float, 2> read_only(const Vec<float, 2>* p) {
+  const float2 q = __ldg(reinterpret_cast<const float2*>(p));
+  return {{q.x, q.y}};
 }
 
 // Fetches what a warp reads soon into L2. Address and number of bytes are multiples of 16.

@@ -10,54 +10,119 @@
 
 namespace maskmoe::fused {
 
-// Writes the gradients before the activation of two neighbouring inputs of a layer, in the place of
-// their values. Padding becomes zero.
+// Writes the gradients before the activation of a layer's inputs, in the place of their values.
+// Padding becomes zero.
 template <class T>
-struct StoreUnitGradient {
+struct StoreUnitGradients {
+  using Two = Vec<T, 2>;
   const Call& c;
   T* values;
   const T* dact;  // null: the derivative follows from the values
   int stride;
 
-  // valid: columns of the chunk that are not padding.
-  MASKMOE_DEVICE void operator()(int row, int column, int valid, float first, float second) const {
-    using Two = Vec<T, 2>;
-    const int at = row * stride + column;
-    Two* to = reinterpret_cast<Two*>(values + at);
-    const Two factor = dact == nullptr ? *to : *reinterpret_cast<const Two*>(dact + at);
-    const float given[2] = {first, second};
+  MASKMOE_DEVICE Two factor_at(int at) const {
+    return *reinterpret_cast<const Two*>((dact == nullptr ? values : dact) + at);
+  }
+
+  // Two neighbours. valid: columns of the chunk that are not padding.
+  MASKMOE_DEVICE void write(int at, int column, int valid, const Two& factor, float one,
+                            float other) const {
+    const float given[2] = {one, other};
     Two before;
     MASKMOE_UNROLL
     for (int n = 0; n < 2; ++n) {
       const float value = to_float(factor.value[n]);
       const float grad = dact == nullptr ? grad_before_activation(given[n], value, c.activation)
                                          : given[n] * value;
-      before.value[n] = rounded<T>(column % kChunk + n < valid ? grad : 0.0f);
+      before.value[n] = rounded<T>(column + n < valid ? grad : 0.0f);
     }
-    *to = before;
+    *reinterpret_cast<Two*>(values + at) = before;
+  }
+
+  template <int kFragments>
+  struct Loaded {};
+
+  template <int kFragments>
+  MASKMOE_DEVICE void load(const Product&, int, PerLane<Loaded<kFragments>>&) const {}
+
+  // All values are read before the first is overwritten.
+  template <int kFragments>
+  MASKMOE_DEVICE void store(const Product& product, int first, const PerLane<Loaded<kFragments>>&,
+                            const PerLane<Accumulator>* acc) const {
+    each_lane([&](int lane) {
+      Two factor[kRowsOf<kFragments>][2];
+      each_value_pair<kFragments>(lane, first, acc,
+                                  [&](int r, int row, int n, int column, float, float) {
+                                    factor[r][n] = factor_at(place(product, row, column));
+                                  });
+      each_value_pair<kFragments>(
+          lane, first, acc, [&](int r, int row, int n, int column, float one, float other) {
+            write(place(product, row, column), column, product.valid, factor[r][n], one, other);
+          });
+    });
+  }
+
+ private:
+  MASKMOE_DEVICE int place(const Product& product, int row, int column) const {
+    return row * stride + product.to * kChunk + column;
   }
 };
 
-// Writes the gradients of two neighbouring inputs of the MLP to c.grad_parts.
+// Writes the gradients of the inputs of the MLP to c.grad_parts.
 template <class T>
-struct StoreInputGradient {
+struct StoreInputGradients {
   const Call& c;
-  int64_t first;
+  int64_t first_sample;  // of the tile
+  float factor;
 
-  MASKMOE_DEVICE void operator()(int row, int column, int, float one, float other) const {
-    if (first + row >= c.rows) return;
-    const float factor = c.grad_input_factor == nullptr
-                             ? c.grad_input_scale
-                             : c.grad_input_scale * *c.grad_input_factor;
+  MASKMOE_DEVICE StoreInputGradients(const Call& call, int64_t sample)
+      : c(call), first_sample(sample), factor(call.grad_input_scale) {
+    if (c.grad_input_factor != nullptr) factor *= *c.grad_input_factor;
+  }
+
+  // Two neighbours of a row, in these columns of the padded input.
+  MASKMOE_DEVICE void write(int row, const InputColumn& left, const InputColumn& right, float one,
+                            float other) const {
+    if (first_sample + row >= c.rows) return;
     one *= factor, other *= factor;
-    if (sizeof(T) == 2 && c.float32_grad_inputs) return store<float>(row, column, one, other);
-    store<T>(row, column, one, other);
+    if (sizeof(T) == 2 && c.float32_grad_inputs) return write_as<float>(row, left, right, one, other);
+    write_as<T>(row, left, right, one, other);
+  }
+
+  // Where a lane's columns come from.
+  template <int kFragments>
+  struct Loaded {
+    InputColumn left[2], right[2];
+  };
+
+  template <int kFragments>
+  MASKMOE_DEVICE void load(const Product& product, int,
+                           PerLane<Loaded<kFragments>>& loaded) const {
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        const InputColumn* of = c.plan.columns + product.to * kChunk + accumulator_column(lane, 4 * n);
+        loaded[lane].left[n] = of[0], loaded[lane].right[n] = of[1];
+      }
+    });
+  }
+
+  template <int kFragments>
+  MASKMOE_DEVICE void store(const Product&, int first, const PerLane<Loaded<kFragments>>& loaded,
+                            const PerLane<Accumulator>* acc) const {
+    each_lane([&](int lane) {
+      each_value_pair<kFragments>(lane, first, acc,
+                                  [&](int, int row, int n, int, float one, float other) {
+                                    write(row, loaded[lane].left[n], loaded[lane].right[n], one,
+                                          other);
+                                  });
+    });
   }
 
  private:
   template <class To>
-  MASKMOE_DEVICE void store(int row, int column, float one, float other) const {
-    const InputColumn left = c.plan.columns[column], right = c.plan.columns[column + 1];
+  MASKMOE_DEVICE void write_as(int row, const InputColumn& left, const InputColumn& right, float one,
+                               float other) const {
     To* to = address_of<To>(left, row);
     const bool neighbours = right.part == left.part && right.column == left.column + 1;
     if (to != nullptr && neighbours && aligned<Vec<To, 2>>(to)) {
@@ -73,50 +138,73 @@ struct StoreInputGradient {
   MASKMOE_DEVICE To* address_of(const InputColumn& column, int row) const {
     if (column.part < 0 || c.grad_parts[column.part].data == nullptr) return nullptr;
     const PartGradient& part = c.grad_parts[column.part];
-    return static_cast<To*>(part.data) + (first + row) * part.stride + column.column;
+    return static_cast<To*>(part.data) + (first_sample + row) * part.stride + column.column;
   }
 };
 
-// Through the head, along its routed weights: store(row, column, valid, two gradients).
+// Through the head, along its routed weights: store(row, first column, valid, two gradients). What
+// belongs to columns is loaded once for all rows of a warp.
 //   grad : (experts, kR), of the logits
 template <class T, int kR, class F>
 MASKMOE_DEVICE void head_backward(const Call& c, const float* grad, const F& store) {
+  constexpr int kMostRows = kR / kWarps;  // of a warp
   const ExecutionPlan& plan = c.plan;
-  const int pairs = kChunk / 2 * plan.chunks[plan.layers - 1];
+  const int pairs = kChunk / 2 * plan.chunks[plan.layers - 1], warps = num_warps();
   each_thread([&](int thread) {
-    for (int row = thread / 32; row < kR; row += num_warps()) {
-      for (int n = thread % 32; n < pairs; n += 32) {
-        const int column = 2 * n, chunk = column / kChunk;
-        float sum[2] = {0.0f, 0.0f};
-        int valid = 0;
-        for (int r = plan.routed_head_begin[chunk]; r < plan.routed_head_begin[chunk + 1]; ++r) {
-          const int e = plan.routed_head[r];
-          const HeadWeights head = plan.head[e];
-          const float* weight = c.head_weights + int64_t{kChunk} * e + column % kChunk;
-          valid = head.valid;
+    for (int n = thread % 32; n < pairs; n += 32) {
+      const int column = 2 * n, chunk = column / kChunk;
+      float sum[kMostRows][2] = {};
+      int valid = 0;
+      for (int r = plan.routed_head_begin[chunk]; r < plan.routed_head_begin[chunk + 1]; ++r) {
+        const int e = plan.routed_head[r];
+        const HeadWeights head = plan.head[e];
+        const auto weight = read_only(reinterpret_cast<const Vec<float, 2>*>(
+            c.head_weights + int64_t{kChunk} * e + column % kChunk));
+        valid = head.valid;
+        MASKMOE_UNROLL
+        for (int m = 0; m < kMostRows; ++m) {
+          const int row = thread / 32 + m * warps;
+          const float given = row < kR ? grad[head.expert * kR + row] : 0.0f;
           MASKMOE_UNROLL
-          for (int m = 0; m < 2; ++m) {
-            if (column % kChunk + m >= valid) continue;
-            sum[m] = fmaf(grad[head.expert * kR + row], read_only(weight + m), sum[m]);
+          for (int k = 0; k < 2; ++k) {
+            if (column % kChunk + k < valid) sum[m][k] = fmaf(given, weight.value[k], sum[m][k]);
           }
         }
-        store(row, column, valid, sum[0], sum[1]);
+      }
+      MASKMOE_UNROLL
+      for (int m = 0; m < kMostRows; ++m) {
+        const int row = thread / 32 + m * warps;
+        if (row < kR) store(row, column, valid, sum[m][0], sum[m][1]);
       }
     }
   });
 }
 
-// Through a layer, not the head, along its routed blocks: store as in head_backward.
-template <class T, int kR, class F>
-MASKMOE_DEVICE void layer_backward(const Call& c, const Tile<T>& tile, int layer, const F& store) {
-  each_product<T, kR>(
-      c, Pass::kBackward, layer, tile.inputs(c, layer + 1), c.smem.stride[layer + 1],
-      [&](const Product& product, int first, PerLane<Accumulator>* acc) {
-        each_value_pair<Tiling<T, kR>::kFragments>(
-            first, acc, [&](int row, int column, float one, float other) {
-              store(row, product.to * kChunk + column, product.valid, one, other);
-            });
-      });
+// Through the head, to the gradients before the activation of its inputs.
+template <class T, int kR>
+MASKMOE_DEVICE void head_backward(const Call& c, const float* grad,
+                                  const StoreUnitGradients<T>& output) {
+  head_backward<T, kR>(c, grad, [&](int row, int column, int valid, float one, float other) {
+    const int at = row * output.stride + column;
+    output.write(at, column % kChunk, valid, output.factor_at(at), one, other);
+  });
+}
+
+// Through the head of an MLP that is nothing else, to its inputs.
+template <class T, int kR>
+MASKMOE_DEVICE void head_backward(const Call& c, const float* grad,
+                                  const StoreInputGradients<T>& output) {
+  head_backward<T, kR>(c, grad, [&](int row, int column, int, float one, float other) {
+    output.write(row, c.plan.columns[column], c.plan.columns[column + 1], one, other);
+  });
+}
+
+// Through a layer, not the head, along its routed blocks.
+template <class T, int kR, class Output>
+MASKMOE_DEVICE void layer_backward(const Call& c, const Tile<T>& tile, int layer,
+                                   const Output& output) {
+  each_product<T, kR>(c, Pass::kBackward, layer, tile.inputs(c, layer + 1),
+                      c.smem.stride[layer + 1], output);
 }
 
 // From the gradient of a tile's logits, (experts, kR), to all other gradients.
@@ -124,10 +212,10 @@ template <class T, int kR>
 MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* grad, int64_t first,
                              const GradientSums& sums) {
   const int head = c.plan.layers - 1;
-  const StoreInputGradient<T> to_inputs{c, first};
+  const StoreInputGradients<T> to_inputs(c, first);
   auto to_units = [&](int layer) {
-    return StoreUnitGradient<T>{c, tile.inputs(c, layer), tile.dact(c, layer),
-                                c.smem.stride[layer]};
+    return StoreUnitGradients<T>{c, tile.inputs(c, layer), tile.dact(c, layer),
+                                 c.smem.stride[layer]};
   };
   if (sums.needed()) {
     grad_head<T, kR>(c, tile, grad, sums);

@@ -45,30 +45,51 @@ MASKMOE_DEVICE const T* source_of(const PartSource& part, int32_t column, int64_
   return static_cast<const T*>(part.data) + row * part.stride + column;
 }
 
-// Columns 4 n to 4 n + 3 of a sample's padded input; NaN where an id names no row of the table.
-template <class T>
-MASKMOE_DEVICE Vec<T, 4> gather(const Call& c, const InputQuad& quad, int n, int64_t sample) {
+// Columns 4 n to 4 n + 3 of the padded input of kRows samples; NaN where an id names no row of the
+// table, zero where a sample does not count. What depends on no other load comes first, so that the
+// loads of all samples are on their way together.
+template <class T, int kRows>
+MASKMOE_DEVICE void gather(const Call& c, const InputQuad& quad, int n, const int64_t* sample,
+                           const bool* counts, Vec<T, 4>* four) {
   const T zero = rounded<T>(0.0f), unknown = rounded<T>(bits_to_float(0x7fc00000u));
-  Vec<T, 4> four{{zero, zero, zero, zero}};
+  MASKMOE_UNROLL
+  for (int r = 0; r < kRows; ++r) four[r] = {{zero, zero, zero, zero}};
   if (quad.count > 0) {
-    const T* from = source_of<T>(c.parts[quad.part], quad.column, sample);
-    if (from != nullptr && quad.count == 4 && aligned<Vec<T, 4>>(from)) {
-      return *reinterpret_cast<const Vec<T, 4>*>(from);
+    const PartSource& part = c.parts[quad.part];
+    const T* from[kRows];
+    MASKMOE_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = counts[r] ? source_of<T>(part, quad.column, sample[r]) : nullptr;
     }
     MASKMOE_UNROLL
-    for (int m = 0; m < 4; ++m) {
-      if (m < quad.count) four.value[m] = from == nullptr ? unknown : from[m];
+    for (int r = 0; r < kRows; ++r) {
+      if (!counts[r]) continue;
+      if (from[r] != nullptr && quad.count == 4 && aligned<Vec<T, 4>>(from[r])) {
+        four[r] = *reinterpret_cast<const Vec<T, 4>*>(from[r]);
+        continue;
+      }
+      MASKMOE_UNROLL
+      for (int m = 0; m < 4; ++m) {
+        if (m < quad.count) four[r].value[m] = from[r] == nullptr ? unknown : from[r][m];
+      }
     }
   } else if (quad.count < 0) {
     MASKMOE_UNROLL
     for (int m = 0; m < 4; ++m) {
       const InputColumn column = c.plan.columns[4 * n + m];
       if (column.part < 0) continue;
-      const T* from = source_of<T>(c.parts[column.part], column.column, sample);
-      four.value[m] = from == nullptr ? unknown : *from;
+      const PartSource& part = c.parts[column.part];
+      const T* from[kRows];
+      MASKMOE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        from[r] = counts[r] ? source_of<T>(part, column.column, sample[r]) : nullptr;
+      }
+      MASKMOE_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        if (counts[r]) four[r].value[m] = from[r] == nullptr ? unknown : *from[r];
+      }
     }
   }
-  return four;
 }
 
 // The padded input of a tile; rows that do not count are zero.
@@ -84,13 +105,16 @@ MASKMOE_DEVICE void load_inputs(const Call& c, const Tile<T>& tile, int64_t firs
       const InputQuad quad = c.plan.quads[n];
       for (int row = thread / 32; row < kR; row += kInFlight * warps) {
         Vec<T, 4> four[kInFlight];
+        int64_t sample[kInFlight];
+        bool counts[kInFlight];
         MASKMOE_UNROLL
         for (int m = 0; m < kInFlight; ++m) {
           const int at = row + m * warps;
-          const bool counts = at < kR && (row_mask == nullptr ? first + at < c.rows
-                                                              : row_mask[at] != 0.0f);
-          four[m] = counts ? gather<T>(c, quad, n, first + at) : Vec<T, 4>{};
+          sample[m] = first + at;
+          counts[m] = at < kR && (row_mask == nullptr ? first + at < c.rows
+                                                      : row_mask[at] != 0.0f);
         }
+        gather<T, kInFlight>(c, quad, n, sample, counts, four);
         MASKMOE_UNROLL
         for (int m = 0; m < kInFlight; ++m) {
           const int at = row + m * warps;
@@ -114,42 +138,38 @@ MASKMOE_DEVICE void multiply_chunk(const T* from, int stride, int chunk,
   }
 }
 
-// acc += rows of `from` times the product's blocks. Registers suffice to load one block of 32-bit
-// weights ahead, and kAhead blocks of 16-bit weights.
-template <class T, int kFragments>
-MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* from, int stride,
-                               PerLane<Accumulator>* acc) {
-  using B = typename Mma<T>::B;
-  const T* blocks = static_cast<const T*>(c.weights) + int64_t{kBlockSize} * product.block;
-  if constexpr (sizeof(T) == 4) {
-    int left = product.blocks;
-    PerLane<B> right, next;
-    if (left > 0) Mma<T>::load_weights(right, blocks);
-    next = right;
-    for (int r = product.runs; r < product.runs_end; ++r) {
-      const ChunkRun run = c.plan.runs[r];
-      for (int chunk = run.first; chunk < run.first + run.count; ++chunk) {
-        if (--left > 0) Mma<T>::load_weights(next, blocks += kBlockSize);
-        multiply_chunk<T, kFragments>(from, stride, chunk, right, acc);
-        right = next;
-      }
-    }
-  } else {
-    constexpr int kAhead = 4;
-    PerLane<B> right[kAhead];
+// The weights of a product on their way: loaded kAhead blocks before they are needed, as many as
+// registers suffice for; and so is the next run of chunks. Those that come first are loaded while the
+// product before is stored.
+template <class T>
+struct WeightStream {
+  static constexpr int kAhead = sizeof(T) == 4 ? 2 : 4;
+  PerLane<typename Mma<T>::B> right[kAhead];
+  ChunkRun run;
+
+  MASKMOE_DEVICE void begin(const Call& c, const Product& product) {
+    const T* blocks = blocks_of(c, product);
     MASKMOE_UNROLL
     for (int m = 0; m < kAhead; ++m) {
       if (m < product.blocks) Mma<T>::load_weights(right[m], blocks + m * kBlockSize);
     }
-    int r = product.runs, left = 0, chunk = 0;  // of run r - 1: chunks to come, the first of them
+    if (product.runs < product.runs_end) run = c.plan.runs[product.runs];
+  }
+
+  // acc += rows of `from` times the product's blocks.
+  template <int kFragments>
+  MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* from, int stride,
+                                 PerLane<Accumulator>* acc) {
+    const T* blocks = blocks_of(c, product);
+    int r = product.runs, left = 0, chunk = 0;  // of the run: chunks to come, the first of them
     for (int first = 0; first < product.blocks; first += kAhead) {
       MASKMOE_UNROLL
       for (int m = 0; m < kAhead; ++m) {
         const int n = first + m;
         if (n >= product.blocks) break;
         if (left == 0) {
-          const ChunkRun run = c.plan.runs[r++];
           chunk = run.first, left = run.count;
+          if (++r < product.runs_end) run = c.plan.runs[r];
         }
         multiply_chunk<T, kFragments>(from, stride, chunk, right[m], acc);
         if (n + kAhead < product.blocks) {
@@ -159,68 +179,126 @@ MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* f
       }
     }
   }
+
+ private:
+  static MASKMOE_DEVICE const T* blocks_of(const Call& c, const Product& product) {
+    return static_cast<const T*>(c.weights) + int64_t{kBlockSize} * product.block;
+  }
+};
+
+// A lane's values of a product, in pairs of neighbours: two pairs of columns, in kRowsOf<kFragments>
+// rows.
+template <int kFragments>
+constexpr int kRowsOf = 2 * kFragments;
+
+// f(index of the row, row, index of the columns, first column, two neighbouring values) for all of
+// them.
+template <int kFragments, class F>
+MASKMOE_DEVICE void each_value_pair(int lane, int first, const PerLane<Accumulator>* acc,
+                                    const F& f) {
+  MASKMOE_UNROLL
+  for (int m = 0; m < kFragments; ++m) {
+    MASKMOE_UNROLL
+    for (int n = 0; n < 8; n += 2) {
+      f(2 * m + n / 2 % 2, first + m * 16 + accumulator_row(lane, n), n / 4,
+        accumulator_column(lane, n), acc[m][lane].x[n], acc[m][lane].x[n + 1]);
+    }
+  }
 }
 
-// Bias and activation of two neighbouring units of a row. Padding and rows that do not count become
-// zero, also beside infinities.
+// Bias and activation of a product's units. Padding and rows that do not count become zero, also
+// beside infinities.
 template <class T>
-struct Epilogue {
+struct StoreUnits {
   const Call& c;
-  const Product& product;
-  const float* bias;
+  const float* biases;    // of the layer, padded
   T* to;
   T* dact;                // null: not kept
   const float* row_mask;  // null: every row counts
   int stride;
 
-  MASKMOE_DEVICE void operator()(int row, int col, float first, float second) const {
-    const bool counts = row_mask == nullptr || row_mask[row] != 0.0f;
-    const bool in[2] = {counts && col < product.valid, counts && col + 1 < product.valid};
-    const float z[2] = {first + bias[col], second + bias[col + 1]};
-    Vec<T, 2> value, derivative;
-    MASKMOE_UNROLL
-    for (int n = 0; n < 2; ++n) {
-      value.value[n] = rounded<T>(in[n] ? activate(z[n], c.activation) : 0.0f);
-      if (dact) {
-        derivative.value[n] = rounded<T>(in[n] ? activation_derivative(z[n], c.activation) : 0.0f);
+  // What is loaded before the product is computed: while it is, loads from L2 arrive.
+  template <int kFragments>
+  struct Loaded {
+    Vec<float, 2> bias[2];
+    uint32_t counts;  // a bit for each row
+  };
+
+  template <int kFragments>
+  MASKMOE_DEVICE void load(const Product& product, int first,
+                           PerLane<Loaded<kFragments>>& loaded) const {
+    const float* bias = biases + product.to * kChunk;
+    each_lane([&](int lane) {
+      MASKMOE_UNROLL
+      for (int n = 0; n < 2; ++n) {
+        loaded[lane].bias[n] =
+            read_only(reinterpret_cast<const Vec<float, 2>*>(bias + accumulator_column(lane, 4 * n)));
       }
-    }
-    const int at = row * stride + product.to * kChunk + col;
-    *reinterpret_cast<Vec<T, 2>*>(to + at) = value;
-    if (dact) *reinterpret_cast<Vec<T, 2>*>(dact + at) = derivative;
+      loaded[lane].counts = 0;
+      MASKMOE_UNROLL
+      for (int r = 0; r < kRowsOf<kFragments>; ++r) {
+        const int row = first + r / 2 * 16 + accumulator_row(lane, r % 2 * 2);
+        const bool counts = row_mask == nullptr || row_mask[row] != 0.0f;
+        loaded[lane].counts |= uint32_t{counts} << r;
+      }
+    });
+  }
+
+  template <int kFragments>
+  MASKMOE_DEVICE void store(const Product& product, int first,
+                            const PerLane<Loaded<kFragments>>& loaded,
+                            const PerLane<Accumulator>* acc) const {
+    each_lane([&](int lane) {
+      each_value_pair<kFragments>(
+          lane, first, acc, [&](int r, int row, int n, int col, float one, float other) {
+            const bool counts = (loaded[lane].counts >> r & 1) != 0;
+            const bool in[2] = {counts && col < product.valid, counts && col + 1 < product.valid};
+            const Vec<float, 2> bias = loaded[lane].bias[n];
+            const float z[2] = {one + bias.value[0], other + bias.value[1]};
+            Vec<T, 2> value, derivative;
+            MASKMOE_UNROLL
+            for (int m = 0; m < 2; ++m) {
+              value.value[m] = rounded<T>(in[m] ? activate(z[m], c.activation) : 0.0f);
+              if (dact) {
+                derivative.value[m] =
+                    rounded<T>(in[m] ? activation_derivative(z[m], c.activation) : 0.0f);
+              }
+            }
+            const int at = row * stride + product.to * kChunk + col;
+            *reinterpret_cast<Vec<T, 2>*>(to + at) = value;
+            if (dact) *reinterpret_cast<Vec<T, 2>*>(dact + at) = derivative;
+          });
+    });
   }
 };
 
-// f(product, first row of the warp, acc) for every product of a pass.
-template <class T, int kR, class F>
+// output.store of every product of a pass; output.load comes before a product is computed.
+template <class T, int kR, class Output>
 MASKMOE_DEVICE void each_product(const Call& c, Pass pass, int layer, const T* from, int stride,
-                                 const F& f) {
+                                 const Output& output) {
   using Of = Tiling<T, kR>;
+  constexpr int kFragments = Of::kFragments;
   const int32_t* bounds = c.plan.bounds + c.plan.bounds_at(pass, layer, num_warps() / Of::kGroups);
   each_warp([&](int warp) {
-    const int worker = warp / Of::kGroups, first = warp % Of::kGroups * 16 * Of::kFragments;
-    for (int n = bounds[worker]; n < bounds[worker + 1]; ++n) {
-      const Product product = c.plan.products[c.plan.schedule[n]];
-      PerLane<Accumulator> acc[Of::kFragments];
+    const int worker = warp / Of::kGroups, first = warp % Of::kGroups * 16 * kFragments;
+    const int end = bounds[worker + 1];
+    int n = bounds[worker];
+    if (n >= end) return;
+    Product next = c.plan.products[c.plan.schedule[n]];
+    WeightStream<T> weights;
+    weights.begin(c, next);
+    while (n < end) {
+      const Product product = next;
+      const bool last = ++n == end;
+      if (!last) next = c.plan.products[c.plan.schedule[n]];
+      PerLane<typename Output::template Loaded<kFragments>> loaded;
+      output.template load<kFragments>(product, first, loaded);
+      PerLane<Accumulator> acc[kFragments];
       MASKMOE_UNROLL
-      for (int m = 0; m < Of::kFragments; ++m) clear(acc[m]);
-      accumulate<T, Of::kFragments>(c, product, from + first * stride, stride, acc);
-      f(product, first, acc);
-    }
-  });
-}
-
-// f(row, column, two neighbouring values) for all values of a product.
-template <int kFragments, class F>
-MASKMOE_DEVICE void each_value_pair(int first, const PerLane<Accumulator>* acc, const F& f) {
-  each_lane([&](int lane) {
-    MASKMOE_UNROLL
-    for (int m = 0; m < kFragments; ++m) {
-      MASKMOE_UNROLL
-      for (int n = 0; n < 8; n += 2) {
-        f(first + m * 16 + accumulator_row(lane, n), accumulator_column(lane, n),
-          acc[m][lane].x[n], acc[m][lane].x[n + 1]);
-      }
+      for (int m = 0; m < kFragments; ++m) clear(acc[m]);
+      weights.template accumulate<kFragments>(c, product, from + first * stride, stride, acc);
+      if (!last) weights.begin(c, next);
+      output.template store<kFragments>(product, first, loaded, acc);
     }
   });
 }
@@ -230,37 +308,33 @@ template <class T, int kR>
 MASKMOE_DEVICE void layer_forward(const Call& c, const Tile<T>& tile, int layer,
                                   const float* row_mask) {
   each_product<T, kR>(c, Pass::kForward, layer, tile.inputs(c, layer), c.smem.stride[layer],
-                      [&](const Product& product, int first, PerLane<Accumulator>* acc) {
-                        const Epilogue<T> store{
-                            c,
-                            product,
-                            c.biases + c.plan.bias_at[layer] + product.to * kChunk,
-                            tile.inputs(c, layer + 1),
-                            tile.dact(c, layer + 1),
-                            row_mask,
-                            c.smem.stride[layer + 1]};
-                        each_value_pair<Tiling<T, kR>::kFragments>(first, acc, store);
-                      });
+                      StoreUnits<T>{c, c.biases + c.plan.bias_at[layer], tile.inputs(c, layer + 1),
+                                    tile.dact(c, layer + 1), row_mask, c.smem.stride[layer + 1]});
 }
 
-// sum + 16 columns of a row times as many weights, loaded in words of 16 bytes.
+// 16 columns of a row and as many weights of the head, loaded in words of 16 bytes.
 template <class T>
-MASKMOE_DEVICE float dot(const T* row, const float* weight, float sum) {
-  constexpr int kWide = 16 / sizeof(T);
-  MASKMOE_UNROLL
-  for (int n = 0; n < kChunk; n += kWide) {
-    T h[kWide];
-    const UInt4 q = *reinterpret_cast<const UInt4*>(row + n);
-    memcpy(h, &q, sizeof h);
+struct HeadChunk {
+  static constexpr int kWords = kChunk * sizeof(T) / 16;
+  UInt4 row[kWords];
+  Float4 weight[4];
+
+  MASKMOE_DEVICE HeadChunk(const T* from, const float* weights) {
     MASKMOE_UNROLL
-    for (int m = 0; m < kWide; m += 4) {
-      const Float4 w = read_only(reinterpret_cast<const Float4*>(weight + n + m));
-      MASKMOE_UNROLL
-      for (int k = 0; k < 4; ++k) sum = fmaf(to_float(h[m + k]), w.value[k], sum);
-    }
+    for (int n = 0; n < 4; ++n) weight[n] = read_only(reinterpret_cast<const Float4*>(weights) + n);
+    MASKMOE_UNROLL
+    for (int n = 0; n < kWords; ++n) row[n] = reinterpret_cast<const UInt4*>(from)[n];
   }
-  return sum;
-}
+
+  // sum + the products, in the order of the columns.
+  MASKMOE_DEVICE float added_to(float sum) const {
+    T h[kChunk];
+    memcpy(h, row, sizeof h);
+    MASKMOE_UNROLL
+    for (int n = 0; n < kChunk; ++n) sum = fmaf(to_float(h[n]), weight[n / 4].value[n % 4], sum);
+    return sum;
+  }
+};
 
 // f(row, expert, logit) for every logit of a tile.
 template <class T, int kR, class F>
@@ -272,8 +346,18 @@ MASKMOE_DEVICE void head_forward(const Call& c, const Tile<T>& tile, const F& f)
       const int row = n % kR, expert = n / kR;
       const T* from = tile.inputs(c, layer) + row * c.smem.stride[layer];
       float z = 0.0f;
-      for (int e = plan.head_begin[expert]; e < plan.head_begin[expert + 1]; ++e) {
-        z = dot(from + plan.head[e].chunk * kChunk, c.head_weights + int64_t{kChunk} * e, z);
+      const int end = plan.head_begin[expert + 1];
+      int e = plan.head_begin[expert];
+      for (; e + 1 < end; e += 2) {  // two at a time: their loads are on their way together
+        const int one = plan.head[e].chunk, other = plan.head[e + 1].chunk;
+        const float* weights = c.head_weights + int64_t{kChunk} * e;
+        const HeadChunk<T> left(from + one * kChunk, weights);
+        const HeadChunk<T> right(from + other * kChunk, weights + kChunk);
+        z = right.added_to(left.added_to(z));
+      }
+      if (e < end) {
+        const float* weights = c.head_weights + int64_t{kChunk} * e;
+        z = HeadChunk<T>(from + plan.head[e].chunk * kChunk, weights).added_to(z);
       }
       f(row, expert, z + c.biases[plan.bias_at[layer] + expert]);
     }
@@ -302,7 +386,7 @@ MASKMOE_DEVICE void hidden_layers_forward(const Call& c, const Tile<T>& tile, in
 template <class T, int kR>
 struct Forward {
   using Arguments = Call;
-  static constexpr int kBlocksPerMultiprocessor = sizeof(T) == 4 ? 2 : 3;  // limits registers
+  static constexpr int kBlocksPerMultiprocessor = 1, kMostThreads = 32 * kMostWarps;
 
   static MASKMOE_DEVICE void run(const Call& c, const GridPosition& grid) {
     const Tile<T> tile(c, grid);

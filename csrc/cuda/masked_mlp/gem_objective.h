@@ -17,6 +17,7 @@ MASKMOE_DEVICE void add_loss_sums(const LogitTile& cells, int experts) {
                           : n < 2 * experts ? cells.weight + (n - experts) * kR
                                             : cells.row_mask;
       float sum = 0.0f;
+      MASKMOE_UNROLL_8
       for (int row = 0; row < kR; ++row) sum += from[row];
       cells.sums[n] += sum;
     }

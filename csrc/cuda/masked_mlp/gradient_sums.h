@@ -151,6 +151,7 @@ MASKMOE_DEVICE void grad_biases(const Call& c, const Tile<T>& tile, int layer,
   each_thread([&](int thread) {
     for (int n = thread; n < columns; n += num_threads()) {
       float sum = 0.0f;
+      MASKMOE_UNROLL_8
       for (int row = 0; row < kR; ++row) sum += to_float(units[row * stride + n]);
       sums.add(first + n, sum);
     }
@@ -168,6 +169,7 @@ MASKMOE_DEVICE void grad_head(const Call& c, const Tile<T>& tile, const float* g
       const HeadWeights head = plan.head[n / kChunk];
       const T* from = tile.inputs(c, layer) + head.chunk * kChunk + n % kChunk;
       float sum = 0.0f;
+      MASKMOE_UNROLL_8
       for (int row = 0; row < kR; ++row) {
         sum = fmaf(to_float(from[row * stride]), grad[head.expert * kR + row], sum);
       }
@@ -175,6 +177,7 @@ MASKMOE_DEVICE void grad_head(const Call& c, const Tile<T>& tile, const float* g
     }
     for (int expert = thread; expert < plan.experts; expert += num_threads()) {
       float sum = 0.0f;
+      MASKMOE_UNROLL_8
       for (int row = 0; row < kR; ++row) sum += grad[expert * kR + row];
       sums.add(first_bias_sum(plan) + plan.bias_at[layer] + expert, sum);
     }

@@ -139,7 +139,11 @@ class Launcher {
     const std::string reason = unsupported_reason(plan, kind, limits);
     STD_TORCH_CHECK(reason.empty(), "maskmoe: ", reason);
     smem_ = smem_layout(plan, kind, choose_tile_rows(plan, kind, limits, rows()));
-    if (keeps_all_layers(op)) place_sums(smem_, plan, sums_size(), limits);
+    if (keeps_all_layers(op)) {
+      place_sums(smem_, plan, sums_size(), limits);
+    } else if (blocks_that_fit(smem_, limits) == 1) {
+      smem_.warps = kMostWarps;
+    }
   }
 
   template <class Kernel>

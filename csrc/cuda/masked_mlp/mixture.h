@@ -33,7 +33,7 @@ MASKMOE_DEVICE void store_shares(const Call& c, const LogitTile& cells, int64_t 
 template <class T, int kR>
 struct Mix {
   using Arguments = Call;
-  static constexpr int kBlocksPerMultiprocessor = Forward<T, kR>::kBlocksPerMultiprocessor;
+  static constexpr int kBlocksPerMultiprocessor = 1, kMostThreads = 32 * kMostWarps;
 
   static MASKMOE_DEVICE void run(const Call& c, const GridPosition& grid) {
     const int experts = c.plan.experts;

@@ -29,7 +29,7 @@ struct ScatterArguments {
 
 // Cuts rows into spans and samples into slices.
 inline void partition(ScatterArguments& s) {
-  constexpr int64_t kMinSlice = 256, kMaxSlices = 256, kMaxFloats = 1 << 22;
+  constexpr int64_t kMinSlice = 64, kMaxSlices = 1024, kMaxFloats = 1 << 22;
   const int64_t widest = s.width > 0 ? s.width : 1;
   s.span = kMaxSpanFloats / widest;
   if (s.span > s.rows) s.span = s.rows;
@@ -107,7 +107,9 @@ struct ScatterRows {
   static MASKMOE_DEVICE void add(const ScatterArguments& s, int64_t first, int width, float* sums,
                                  const int32_t* local, const uint32_t* hits) {
     constexpr int kInFlight = 8;
-    const int across = width < kThreads ? width : kThreads, groups = kThreads / across;
+    const int across = width < kThreads ? width : kThreads;
+    int groups = 1;  // a power of two
+    while (2 * groups * across <= kThreads) groups *= 2;
     const T* grad = static_cast<const T*>(s.grad) + first * s.stride;
     each_thread([&](int thread) {
       const int group = thread / across;
@@ -122,7 +124,7 @@ struct ScatterRows {
           }
           const int n = warp * 32 + first_bit(bits);
           bits &= bits - 1;
-          if (local[n] % groups == group) return n;
+          if ((local[n] & (groups - 1)) == group) return n;
         }
       };
       for (bool more = true; more;) {

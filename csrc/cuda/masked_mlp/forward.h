@@ -138,53 +138,38 @@ MASKMOE_DEVICE void multiply_chunk(const T* from, int stride, int chunk,
   }
 }
 
-// The weights of a product on their way: loaded kAhead blocks before they are needed, as many as
-// registers suffice for; and so is the next run of chunks. Those that come first are loaded while the
-// product before is stored.
-template <class T>
-struct WeightStream {
-  static constexpr int kAhead = sizeof(T) == 4 ? 2 : 4;
+// acc += rows of `from` times the product's blocks. Weights are loaded kAhead blocks before they are
+// needed, as many as registers suffice for; and so is the next run of chunks.
+template <class T, int kFragments>
+MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* from, int stride,
+                               PerLane<Accumulator>* acc) {
+  constexpr int kAhead = sizeof(T) == 4 ? 2 : 4;
+  const T* blocks = static_cast<const T*>(c.weights) + int64_t{kBlockSize} * product.block;
   PerLane<typename Mma<T>::B> right[kAhead];
-  ChunkRun run;
-
-  MASKMOE_DEVICE void begin(const Call& c, const Product& product) {
-    const T* blocks = blocks_of(c, product);
+  MASKMOE_UNROLL
+  for (int m = 0; m < kAhead; ++m) {
+    if (m < product.blocks) Mma<T>::load_weights(right[m], blocks + m * kBlockSize);
+  }
+  int r = product.runs, left = 0, chunk = 0;  // of the run: chunks to come, the first of them
+  ChunkRun next{};
+  if (r < product.runs_end) next = c.plan.runs[r];
+  for (int first = 0; first < product.blocks; first += kAhead) {
     MASKMOE_UNROLL
     for (int m = 0; m < kAhead; ++m) {
-      if (m < product.blocks) Mma<T>::load_weights(right[m], blocks + m * kBlockSize);
-    }
-    if (product.runs < product.runs_end) run = c.plan.runs[product.runs];
-  }
-
-  // acc += rows of `from` times the product's blocks.
-  template <int kFragments>
-  MASKMOE_DEVICE void accumulate(const Call& c, const Product& product, const T* from, int stride,
-                                 PerLane<Accumulator>* acc) {
-    const T* blocks = blocks_of(c, product);
-    int r = product.runs, left = 0, chunk = 0;  // of the run: chunks to come, the first of them
-    for (int first = 0; first < product.blocks; first += kAhead) {
-      MASKMOE_UNROLL
-      for (int m = 0; m < kAhead; ++m) {
-        const int n = first + m;
-        if (n >= product.blocks) break;
-        if (left == 0) {
-          chunk = run.first, left = run.count;
-          if (++r < product.runs_end) run = c.plan.runs[r];
-        }
-        multiply_chunk<T, kFragments>(from, stride, chunk, right[m], acc);
-        if (n + kAhead < product.blocks) {
-          Mma<T>::load_weights(right[m], blocks + (n + kAhead) * kBlockSize);
-        }
-        ++chunk, --left;
+      const int n = first + m;
+      if (n >= product.blocks) break;
+      if (left == 0) {
+        chunk = next.first, left = next.count;
+        if (++r < product.runs_end) next = c.plan.runs[r];
       }
+      multiply_chunk<T, kFragments>(from, stride, chunk, right[m], acc);
+      if (n + kAhead < product.blocks) {
+        Mma<T>::load_weights(right[m], blocks + (n + kAhead) * kBlockSize);
+      }
+      ++chunk, --left;
     }
   }
-
- private:
-  static MASKMOE_DEVICE const T* blocks_of(const Call& c, const Product& product) {
-    return static_cast<const T*>(c.weights) + int64_t{kBlockSize} * product.block;
-  }
-};
+}
 
 // A lane's values of a product, in pairs of neighbours: two pairs of columns, in kRowsOf<kFragments>
 // rows.
@@ -283,21 +268,17 @@ MASKMOE_DEVICE void each_product(const Call& c, Pass pass, int layer, const T* f
     const int worker = warp / Of::kGroups, first = warp % Of::kGroups * 16 * kFragments;
     const int end = bounds[worker + 1];
     int n = bounds[worker];
-    if (n >= end) return;
-    Product next = c.plan.products[c.plan.schedule[n]];
-    WeightStream<T> weights;
-    weights.begin(c, next);
+    Product next{};
+    if (n < end) next = c.plan.products[c.plan.schedule[n]];
     while (n < end) {
       const Product product = next;
-      const bool last = ++n == end;
-      if (!last) next = c.plan.products[c.plan.schedule[n]];
+      if (++n < end) next = c.plan.products[c.plan.schedule[n]];
       PerLane<typename Output::template Loaded<kFragments>> loaded;
       output.template load<kFragments>(product, first, loaded);
       PerLane<Accumulator> acc[kFragments];
       MASKMOE_UNROLL
       for (int m = 0; m < kFragments; ++m) clear(acc[m]);
-      weights.template accumulate<kFragments>(c, product, from + first * stride, stride, acc);
-      if (!last) weights.begin(c, next);
+      accumulate<T, kFragments>(c, product, from + first * stride, stride, acc);
       output.template store<kFragments>(product, first, loaded, acc);
     }
   });

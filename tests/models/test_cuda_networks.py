@@ -47,9 +47,10 @@ def error(found, expected):
 
 
 @dtypes
+@pytest.mark.parametrize("activation", ["tanh", "gelu"])  # whose derivatives have no jump
 @pytest.mark.parametrize("name", NETS)
-def test_they_run_as_one_op_and_compute_the_definition(name, dtype):
-    net, truth, x, y = made(name, dtype)
+def test_they_run_as_one_op_and_compute_the_definition(name, activation, dtype):
+    net, truth, x, y = made(name, dtype, activation=activation)
     assert net.layers.unsupported_reason() is None
     wide = x.double().cpu()
     given, exact = x.clone().requires_grad_(), wide.clone().requires_grad_()
@@ -58,8 +59,7 @@ def test_they_run_as_one_op_and_compute_the_definition(name, dtype):
     truth.gem_loss(exact, y.cpu()).backward()
     pairs = [(given.grad, exact.grad)]
     pairs += [(a.grad, b.grad) for a, b in zip(net.parameters(), truth.parameters(), strict=True)]
-    # Where a hidden unit is near its kink, 16 bits may see it on the other side.
-    assert all(error(a, b) < 5 * ERROR[dtype] for a, b in pairs)
+    assert all(error(a, b) < 3 * ERROR[dtype] for a, b in pairs)
     assert error(net.predict(x).probability, truth.predict(wide).probability) < ERROR[dtype]
     assert_blind(net, x, net.family.visible_features())
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "common/names.h"
 #include "cuda/thread_block.h"
@@ -11,6 +12,24 @@ namespace maskmoe::fused {
 // Does the derivative follow from the activation's value alone?
 constexpr bool follows_from_value(Activation a) {
   return a != Activation::kGelu && a != Activation::kSilu;
+}
+
+template <Activation kActivation>
+constexpr bool kFollowsFromValue = follows_from_value(kActivation);
+
+template <Activation kActivation>
+using ActivationIs = std::integral_constant<Activation, kActivation>;
+
+// f(ActivationIs<a>{}): code of its own for each activation. Code that asks at every value which one
+// it is does not fit the instruction cache.
+template <class F>
+MASKMOE_DEVICE void with_activation(Activation a, const F& f) {
+  if (a == Activation::kGelu) return f(ActivationIs<Activation::kGelu>{});
+  if (a == Activation::kSilu) return f(ActivationIs<Activation::kSilu>{});
+  if (a == Activation::kTanh) return f(ActivationIs<Activation::kTanh>{});
+  if (a == Activation::kRelu) return f(ActivationIs<Activation::kRelu>{});
+  if (a == Activation::kLeakyRelu) return f(ActivationIs<Activation::kLeakyRelu>{});
+  f(ActivationIs<Activation::kNone>{});
 }
 
 MASKMOE_DEVICE float sigmoid(float z) {

@@ -12,16 +12,15 @@ namespace maskmoe::fused {
 
 // Writes the gradients before the activation of a layer's inputs, in the place of their values.
 // Padding becomes zero.
-template <class T>
+template <class T, Activation kActivation>
 struct StoreUnitGradients {
   using Two = Vec<T, 2>;
-  const Call& c;
   T* values;
-  const T* dact;  // null: the derivative follows from the values
+  const T* dact;  // where the derivative does not follow from the values
   int stride;
 
   MASKMOE_DEVICE Two factor_at(int at) const {
-    return *reinterpret_cast<const Two*>((dact == nullptr ? values : dact) + at);
+    return *reinterpret_cast<const Two*>((kFollowsFromValue<kActivation> ? values : dact) + at);
   }
 
   // Two neighbours. valid: columns of the chunk that are not padding.
@@ -32,8 +31,9 @@ struct StoreUnitGradients {
     MASKMOE_UNROLL
     for (int n = 0; n < 2; ++n) {
       const float value = to_float(factor.value[n]);
-      const float grad = dact == nullptr ? grad_before_activation(given[n], value, c.activation)
-                                         : given[n] * value;
+      const float grad = kFollowsFromValue<kActivation>
+                             ? grad_before_activation(given[n], value, kActivation)
+                             : given[n] * value;
       before.value[n] = rounded<T>(column + n < valid ? grad : 0.0f);
     }
     *reinterpret_cast<Two*>(values + at) = before;
@@ -181,9 +181,9 @@ MASKMOE_DEVICE void head_backward(const Call& c, const float* grad, const F& sto
 }
 
 // Through the head, to the gradients before the activation of its inputs.
-template <class T, int kR>
+template <class T, int kR, Activation kActivation>
 MASKMOE_DEVICE void head_backward(const Call& c, const float* grad,
-                                  const StoreUnitGradients<T>& output) {
+                                  const StoreUnitGradients<T, kActivation>& output) {
   head_backward<T, kR>(c, grad, [&](int row, int column, int valid, float one, float other) {
     const int at = row * output.stride + column;
     output.write(at, column % kChunk, valid, output.factor_at(at), one, other);
@@ -213,16 +213,19 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
                              const GradientSums& sums) {
   const int head = c.plan.layers - 1;
   const StoreInputGradients<T> to_inputs(c, first);
-  auto to_units = [&](int layer) {
-    return StoreUnitGradients<T>{c, tile.inputs(c, layer), tile.dact(c, layer),
-                                 c.smem.stride[layer]};
+  // f(where the gradients of a layer's units go)
+  const auto to_units = [&](int layer, const auto& f) {
+    with_activation(c.activation, [&](auto activation) {
+      f(StoreUnitGradients<T, activation.value>{tile.inputs(c, layer), tile.dact(c, layer),
+                                                c.smem.stride[layer]});
+    });
   };
   if (sums.needed()) {
     grad_head<T, kR>(c, tile, grad, sums);
     barrier();
   }
   if (head > 0) {
-    head_backward<T, kR>(c, grad, to_units(head));
+    to_units(head, [&](const auto& output) { head_backward<T, kR>(c, grad, output); });
   } else if (c.need_grad_inputs) {
     head_backward<T, kR>(c, grad, to_inputs);
   }
@@ -234,7 +237,7 @@ MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* gr
       barrier();
     }
     if (layer > 0) {
-      layer_backward<T, kR>(c, tile, layer, to_units(layer));
+      to_units(layer, [&](const auto& output) { layer_backward<T, kR>(c, tile, layer, output); });
     } else if (c.need_grad_inputs) {
       layer_backward<T, kR>(c, tile, layer, to_inputs);
     }

@@ -193,9 +193,8 @@ MASKMOE_DEVICE void each_value_pair(int lane, int first, const PerLane<Accumulat
 
 // Bias and activation of a product's units. Padding and rows that do not count become zero, also
 // beside infinities.
-template <class T>
+template <class T, Activation kActivation>
 struct StoreUnits {
-  const Call& c;
   const float* biases;    // of the layer, padded
   T* to;
   T* dact;                // null: not kept
@@ -233,6 +232,7 @@ struct StoreUnits {
   MASKMOE_DEVICE void store(const Product& product, int first,
                             const PerLane<Loaded<kFragments>>& loaded,
                             const PerLane<Accumulator>* acc) const {
+    constexpr bool kKeeps = !kFollowsFromValue<kActivation>;
     each_lane([&](int lane) {
       each_value_pair<kFragments>(
           lane, first, acc, [&](int r, int row, int n, int col, float one, float other) {
@@ -243,15 +243,17 @@ struct StoreUnits {
             Vec<T, 2> value, derivative;
             MASKMOE_UNROLL
             for (int m = 0; m < 2; ++m) {
-              value.value[m] = rounded<T>(in[m] ? activate(z[m], c.activation) : 0.0f);
-              if (dact) {
+              value.value[m] = rounded<T>(in[m] ? activate(z[m], kActivation) : 0.0f);
+              if (kKeeps && dact != nullptr) {
                 derivative.value[m] =
-                    rounded<T>(in[m] ? activation_derivative(z[m], c.activation) : 0.0f);
+                    rounded<T>(in[m] ? activation_derivative(z[m], kActivation) : 0.0f);
               }
             }
             const int at = row * stride + product.to * kChunk + col;
             *reinterpret_cast<Vec<T, 2>*>(to + at) = value;
-            if (dact) *reinterpret_cast<Vec<T, 2>*>(dact + at) = derivative;
+            if (kKeeps && dact != nullptr) {
+              *reinterpret_cast<Vec<T, 2>*>(dact + at) = derivative;
+            }
           });
     });
   }
@@ -288,9 +290,13 @@ MASKMOE_DEVICE void each_product(const Call& c, Pass pass, int layer, const T* f
 template <class T, int kR>
 MASKMOE_DEVICE void layer_forward(const Call& c, const Tile<T>& tile, int layer,
                                   const float* row_mask) {
-  each_product<T, kR>(c, Pass::kForward, layer, tile.inputs(c, layer), c.smem.stride[layer],
-                      StoreUnits<T>{c, c.biases + c.plan.bias_at[layer], tile.inputs(c, layer + 1),
-                                    tile.dact(c, layer + 1), row_mask, c.smem.stride[layer + 1]});
+  with_activation(c.activation, [&](auto activation) {
+    each_product<T, kR>(
+        c, Pass::kForward, layer, tile.inputs(c, layer), c.smem.stride[layer],
+        StoreUnits<T, activation.value>{c.biases + c.plan.bias_at[layer], tile.inputs(c, layer + 1),
+                                        tile.dact(c, layer + 1), row_mask,
+                                        c.smem.stride[layer + 1]});
+  });
 }
 
 // 16 columns of a row and as many weights of the head, loaded in words of 16 bytes.

@@ -229,7 +229,7 @@ def _warm(contender: Contender, mode: str, record: dict[str, Any]) -> list[Runne
 
 
 def _replayed(contender: Contender, record: dict[str, Any]) -> list[Runner]:
-    """Runners of its CUDA graph, on a GPU, unless that holds gigabytes; if that fails, ``record`` says why."""
+    """Runners of its CUDA graph, unless that holds gigabytes; if it fails, ``record`` says why."""
     if not replays(contender.problem):
         return []
     try:

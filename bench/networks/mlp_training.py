@@ -111,7 +111,7 @@ def trainer(name: str, network: str, data: Data, compiled: bool) -> Trainer:
 
 
 def backend(name: str, device: str) -> str | None:
-    """The backend of a model: on a GPU, a float32 network runs in one pass only where it is named."""
+    """The backend of a model: on a GPU, float32 runs in one pass only where that is named."""
     return "native" if name == OURS and device != "cpu" else None
 
 

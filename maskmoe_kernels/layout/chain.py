@@ -25,6 +25,7 @@ class LayoutChain:
         layouts: The same, as a tuple.
         in_features: Width of the first layer's input.
         out_features: Units of the last layer.
+        num_weights: Present weights of all layers.
         mismatch: Where the blocks of one layer are not those that the next reads, in words; None
             if they are the same everywhere.
         too_fine: Is one of the layouts; see :attr:`BlockLayout.too_fine`.
@@ -45,6 +46,7 @@ class LayoutChain:
         self.layouts = (*layouts,)
         self.in_features = layouts[0].in_features
         self.out_features = layouts[-1].out_features
+        self.num_weights = sum(layout.num_weights for layout in layouts)
         self.mismatch = _mismatch(layouts)
         self.too_fine = any(layout.too_fine for layout in layouts)
         #: (backend, dtype, device) of a call: why no kernels run it, or None; see ops/dispatch.py.

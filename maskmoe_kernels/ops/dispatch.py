@@ -97,6 +97,9 @@ _FLOAT32 = (
     "one, whose error is a few times that of float32; name them with backend='native'"
 )
 
+# Larger networks have been slower in one pass than layer by layer (docs/benchmarks.md).
+_MOST_GPU_WEIGHTS = 200_000
+
 
 def unsupported_reason(
     op: str,
@@ -236,9 +239,9 @@ def _gpu_reason(layout: Layouts, weight: Tensor) -> str | None:
         dtype = torch.get_autocast_dtype("cuda")
     if dtype == torch.float32:
         return _FLOAT32
-    needed = layout.gpu_bytes if isinstance(layout, LayoutChain) else None
-    if needed is None:
+    if not isinstance(layout, LayoutChain) or layout.gpu_bytes is None:
         return "it is not known yet what it takes on a GPU"
+    needed = layout.gpu_bytes
     if isinstance(needed, str):
         return needed
     limit = _shared_memory(weight.device)
@@ -246,6 +249,11 @@ def _gpu_reason(layout: Layouts, weight: Tensor) -> str | None:
         return (
             f"its CUDA kernels take {needed[0]} bytes of shared memory in training, and this GPU "
             f"has {limit} a block"
+        )
+    if layout.num_weights > _MOST_GPU_WEIGHTS:
+        return (
+            f"it has {layout.num_weights} weights, and its CUDA kernels are faster than its layers "
+            f"up to about {_MOST_GPU_WEIGHTS}; name them with backend='native'"
         )
     return None
 

@@ -31,8 +31,7 @@ CHIPS = ["sm_80", "sm_90a"]
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256  # of a block
 WIDE = ("If", "4Tf32")  # float32 in memory
-FORWARD = {"If": 2, "4Tf32": 2, "8Bfloat16": 3, "7Float16": 3}
-RESIDENT = {"Forward": FORWARD, "Mix": FORWARD, "Backward": dict.fromkeys(TYPES, 2)}
+RESIDENT = {phase: dict.fromkeys(TYPES, 2) for phase in ("Forward", "Mix", "Backward")}
 
 
 @functools.cache

@@ -191,6 +191,9 @@ def test_a_network_gets_its_gpu_kernels_where_it_fits(monkeypatch):
     assert reason(small, torch.float16) is None
     assert "three TF32 products" in reason(small, torch.float32)
     assert "of shared memory in training" in reason(wide)
+    large = mk.InterpretableMLP(FAMILIES["ncf4"](), hidden=[256, 128])
+    dispatch.note_gpu_bytes(large.layers._chain)
+    assert "has 394368 weights" in reason(large)
     many = mk.InterpretableMLP(FAMILY, hidden=[16], outputs=3)
     dispatch.note_gpu_bytes(many.layers._chain)
     assert "3 units, not 1" in reason(many)

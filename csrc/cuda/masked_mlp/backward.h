@@ -73,17 +73,13 @@ template <class T>
 struct StoreInputGradients {
   const Call& c;
   int64_t first_sample;  // of the tile
-  float factor;
-
-  MASKMOE_DEVICE StoreInputGradients(const Call& call, int64_t sample)
-      : c(call), first_sample(sample), factor(call.grad_input_scale) {
-    if (c.grad_input_factor != nullptr) factor *= *c.grad_input_factor;
-  }
 
   // Two neighbours of a row, in these columns of the padded input.
   MASKMOE_DEVICE void write(int row, const InputColumn& left, const InputColumn& right, float one,
                             float other) const {
     if (first_sample + row >= c.rows) return;
+    float factor = c.grad_input_scale;
+    if (c.grad_input_factor != nullptr) factor *= *c.grad_input_factor;
     one *= factor, other *= factor;
     if (sizeof(T) == 2 && c.float32_grad_inputs) return write_as<float>(row, left, right, one, other);
     write_as<T>(row, left, right, one, other);
@@ -212,7 +208,7 @@ template <class T, int kR>
 MASKMOE_DEVICE void backward(const Call& c, const Tile<T>& tile, const float* grad, int64_t first,
                              const GradientSums& sums) {
   const int head = c.plan.layers - 1;
-  const StoreInputGradients<T> to_inputs(c, first);
+  const StoreInputGradients<T> to_inputs{c, first};
   // f(where the gradients of a layer's units go)
   const auto to_units = [&](int layer, const auto& f) {
     with_activation(c.activation, [&](auto activation) {

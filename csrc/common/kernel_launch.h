@@ -43,8 +43,8 @@ class KernelLaunch {
     unsigned grid[3], threads, shared;
   };
 
-  // `parameters`: the bytes of each. `places`: of each given address the parameter that it is, or -1
-  // where the kernel has no use for it.
+  // `parameters`: the bytes of each. `places`: of each given address the parameter that it is, or
+  // -1 where the kernel has no use for it.
   KernelLaunch(const Driver& driver, const Shape& shape,
                const std::vector<std::string>& parameters, const std::vector<int64_t>& places,
                const std::vector<Described>& described);

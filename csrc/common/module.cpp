@@ -1,5 +1,5 @@
-// The Python module `_C`: importing it registers the ops; its functions choose the kernels, and launch
-// those that Triton compiled.
+// The Python module `_C`: importing it registers the ops; its functions choose the kernels, launch
+// those that Triton compiled, and say what a network takes on a GPU.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -47,7 +47,7 @@ PyObject* forget(PyObject*, PyObject* id) {
 
 PyObject* compiled(PyObject*, PyObject*) { return PyLong_FromLongLong(maskmoe::count_plans()); }
 
-// --- Launches: see kernel_launch.h -----------------------------------------------------------------
+// --- Launches: see kernel_launch.h --------------------------------------------------------------
 
 constexpr char kLaunch[] = "maskmoe.launch";
 
@@ -149,10 +149,11 @@ PyObject* launch(PyObject*, PyObject* const* given, Py_ssize_t count) {
   return nullptr;
 }
 
-// --- Networks on a GPU ----------------------------------------------------------------------------
+// --- Networks on a GPU --------------------------------------------------------------------------
 
-// Bytes of shared memory that a tile of few rows takes in training, for numbers of 2 and 4 bytes, where
-// the derivative of the activation is kept, too. A text: why the CUDA kernels do not compute the MLP.
+// Bytes of shared memory that a tile of few rows takes in training, for numbers of 2 and 4 bytes,
+// where the derivative of the activation is kept, too. A text: why the CUDA kernels do not compute the
+// MLP.
 PyObject* mlp_bytes(PyObject*, PyObject* given) {
   PyObject* list;
   long long features;

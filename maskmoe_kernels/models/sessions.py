@@ -70,6 +70,9 @@ class UserTable(nn.Module):
         first_groups: Groups of A and their widths, in the order of its columns.
         second_groups: Those of B; the group may be among them or not.
         std: Standard deviation of the initial embeddings, N(0, std).
+        sparse: Whether the gradient is sparse, with the rows of the batch alone. With
+            :class:`maskmoe_kernels.nn.RowAdam`, a step then costs as much whatever ``count`` is,
+            and gives the same to rounding.
 
     Raises:
         LayoutError: The group is not among A's, or another width in B.
@@ -82,6 +85,8 @@ class UserTable(nn.Module):
         first_groups: Mapping[str, int],
         second_groups: Mapping[str, int],
         std: float = 0.05,
+        *,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         check_integer("count", count, 1)
@@ -91,7 +96,7 @@ class UserTable(nn.Module):
                 f"group {group!r} must be one of A, of the same width in B, got "
                 f"{dict(first_groups)} and {dict(second_groups)}"
             )
-        self.table = nn.Embedding(count, width)
+        self.table = nn.Embedding(count, width, sparse=sparse)
         nn.init.normal_(self.table.weight, std=std)
         self.places = tuple(_place(group, groups) for groups in (first_groups, second_groups))
 
@@ -111,7 +116,8 @@ class UserTable(nn.Module):
                 f"user must be int64 ({len(first)},), a row of the table a session, got "
                 f"{user.dtype} {tuple(user.shape)}"
             )
-        embedded = self.table(user).to(first.dtype).unsqueeze(1)
+        embedded = _sparse_rows(self.table, user) if self.table.sparse else self.table(user)
+        embedded = embedded.to(first.dtype).unsqueeze(1)
         halves = []
         for x, place in zip((first, second), self.places, strict=True):
             if place is not None:
@@ -119,6 +125,12 @@ class UserTable(nn.Module):
                 x = torch.cat([x[..., : place[0]], wide, x[..., place[1] :]], -1)
             halves.append(x)
         return halves[0], halves[1]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # graphs have no sparse gradients
+def _sparse_rows(table: nn.Embedding, user: Tensor) -> Tensor:
+    rows: Tensor = table(user)
+    return rows
 
 
 def _place(group: str, groups: Mapping[str, int]) -> tuple[int, int] | None:

@@ -20,21 +20,28 @@ from maskmoe_kernels.models.sessions import SessionExperts, SessionModel, UserTa
 from maskmoe_kernels.ops.selection import mixture
 from maskmoe_kernels.ops.selection.api import Mixture
 
+#: Users from which on sparse gradients of their embeddings are faster than dense ones.
+SPARSE_FROM = 150_000
 
-def build(settings: Settings, schema: Schema = MSSD, users: int = 1) -> SessionModel:
+
+def build(
+    settings: Settings, schema: Schema = MSSD, users: int = 1, sparse: bool = True
+) -> SessionModel:
     """Build a model and initialise it from the seed. Changes the state of torch's generator.
 
     Args:
         settings: What to build.
         schema: The groups and the experts.
         users: Rows of the table of embeddings, if the schema has one.
+        sparse: Whether its gradients are sparse where that is faster.
     """
     torch.manual_seed(settings.seed)
     family, second = schema.family, schema.second_groups
     width, heads, layers = settings.width, settings.heads, settings.layers
     table = None
     if schema.embedding is not None:
-        table = UserTable(users, schema.embedding[0], family.groups, second)
+        sparse &= users >= SPARSE_FROM
+        table = UserTable(users, schema.embedding[0], family.groups, second, sparse=sparse)
     strict = settings.embeddings == "strict"
     if settings.model == "interpretable-transformer":
         return InterpretableTransformer(

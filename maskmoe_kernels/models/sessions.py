@@ -227,8 +227,12 @@ class SessionExperts(Routed, SessionModel):
         users: UserTable | None = None,
         first_groups: Mapping[str, int] | None = None,
     ) -> None:
+        check_kind(SubsetFamily, family=family)
         first_groups = family.groups if first_groups is None else first_groups
-        super().__init__(sum(first_groups.values()), sum(second_groups.values()), users)
+        check_kind(Mapping, first_groups=first_groups, second_groups=second_groups)
+        first = block_sizes("first_groups", list(first_groups.values()), len(first_groups))
+        second = block_sizes("second_groups", list(second_groups.values()), len(second_groups))
+        super().__init__(sum(first), sum(second), users)
         self.family = family
         self.first_groups, self.second_groups = dict(first_groups), dict(second_groups)
 

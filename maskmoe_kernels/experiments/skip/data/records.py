@@ -52,7 +52,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
         content = read_json(path, "")
     except DataError:
         return None
-    content.pop("checksum")  # verified, and no part of what the step found
+    content.pop("checksum", None)  # verified, and no part of what the step found
     return content if content.get("format") == FORMAT else None
 
 

@@ -127,7 +127,7 @@ def convert_chunk(
         bytes=shards.bytes,
         parts=shards.parts,
         sessions=len(sessions.starts),
-        dropped=0,
+        dropped=sessions.short + sessions.long,
         short=sessions.short,
         long=sessions.long,
     )

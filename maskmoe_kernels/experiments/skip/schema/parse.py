@@ -29,6 +29,8 @@ SHIPPED = ("mssd", "users")
 #: Longest sessions: positions are stored in two bytes.
 _MOST = 65535
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(second|minute|hour|day)s?")
+#: Longest duration, in ms: times are from 1970 to 2200.
+_LONGEST = 84_000 * 86_400_000
 _UNITS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 _TAKEN = {"session_id", "session_position", "session_length", "track", "user", "line", "place"}
 _TABLES = {"events", "items", "users", "tracks"}
@@ -125,7 +127,12 @@ def duration(node: Node, key: str) -> int:
         raise node.fail(
             f'expected {key} to be a duration such as "30 minutes" or "7 days", got {text!r}.', key
         )
-    return round(float(found[1]) * _UNITS[found[2]])
+    length = float(found[1]) * _UNITS[found[2]]
+    if length > _LONGEST:
+        raise node.fail(
+            f"expected {key} to be at most {_LONGEST // _UNITS['day']:,} days, got {text!r}.", key
+        )
+    return max(round(length), 1)
 
 
 def _named(node: Node) -> list[tuple[str, Node]]:

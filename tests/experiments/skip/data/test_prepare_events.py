@@ -342,6 +342,21 @@ def test_repeated_events_and_damaged_files(events: dict[str, Any], tmp_path: Pat
         prepare([pq_log], tmp_path / "out2", SCHEMA)
 
 
+def test_a_damaged_arrow_file_ends_no_process(events: dict[str, Any], tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", events, "arrow")
+    path = log / "visits_0.arrow"
+    whole = path.read_bytes()
+    names = "".join(events["who"]).encode()
+    start = whole.index(names)
+    lengths = np.array([0, *(len(name) for name in events["who"])])
+    offsets = np.cumsum(lengths).astype(np.int32).tobytes()
+    for place in (whole.index(offsets) + 40, start + 1):  # an offset, and a byte of a text
+        path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"visits_0\.arrow: expected a whole arrow file"):
+            prepare([log], tmp_path / "out", SCHEMA)
+    assert not list((tmp_path / "out").rglob(".unfinished*"))
+
+
 def test_files_without_rows(events: dict[str, Any], tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", events)
     (log / "visits_1.csv").write_text((log / "visits_0.csv").read_text().splitlines()[0] + "\n")

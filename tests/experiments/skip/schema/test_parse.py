@@ -51,6 +51,7 @@ DAMAGES = [
     ('by = "inactivity"', 'by = "day"', "one of file, id, inactivity, got 'day'"),
     ('gap = "30 minutes"', 'gap = "30 parsecs"', "expected gap to be a duration such as"),
     ('gap = "30 minutes"', "", "expected a gap with by"),
+    ('gap = "30 minutes"', 'gap = "9999999999 days"', "expected gap to be at most 84,000 days"),
     ("shortest = 2", "shortest = 50", "expected 2 <= shortest <= longest"),
     ("longest = 40", "longest = 40\nslice = 41", "expected slice to be from 2 to longest"),
     ("longest = 40", 'longest = 40\nsplit = "item"', "one of session, user, got 'item'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,23 +254,32 @@ prepare([sys.argv[2]], sys.argv[3], parse_schema(TEXT), row_group=4)
 """
 
 
-@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("number", "further"),
+    [
+        pytest.param(30, 90, marks=pytest.mark.slow),
+        *(pytest.param(number, 8, marks=pytest.mark.deep) for number in (0, 4, 9, 15)),
+    ],
+)
 def test_a_run_that_is_killed_ends_with_the_same_bits(
-    made: Path, events: dict[str, Any], tmp_path: Path
+    made: Path, events: dict[str, Any], tmp_path: Path, number: int, further: int
 ) -> None:
-    log = write_log(tmp_path / "log", events, files=3)
-    for number in (0, 4, 9, 15):
-        out = tmp_path / f"out{number}"
-        for _ in range(10):  # killed again and again, each time a little further on
-            run = subprocess.run(
-                [sys.executable, "-c", _KILLED, str(number), str(log), str(out)],
-                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-            )  # fmt: skip
-            number += 8
-            if run.returncode == 0:
-                break
-        assert run.returncode == 0
-        assert shards_of(out) == shards_of(made)
+    log, out, kills = write_log(tmp_path / "log", events, files=3), tmp_path / "out", 0
+    for _ in range(10):  # killed again and again, each time a little further on
+        run = subprocess.run(
+            [sys.executable, "-c", _KILLED, str(number), str(log), str(out)],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
+        )  # fmt: skip
+        number += further
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+        kills += 1
+    assert run.returncode == 0
+    assert kills > 0
+    assert shards_of(out) == shards_of(made)
+    assert not list(out.rglob(".unfinished*"))
 
 
 def damaged(column: str, row: int, value: Any) -> Callable[[dict[str, Any]], None]:

@@ -91,7 +91,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.skip.schema.parse import read_schema
 
     schema = read_schema(arguments.schema)
-    logs = find_tables(arguments.sources, schema)["events"]
+    logs = find_tables(arguments.sources, schema, arguments.out)["events"]
     records = f"{LOGS_FOLDER}/*.json"
     steps = ("checked/*.json", "sorted/*.json", "*/tracks.json")
     check_out(arguments, (MANIFEST, records), (MANIFEST, records))

@@ -352,6 +352,19 @@ def test_repeated_events_and_damaged_files(events: dict[str, Any], tmp_path: Pat
         prepare([pq_log], tmp_path / "out2", SCHEMA)
 
 
+def test_shards_in_the_folder_of_the_log_are_no_part_of_it(
+    events: dict[str, Any], tmp_path: Path
+) -> None:
+    schema = parse_schema(TEXT.replace('"visits*"', '"*visits*"'))  # as the checked rows are named
+    log = write_log(tmp_path / "log", events, "parquet", files=2)
+    for _ in range(2):
+        prepare([log], log / "out", schema)
+    apart = write_log(tmp_path / "apart", events, "parquet", files=2)
+    prepare([apart], tmp_path / "out", schema)
+    assert shards_of(log / "out").keys() == shards_of(tmp_path / "out").keys()
+    assert rows_of(log / "out") == rows_of(tmp_path / "out")
+
+
 def test_a_damaged_arrow_file_ends_no_process(events: dict[str, Any], tmp_path: Path) -> None:
     log = write_log(tmp_path / "log", events, "arrow")
     path = log / "visits_0.arrow"

@@ -123,8 +123,7 @@ class UserTable(nn.Module):
                 f"user must be int64 ({len(first)},), a row of the table a session, got "
                 f"{user.dtype} {tuple(user.shape)}"
             )
-        embedded = _sparse_rows(self.table, user) if self.table.sparse else self.table(user)
-        embedded = embedded.to(first.dtype).unsqueeze(1)
+        embedded = self.table(user).to(first.dtype).unsqueeze(1)
         halves = []
         for x, place in zip((first, second), self.places, strict=True):
             if place is not None:
@@ -132,12 +131,6 @@ class UserTable(nn.Module):
                 x = torch.cat([x[..., : place[0]], wide, x[..., place[1] :]], -1)
             halves.append(x)
         return halves[0], halves[1]
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # graphs have no sparse gradients
-def _sparse_rows(table: nn.Embedding, user: Tensor) -> Tensor:
-    rows: Tensor = table(user)
-    return rows
 
 
 def _place(group: str, groups: Mapping[str, int]) -> tuple[int, int] | None:

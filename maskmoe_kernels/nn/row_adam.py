@@ -205,11 +205,16 @@ class _LookUp:
 
     def __init__(self, optimizer: RowAdam | None = None) -> None:
         self._optimizer = (lambda: None) if optimizer is None else weakref.ref(optimizer)
+        # Compiled graphs are cut here: what rows missed is no part of the model.
+        self._run = self._look_up if optimizer is None else torch.compiler.disable(self._look_up)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._run(module.get_parameter("weight"), inputs[0])
+
+    def _look_up(self, table: Tensor, rows: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is not None:
-            optimizer.look_up(module.get_parameter("weight"), inputs[0])
+            optimizer.look_up(table, rows)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _LookUp:
         return self

@@ -113,6 +113,15 @@ def test_without_sparse_embeddings_it_is_adam_bit_for_bit() -> None:
     assert_same(one, other, 0)
 
 
+def test_a_compiled_model_trains_the_same() -> None:
+    eager, compiled = Model(True), Model(True)
+    compiled.compile(backend="aot_eager", dynamic=True)
+    for model in (eager, compiled):
+        advance(model, optimizer := RowAdam(model), batches(25), 0.5)
+        optimizer.settle()
+    assert_same(eager, compiled, 1e-12)
+
+
 def test_a_resumed_run_has_the_same_bits() -> None:
     steps = batches(120)
     whole = Model(True)

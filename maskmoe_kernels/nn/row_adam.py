@@ -69,7 +69,8 @@ class RowAdam(torch.optim.Adam):
                         f"the sparse embedding {name} must be float32 or float64, in which its "
                         f"rows count their steps, got {module.weight.dtype}"
                     )
-                self._tables.append(module.get_parameter("weight"))
+                if not any(module.weight is table for table in self._tables):
+                    self._tables.append(module.get_parameter("weight"))
                 module.register_forward_pre_hook(_LookUp(self))
         if self._tables:
             self._step_supports_amp_scaling = False  # GradScaler then divides beforehand

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -104,6 +105,28 @@ def test_in_float32_it_differs_by_rounding() -> None:
     for name, value in exact.state_dict().items():
         errors = [(m.state_dict()[name] - value).abs().max() for m in (dense, sparse)]
         assert errors[1] <= 2 * errors[0] + 1e-6, name
+
+
+def train_twins(sparse: bool) -> Model:
+    """A model with two embeddings that share their rows, and are read in one step."""
+    model = Model(sparse)
+    twin = nn.Embedding(ROWS, WIDTH, sparse=sparse)
+    twin.weight = model.table.weight
+    model.add_module("twin", twin)
+    optimizer = RowAdam(model)
+
+    def loss(rows: Tensor, target: Tensor) -> Tensor:
+        both = model(rows) + model.linear(twin(rows + 1)).squeeze(-1)
+        return ((both - target) ** 2).sum()
+
+    for batch in batches(60):
+        take_step(optimizer, partial(loss, *batch))
+    optimizer.settle()
+    return model
+
+
+def test_two_embeddings_may_share_their_rows() -> None:
+    assert_same(train_twins(False), train_twins(True), 1e-11)
 
 
 def test_without_sparse_embeddings_it_is_adam_bit_for_bit() -> None:

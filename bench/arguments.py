@@ -46,6 +46,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     _add_estimators(commands)
     _add_explain(commands)
     _add_posthoc(commands)
+    _add_users(commands)
     parser.set_defaults(command="run")
     return parser.parse_args(words)
 
@@ -242,6 +243,26 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     # fmt: on
     add("--no-compile", action="store_true", help="leave torch.compile out")
+    add("--smoke", action="store_true", help="tiny: does it run?")
+    _add_common(parser)
+
+
+def _add_users(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("users", help="training with few and with many users", **_texts(
+        "What a training step of the interpretable GRU costs with embeddings of few and of many\n"
+        "users, by sparse and by dense gradients, in seconds of the process. Writes\n"
+        "user_rows.json into --out.",
+        f"{PROGRAM} users --users 10000 1000000 --threads 1",
+    ))  # fmt: skip
+    add = parser.add_argument
+    sizes = [10_000, 100_000, 1_000_000]
+    text = f"rows of the table (default: {' '.join(map(str, sizes))})"
+    add("--users", nargs="+", type=_positive, default=sizes, metavar="N", help=text)
+    batch = "sessions a step (default: %(default)s)"
+    add("--batch", type=_positive, default=256, metavar="B", help=batch)
+    add("--rounds", type=_positive, default=30, metavar="N", help="default: %(default)s")
+    warm = "steps before those that are measured (default: %(default)s)"
+    add("--warm", type=_positive, default=300, metavar="N", help=warm)
     add("--smoke", action="store_true", help="tiny: does it run?")
     _add_common(parser)
 

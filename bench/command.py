@@ -32,6 +32,7 @@ from bench.networks import (
     posthoc,
     shapley_truth,
     training,
+    user_rows,
 )
 from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
@@ -257,7 +258,16 @@ def _estimators(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+def _users(arguments: argparse.Namespace, console: Console) -> int:
+    grid = arguments.users, arguments.batch, arguments.rounds, arguments.warm
+    if arguments.smoke:
+        grid = [100, 1_000], 8, 2, 2
+    user_rows.run(*grid, arguments.out, console)
+    return 0
+
+
 _CPU_ONLY = {
+    "users": "tables of users are measured",
     "estimators": "estimators are compared",
     "flows": "flows are measured",
     "shapley": "Shapley values are compared",
@@ -273,6 +283,7 @@ _FILES = {
     "shapley": shapley_truth.NAME,
     "explain": explanation_cost.FILE,
     "posthoc": posthoc.FILE,
+    "users": user_rows.FILE,
     "movielens": movielens_training.SUBJECT.file,
     "skip": "skip_training.json",
     "mlp": mlp_training.FILE,
@@ -286,5 +297,6 @@ _COMMANDS = {
     "shapley": _shapley,
     "explain": _explain,
     "posthoc": _posthoc,
+    "users": _users,
     "train": _train,
 }

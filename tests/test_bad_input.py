@@ -89,7 +89,13 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "Inputs": (lambda **given: mk.Inputs(**given).joined(), INPUTS),
     "InterpretableGRU": (
         mk.InterpretableGRU,
-        {"family": FAMILY, "second_groups": SECOND, "width": 2, "layers": 1},
+        {
+            "family": FAMILY,
+            "second_groups": SECOND,
+            "width": 2,
+            "layers": 1,
+            "first_groups": FAMILY.groups,
+        },
     ),
     "InterpretableGRU.forward": (GRU, HALVES | PADDING),
     "InterpretableGRU.predict": (GRU.predict, HALVES | PADDING | SELECTING),
@@ -114,6 +120,7 @@ ADAPTERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "heads": 1,
             "layers": 1,
             "feedforward": 2,
+            "first_groups": FAMILY.groups,
         },
     ),
     "InterpretableTransformer.forward": (TRANSFORMER, HALVES | PADDING),

@@ -3,7 +3,7 @@
 from maskmoe_kernels.models.gru import GRU, InterpretableGRU
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.models.ncf import NCF, InterpretableNCF, NCFSizes
-from maskmoe_kernels.models.sessions import UserTable, second_layout
+from maskmoe_kernels.models.sessions import UserTable, half_layout
 from maskmoe_kernels.models.transformer import InterpretableTransformer, Transformer
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "NCFSizes",
     "Transformer",
     "UserTable",
-    "second_layout",
+    "half_layout",
 ]

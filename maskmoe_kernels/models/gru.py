@@ -15,7 +15,6 @@ from maskmoe_kernels.models.sessions import (
     SessionExperts,
     UserTable,
     check_layers,
-    second_layout,
 )
 from maskmoe_kernels.nn.gru import MaskedGRU
 from maskmoe_kernels.nn.linear import MaskedLinear
@@ -24,11 +23,11 @@ from maskmoe_kernels.nn.linear import MaskedLinear
 class InterpretableGRU(SessionExperts):
     """A GRU reads A; from its last states another reads B, one logit per expert and step.
 
-    Expert i's logits are a function of S_i alone, in both halves; see :func:`second_layout`. The
+    Expert i's logits are a function of S_i alone, in both halves; see :func:`half_layout`. The
     logit of a step of B depends on that step and on earlier ones.
 
     Args:
-        family: Subsets of A's groups; A's columns lie in the order of ``family.groups``.
+        family: Subsets of the groups of both halves.
         second_groups: Group name to width of B, in the order of its columns, e.g.
             ``InterpretableGRU(*skip_sessions())``.
         width: Units per expert; an int, or one per expert.
@@ -37,12 +36,14 @@ class InterpretableGRU(SessionExperts):
         strict: Whether only the smallest subsets that contain the group of the users train their
             embeddings; otherwise every expert that sees them does, and an embedding that a small
             expert reads depends, through training, on features outside its subset.
+        first_groups: Group name to width of A, in the order of its columns; ``None``: all groups
+            of the family. A group of one half alone is in one of the two.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
 
     Raises:
-        LayoutError: A group of B that the family does not know, or sizes that do not fit.
+        LayoutError: A group that the family does not know, or sizes that do not fit.
     """
 
     def __init__(
@@ -54,18 +55,18 @@ class InterpretableGRU(SessionExperts):
         *,
         users: UserTable | None = None,
         strict: bool = False,
+        first_groups: Mapping[str, int] | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        second = second_layout(family, second_groups, width, strict=strict)
-        super().__init__(family, second_groups, users)
+        super().__init__(family, second_groups, users, first_groups)
+        first, second = self._input_layouts(width, strict)
         check_integer("layers", layers)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
         self.encoder = MaskedGRU(
-            family, width, layers, batch_first=True, **options,
-            input_layout=family.input_layout(width, strict=strict),
-        )  # fmt: skip
+            family, width, layers, batch_first=True, input_layout=first, **options
+        )
         self.decoder = MaskedGRU(
             family, width, layers, batch_first=True, input_layout=second, **options
         )
@@ -82,7 +83,8 @@ class InterpretableGRU(SessionExperts):
         """Logits ``(B, T2, H)``; at padded steps they mean nothing.
 
         Args:
-            first: Steps of A, ``(B, T1, family.in_features)``.
+            first: Steps of A, ``(B, T1, in_A)``; without ``first_groups``, in_A is
+                ``family.in_features``.
             second: Steps of B, ``(B, T2, in_B)``.
             first_padding: ``(B, T1)`` bool, true where a step is padding; whatever it holds, NaN
                 and infinity included, reaches nothing.

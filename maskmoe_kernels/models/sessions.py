@@ -17,10 +17,15 @@ from maskmoe_kernels.ops.selection.api import Mixture, mixture
 from maskmoe_kernels.ops.selection.confidence import Confidence
 
 
-def second_layout(
-    family: SubsetFamily, second_groups: Mapping[str, int], width: Width, *, strict: bool = False
+def half_layout(
+    family: SubsetFamily,
+    groups: Mapping[str, int],
+    width: Width,
+    *,
+    strict: bool = False,
+    half: str = "groups",
 ) -> BlockLayout:
-    """Input layout of the second half: experts x its groups, present iff the group is in S_i.
+    """Input layout of a half: experts x its groups, present iff the group is in S_i.
 
     Experts are ordered by their whole subsets, in both halves. A unit of expert y in the decoder
     also holds what S_y sees of A, so expert x may read it iff S_y is a subset of S_x. The groups of
@@ -29,28 +34,29 @@ def second_layout(
 
     Args:
         family: Subsets of the groups of both halves.
-        second_groups: Group name to width, in the order of the second half's columns. A group
-            may be wider or narrower there than in the first half.
+        groups: Group name to width, in the order of the half's columns. A group may be wider or
+            narrower than in the family, and than in the other half.
         width: Units per expert; an int, or one per expert.
         strict: Route the gradient of a group to the smallest subsets that contain it only; see
             :meth:`SubsetFamily.input_layout`.
+        half: What ``groups`` is called in an error.
 
     Raises:
         LayoutError: A group that is not among the family's, none at all, or a bad width.
     """
     check_kind(SubsetFamily, family=family)
-    check_kind(Mapping, second_groups=second_groups)
-    unknown = [name for name in second_groups if name not in family.groups]
+    check_kind(Mapping, **{half: groups})
+    unknown = [name for name in groups if name not in family.groups]
     if unknown:
         raise LayoutError(
-            f"second_groups names {unknown}, which no subset can contain; the family's groups are "
+            f"{half} names {unknown}, which no subset can contain; the family's groups are "
             f"{list(family.groups)}"
         )
     position = {name: n for n, name in enumerate(family.groups)}
-    columns = [position[name] for name in second_groups]
+    columns = [position[name] for name in groups]
     return BlockLayout(
         block_sizes("width", width, family.num_experts),
-        block_sizes("second_groups", list(second_groups.values()), len(second_groups)),
+        block_sizes(half, list(groups.values()), len(groups)),
         family.membership[:, columns],
         family.input_layout(1, strict=strict).routes_grad[:, columns],
     )
@@ -68,11 +74,14 @@ class UserTable(nn.Module):
         count: Rows of the table.
         group: The group; its width is that of the embedding.
         first_groups: Groups of A and their widths, in the order of its columns.
-        second_groups: Those of B; the group may be among them or not.
+        second_groups: Those of B. The group is in one of them, or in both.
         std: Standard deviation of the initial embeddings, N(0, std).
+        sparse: Whether the gradient is sparse, with the rows of the batch alone. With
+            :class:`maskmoe_kernels.nn.RowAdam`, a step then costs as much whatever ``count`` is,
+            and gives the same to rounding.
 
     Raises:
-        LayoutError: The group is not among A's, or another width in B.
+        LayoutError: The group is in neither half, or of another width in B than in A.
     """
 
     def __init__(
@@ -82,16 +91,19 @@ class UserTable(nn.Module):
         first_groups: Mapping[str, int],
         second_groups: Mapping[str, int],
         std: float = 0.05,
+        *,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         check_integer("count", count, 1)
-        width = first_groups.get(group)
-        if width is None or second_groups.get(group, width) != width:
+        widths = {groups[group] for groups in (first_groups, second_groups) if group in groups}
+        if len(widths) != 1:
             raise LayoutError(
-                f"group {group!r} must be one of A, of the same width in B, got "
+                f"group {group!r} must be one of A or B, or of both and as wide in both, got "
                 f"{dict(first_groups)} and {dict(second_groups)}"
             )
-        self.table = nn.Embedding(count, width)
+        (width,) = widths
+        self.table = nn.Embedding(count, width, sparse=sparse)
         nn.init.normal_(self.table.weight, std=std)
         self.places = tuple(_place(group, groups) for groups in (first_groups, second_groups))
 
@@ -195,9 +207,10 @@ class SessionExperts(Routed, SessionModel):
     """A session model with one logit per expert, of a family over the groups of both halves.
 
     Args:
-        family: Subsets of the groups of A.
-        second_groups: Groups of B; see :func:`second_layout`.
+        family: Subsets of the groups of both halves.
+        second_groups: Groups of B; see :func:`half_layout`.
         users: Embeddings of users; ``None``: the sessions have no users.
+        first_groups: Groups of A; ``None``: all of the family, as it has them.
     """
 
     def __init__(
@@ -205,10 +218,25 @@ class SessionExperts(Routed, SessionModel):
         family: SubsetFamily,
         second_groups: Mapping[str, int],
         users: UserTable | None = None,
+        first_groups: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(family.in_features, sum(second_groups.values()), users)
+        check_kind(SubsetFamily, family=family)
+        first_groups = family.groups if first_groups is None else first_groups
+        check_kind(Mapping, first_groups=first_groups, second_groups=second_groups)
+        first = block_sizes("first_groups", list(first_groups.values()), len(first_groups))
+        second = block_sizes("second_groups", list(second_groups.values()), len(second_groups))
+        super().__init__(sum(first), sum(second), users)
         self.family = family
-        self.second_groups = dict(second_groups)
+        self.first_groups, self.second_groups = dict(first_groups), dict(second_groups)
+
+    def _input_layouts(self, width: Width, strict: bool) -> tuple[BlockLayout, BlockLayout]:
+        """The input layouts of both halves; see :func:`half_layout`."""
+        return (
+            half_layout(self.family, self.first_groups, width, strict=strict, half="first_groups"),
+            half_layout(
+                self.family, self.second_groups, width, strict=strict, half="second_groups"
+            ),
+        )
 
     @torch.no_grad()
     def predict(

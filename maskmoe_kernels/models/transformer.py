@@ -17,7 +17,6 @@ from maskmoe_kernels.models.sessions import (
     SessionExperts,
     UserTable,
     check_layers,
-    second_layout,
 )
 from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.linear import MaskedLinear
@@ -114,11 +113,11 @@ class InterpretableTransformer(SessionExperts):
 
     Of A, expert i sees the groups in S_i at every step; of B, those that exist there. All
     layers, both halves and the attention between them follow inclusion of the whole subsets;
-    see :func:`second_layout`. Attention is over all steps that are not padding. Steps carry no
+    see :func:`half_layout`. Attention is over all steps that are not padding. Steps carry no
     position but that in their features.
 
     Args:
-        family: Subsets of A's groups; A's columns lie in the order of ``family.groups``.
+        family: Subsets of the groups of both halves.
         second_groups: Group name to width of B, in the order of its columns, e.g.
             ``InterpretableTransformer(*skip_sessions())``.
         width: Units per expert; an int, or one per expert.
@@ -130,12 +129,14 @@ class InterpretableTransformer(SessionExperts):
         strict: Whether only the smallest subsets that contain the group of the users train their
             embeddings; otherwise every expert that sees them does, and an embedding that a small
             expert reads depends, through training, on features outside its subset.
+        first_groups: Group name to width of A, in the order of its columns; ``None``: all groups
+            of the family. A group of one half alone is in one of the two.
         backend: See :func:`masked_linear`.
         device: Where to create the parameters.
         dtype: Floating-point type of the parameters.
 
     Raises:
-        LayoutError: A group of B that the family does not know, or sizes that do not fit.
+        LayoutError: A group that the family does not know, or sizes that do not fit.
     """
 
     def __init__(
@@ -149,21 +150,20 @@ class InterpretableTransformer(SessionExperts):
         *,
         users: UserTable | None = None,
         strict: bool = False,
+        first_groups: Mapping[str, int] | None = None,
         backend: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        second = second_layout(family, second_groups, width, strict=strict)
-        super().__init__(family, second_groups, users)
+        super().__init__(family, second_groups, users, first_groups)
+        first, second = self._input_layouts(width, strict)
         check_layers(layers)
         if feedforward is None:
             widths = block_sizes("width", width, family.num_experts)
             feedforward = [FEEDFORWARD_FACTOR * units for units in widths]
         feedforward = block_sizes("feedforward", feedforward, family.num_experts)
         options: dict[str, Any] = {"backend": backend, "device": device, "dtype": dtype}
-        self.first_input = MaskedLinear.from_layout(
-            family.input_layout(width, strict=strict), **options
-        )
+        self.first_input = MaskedLinear.from_layout(first, **options)
         self.second_input = MaskedLinear.from_layout(second, **options)
         self.encoder = nn.ModuleList(
             EncoderBlock(family, width, heads, feedforward, **options) for _ in range(layers)
@@ -184,7 +184,8 @@ class InterpretableTransformer(SessionExperts):
         """Logits ``(B, T2, H)``; at padded steps they mean nothing.
 
         Args:
-            first: Steps of A, ``(B, T1, family.in_features)``.
+            first: Steps of A, ``(B, T1, in_A)``; without ``first_groups``, in_A is
+                ``family.in_features``.
             second: Steps of B, ``(B, T2, in_B)``.
             first_padding: ``(B, T1)`` bool, true where a step is padding; whatever it holds, NaN
                 and infinity included, reaches nothing.

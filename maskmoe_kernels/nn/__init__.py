@@ -15,6 +15,7 @@ from maskmoe_kernels.nn.mlp import MaskedMLP
 from maskmoe_kernels.nn.norm import ExpertNorm
 from maskmoe_kernels.nn.optimizers import pack_optimizer_state
 from maskmoe_kernels.nn.routed import unrouted
+from maskmoe_kernels.nn.row_adam import RowAdam
 from maskmoe_kernels.nn.stacked import StackedLinear
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "MaskedLinear",
     "MaskedMLP",
     "MaskedMultiheadAttention",
+    "RowAdam",
     "StackedLinear",
     "convert_",
     "pack_optimizer_state",

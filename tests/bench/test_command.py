@@ -219,6 +219,16 @@ def test_explain_smoke(tmp_path: Path, console: Console) -> None:
     }
 
 
+def test_users_smoke(tmp_path: Path, console: Console) -> None:
+    code, printed = run(["users", "--smoke", "--out", str(tmp_path)], console)
+    assert code == 0
+    assert "Training 8 sessions of users a step" in printed
+    document = json.loads((tmp_path / "user_rows.json").read_text("utf-8"))
+    found = {(one["users"], one["gradients"]) for one in document["results"]}
+    assert found == {(n, f"{k} gradients") for n in (100, 1000) for k in ("sparse", "dense")}
+    assert all(0 < one["q25"] <= one["seconds"] <= one["q75"] for one in document["results"])
+
+
 def test_estimators_smoke(tmp_path: Path, console: Console) -> None:
     reason = "the extra sklearn is not installed"
     pytest.importorskip("maskmoe_kernels.estimators", reason=reason)

@@ -9,11 +9,20 @@ from tests.nn.per_expert import linear, widths
 
 @st.composite
 def halves(draw, max_experts=5, of=(1, 2, 3)):
-    """A family, the groups of the second half in an order and widths of their own, and widths."""
+    """A family, the groups of both halves in an order and widths of their own, and widths.
+
+    The first half's are those of the family, or others: then a group may be in the second half
+    alone, or in none.
+    """
     family = draw(families(max_experts))
-    names = draw(st.lists(st.sampled_from(list(family.groups)), min_size=1, unique=True))
-    second = {name: draw(st.sampled_from([1, 2, 3])) for name in names}
-    return family, second, draw(widths(family, of))
+
+    def groups():
+        names = draw(st.lists(st.sampled_from(list(family.groups)), min_size=1, unique=True))
+        return {name: draw(st.sampled_from([1, 2, 3])) for name in names}
+
+    second = groups()
+    first = groups() if draw(st.booleans()) else None
+    return family, second, draw(widths(family, of)), first
 
 
 def batch(model, sessions=3, steps=(3, 4), seed=0, dtype=torch.float64, tail=False):
@@ -49,7 +58,7 @@ def side_by_side(model, padding):
         [
             [
                 group in subset
-                for groups in (model.family.groups, model.second_groups)
+                for groups in (model.first_groups, model.second_groups)
                 for group, units in groups.items()
                 for _ in range(units)
             ]

@@ -23,9 +23,10 @@ SECOND = {"c": 2, "a": 1}
 
 @st.composite
 def models(draw, max_experts=4, dtype=torch.float64):
-    family, second, width = draw(halves(max_experts))
+    family, second, width, first = draw(halves(max_experts))
     torch.manual_seed(draw(seeds))
-    return InterpretableGRU(family, second, width, draw(st.integers(1, 2)), dtype=dtype)
+    layers = draw(st.integers(1, 2))
+    return InterpretableGRU(family, second, width, layers, first_groups=first, dtype=dtype)
 
 
 # --- Who sees what ---------------------------------------------------------------------------
@@ -84,7 +85,7 @@ def test_equals_plain_experts(model, seed):
     lengths = [(~padding).sum(1).tolist() for padding in data[2:]]
     leaves = [x.requires_grad_() for x in data[:2]] + list(model.parameters())
     start = torch.zeros(model.encoder.num_layers, 2, model.encoder.hidden_size).double()
-    _, state = per_expert.gru(model.encoder, data[0], start, lengths[0])
+    _, state = per_expert.gru(model.encoder, data[0], start, lengths[0], model.first_groups)
     states, _ = per_expert.gru(model.decoder, data[1], state, lengths[1], model.second_groups)
     head = model.head
     parts, reading = states.split(list(head.layout.col_sizes), -1), per_expert.reads(model.family)

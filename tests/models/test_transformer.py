@@ -13,7 +13,7 @@ from maskmoe_kernels.layout.families import skip_sessions
 from maskmoe_kernels.models import (
     InterpretableTransformer,
     Transformer,
-    second_layout,
+    half_layout,
 )
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated
 from tests.arrival import assert_arrives
@@ -29,10 +29,12 @@ PAIR = SubsetFamily({"a": 1, "b": 1}, {"a": ["a"], "b": ["b"], "both": ["a", "b"
 
 @st.composite
 def models(draw, max_experts=4, dtype=torch.float64):
-    family, second, width = draw(halves(max_experts))
+    family, second, width, first = draw(halves(max_experts))
     torch.manual_seed(draw(seeds))
     inner = draw(st.sampled_from([None, 2]))
-    return InterpretableTransformer(family, second, width, 1, 1, inner, dtype=dtype)
+    return InterpretableTransformer(
+        family, second, width, 1, 1, inner, first_groups=first, dtype=dtype
+    )
 
 
 # --- Who sees what: the two halves -----------------------------------------------------------
@@ -67,7 +69,7 @@ def test_halves_join_by_the_whole_subsets():
         times = len(layout.row_sizes) // 8
         assert torch.equal(layout.present, rule.repeat(times, 1))
         assert torch.equal(layout.routes_grad, torch.eye(8, dtype=torch.bool).repeat(times, 1))
-    seen = second_layout(family, second, 4).present
+    seen = half_layout(family, second, 4).present
     assert seen[0].tolist() == seen[1].tolist() == [True, False, False]
     data = batch(model, seed=1, dtype=torch.float32)
     before, context = model(*data), slice(2, 15)
@@ -131,7 +133,7 @@ def plain(model, first, second, first_padding, second_padding):
             block.feedforward_norm, x + feedforward(block.feedforward, x, family)
         )
 
-    memory = first_layer(model.first_input, first, family, family.groups)
+    memory = first_layer(model.first_input, first, family, model.first_groups)
     for block in model.encoder:
         memory = attend(block.attention, block.attention_norm, memory, memory, first_padding)
         memory = think(block, memory)
@@ -305,6 +307,8 @@ def test_autocast_copies_and_empty_batches(make):
 def test_errors_carry_the_values():
     with pytest.raises(LayoutError, match=r"second_groups names \['d'\]"):
         InterpretableTransformer(CUBE, {"a": 1, "d": 2})
+    with pytest.raises(LayoutError, match=r"first_groups names \['d'\]"):
+        InterpretableTransformer(CUBE, {"a": 1}, first_groups={"d": 2})
     with pytest.raises(LayoutError, match="second_groups must hold integers"):
         InterpretableTransformer(CUBE, {})
     with pytest.raises(LayoutError, match="layers must be at least 1, got 0"):

@@ -91,10 +91,26 @@ def test_who_sees_the_user_and_who_trains_its_embedding(kind: type[Any]) -> None
                 assert sorted(gradient.any(1).nonzero().flatten().tolist()) == [0, 1, 5]
 
 
+def test_sparse_gradients_are_the_dense_ones_compiled_or_not() -> None:
+    dense, *inputs = build(GRU), *batch()
+    dense(*inputs).square().sum().backward()
+    expected = dense.users.table.weight.grad
+    for compiled in (False, True):
+        model = build(GRU)
+        model.users.table.sparse = True
+        if compiled:
+            model.compile(backend="aot_eager")
+        model(*inputs).square().sum().backward()
+        gradient = model.users.table.weight.grad
+        assert gradient.is_sparse
+        assert gradient.coalesce().indices().tolist() == [[0, 1, 5]]
+        torch.testing.assert_close(gradient.to_dense(), expected, rtol=1e-5, atol=1e-7)
+
+
 def test_a_table_that_does_not_fit() -> None:
-    with pytest.raises(LayoutError, match="group 'whom' must be one of A"):
+    with pytest.raises(LayoutError, match="group 'whom' must be one of A or B"):
         UserTable(3, "whom", GROUPS, SECOND)
-    with pytest.raises(LayoutError, match="of the same width in B"):
+    with pytest.raises(LayoutError, match="as wide in both"):
         UserTable(3, "who", GROUPS, {"who": 2})
     with pytest.raises(LayoutError, match="count"):
         UserTable(0, "who", GROUPS, SECOND)

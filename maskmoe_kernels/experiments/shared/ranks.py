@@ -32,6 +32,11 @@ class Ranks:
         """Is this the process that writes and prints?"""
         return self.rank == 0
 
+    @property
+    def sums_sparse(self) -> bool:
+        """Can gradients be sparse? Among several GPUs, nccl sums dense ones only."""
+        return self.world == 1 or self.device.type == "cpu"
+
     def sum(self, value: Tensor) -> Tensor:
         """Sum over all processes; ``value`` itself where there is one."""
         if self.world > 1:

@@ -34,6 +34,7 @@ from maskmoe_kernels.experiments.shared.progress import duration, shown_progress
 from maskmoe_kernels.experiments.shared.ranks import Ranks
 from maskmoe_kernels.experiments.shared.source import Batch, Source
 from maskmoe_kernels.experiments.shared.structure import Spec, check
+from maskmoe_kernels.nn import RowAdam
 
 Metrics = dict[str, float]
 
@@ -121,14 +122,27 @@ def take_step(
     loss.backward()
     norm = None
     if clip is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, clip)
+        norm = _clip([p for group in optimizer.param_groups for p in group["params"]], clip)
     optimizer.step()
     return loss.detach(), norm
 
 
+def _clip(parameters: list[Tensor], most: float) -> Tensor:
+    """``nn.utils.clip_grad_norm_``, of sparse gradients, too."""
+    gradients = []
+    for parameter in parameters:
+        if (gradient := parameter.grad) is not None:
+            if gradient.is_sparse:  # a row may be there twice
+                parameter.grad = gradient.coalesce()
+                gradient = parameter.grad.values()
+            gradients.append(gradient)
+    norm = nn.utils.get_total_norm(gradients)
+    nn.utils.clip_grads_with_norm_(parameters, most, norm)
+    return norm
+
+
 class Trainer(Generic[Batch]):
-    """Trains a model with Adam, validates it after each epoch, and keeps the best epoch.
+    """Trains a model with :class:`RowAdam`, validates it after each epoch, and keeps the best one.
 
     A checkpoint holds all of the state: a resumed run ends with the same bits as one that was
     never stopped. With ``pace.save_every`` it can be resumed within an epoch, otherwise after
@@ -171,7 +185,7 @@ class Trainer(Generic[Batch]):
         self.ranks = ranks or Ranks(torch.device("cpu"))
         self.console = console if self.ranks.first else None
         self.report = report if self.ranks.first else None
-        self.optimizer = torch.optim.Adam(model.parameters(), lr=pace.learning_rate, fused=True)
+        self.optimizer = RowAdam(model, lr=pace.learning_rate)
         self.scheduler = _scheduler(self.optimizer, pace)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] | None = None
@@ -259,6 +273,7 @@ class Trainer(Generic[Batch]):
     def _close_epoch(self) -> None:
         """Validate, note the epoch, reduce the rate, keep the best weights, save."""
         loss, samples, _ = self._checked_sums().tolist()
+        self.optimizer.settle()
         metrics = self._checked_metrics()
         epoch, seconds = len(self.history) + 1, self.seconds
         # The mean over processes of their parts is the loss of the whole batch.

@@ -91,7 +91,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.skip.schema.parse import read_schema
 
     schema = read_schema(arguments.schema)
-    logs = find_tables(arguments.sources, schema)["events"]
+    logs = find_tables(arguments.sources, schema, arguments.out)["events"]
     records = f"{LOGS_FOLDER}/*.json"
     steps = ("checked/*.json", "sorted/*.json", "*/tracks.json")
     check_out(arguments, (MANIFEST, records), (MANIFEST, records))
@@ -99,7 +99,8 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> None:
         for pattern in (MANIFEST, records, *steps):
             for path in arguments.out.glob(pattern):
                 path.unlink(missing_ok=True)
-    print_line(console, f"preparing {len(logs):,} log files, into {arguments.out}")
+    files = f"{len(logs):,} log file{'s' * (len(logs) != 1)}"
+    print_line(console, f"preparing {files}, into {arguments.out}")
     made = prepare(
         arguments.sources,
         arguments.out,

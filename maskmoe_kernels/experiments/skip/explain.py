@@ -272,14 +272,15 @@ def _write(explanation: Explanation, out: Path, schema: Schema) -> str | None:
     missing = plot_style.unsupported_reason()
     if missing is None:
         tracks = explanation.tracks
-        drawn = {name: (explanation.shares, [[*track.attribution.values()] for track in tracks])}
+        every = [[*track.attribution.values()] for track in tracks]
+        drawn = {name: (explanation.shares, every, "expert")}
         if schema.sums:
             sums = [
                 [sum(track.attribution[e] for e in experts) for experts in schema.sums.values()]
                 for track in tracks
             ]
-            drawn[f"{name}-sums"] = explanation.sums, sums
-        for file, (names, shares) in drawn.items():
+            drawn[f"{name}-sums"] = explanation.sums, sums, "experts together"
+        for file, (names, shares, rows) in drawn.items():
             skip_figures.session(
                 torch.tensor(shares),
                 list(names),
@@ -289,5 +290,6 @@ def _write(explanation: Explanation, out: Path, schema: Schema) -> str | None:
                 out / f"{file}.png",
                 f"Session {explanation.session}",
                 schema.verbs,
+                rows,
             )
     return missing

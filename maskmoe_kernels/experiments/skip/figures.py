@@ -152,18 +152,20 @@ def session(
     path: Path,
     title: str,
     verbs: tuple[str, str] = ("played", "skipped"),
+    rows: str = "expert",
 ) -> None:
     """Draw figure 11: experts by tracks of half B of one session, and the predictions.
 
     Args:
-        attribution: Share of each expert, ``(tracks, H)``.
-        names: Names of the experts.
+        attribution: Share of each expert, or of several together, ``(tracks, H)``.
+        names: Names of the experts, or of the sums.
         positions: Positions of the tracks in the session, from 1.
         labels: Whether each track was skipped.
         probability: Predicted probability that each track is skipped.
         path: The PNG file.
         title: First line of the title.
         verbs: What is said of a label that is false, and of one that is true.
+        rows: What ``names`` are.
     """
     tracks, experts = len(positions), len(names)
     figure = plot_style.canvas(3.9 + 0.78 * max(tracks, 5), 3.1 + 0.42 * (experts + 2))
@@ -183,13 +185,13 @@ def session(
     ax.set_yticks(range(experts), [plot_style.wrap(name, 24) for name in names], fontsize=9)
     ax.set_xticks(range(tracks), [str(p) for p in positions], fontsize=10)
     ax.set_xlabel("track of the session")
-    ax.set_ylabel("expert: share of the decision (%)")
+    ax.set_ylabel(plot_style.wrap(f"{rows}: share of the decision (%)", 9 * experts))
     skips = [*labels, *(chance > 0.5 for chance in probability)]
     handles = [_patch(ORANGE, verbs[1])] * any(skips) + [_patch(_PALE, verbs[0])] * (not all(skips))
-    handles.append(_patch(colors(0.5), "the darker, the larger the expert's share"))
+    handles.append(_patch(colors(0.5), "the darker, the larger the share"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     wrong = sum(label != (chance > 0.5) for label, chance in zip(labels, probability, strict=True))
-    told = f"{wrong} of {tracks} predictions are wrong" + (" (framed)" if wrong else "")
+    told = f"wrong in {wrong} of {tracks} predictions" + (" (framed)" if wrong else "")
     figure.suptitle(f"{title}\n{told}", fontsize=12)
     plot_style.save(figure, path)
 

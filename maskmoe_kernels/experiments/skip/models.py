@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,29 +21,36 @@ from maskmoe_kernels.models.sessions import SessionExperts, SessionModel, UserTa
 from maskmoe_kernels.ops.selection import mixture
 from maskmoe_kernels.ops.selection.api import Mixture
 
+#: Users from which on sparse gradients of their embeddings are faster than dense ones.
+SPARSE_FROM = 150_000
 
-def build(settings: Settings, schema: Schema = MSSD, users: int = 1) -> SessionModel:
+
+def build(
+    settings: Settings, schema: Schema = MSSD, users: int = 1, sparse: bool = True
+) -> SessionModel:
     """Build a model and initialise it from the seed. Changes the state of torch's generator.
 
     Args:
         settings: What to build.
         schema: The groups and the experts.
         users: Rows of the table of embeddings, if the schema has one.
+        sparse: Whether its gradients are sparse where that is faster.
     """
     torch.manual_seed(settings.seed)
-    family, second = schema.family, schema.second_groups
+    family, first, second = schema.family, schema.first_groups, schema.second_groups
     width, heads, layers = settings.width, settings.heads, settings.layers
     table = None
     if schema.embedding is not None:
-        table = UserTable(users, schema.embedding[0], family.groups, second)
-    strict = settings.embeddings == "strict"
+        sparse &= users >= SPARSE_FROM
+        table = UserTable(users, schema.embedding[0], first, second, sparse=sparse)
+    options: dict[str, Any] = {
+        "users": table, "strict": settings.embeddings == "strict", "first_groups": first,
+    }  # fmt: skip
     if settings.model == "interpretable-transformer":
-        return InterpretableTransformer(
-            family, second, width, heads, layers, users=table, strict=strict
-        )
+        return InterpretableTransformer(family, second, width, heads, layers, **options)
     if settings.model == "interpretable-gru":
-        return InterpretableGRU(family, second, width, layers, users=table, strict=strict)
-    features = family.in_features, sum(second.values())
+        return InterpretableGRU(family, second, width, layers, **options)
+    features = sum(first.values()), sum(second.values())
     experts = family.num_experts
     if settings.model == "black-box-transformer":
         return Transformer(*features, experts * width, experts * heads, layers, users=table)

@@ -74,7 +74,8 @@ def check_schema(path: Path, model: SessionModel, schema: Schema) -> None:
     widths = tuple(sum(group.values()) for group in groups)
     same = (model.first_features, model.second_features) == widths
     if isinstance(model, SessionExperts):
-        same &= model.family.groups == groups[0] and model.second_groups == groups[1]
+        same &= (model.first_groups, model.second_groups) == groups
+        same &= model.family.groups == schema.family.groups
         same &= model.family.subsets == schema.family.subsets
     if not same:
         raise DataError(

@@ -76,7 +76,7 @@ def train(
     training, held_out = _open_data(data, out, settings, ranks)
     shards = training.shards
     users = shards.embedded if shards.schema.embedding else 1
-    model = build(settings, shards.schema, users).to(ranks.device)
+    model = build(settings, shards.schema, users, ranks.sums_sparse).to(ranks.device)
     if means.compile:
         model.compile()
     net = ranks.parallel(model)

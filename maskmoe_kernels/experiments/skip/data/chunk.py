@@ -13,17 +13,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import Array, Ints
 from maskmoe_kernels.experiments.skip.data.block import Problems, line_message
 from maskmoe_kernels.experiments.skip.data.histories import Histories
 from maskmoe_kernels.experiments.skip.data.ids import hash_ids
 from maskmoe_kernels.experiments.skip.data.records import (
-    FORMAT,
     LOGS_FOLDER,
     TRACKS_FOLDER,
     USERS_FOLDER,
-    read_record,
+    Step,
 )
 from maskmoe_kernels.experiments.skip.data.shard_format import (
     are_intact,
@@ -41,7 +39,7 @@ EVENTS, ITEM_TIMES, ITEM_LABELS, ITEM_BOUNDS = (
 
 
 @dataclass(frozen=True)
-class Chunk:
+class Chunk(Step):
     """Rows of the sorted events that hold all events of some users.
 
     Attributes:
@@ -81,18 +79,13 @@ class Chunk:
         return self.out / split / f"{self.name}.parquet"
 
     def made_from(self) -> dict[str, Any]:
-        """What the record must say for the shards to be kept."""
+        """All that the shards depend on."""
         rows = {"begin": self.begin, "end": self.end, "row_group": self.row_group}
         return rows | {"inputs": self.inputs, "schema": self.schema.data}
 
-    def valid_record(self) -> dict[str, Any] | None:
-        """The record of an earlier run; None if the sessions must be made (again)."""
-        record = read_record(self.record)
-        if record is None or record["from"] != self.made_from():
-            return None
-        if self.strict and record["problems"]["counts"]:
-            return None
-        return record if are_intact(self.shard, record) else None
+    def is_whole(self, record: Mapping[str, Any]) -> bool:
+        """Whether the shards are as ``record`` says."""
+        return are_intact(self.shard, record)
 
 
 def convert_chunk(
@@ -111,7 +104,7 @@ def convert_chunk(
     done = chunk.valid_record()
     if done is not None:
         return done
-    chunk.record.unlink(missing_ok=True)
+    made_from = chunk.start()
     problems = Problems()
     folder = chunk.out / SORTED_FOLDER
     table = _rows(folder / EVENTS, chunk.begin, chunk.end)
@@ -126,21 +119,18 @@ def convert_chunk(
     with ShardWriter(chunk.shard, chunk.row_group, chunk.schema) as shards:
         shards.add(shard_table, owners)
     advance(chunk.end - chunk.begin)
-    record = {
-        "format": FORMAT,
-        "from": chunk.made_from(),
-        "digest": chunk.inputs,
-        "row_groups": shards.row_groups,
-        "bytes": shards.bytes,
-        "parts": shards.parts,
-        "sessions": len(sessions.starts),
-        "dropped": 0,
-        "short": sessions.short,
-        "long": sessions.long,
-        "problems": {"counts": problems.counts, "examples": problems.examples},
-    }
-    write_json(chunk.record, sealed(record))
-    return record
+    return chunk.finish(
+        made_from,
+        problems,
+        digest=chunk.inputs,
+        row_groups=shards.row_groups,
+        bytes=shards.bytes,
+        parts=shards.parts,
+        sessions=len(sessions.starts),
+        dropped=sessions.short + sessions.long,
+        short=sessions.short,
+        long=sessions.long,
+    )
 
 
 def _rows(path: Path, begin: int, end: int) -> Any:

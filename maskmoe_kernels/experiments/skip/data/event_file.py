@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import Array
 from maskmoe_kernels.experiments.skip.data.arrow_file import open_table
 from maskmoe_kernels.experiments.skip.data.block import Block, Problems, line_message
 from maskmoe_kernels.experiments.skip.data.ids import hash_ids
 from maskmoe_kernels.experiments.skip.data.packed import stem
 from maskmoe_kernels.experiments.skip.data.records import (
-    FORMAT,
     TRACKS_FOLDER,
     USERS_FOLDER,
+    Step,
     fingerprint,
     is_intact,
-    read_record,
     size_and_checksum,
 )
 from maskmoe_kernels.experiments.skip.data.tracks import DIGESTS
@@ -35,7 +33,7 @@ CHECKED_FOLDER = "checked"
 
 
 @dataclass(frozen=True)
-class EventFile:
+class EventFile(Step):
     """A file to check.
 
     Attributes:
@@ -73,18 +71,14 @@ class EventFile:
         """The record, which is written last."""
         return self.target.with_suffix(".json")
 
-    def valid_record(self) -> dict[str, Any] | None:
-        """The record of an earlier run; None if the file must be checked (again)."""
-        record = read_record(self.record)
-        if record is None or record["inputs"] != self._inputs():
-            return None
-        if self.strict and record["problems"]["counts"]:
-            return None
-        return record if is_intact(self.target, record["file"]) else None
-
-    def _inputs(self) -> dict[str, Any]:
+    def made_from(self) -> dict[str, Any]:
+        """All that the checked rows depend on."""
         own = {"source": fingerprint(self.source), "number": self.number, "tables": self.tables}
         return own | {"table": repr(self.declared), "sessions": repr(self.schema.sessions)}
+
+    def is_whole(self, record: Mapping[str, Any]) -> bool:
+        """Whether the checked rows are as ``record`` says."""
+        return is_intact(self.target, record["file"])
 
 
 def check_file(
@@ -104,8 +98,7 @@ def check_file(
     done = file.valid_record()
     if done is not None:
         return done
-    inputs = file._inputs()
-    file.record.unlink(missing_ok=True)
+    made_from = file.start()
     known = {
         name: np.load(file.out / folder / DIGESTS, mmap_mode="r")
         for name, folder in (("item", TRACKS_FOLDER), ("user", USERS_FOLDER))
@@ -128,16 +121,8 @@ def check_file(
         finally:
             if writer is not None:
                 writer.close()
-    record = {
-        "format": FORMAT,
-        "inputs": inputs,
-        "digest": table.digest,
-        "rows": rows,
-        "file": size_and_checksum(file.target),
-        "problems": {"counts": table.problems.counts, "examples": table.problems.examples},
-    }
-    write_json(file.record, sealed(record))
-    return record
+    written = size_and_checksum(file.target)
+    return file.finish(made_from, table.problems, digest=table.digest, rows=rows, file=written)
 
 
 def _checked(file: EventFile, block: Block, known: dict[str, Array], problems: Problems) -> Any:

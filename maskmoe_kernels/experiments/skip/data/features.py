@@ -235,10 +235,9 @@ def assemble(
         row = rows.columns["user"][rows.starts[which]].astype(np.int64)
         known = users[1][row] & ~draw.unknown(digests)
         user = torch.from_numpy(np.where(known, row + 1, 0))
-    groups = schema.groups
     return SessionBatch(
-        first=first.fill(groups, tables),
-        second=second.fill([group for group in groups if "B" in group.halves], tables),
+        first=first.fill(schema.of_half("A"), tables),
+        second=second.fill(schema.of_half("B"), tables),
         target=second.padded(second.values(schema.events.label)[:, None]).squeeze(-1),
         first_padding=torch.from_numpy(~first.real),
         second_padding=torch.from_numpy(~second.real),

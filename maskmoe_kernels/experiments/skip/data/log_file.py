@@ -9,18 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe_kernels.experiments.shared.report import sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import UInt64s
 from maskmoe_kernels.experiments.skip.data.arrow_file import open_table
 from maskmoe_kernels.experiments.skip.data.columns import MSSD
 from maskmoe_kernels.experiments.skip.data.packed import stem
 from maskmoe_kernels.experiments.skip.data.records import (
-    FORMAT,
     LOGS_FOLDER,
     TRACKS_FOLDER,
+    Step,
     fingerprint,
     is_intact,
-    read_record,
     save_array,
     size_and_checksum,
 )
@@ -32,7 +30,7 @@ from maskmoe_kernels.experiments.skip.schema.schema import Schema
 
 
 @dataclass(frozen=True)
-class LogFile:
+class LogFile(Step):
     """A log file to convert, and where its results go.
 
     Attributes:
@@ -74,20 +72,14 @@ class LogFile:
         """The shard of one split. It is not written if it would hold no session."""
         return self.out / split / f"{self.name}.parquet"
 
-    def valid_record(self) -> dict[str, Any] | None:
-        """The record of an earlier conversion; None if the file must be converted (again)."""
-        record = read_record(self.record)
-        if record is None or record["source"] != fingerprint(self.source):
-            return None
-        if record["schema"] != self.schema.data or record["row_group"] != self.row_group:
-            return None
-        if record["tracks"] != self.tracks:
-            return None
-        if self.strict and record["problems"]["counts"]:
-            return None
-        if not are_intact(self.shard, record):
-            return None
-        return record if is_intact(self.digests, record["digests"]) else None
+    def made_from(self) -> dict[str, Any]:
+        """All that the shards depend on, but for other log files."""
+        own = {"source": fingerprint(self.source), "schema": self.schema.data}
+        return own | {"tracks": self.tracks, "row_group": self.row_group}
+
+    def is_whole(self, record: Mapping[str, Any]) -> bool:
+        """Whether the shards and the digests are as ``record`` says."""
+        return are_intact(self.shard, record) and is_intact(self.digests, record["digests"])
 
 
 def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -> dict[str, Any]:
@@ -102,8 +94,7 @@ def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -
         DataError: The file cannot be read or lacks a column, or ``log.strict`` and there is a
             problem.
     """
-    source = fingerprint(log.source)
-    log.record.unlink(missing_ok=True)
+    made_from = log.start()
     tracks = np.load(log.out / TRACKS_FOLDER / DIGESTS, mmap_mode="r")
     file = open_table(log.source, log.schema.events.columns, advance)
     sessions = SessionRows(file.path, file.problems, log.excluded, log.earlier, log.schema)
@@ -118,21 +109,15 @@ def convert(log: LogFile, advance: Callable[[int], None] = lambda count: None) -
         file.problems.raise_first(log.strict)
     digests = np.fromiter(sessions.lines, np.uint64, len(sessions.lines))
     save_array(log.digests, digests)
-    record = {
-        "format": FORMAT,
-        "source": source,
-        "digest": file.digest,
-        "schema": log.schema.data,
-        "tracks": log.tracks,
-        "row_group": log.row_group,
-        "because": dict(log.earlier),
-        "row_groups": shards.row_groups,
-        "bytes": shards.bytes,
-        "parts": shards.parts,
-        "digests": size_and_checksum(log.digests),
-        "sessions": len(digests),
-        "dropped": sessions.dropped,
-        "problems": {"counts": file.problems.counts, "examples": file.problems.examples},
-    }
-    write_json(log.record, sealed(record))
-    return record
+    return log.finish(
+        made_from,
+        file.problems,
+        digest=file.digest,
+        because=dict(log.earlier),
+        row_groups=shards.row_groups,
+        bytes=shards.bytes,
+        parts=shards.parts,
+        digests=size_and_checksum(log.digests),
+        sessions=len(digests),
+        dropped=sessions.dropped,
+    )

@@ -28,7 +28,7 @@ class Prepared:
     Attributes:
         tracks: Number of tracks.
         sessions: Split -> number of sessions.
-        dropped: Number of sessions that were left out because of a problem.
+        dropped: Number of sessions that were left out: because of a problem, or their length.
         counts: Kind of problem -> number of rows or sessions, over all files.
         examples: Kind of problem -> the first messages, with file and line.
     """

@@ -60,7 +60,7 @@ def prepare(
     if workers < 1 or row_group < 1:
         raise ValueError(f"workers and row_group must be at least 1, got {workers}, {row_group}")
     out = Path(out)
-    files = find_tables(sources, schema)
+    files = find_tables(sources, schema, out)
     for folder in (out, *(out / name for name in (TRACKS_FOLDER, LOGS_FOLDER, *SPLITS))):
         claim(folder)
     (out / MANIFEST).unlink(missing_ok=True)

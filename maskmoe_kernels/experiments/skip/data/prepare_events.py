@@ -207,12 +207,13 @@ def _sort(
     ):
         return record["bounds"], record["tables"]
     (folder / _RECORD).unlink(missing_ok=True)
-    bar = job.open_bar("sort", None)
     made = dict(tables)
     paths = {
         name: [file.target for file, record in found if record["rows"]]
         for name, found in checked.items()
     }
+    size = sum(path.stat().st_size for path in paths["events"])
+    bar = job.open_bar("sort", size)
     with database(job.out, job.workers) as connection:
         for key, table_folder, column in (
             ("item", TRACKS_FOLDER, job.schema.events.item),
@@ -229,7 +230,7 @@ def _sort(
         _sort_relations(job, connection, paths)
         if any(past.of == "item" for past in job.schema.past.values()):
             _sort_by_item(job, connection, paths["events"], time)
-    bar(1)
+    bar(size)
     bounds = _chunk_bounds(folder / EVENTS)
     files = [p for p in sorted(folder.iterdir()) if p.suffix in (".parquet", ".npy")]
     record = {

@@ -14,6 +14,7 @@ A file whose name starts with ``.unfinished-`` is left by a killed run; the next
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.shared.report import read_json
+from maskmoe_kernels.experiments.shared.report import read_json, sealed, write_json
 from maskmoe_kernels.experiments.skip.data.arrays import Array
+from maskmoe_kernels.experiments.skip.data.block import Problems
 from maskmoe_kernels.files import checksum, replacing
 
 #: Version of everything that ``prepare`` writes. Files of another version are made again.
@@ -50,7 +52,61 @@ def read_record(path: Path) -> dict[str, Any] | None:
         content = read_json(path, "")
     except DataError:
         return None
+    content.pop("checksum", None)  # verified, and no part of what the step found
     return content if content.get("format") == FORMAT else None
+
+
+class Step(ABC):
+    """A step of ``prepare`` that a later run keeps: its record, written last, vouches for it.
+
+    Attributes:
+        strict: Stop at the first problem.
+    """
+
+    strict: bool
+
+    @property
+    @abstractmethod
+    def record(self) -> Path:
+        """The record."""
+
+    @abstractmethod
+    def made_from(self) -> dict[str, Any]:
+        """All that the results depend on, in plain values."""
+
+    @abstractmethod
+    def is_whole(self, record: Mapping[str, Any]) -> bool:
+        """Whether the files are as ``record`` says."""
+
+    def valid_record(self) -> dict[str, Any] | None:
+        """The record of an earlier run; None if the step must be done (again)."""
+        record = read_record(self.record)
+        if record is None or record.get("from") != self.made_from():
+            return None
+        if self.strict and record["problems"]["counts"]:
+            return None
+        return record if self.is_whole(record) else None
+
+    def start(self) -> dict[str, Any]:
+        """Remove the record, and return what the step is :meth:`made_from` as it begins."""
+        made_from = self.made_from()
+        self.record.unlink(missing_ok=True)
+        return made_from
+
+    def finish(
+        self, made_from: dict[str, Any], problems: Problems, **content: Any
+    ) -> dict[str, Any]:
+        """Write the record, and return it.
+
+        Args:
+            made_from: What :meth:`start` returned.
+            problems: What was found in the files.
+            content: What else the record says.
+        """
+        found = {"counts": problems.counts, "examples": problems.examples}
+        record = {"format": FORMAT, "from": made_from, **content, "problems": found}
+        write_json(self.record, sealed(record))
+        return record
 
 
 def size_and_checksum(path: Path) -> dict[str, int]:

@@ -24,12 +24,16 @@ def find_sources(*paths: str | Path) -> tuple[list[Path], list[Path]]:
     return found["events"], found["items"]
 
 
-def find_tables(paths: Sequence[str | Path], schema: Schema) -> dict[str, list[Path]]:
+def find_tables(
+    paths: Sequence[str | Path], schema: Schema, out: Path | None = None
+) -> dict[str, list[Path]]:
     """Find the files of each table: those whose name, or a folder on the way, has its pattern.
 
     Args:
         paths: Files, or folders that are searched with their subfolders.
         schema: The schema.
+        out: Folder of the shards; files in it are none of the tables', where it is in a folder that
+            is searched.
     Returns:
         ``"events"``, ``"items"``, ``"users"`` and the names of relations -> the files, sorted by
         name.
@@ -55,6 +59,8 @@ def find_tables(paths: Sequence[str | Path], schema: Schema) -> dict[str, list[P
         if path.is_dir():
             files = [p for ending in (*ENDINGS, *ROW_ENDINGS) for p in path.rglob(f"*{ending}")]
         for file in files:
+            if out is not None and out.resolve() in file.resolve().parents:
+                continue
             inside = file.relative_to(path).parts[:-1] if path.is_dir() else ()
             for name, pattern in patterns.items():
                 if any(fnmatch(part, pattern) for part in (*inside, stem(file))):

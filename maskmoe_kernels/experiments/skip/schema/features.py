@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from maskmoe_kernels.experiments.skip.schema.column import Column
 from maskmoe_kernels.experiments.skip.schema.schema import (
@@ -15,7 +16,7 @@ from maskmoe_kernels.experiments.skip.schema.schema import (
 )
 from maskmoe_kernels.experiments.skip.schema.toml_file import Node
 
-_HALVES = ("A", "AB")
+_HALVES = ("A", "B", "AB")
 # Kinds of event columns that an encoding takes.
 _TAKES = {
     "value": ("flag", "integer", "number"), "one_hot": ("name",), "circle": ("integer",),
@@ -61,6 +62,61 @@ def parse_group(
     words = node.optional("words", str) or ""
     node.finish()
     return Group(name, halves, features, words)
+
+
+def parse_experts(
+    node: Node, groups: tuple[Group, ...]
+) -> tuple[tuple[Group, ...], dict[str, tuple[str, ...]]]:
+    """The experts; and the groups, where one that some expert sees in one of its halves is two.
+
+    An expert is a list of groups, seen in every half that they exist in, or a list for each half.
+    """
+    seen: dict[str, dict[str, tuple[str, ...]]] = {}
+    for key, value in node.value.items():
+        if isinstance(value, dict):
+            inner = node.table(key)
+            seen[key] = {half: _names(inner, half, groups, half) for half in "AB"}
+            inner.finish()
+        else:
+            names = _names(node, key, groups, "AB")
+            there = {g.name: g.halves for g in groups}
+            seen[key] = {h: tuple(n for n in names if h in there[n]) for h in "AB"}
+    halved = {
+        group.name
+        for group in groups
+        for of in seen.values()
+        if group.halves == "AB" and (group.name in of["A"]) != (group.name in of["B"])
+    }
+    parts: list[Group] = []
+    for group in groups:
+        if group.name not in halved:
+            parts.append(group)
+            continue
+        if group.features[0].encoding == "embedding":
+            raise node.fail(
+                f"expected each expert to see the embedding {group.name} in both halves or none."
+            )
+        parts.append(replace(group, name=f"{group.name} in A", halves="A", words=""))
+        parts.append(replace(group, name=f"{group.name} in B", halves="B"))
+    experts = {}
+    for key, of in seen.items():
+        found = {f"{name} in {half}" for half in "AB" for name in of[half] if name in halved}
+        found |= {*of["A"], *of["B"]} - halved
+        experts[key] = tuple(part.name for part in parts if part.name in found)
+    called = [part.name for part in parts]
+    if twice := sorted({name for name in called if called.count(name) > 1}):
+        raise node.fail(f"expected other names of groups than {twice}, which halves of others get.")
+    return tuple(parts), experts
+
+
+def _names(node: Node, key: str, groups: tuple[Group, ...], halves: str) -> tuple[str, ...]:
+    """Names of groups that exist in one of ``halves``."""
+    names = node.names(key)
+    known = [g.name for g in groups if set(g.halves) & set(halves)]
+    if unknown := [name for name in names if name not in known]:
+        there = "" if halves == "AB" else f" of half {halves}"
+        raise node.fail(f"expected groups{there} out of {', '.join(known)}, got {unknown}.", key)
+    return names
 
 
 def _feature(node: Node, tables: Mapping[str, Table | None], past: Mapping[str, Past]) -> Feature:

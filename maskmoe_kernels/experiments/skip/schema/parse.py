@@ -11,7 +11,7 @@ from typing import Any
 
 from maskmoe_kernels.errors import DataError, LayoutError
 from maskmoe_kernels.experiments.skip.schema.column import KINDS, UNITS, Column
-from maskmoe_kernels.experiments.skip.schema.features import parse_group, parse_past
+from maskmoe_kernels.experiments.skip.schema.features import parse_experts, parse_group, parse_past
 from maskmoe_kernels.experiments.skip.schema.schema import (
     Events,
     Group,
@@ -29,6 +29,8 @@ SHIPPED = ("mssd", "users")
 #: Longest sessions: positions are stored in two bytes.
 _MOST = 65535
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(second|minute|hour|day)s?")
+#: Longest duration, in ms: times are from 1970 to 2200.
+_LONGEST = 84_000 * 86_400_000
 _UNITS = {"second": 1000, "minute": 60_000, "hour": 3_600_000, "day": 86_400_000}
 _TAKEN = {"session_id", "session_position", "session_length", "track", "user", "line", "place"}
 _TABLES = {"events", "items", "users", "tracks"}
@@ -89,6 +91,7 @@ def parse_schema(text: str, name: str = "schema") -> Schema:
         parse_group(key, node, tables, past) for key, node in _named(root.table("groups"))
     )
     names = tuple(group.name for group in groups)
+    groups, experts = parse_experts(root.table("experts"), groups)
     words = root.table("words")
     schema = Schema(
         title,
@@ -100,9 +103,9 @@ def parse_schema(text: str, name: str = "schema") -> Schema:
         relations,
         past,
         groups,
-        experts=_lists(root.table("experts"), names, "groups"),
-        causes={k: frozenset(v) for k, v in _lists(root.table("causes"), names, "groups").items()},
-        sums=_lists(root.table("sums"), tuple(root.table("experts").value), "experts"),
+        experts=experts,
+        causes=_causes(_lists(root.table("causes"), names, "groups"), groups),
+        sums=_lists(root.table("sums"), tuple(experts), "experts"),
         verbs=(words.get("false", str, "false"), words.get("true", str, "true")),
         header=words.optional("session", str) or "",
         said={k: words.table("names").get(k, str) for k in words.table("names").value},
@@ -124,7 +127,12 @@ def duration(node: Node, key: str) -> int:
         raise node.fail(
             f'expected {key} to be a duration such as "30 minutes" or "7 days", got {text!r}.', key
         )
-    return round(float(found[1]) * _UNITS[found[2]])
+    length = float(found[1]) * _UNITS[found[2]]
+    if length > _LONGEST:
+        raise node.fail(
+            f"expected {key} to be at most {_LONGEST // _UNITS['day']:,} days, got {text!r}.", key
+        )
+    return max(round(length), 1)
 
 
 def _named(node: Node) -> list[tuple[str, Node]]:
@@ -263,6 +271,17 @@ def _lists(node: Node, known: tuple[str, ...], what: str) -> dict[str, tuple[str
     return result
 
 
+def _causes(
+    causes: dict[str, tuple[str, ...]], groups: tuple[Group, ...]
+) -> dict[str, frozenset[str]]:
+    """The groups of each cause; of one that is two, that of half B, where the labels are."""
+    whole = {group.name for group in groups}
+    return {
+        key: frozenset(name if name in whole else f"{name} in B" for name in of)
+        for key, of in causes.items()
+    }
+
+
 def _check_past(
     root: Node,
     sessions: Sessions,
@@ -291,21 +310,21 @@ def _check_groups(root: Node, schema: Schema) -> None:
     groups: tuple[Group, ...] = schema.groups
     if not groups:
         raise root.fail("expected groups, got none.", "groups")
-    columns = schema.first_columns
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise root.fail(f"expected each feature once, got {twice} more than once.", "groups")
+    for columns in (schema.second_columns, schema.first_columns):
+        if twice := sorted({name for name in columns if columns.count(name) > 1}):
+            raise root.fail(f"expected each feature once, got {twice} more than once.", "groups")
     try:
-        label = schema.label_column
+        _ = schema.label_column
     except ValueError as error:
         raise root.fail(f"{error}; the baselines read it there.", "groups") from error
-    label_name = columns[label]
-    if label_name in schema.second_columns:
+    of_second = [f for group in schema.of_half("B") for f in group.features]
+    if any((f.table, f.source) == ("events", schema.events.label) for f in of_second):
         raise root.fail(
-            f"expected the label {label_name} in groups of half A alone, got it in half B, where "
-            "it is to be predicted.", "groups",
+            f"expected the label {schema.events.label} in groups of half A alone, got it in half "
+            "B, where it is to be predicted.", "groups",
         )  # fmt: skip
     if not schema.second_groups:
-        raise root.fail('expected a group with halves = "AB", got none.', "groups")
+        raise root.fail('expected a group with halves = "AB" or "B", got none.', "groups")
     if sum(g.features[0].encoding == "embedding" for g in groups) > 1:
         raise root.fail("expected one embedding, got several.", "groups")
     try:

@@ -177,7 +177,7 @@ class Group:
 
     Attributes:
         name: Its name.
-        halves: The halves it exists in, ``"A"`` or ``"AB"``.
+        halves: The halves it exists in, ``"A"``, ``"B"`` or ``"AB"``.
         features: Its features in order.
         words: How an explanation says what is in it; empty: names and values.
     """
@@ -206,8 +206,9 @@ class Schema:
         users: The table of users; ``None``: the users of the events.
         relations: Name -> relation.
         past: Name -> feature of the past.
-        groups: The groups, in the order of half A's columns.
-        experts: Expert -> names of its groups, in halves A and B.
+        groups: The groups, in the order of the columns of both halves. One that an expert sees in
+            one of its halves alone is two, ``"NAME in A"`` and ``"NAME in B"``.
+        experts: Expert -> names of its groups, each seen where it exists.
         causes: Cause of generated labels -> groups that an expert must see to know it.
         sums: Name -> experts whose shares a figure adds up.
         verbs: What is said of a label that is false, and of one that is true.
@@ -240,34 +241,39 @@ class Schema:
 
     @cached_property
     def family(self) -> SubsetFamily:
-        """Subsets of the groups of half A, in the order of its columns; one expert each."""
-        return SubsetFamily(self.first_groups, {n: list(of) for n, of in self.experts.items()})
+        """Subsets of the groups, one expert each."""
+        groups = {group.name: len(group.columns) for group in self.groups}
+        return SubsetFamily(groups, {n: list(of) for n, of in self.experts.items()})
+
+    def of_half(self, half: str) -> tuple[Group, ...]:
+        """The groups of half ``"A"`` or ``"B"``, in the order of its columns."""
+        return tuple(group for group in self.groups if half in group.halves)
 
     @cached_property
     def first_groups(self) -> dict[str, int]:
         """Groups of half A and their widths."""
-        return {group.name: len(group.columns) for group in self.groups}
+        return {group.name: len(group.columns) for group in self.of_half("A")}
 
     @cached_property
     def second_groups(self) -> dict[str, int]:
         """Groups of half B and their widths."""
-        return {g.name: len(g.columns) for g in self.groups if "B" in g.halves}
+        return {group.name: len(group.columns) for group in self.of_half("B")}
 
     @cached_property
     def first_columns(self) -> tuple[str, ...]:
         """Names of the columns of half A."""
-        return tuple(name for group in self.groups for name in group.columns)
+        return tuple(name for group in self.of_half("A") for name in group.columns)
 
     @cached_property
     def second_columns(self) -> tuple[str, ...]:
         """Names of the columns of half B."""
-        return tuple(n for group in self.groups if "B" in group.halves for n in group.columns)
+        return tuple(name for group in self.of_half("B") for name in group.columns)
 
     @cached_property
     def label_column(self) -> int:
         """The column of half A that holds the label; the baselines read it."""
         position = 0
-        for feature in (f for group in self.groups for f in group.features):
+        for feature in (f for group in self.of_half("A") for f in group.features):
             if feature.table == "events" and feature.source == self.events.label:
                 return position
             position += len(feature.columns)

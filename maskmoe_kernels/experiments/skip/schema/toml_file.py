@@ -59,11 +59,14 @@ class Node:
         return key in self.value
 
     def fail(self, message: str, *keys: str | int) -> DataError:
-        """An error about the value at ``keys`` in this table."""
+        """An error about the value at ``keys`` in this table, or what is nearest to it."""
         place = (*self.place, *keys)
-        while place and place not in self.lines:
+        while place and not any(other[: len(place)] == place for other in self.lines):
             place = place[:-1]
-        return DataError(f"{self.name}, line {self.lines.get(place, 1)}: {message}")
+        # Of a table without a line of its own, the first line of those in it.
+        inside = [n for other, n in self.lines.items() if place and other[: len(place)] == place]
+        line = self.lines.get(place, min(inside, default=1))
+        return DataError(f"{self.name}, line {line}: {message}")
 
     def get(self, key: str, kind: type[T], default: T | None = None) -> T:
         """The value of a key.

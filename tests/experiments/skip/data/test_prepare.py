@@ -153,7 +153,7 @@ def test_an_interrupted_run_is_completed(
 
             patch.setattr(pq.ParquetWriter, "write_table", die)
         else:
-            for module in ("manifest", "log_file", "tracks"):
+            for module in ("manifest", "records", "tracks"):
                 patch.setattr(target + module + ".write_json", stop)
         with pytest.raises(KeyboardInterrupt):
             prepare([source], out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,23 +254,32 @@ prepare([sys.argv[2]], sys.argv[3], parse_schema(TEXT), row_group=4)
 """
 
 
-@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("number", "further"),
+    [
+        pytest.param(30, 90, marks=pytest.mark.slow),
+        *(pytest.param(number, 8, marks=pytest.mark.deep) for number in (0, 4, 9, 15)),
+    ],
+)
 def test_a_run_that_is_killed_ends_with_the_same_bits(
-    made: Path, events: dict[str, Any], tmp_path: Path
+    made: Path, events: dict[str, Any], tmp_path: Path, number: int, further: int
 ) -> None:
-    log = write_log(tmp_path / "log", events, files=3)
-    for number in (0, 4, 9, 15):
-        out = tmp_path / f"out{number}"
-        for _ in range(10):  # killed again and again, each time a little further on
-            run = subprocess.run(
-                [sys.executable, "-c", _KILLED, str(number), str(log), str(out)],
-                cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
-            )  # fmt: skip
-            number += 8
-            if run.returncode == 0:
-                break
-        assert run.returncode == 0
-        assert shards_of(out) == shards_of(made)
+    log, out, kills = write_log(tmp_path / "log", events, files=3), tmp_path / "out", 0
+    for _ in range(10):  # killed again and again, each time a little further on
+        run = subprocess.run(
+            [sys.executable, "-c", _KILLED, str(number), str(log), str(out)],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120,
+        )  # fmt: skip
+        number += further
+        if run.returncode == 0:
+            break
+        assert run.returncode == -signal.SIGKILL
+        assert not (out / "manifest.json").exists()
+        kills += 1
+    assert run.returncode == 0
+    assert kills > 0
+    assert shards_of(out) == shards_of(made)
+    assert not list(out.rglob(".unfinished*"))
 
 
 def damaged(column: str, row: int, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -340,6 +350,34 @@ def test_repeated_events_and_damaged_files(events: dict[str, Any], tmp_path: Pat
     path.unlink()
     with pytest.raises(DataError, match=r"expected a visits\*\.csv \(or \.csv\.gz, \.parquet"):
         prepare([pq_log], tmp_path / "out2", SCHEMA)
+
+
+def test_shards_in_the_folder_of_the_log_are_no_part_of_it(
+    events: dict[str, Any], tmp_path: Path
+) -> None:
+    schema = parse_schema(TEXT.replace('"visits*"', '"*visits*"'))  # as the checked rows are named
+    log = write_log(tmp_path / "log", events, "parquet", files=2)
+    for _ in range(2):
+        prepare([log], log / "out", schema)
+    apart = write_log(tmp_path / "apart", events, "parquet", files=2)
+    prepare([apart], tmp_path / "out", schema)
+    assert shards_of(log / "out").keys() == shards_of(tmp_path / "out").keys()
+    assert rows_of(log / "out") == rows_of(tmp_path / "out")
+
+
+def test_a_damaged_arrow_file_ends_no_process(events: dict[str, Any], tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", events, "arrow")
+    path = log / "visits_0.arrow"
+    whole = path.read_bytes()
+    names = "".join(events["who"]).encode()
+    start = whole.index(names)
+    lengths = np.array([0, *(len(name) for name in events["who"])])
+    offsets = np.cumsum(lengths).astype(np.int32).tobytes()
+    for place in (whole.index(offsets) + 40, start + 1):  # an offset, and a byte of a text
+        path.write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"visits_0\.arrow: expected a whole arrow file"):
+            prepare([log], tmp_path / "out", SCHEMA)
+    assert not list((tmp_path / "out").rglob(".unfinished*"))
 
 
 def test_files_without_rows(events: dict[str, Any], tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ DAMAGES = [
     ('by = "inactivity"', 'by = "day"', "one of file, id, inactivity, got 'day'"),
     ('gap = "30 minutes"', 'gap = "30 parsecs"', "expected gap to be a duration such as"),
     ('gap = "30 minutes"', "", "expected a gap with by"),
+    ('gap = "30 minutes"', 'gap = "9999999999 days"', "expected gap to be at most 84,000 days"),
     ("shortest = 2", "shortest = 50", "expected 2 <= shortest <= longest"),
     ("longest = 40", "longest = 40\nslice = 41", "expected slice to be from 2 to longest"),
     ("longest = 40", 'longest = 40\nsplit = "item"', "one of session, user, got 'item'"),
@@ -67,7 +68,14 @@ DAMAGES = [
     ('relation = "wanted" }', 'relation = "bought" }', "one of wanted, got 'bought'"),
     ('window = "90 minutes"', "window = 90", "expected window to be a text, got 90"),
     ('  "past.seen",', '  "past.sene",', "expected a feature of one of .* got 'past.sene'"),
-    ('halves = "A"', 'halves = "B"', "expected halves to be one of A, AB, got 'B'"),
+    ('halves = "A"', 'halves = "BA"', "expected halves to be one of A, B, AB, got 'BA'"),
+    ('halves = "A"', 'halves = "B"', "no group of half A holds the label 'left'"),
+    ('["item.weight",', '[{ of = "left", name = "x" },', "the label left in groups of half A"),
+    ('past = ["past"]', 'past = { A = ["past"] }', "expected B in experts.past"),
+    ('past = ["past"]', 'past = { A = [], B = ["given"] }', "groups of half B out of past, goo"),
+    ('past = ["past"]', 'past = { A = [], B = ["past"], C = [] }', "one of the keys A, B, got 'C'"),
+    ('past = ["past"]', 'past = { A = ["who"], B = [] }', "the embedding who in both halves or"),
+    ('past = ["past"]', 'past = []\nnone = { A = [], B = [] }', "inclusion must be an order"),
     ('halves = "A"', 'halves = "AB"', "the label left in groups of half A alone"),
     ('["left", { of = "place"', '[{ of = "place"', "no group of half A holds the label 'left'"),
     ('as = "one_hot" }', 'as = "circle" }', "of a column of kind integer, got device of kind name"),
@@ -98,6 +106,35 @@ def test_every_damage_says_file_and_line(old: str, new: str, message: str) -> No
     assert abs(line - changed) <= 12 or lines[line - 1].startswith("[") or line == 1
 
 
+def test_experts_may_differ_in_the_two_halves() -> None:
+    text = TEXT.replace('past = ["past"]', 'past = { A = [], B = ["past"] }')
+    text = text.replace(
+        "[groups.who]",
+        """[groups.later]
+halves = "B"
+features = [{ of = "price", divide = 100 }]
+
+[groups.who]""",
+    ).replace('all = ["given", ', 'all = ["given", "later", ')
+    text += '\n[causes]\nrate = ["past", "goods"]\n'
+    schema = parse_schema(text)
+    assert schema.first_groups == {"given": 4, "past in A": 7, "goods": 6, "who": 3}
+    assert schema.second_groups == {"past in B": 7, "goods": 6, "later": 1, "who": 3}
+    assert schema.family.subsets == {
+        "given": ("given",),
+        "past": ("past in B",),
+        "who": ("who",),
+        "all": ("given", "past in A", "past in B", "goods", "later", "who"),
+    }
+    assert schema.causes == {"rate": {"past in B", "goods"}}
+    assert len(schema.first_columns) == 20
+    assert schema.second_columns[-4] == "price"
+    with pytest.raises(DataError, match=r"other names of groups than .'past in B'."):
+        parse_schema(
+            text.replace("groups.later", 'groups."past in B"').replace('"later"', '"past in B"')
+        )
+
+
 def test_a_relation_may_not_have_the_name_of_a_table() -> None:
     text = TEXT.replace("relations.wanted", "relations.events").replace('"wanted" }', '"events" }')
     with pytest.raises(DataError, match=r"line 34: expected another name than 'events'"):
@@ -110,6 +147,11 @@ def test_lines_are_exact_where_a_value_is_wrong() -> None:
         line = text.splitlines().index(new) + 1
         with pytest.raises(DataError, match=rf"line {line}: "):
             parse_schema(text)
+    line = TEXT.splitlines().index("[groups.given]") + 1  # the first of all groups
+    with pytest.raises(
+        DataError, match=rf"line {line}: .*the label left in groups of half A alone"
+    ):
+        parse_schema(TEXT.replace('["item.weight",', '[{ of = "left", name = "x" },'))
 
 
 def test_a_schema_that_is_not_there() -> None:

@@ -15,6 +15,7 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, vali
 from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import (
     PairGain,
     checked_groups,
@@ -23,11 +24,12 @@ from maskmoe_kernels.estimators.subsets import (
     screened,
     takes_power_set,
 )
-from maskmoe_kernels.estimators.tables import CATEGORIES, Array, Table, as_categories, read_table
+from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table, as_categories, read_table
 from maskmoe_kernels.estimators.training import (
     Network,
     Pace,
     Samples,
+    Split,
     optimizer_of,
     run_epoch,
     train,
@@ -39,10 +41,10 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 _MERGED = 10_000
 #: With early_stopping="auto", fewer rows than this are all trained on.
 _FEW = 100
-#: Bags; half as many from so many rows on.
-_BAGS, _MANY = 8, 5000
-#: Rows of a bin at the least, on average.
-_ROWS_PER_BIN = 40
+#: Rows from which on there are so many bags, and before.
+_BAGS = {10_000: 2, 2000: 4, 0: 8}
+#: Rows of a bin at the least, on average; and all bins, unless a column then has fewer than 32.
+_ROWS_PER_BIN, _ALL_BINS, _SURE_BINS = 40, 1024, 32
 
 _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
     "units": (int, 1, 4096),
@@ -172,18 +174,16 @@ class Estimator(BaseEstimator):
         table, target, weight = self._prepared(x, y, sample_weight)
         self._begin(table, target, weight)
         samples = self._samples(table, target, weight)
-        pace = self._pace()
+        splits = [self._split(samples, target, k) for k in range(len(self.networks_))]
+        self.ridge_ = start_linear(self.networks_, samples, splits, self._kind, self._start)
         with Progress(disable=not self.verbose, transient=True) as bar:
-            for k, network in enumerate(self.networks_):
-                task = bar.add_task(f"bag {k + 1} of {len(self.networks_)}")
-                generator = torch.Generator().manual_seed(self._seed + k)
-                kept, held_out = self._split(samples, target, generator)
+            task = bar.add_task(f"training {len(self.networks_)} bags")
 
-                def told(epoch: int, epochs: int, loss: float | None, task: Any = task) -> None:
-                    bar.update(task, completed=epoch, total=epochs)
+            def told(epoch: int, epochs: int) -> None:
+                bar.update(task, completed=epoch, total=epochs)
 
-                found = train(network, kept, held_out, self._kind, pace, generator, told)
-                self.validation_loss_.append(found)
+            learn = samples, splits, self._kind, self._pace(), self._seed, told
+            self.validation_loss_ = train(self.networks_, *learn)
         self._sum_up(table, weight)
         return self
 
@@ -212,7 +212,8 @@ class Estimator(BaseEstimator):
     def _begin(self, table: Table, target: Array, weight: Array) -> None:
         """Fit the encoder, choose the experts, make the networks."""
         groups = checked_groups(self.groups, table.names)
-        bins = int(min(self.max_bins, max(4, table.rows // _ROWS_PER_BIN)))
+        share = max(_SURE_BINS, _ALL_BINS // max(1, table.kinds.count(NUMBERS)))
+        bins = int(min(self.max_bins, share, max(4, table.rows // _ROWS_PER_BIN)))
         self.encoder_ = Encoder.fitted(table, groups, weight, bins, self.max_categories)
         self.pair_gains_: list[PairGain] = []
         subsets, limit = self.subsets, self.max_experts
@@ -228,7 +229,7 @@ class Estimator(BaseEstimator):
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
         units = self.units, self.top_units
-        bags = self.n_bags or (_BAGS if table.rows < _MANY else _BAGS // 2)
+        bags = self.n_bags or next(bags for rows, bags in _BAGS.items() if table.rows >= rows)
         self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
         self._optimizers = []
         self.validation_loss_: list[list[float]] = []
@@ -256,13 +257,12 @@ class Estimator(BaseEstimator):
         names = ("learning_rate", "weight_decay", "batch_size", "max_epochs", "patience")
         return Pace(*(getattr(self, name) for name in names))
 
-    def _split(
-        self, samples: Samples, target: Array, generator: torch.Generator
-    ) -> tuple[Samples, Samples | None]:
+    def _split(self, samples: Samples, target: Array, bag: int) -> Split:
         """Rows to train on and rows to validate on, of each class its share."""
-        count = len(target)
+        count, device = len(target), samples.target.device
         if not self.early_stopping or (self.early_stopping == "auto" and count < _FEW):
-            return samples, None
+            return torch.arange(count, device=device), None
+        generator = torch.Generator().manual_seed(self._seed + bag)
         order = torch.randperm(count, generator=generator)
         if self._kind != "regression":
             of_class = torch.from_numpy(target)[order]
@@ -272,10 +272,16 @@ class Estimator(BaseEstimator):
         place = torch.arange(count)
         first = float(torch.rand(1, generator=generator))
         held = ((place + 1) * fraction + first).floor() > (place * fraction + first).floor()
-        device = samples.target.device
         if not held.any() or held.all():
-            return samples, None
-        return samples.taken(order[~held].to(device)), samples.taken(order[held].to(device))
+            return torch.arange(count, device=device), None
+        return order[~held].to(device), order[held].to(device)
+
+    @property
+    def _start(self) -> Tensor:
+        """What an expert that sees nothing would answer, ``(K,)``."""
+        if self._kind == "regression":
+            return torch.zeros(1)
+        return torch.as_tensor(np.atleast_1d(self.base_), dtype=torch.float32)
 
     def _partial_fit(self, x: Any, y: Any, sample_weight: Any, first: bool) -> Self:
         self._check_parameters()
@@ -296,7 +302,9 @@ class Estimator(BaseEstimator):
             zip(self.networks_, self._optimizers, strict=True)
         ):
             generator = torch.Generator().manual_seed(self._seed + k)
-            run_epoch(network, optimizer, samples, self._kind, self.batch_size, generator)
+            rows = torch.arange(len(target), device=samples.target.device)
+            todo = samples, rows, self._kind, self.batch_size, generator
+            run_epoch(network, optimizer, *todo)
             network.settle()
         self._sum_up(table, weight)
         return self

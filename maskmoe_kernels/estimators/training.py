@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from maskmoe_kernels.estimators.columns import MISSING, UNSEEN
 from maskmoe_kernels.estimators.encoder import Codes, Encoder
@@ -22,6 +24,8 @@ _EPOCHS, _STEPS, _BLIND_STEPS = 40, 1000, 300
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
+#: How much of the average of the weights stays in a step: it looks back about 50.
+_MEMORY = 0.98
 #: Rows whose values are computed at once.
 _ROWS_AT_ONCE = 8192
 
@@ -70,8 +74,14 @@ class Samples:
         return Samples(self.codes.to(device), self.target.to(device), weight)
 
 
+#: Rows that a bag trains on, and those that it holds out, by number; ``None``: it holds none out.
+Split = tuple[Tensor, Tensor | None]
+
+
 class Network(nn.Module):
     """All experts of a family on encoded rows.
+
+    The last units of each expert, two for each output, are where it starts as a linear model.
 
     Only the smallest subsets that hold a categorical column train its embedding: an expert depends
     on what it sees, through training, too.
@@ -95,8 +105,11 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.units = units
-        widths = [units[0]] * family.num_experts
-        widths[top_expert(family)] = units[1]
+        linear = 2 * (outputs or 1)
+        widths = [units[0] + linear] * family.num_experts
+        widths[top_expert(family)] = units[1] + linear
+        #: For each expert, where its hidden units end.
+        self.ends = [*itertools.accumulate(widths)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.experts = InterpretableMLP(
@@ -106,6 +119,7 @@ class Network(nn.Module):
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
             )
+            torch.manual_seed(0)  # all bags begin with the same embeddings
             tables = []
             for column in encoder.tables:
                 table = torch.eye(column.rows, column.width)
@@ -119,6 +133,11 @@ class Network(nn.Module):
         """Logits ``(rows, H)`` or ``(rows, H, outputs)``."""
         logits: Tensor = self.experts(self.encoder.inputs(codes, [*self.tables]))
         return logits
+
+    @torch.no_grad()
+    def joined(self, codes: Codes) -> Tensor:
+        """What the experts read, side by side: ``(rows, family.in_features)``."""
+        return self.encoder.inputs(codes, [*self.tables]).joined()
 
     def loss(self, samples: Samples, kind: str) -> Tensor:
         """Of all experts on some rows; see :func:`maskmoe_kernels.expert_loss`."""
@@ -153,79 +172,119 @@ def run_epoch(
     network: Network,
     optimizer: torch.optim.Optimizer,
     samples: Samples,
+    kept: Tensor,
     kind: str,
     batch_size: int,
     generator: torch.Generator,
     before_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One pass over all rows, in an order that ``generator`` draws."""
-    count = len(samples.target)
-    order = torch.randperm(count, generator=generator).to(samples.target.device)
+    """One pass over the rows ``kept``, in an order that ``generator`` draws."""
+    count = len(kept)
+    order = kept[torch.randperm(count, generator=generator).to(kept.device)]
     for rows in order.tensor_split(max(1, round(count / batch_size))):
         before_step()
-        batch = samples if len(rows) == count else samples.taken(rows)
         optimizer.zero_grad()
-        network.loss(batch, kind).backward()
+        network.loss(samples.taken(rows), kind).backward()
         optimizer.step()
 
 
+def _average_of(network: Network) -> AveragedModel:
+    """A copy of the network that follows it: what is kept, for Adam's steps scatter around it."""
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_MEMORY))
+    average.update_parameters(network)
+    return average
+
+
+class _Rate:
+    """Before each step: Adam's learning rate (a rise over 50 steps, then a cosine), the average."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        average: AveragedModel,
+        network: Network,
+        largest: float,
+        steps: int,
+    ) -> None:
+        self.optimizer, self.average, self.network = optimizer, average, network
+        self.largest, self.steps, self.done = largest, steps, 0
+
+    def __call__(self) -> None:
+        self.average.update_parameters(self.network)
+        wave = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
+        self.done += 1
+        rate = self.largest * wave * min(1, self.done / _WARM_UP)
+        self.optimizer.param_groups[0]["lr"] = rate
+
+
 def train(
-    network: Network,
+    networks: Sequence[Network],
     samples: Samples,
-    validation: Samples | None,
+    splits: Sequence[Split],
     kind: str,
     pace: Pace,
-    generator: torch.Generator,
-    told: Callable[[int, int, float | None], None] = lambda epoch, epochs, loss: None,
-) -> list[float]:
-    """Train in place; keep the weights with the best validation loss of the expert that sees all.
+    seed: int,
+    told: Callable[[int, int], None] = lambda epoch, epochs: None,
+) -> list[list[float]]:
+    """Train all bags side by side, in place; keep the weights with the best held-out loss.
+
+    That is the loss of the expert that sees all, in the mean over the bags: of few rows, a bag
+    alone holds out too few to tell when to stop. The networks as they come are the first
+    candidate.
 
     Args:
-        network: To be trained.
-        samples: Training rows.
-        validation: Rows for early stopping; ``None``: all epochs are run.
+        networks: One a bag.
+        samples: All rows.
+        splits: The rows of each bag; if one holds none out, all epochs are run.
         kind: Of the loss.
         pace: See there.
-        generator: Of the order of the rows.
-        told: Is told of each look: epochs done, epochs at the most, validation loss.
+        seed: Of the order of the rows.
+        told: Is told of each look: epochs done, epochs at the most.
 
     Returns:
-        The validation loss at each look.
+        For each bag, the loss of its held-out rows at each look; the first before any step.
     """
-    optimizer = optimizer_of(network, pace)
-    steps = max(1, round(len(samples.target) / pace.batch_size))
-    wanted = _BLIND_STEPS if validation is None else _STEPS
-    epochs = pace.max_epochs or max(_EPOCHS, -(-wanted // steps))
-    done = 0
-
-    def set_rate() -> None:
-        nonlocal done
-        wave = 0.5 + 0.5 * math.cos(math.pi * done / (epochs * steps))
-        done += 1
-        optimizer.param_groups[0]["lr"] = pace.learning_rate * wave * min(1, done / _WARM_UP)
-
-    history: list[float] = []
-    kept, best, stale = None, math.inf, 0
+    held = [None if rows is None else samples.taken(rows) for _, rows in splits]
+    blind = any(rows is None for rows in held)
+    steps = max(1, round(min(len(kept) for kept, _ in splits) / pace.batch_size))
+    epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
+    generators = [torch.Generator().manual_seed(seed + k) for k in range(len(networks))]
+    optimizers = [optimizer_of(network, pace) for network in networks]
+    averages = [_average_of(network) for network in networks]
+    pairs = zip(optimizers, averages, networks, strict=True)
+    rates = [_Rate(*pair, pace.learning_rate, epochs * steps) for pair in pairs]
+    history: list[list[float]] = [[] for _ in networks]
+    kept_states: list[dict[str, Tensor]] = []
+    best, stale = math.inf, 0
     every = max(1, _LOOK_EVERY // steps)
-    for epoch in range(1, epochs + 1):
-        run_epoch(network, optimizer, samples, kind, pace.batch_size, generator, set_rate)
+    for epoch in range(epochs + 1):
+        if epoch:
+            for bag in zip(networks, optimizers, splits, generators, rates, strict=True):
+                network, optimizer, (kept, _), generator, rate = bag
+                todo = samples, kept, kind, pace.batch_size, generator, rate
+                run_epoch(network, optimizer, *todo)
         if epoch % every and epoch < epochs:
             continue
-        loss = None if validation is None else _top_loss(network, validation, kind)
-        told(epoch, epochs, loss)
-        if loss is None:
+        told(epoch, epochs)
+        if blind:
             continue
-        history.append(loss)
-        if loss < best - 1e-4 * abs(best) or kept is None:
+        for losses, average, rows in zip(history, averages, held, strict=True):
+            losses.append(_top_loss(average.module, rows, kind))
+        loss = sum(losses[-1] for losses in history) / len(history)
+        if loss < best - 1e-4 * abs(best) or not kept_states:
             best, stale = loss, 0
-            kept = {name: value.clone() for name, value in network.state_dict().items()}
+            kept_states = [
+                {name: value.clone() for name, value in average.module.state_dict().items()}
+                for average in averages
+            ]
         else:
             stale += 1
             if stale >= pace.patience:
                 break
-    if kept is not None:
-        network.load_state_dict(kept)
-    network.settle()
+    states = kept_states or [average.module.state_dict() for average in averages]
+    for network, state in zip(networks, states, strict=True):
+        network.load_state_dict(state)
+        network.settle()
     return history
 
 

@@ -24,7 +24,7 @@ from maskmoe_kernels.estimators.subsets import (
     screened,
     takes_power_set,
 )
-from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table, as_categories, read_table
+from maskmoe_kernels.estimators.tables import CATEGORIES, Array, Table, as_categories, read_table
 from maskmoe_kernels.estimators.training import (
     Network,
     Pace,
@@ -43,8 +43,8 @@ _MERGED = 10_000
 _FEW = 100
 #: Rows from which on there are so many bags, and before.
 _BAGS = {10_000: 2, 2000: 4, 0: 8}
-#: Rows of a bin at the least, on average; and all bins, unless a column then has fewer than 32.
-_ROWS_PER_BIN, _ALL_BINS, _SURE_BINS = 40, 1024, 32
+#: Rows of a bin at the least, on average.
+_ROWS_PER_BIN = 40
 
 _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
     "units": (int, 1, 4096),
@@ -212,8 +212,7 @@ class Estimator(BaseEstimator):
     def _begin(self, table: Table, target: Array, weight: Array) -> None:
         """Fit the encoder, choose the experts, make the networks."""
         groups = checked_groups(self.groups, table.names)
-        share = max(_SURE_BINS, _ALL_BINS // max(1, table.kinds.count(NUMBERS)))
-        bins = int(min(self.max_bins, share, max(4, table.rows // _ROWS_PER_BIN)))
+        bins = int(min(self.max_bins, max(4, table.rows // _ROWS_PER_BIN)))
         self.encoder_ = Encoder.fitted(table, groups, weight, bins, self.max_categories)
         self.pair_gains_: list[PairGain] = []
         subsets, limit = self.subsets, self.max_experts

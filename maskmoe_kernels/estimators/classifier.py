@@ -85,7 +85,7 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         max_experts: int | None = None,
         units: int = 8,
         top_units: int = 32,
-        max_bins: int = 256,
+        max_bins: int = 32,
         max_categories: int = 256,
         n_bags: int | None = None,
         learning_rate: float = 5e-3,

@@ -11,7 +11,11 @@ import torch
 from rich.progress import Progress
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
 from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
@@ -26,12 +30,11 @@ from maskmoe_kernels.estimators.subsets import (
 )
 from maskmoe_kernels.estimators.tables import CATEGORIES, Array, Table, as_categories, read_table
 from maskmoe_kernels.estimators.training import (
+    Chunks,
     Network,
     Pace,
     Samples,
     Split,
-    optimizer_of,
-    run_epoch,
     train,
 )
 from maskmoe_kernels.explain.sufficient import top_expert
@@ -40,7 +43,7 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 #: Up to so many rows, equal rows are merged: n equal rows and one of weight n are then one fit.
 _MERGED = 10_000
 #: With early_stopping="auto", fewer rows than this are all trained on.
-_FEW = 100
+FEW = 100
 #: Rows from which on there are so many bags, and before.
 _BAGS = {10_000: 2, 2000: 4, 0: 8}
 #: Rows of a bin at the least, on average.
@@ -65,6 +68,7 @@ class Estimator(BaseEstimator):
     encoder_: Encoder
     family_: SubsetFamily
     networks_: list[Network]
+    validation_loss_: list[list[float]]
     base_: Any
     _optimizers: list[torch.optim.Optimizer]
     n_features_in_: int
@@ -175,17 +179,24 @@ class Estimator(BaseEstimator):
         self._begin(table, target, weight)
         samples = self._samples(table, target, weight)
         splits = [self._split(samples, target, k) for k in range(len(self.networks_))]
+        kept = [rows for rows, _ in splits]
+        held = [None if rows is None else samples.taken(rows) for _, rows in splits]
         self.ridge_ = start_linear(self.networks_, samples, splits, self._kind, self._start)
+        self._train(lambda: [(samples, kept)], min(map(len, kept)), held)
+        self._sum_up(table, weight)
+        return self
+
+    def _train(self, chunks: Chunks, rows: int, held: list[Samples | None]) -> None:
+        """Train all bags on the rows of ``chunks``, ``rows`` a pass."""
+        steps = max(1, round(rows / self.batch_size))
         with Progress(disable=not self.verbose, transient=True) as bar:
             task = bar.add_task(f"training {len(self.networks_)} bags")
 
             def told(epoch: int, epochs: int) -> None:
                 bar.update(task, completed=epoch, total=epochs)
 
-            learn = samples, splits, self._kind, self._pace(), self._seed, told
+            learn = chunks, steps, held, self._kind, self._pace(), self._seed, told
             self.validation_loss_ = train(self.networks_, *learn)
-        self._sum_up(table, weight)
-        return self
 
     def _prepared(self, x: Any, y: Any, sample_weight: Any) -> tuple[Table, Array, Array]:
         """Rows that count, equal ones merged, with what the networks learn and weights."""
@@ -231,7 +242,7 @@ class Estimator(BaseEstimator):
         bags = self.n_bags or next(bags for rows, bags in _BAGS.items() if table.rows >= rows)
         self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
         self._optimizers = []
-        self.validation_loss_: list[list[float]] = []
+        self.validation_loss_ = []
 
     def _network(self, seed: int, units: tuple[int, int]) -> Network:
         network = Network(self.encoder_, self.family_, units, self._outputs, seed)
@@ -259,7 +270,7 @@ class Estimator(BaseEstimator):
     def _split(self, samples: Samples, target: Array, bag: int) -> Split:
         """Rows to train on and rows to validate on, of each class its share."""
         count, device = len(target), samples.target.device
-        if not self.early_stopping or (self.early_stopping == "auto" and count < _FEW):
+        if not self.early_stopping or (self.early_stopping == "auto" and count < FEW):
             return torch.arange(count, device=device), None
         generator = torch.Generator().manual_seed(self._seed + bag)
         order = torch.randperm(count, generator=generator)
@@ -281,32 +292,6 @@ class Estimator(BaseEstimator):
         if self._kind == "regression":
             return torch.zeros(1)
         return torch.as_tensor(np.atleast_1d(self.base_), dtype=torch.float32)
-
-    def _partial_fit(self, x: Any, y: Any, sample_weight: Any, first: bool) -> Self:
-        self._check_parameters()
-        if first:
-            table, target, weight = self._prepared(x, y, sample_weight)
-            self._begin(table, target, weight)
-        else:
-            table = self._read(x, reset=False)
-            weight = self._weight(sample_weight, table.rows)
-            target, weight = self._encode_target(y, table.rows, weight)
-            counts = weight > 0
-            table, target, weight = table.taken(counts), target[counts], weight[counts]
-            target = self._later_target(target)
-        if not self._optimizers:
-            self._optimizers = [optimizer_of(network, self._pace()) for network in self.networks_]
-        samples = self._samples(table, target, weight)
-        for k, (network, optimizer) in enumerate(
-            zip(self.networks_, self._optimizers, strict=True)
-        ):
-            generator = torch.Generator().manual_seed(self._seed + k)
-            rows = torch.arange(len(target), device=samples.target.device)
-            todo = samples, rows, self._kind, self.batch_size, generator
-            run_epoch(network, optimizer, *todo)
-            network.settle()
-        self._sum_up(table, weight)
-        return self
 
     def _sum_up(self, table: Table, weight: Array) -> None:
         """Remember what :meth:`explain_global` tells about training rows."""

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 
 from maskmoe_kernels.errors import DataError, LayoutError
-from maskmoe_kernels.estimators.base import Estimator
 from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.explanation import Explanation, Rows, contributions_of, explained
 from maskmoe_kernels.estimators.storage import (
@@ -19,6 +18,7 @@ from maskmoe_kernels.estimators.storage import (
     read_model,
     write_model,
 )
+from maskmoe_kernels.estimators.streams import Streamed
 from maskmoe_kernels.estimators.subsets import PairGain, family_of
 from maskmoe_kernels.estimators.tables import Array, Table
 from maskmoe_kernels.estimators.whole_model import GlobalExplanation, pairs_of, shapes_of
@@ -28,7 +28,7 @@ from maskmoe_kernels.explain.sufficient import sufficient
 _SUMMED_UP = 1000
 
 
-class Interpretable(Estimator):
+class Interpretable(Streamed):
     """An estimator that explains itself."""
 
     summary_: dict[str, list[float]]

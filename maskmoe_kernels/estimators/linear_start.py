@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from maskmoe_kernels.estimators.tables import Array
 from maskmoe_kernels.estimators.training import Network, Samples, Split
-from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 #: Penalties of the mean loss that are tried, the largest first, and the one without held-out rows.
 _RIDGES = [10 ** (-k / 2) for k in range(11)]
 _BLIND_RIDGE = 1e-2
 #: Steps at each penalty, which begin at what the larger one found.
-_STEPS = 7
+_STEPS = 8
 #: Penalties without a better loss of held-out rows, after which smaller ones are not tried.
 _PATIENCE = 2
 #: An expert with more inputs starts as the constant answer: its system is too large to be solved.
@@ -44,8 +44,9 @@ def start_linear(
     """Make every expert of every network a ridge regression (logistic for classes).
 
     Its penalty is the one at which the rows that the bags hold out have the smallest loss, in the
-    mean over the bags. Each is solved by steps ``B <- B - (c X'X + r I)^-1 gradient``, where c
-    bounds the curvature of the loss, so that none overshoots.
+    mean over the bags. Each is solved by steps ``B <- B - (c X'X + r P)^-1 gradient``, where c
+    bounds the curvature of the loss, so that none overshoots, and P has straight lines cost less
+    than other shapes.
 
     Args:
         networks: One a bag, untrained.
@@ -89,6 +90,20 @@ def _shares(rows: Tensor | None, weight: Tensor) -> Tensor:
     return (own / own.sum().clamp_min(1e-30))[:, None, None]
 
 
+def _penalty(x: Tensor, share: Tensor, lines: Array) -> Tensor:
+    """P of the penalty ``r/2 B'PB``: ``(inputs, inputs)``, float64.
+
+    Of a column that alone would be I, its standardised straight line u is penalised less, as if it
+    were a column of its own beside the codes: ``P = (I + uu')^-1 = I - uu' / (1 + u'u)``.
+    """
+    u = torch.from_numpy(lines).to(x.device)
+    column = x.double() @ u
+    centred = column - (share * column).sum(0)
+    u = u / (share * centred**2).sum(0).sqrt().clamp_min(1e-12)
+    u = u / (1 + (u**2).sum(0)).sqrt()
+    return torch.eye(len(u), dtype=u.dtype, device=u.device) - u @ u.T
+
+
 class _Solver:
     """The linear models of all experts and bags: ``(bags, weights)`` packed, ``(bags, H * K)``."""
 
@@ -103,8 +118,12 @@ class _Solver:
         self.train = [_shares(kept, weight) for kept, _ in splits]
         self.held = [_shares(held, weight) for _, held in splits]
         self.blind = any(held is None for _, held in splits)
+        # Of all rows and of a bag's, whose X'X is at most so many times as large.
+        most = max(float(weight.sum() / weight[kept].sum()) for kept, _ in splits)
+        with_one = torch.cat([self.x, self.x.new_ones(len(self.x), 1)], dim=1)
         share = (weight / weight.sum())[:, None]
-        self.gram = ((self.x * share).T @ self.x).double() * _CURVATURE[kind]
+        self.gram = ((with_one * share).T @ with_one).double() * _CURVATURE[kind] * most
+        self.penalty = _penalty(self.x, share, network.encoder.lines())
         mask = self.layout.mask()[:: self.outputs].to(self.x.device)
         self.seen = [row.nonzero().flatten() for row in mask]
         numbers = torch.arange(self.layout.num_weights, dtype=torch.float64)
@@ -126,7 +145,7 @@ class _Solver:
             old = weight, bias
             for k in range(_STEPS):
                 # Nesterov's: a step from where the last two point to.
-                further = [a.lerp(b, -k / (k + 3)) for a, b in zip((weight, bias), old, strict=True)]
+                further = weight.lerp(old[0], -k / (k + 3)), bias.lerp(old[1], -k / (k + 3))
                 old = weight, bias
                 weight, bias = self._step(*further, active, factors, ridge)
             loss = self._held_out_loss(weight, bias)
@@ -142,12 +161,18 @@ class _Solver:
                 break
         return (best_weight, best_bias), chosen
 
-    def _factor(self, expert: int, ridge: float) -> Tensor:
-        """The Cholesky factor of ``c X'X + r I`` of the columns that an expert sees."""
+    def _penalty_of(self, expert: int) -> Tensor:
         seen = self.seen[expert]
+        own: Tensor = self.penalty[seen][:, seen]
+        return own
+
+    def _factor(self, expert: int, ridge: float) -> Tensor:
+        """The Cholesky factor of ``c X'X + r P`` of the inputs of an expert, and of ones."""
+        seen = torch.cat([self.seen[expert], self.seen[expert].new_full((1,), len(self.gram) - 1)])
         system = self.gram[seen][:, seen]
-        system.diagonal().add_(ridge)
-        return torch.linalg.cholesky(system)
+        system[:-1, :-1] += ridge * self._penalty_of(expert)
+        factor: Tensor = torch.linalg.cholesky(system)
+        return factor
 
     def _step(
         self,
@@ -158,19 +183,22 @@ class _Solver:
         ridge: float,
     ) -> tuple[Tensor, Tensor]:
         """One step of the active experts of all bags."""
-        slopes = torch.empty_like(weight)
+        slopes, rises = torch.empty_like(weight), torch.empty_like(bias)
         for k, share in enumerate(self.train):
             w = weight[k].requires_grad_()
             answer = masked_linear(self.x, w, bias[k], self.layout)
             z = answer.detach().unflatten(-1, (-1, self.outputs))
             wrong = (_wrong(z, self.target, self.kind) * share).flatten(1)
             (slopes[k],) = torch.autograd.grad(answer, w, wrong)
-            bias[k] -= wrong.sum(0) / _CURVATURE[self.kind]
+            rises[k] = wrong.sum(0)
         for i, factor in zip(active, factors, strict=True):
-            at = self.at[i]
-            gradient = (slopes[:, at] + ridge * weight[:, at]).double()
+            at, own = self.at[i], slice(i * self.outputs, (i + 1) * self.outputs)
+            of_weight = slopes[:, at] + ridge * (weight[:, at].double() @ self._penalty_of(i))
+            gradient = torch.cat([of_weight, rises[:, own, None]], dim=2)
             step = torch.cholesky_solve(gradient.flatten(0, 1).T, factor).T
-            weight[:, at] -= step.reshape(gradient.shape).float()
+            step = step.reshape(gradient.shape).float()
+            weight[:, at] -= step[..., :-1]
+            bias[:, own] -= step[..., -1]
         return weight, bias
 
     def _held_out_loss(self, weight: Tensor, bias: Tensor) -> list[float]:

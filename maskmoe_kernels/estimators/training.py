@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,6 +76,10 @@ class Samples:
 
 #: Rows that a bag trains on, and those that it holds out, by number; ``None``: it holds none out.
 Split = tuple[Tensor, Tensor | None]
+
+
+#: Begins a pass over rows: parts of them, each with the rows of it that each bag trains on.
+Chunks = Callable[[], Iterable[tuple[Samples, Sequence[Tensor]]]]
 
 
 class Network(nn.Module):
@@ -188,39 +192,52 @@ def run_epoch(
         optimizer.step()
 
 
-def _average_of(network: Network) -> AveragedModel:
-    """A copy of the network that follows it: what is kept, for Adam's steps scatter around it."""
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_MEMORY))
-    average.update_parameters(network)
-    return average
+class _Bag:
+    """A network while it learns.
 
+    Attributes:
+        network: Which Adam moves.
+        average: A copy that follows it: what is looked at and kept, for Adam's steps scatter.
+    """
 
-class _Rate:
-    """Before each step: Adam's learning rate (a rise over 50 steps, then a cosine), the average."""
+    def __init__(self, network: Network, pace: Pace, steps: int, seed: int) -> None:
+        self.network, self.pace, self.steps, self.done = network, pace, steps, 0
+        self.optimizer = optimizer_of(network, pace)
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_MEMORY))
+        self.average.update_parameters(network)
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        average: AveragedModel,
-        network: Network,
-        largest: float,
-        steps: int,
-    ) -> None:
-        self.optimizer, self.average, self.network = optimizer, average, network
-        self.largest, self.steps, self.done = largest, steps, 0
+    def learn(self, samples: Samples, rows: Tensor, kind: str) -> None:
+        """One pass over these rows."""
+        todo = samples, rows, kind, self.pace.batch_size, self.generator, self._before_step
+        run_epoch(self.network, self.optimizer, *todo)
 
-    def __call__(self) -> None:
+    def _before_step(self) -> None:
         self.average.update_parameters(self.network)
-        wave = 0.5 + 0.5 * math.cos(math.pi * self.done / self.steps)
+        wave = 0.5 + 0.5 * math.cos(math.pi * min(1, self.done / self.steps))
         self.done += 1
-        rate = self.largest * wave * min(1, self.done / _WARM_UP)
+        rate = self.pace.learning_rate * wave * min(1, self.done / _WARM_UP)
         self.optimizer.param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def loss(self, samples: Samples, kind: str) -> float:
+        """Of the average's expert that sees all."""
+        experts = self.network.experts
+        top = top_expert(experts.family)
+        answer = self.average.module(samples.codes)[:, top : top + 1]
+        options = samples.target, kind, samples.weight
+        return float(expert_loss(answer, *options, outputs=experts.outputs))
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the average's parameters."""
+        return {name: value.clone() for name, value in self.average.module.state_dict().items()}
 
 
 def train(
     networks: Sequence[Network],
-    samples: Samples,
-    splits: Sequence[Split],
+    chunks: Chunks,
+    steps: int,
+    held: Sequence[Samples | None],
     kind: str,
     pace: Pace,
     seed: int,
@@ -234,8 +251,10 @@ def train(
 
     Args:
         networks: One a bag.
-        samples: All rows.
-        splits: The rows of each bag; if one holds none out, all epochs are run.
+        chunks: Begins a pass over the rows: parts of them, and for each bag the rows of a part that
+            it trains on.
+        steps: Of a pass, about.
+        held: What each bag holds out; if one holds nothing out, all epochs are run.
         kind: Of the loss.
         pace: See there.
         seed: Of the order of the rows.
@@ -244,53 +263,31 @@ def train(
     Returns:
         For each bag, the loss of its held-out rows at each look; the first before any step.
     """
-    held = [None if rows is None else samples.taken(rows) for _, rows in splits]
-    blind = any(rows is None for rows in held)
-    steps = max(1, round(min(len(kept) for kept, _ in splits) / pace.batch_size))
+    looked_at = [rows for rows in held if rows is not None]
+    blind = len(looked_at) < len(held)
     epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
-    generators = [torch.Generator().manual_seed(seed + k) for k in range(len(networks))]
-    optimizers = [optimizer_of(network, pace) for network in networks]
-    averages = [_average_of(network) for network in networks]
-    pairs = zip(optimizers, averages, networks, strict=True)
-    rates = [_Rate(*pair, pace.learning_rate, epochs * steps) for pair in pairs]
-    history: list[list[float]] = [[] for _ in networks]
-    kept_states: list[dict[str, Tensor]] = []
-    best, stale = math.inf, 0
+    bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
+    history: list[list[float]] = [[] for _ in bags]
+    best, stale, states = math.inf, 0, [bag.state() for bag in bags]
     every = max(1, _LOOK_EVERY // steps)
     for epoch in range(epochs + 1):
-        if epoch:
-            for bag in zip(networks, optimizers, splits, generators, rates, strict=True):
-                network, optimizer, (kept, _), generator, rate = bag
-                todo = samples, kept, kind, pace.batch_size, generator, rate
-                run_epoch(network, optimizer, *todo)
+        for samples, kept in chunks() if epoch else ():
+            for bag, rows in zip(bags, kept, strict=True):
+                bag.learn(samples, rows, kind)
         if epoch % every and epoch < epochs:
             continue
         told(epoch, epochs)
         if blind:
             continue
-        for losses, average, rows in zip(history, averages, held, strict=True):
-            losses.append(_top_loss(average.module, rows, kind))
+        for losses, bag, rows_out in zip(history, bags, looked_at, strict=True):
+            losses.append(bag.loss(rows_out, kind))
         loss = sum(losses[-1] for losses in history) / len(history)
-        if loss < best - 1e-4 * abs(best) or not kept_states:
-            best, stale = loss, 0
-            kept_states = [
-                {name: value.clone() for name, value in average.module.state_dict().items()}
-                for average in averages
-            ]
-        else:
-            stale += 1
-            if stale >= pace.patience:
-                break
-    states = kept_states or [average.module.state_dict() for average in averages]
-    for network, state in zip(networks, states, strict=True):
-        network.load_state_dict(state)
-        network.settle()
+        stale += 1
+        if loss < best - 1e-4 * abs(best) or epoch == 0:
+            best, stale, states = loss, 0, [bag.state() for bag in bags]
+        elif stale >= pace.patience:
+            break
+    for bag, state in zip(bags, states, strict=True):
+        bag.network.load_state_dict(bag.state() if blind else state)
+        bag.network.settle()
     return history
-
-
-@torch.no_grad()
-def _top_loss(network: Network, samples: Samples, kind: str) -> float:
-    top = top_expert(network.experts.family)
-    answer = network(samples.codes)[:, top : top + 1]
-    outputs = network.experts.outputs
-    return float(expert_loss(answer, samples.target, kind, samples.weight, outputs=outputs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -69,6 +70,7 @@ class Estimator(BaseEstimator):
     family_: SubsetFamily
     networks_: list[Network]
     validation_loss_: list[list[float]]
+    ridge_: Tensor
     base_: Any
     _optimizers: list[torch.optim.Optimizer]
     n_features_in_: int
@@ -243,6 +245,7 @@ class Estimator(BaseEstimator):
         self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
         self._optimizers = []
         self.validation_loss_ = []
+        self.ridge_ = torch.full((self.family_.num_experts,), math.inf)
 
     def _network(self, seed: int, units: tuple[int, int]) -> Network:
         network = Network(self.encoder_, self.family_, units, self._outputs, seed)

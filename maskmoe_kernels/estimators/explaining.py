@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,6 +175,7 @@ class Interpretable(Streamed):
                 for key, values in self.summary_.items()
             },
             "validation_loss": self.validation_loss_,
+            "ridge": [None if math.isinf(ridge) else ridge for ridge in self.ridge_.tolist()],
             "seed": self._seed,
             "units": list(self.networks_[0].units),
             "base": np.asarray(self.base_).tolist(),
@@ -227,6 +229,8 @@ class Interpretable(Streamed):
             for key, values in record["summary"].items()
         }
         self.validation_loss_ = record["validation_loss"]
+        ridges = [math.inf if ridge is None else float(ridge) for ridge in record["ridge"]]
+        self.ridge_ = torch.tensor(ridges)
         self._seed = int(record["seed"])
         base = np.asarray(record["base"], dtype=np.float64)
         self.base_ = float(base) if base.ndim == 0 else base

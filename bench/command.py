@@ -93,7 +93,8 @@ def _check_out(arguments: argparse.Namespace) -> None:
         return
     arguments.out = arguments.out or Path("runs/bench")
     names = [_FILES[getattr(arguments, "model", arguments.command)]]
-    check_out(arguments, names, names if hasattr(arguments, "resume") else ())
+    continued = arguments.command in ("run", "estimators")
+    check_out(arguments, names, names if continued else ())
 
 
 # --- Layers ------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         max_categories: int = 256,
         n_bags: int | None = None,
         learning_rate: float = 5e-3,
-        weight_decay: float = 1e-3,
+        weight_decay: float = 0.1,
         batch_size: int = 256,
         max_epochs: int | None = None,
         early_stopping: str | bool = "auto",

@@ -190,7 +190,7 @@ def _add_estimators(commands: argparse._SubParsersAction[argparse.ArgumentParser
     add("--models", nargs="+", choices=models, default=models, help="default: all")
     add("--splits", type=_positive, default=3, metavar="N", help="default: %(default)s")
     add("--smoke", action="store_true", help="one small table, without EBM: does it run?")
-    _add_common(parser)
+    _add_common(parser, resume="make the fits that estimators.json lacks")
 
 
 def _add_overhead(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

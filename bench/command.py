@@ -94,7 +94,8 @@ def _check_out(arguments: argparse.Namespace) -> None:
         return
     arguments.out = arguments.out or Path("runs/bench")
     names = [_FILES[getattr(arguments, "model", arguments.command)]]
-    check_out(arguments, names, names if arguments.command == "run" else ())
+    continued = arguments.command in ("run", "estimators")
+    check_out(arguments, names, names if continued else ())
 
 
 # --- Layers ------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def _estimators(arguments: argparse.Namespace, console: Console) -> int:
     grid = arguments.tables, arguments.models, arguments.splits, None
     if arguments.smoke:
         grid = ["wine"], [estimators.OURS, estimators.BOOSTED, estimators.LINEAR], 1, 2
-    estimators.run(*grid, arguments.out, console)
+    estimators.run(*grid, arguments.out, console, arguments.resume)
     return 0
 
 

@@ -10,8 +10,10 @@ RAND health insurance experiment (statsmodels; both in the public domain).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,12 +25,14 @@ import torch
 from rich.console import Console
 
 from bench.machine import machine
-from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.errors import BackendError, DataError
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_record, print_table
 from maskmoe_kernels.experiments.shared.report import write_json
 
 NAME = "estimators.json"
 OURS, EBM, BOOSTED, LINEAR = "ours", "EBM", "HistGradientBoosting", "linear"
+#: Seconds of the processor after which a fit of EBM is given up.
+LIMIT = 900
 _LIBRARIES = ("scikit-learn", "interpret-core", "statsmodels", "pandas", "numpy")
 
 
@@ -85,6 +89,7 @@ def run(
     max_epochs: int | None,
     out: Path,
     console: Console,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Fit all models to each table; write ``estimators.json`` after each fit.
 
@@ -95,6 +100,7 @@ def run(
         max_epochs: Of ours; ``None``: its default.
         out: Folder of the result.
         console: Where the table goes.
+        resume: Keep the fits that the file has, if they are of the same versions.
 
     Raises:
         BackendError: scikit-learn is not installed.
@@ -109,7 +115,12 @@ def run(
         "splits": splits,
         "fits": [],
     }
+    if resume:
+        document["fits"] = _kept(out / NAME, document["versions"])
+    done = {(fit["table"], fit["model"], fit["split"]) for fit in document["fits"]}
     try:
+        for name in models:
+            _warm_up(name)
         for split in range(splits):
             for name in tables:
                 try:
@@ -118,6 +129,8 @@ def run(
                     print_line(console, f"{name}: {error.name} is not installed")
                     continue
                 for model in models:
+                    if (name, model, split) in done:
+                        continue
                     record = {"table": name, "rows": len(table.y), "columns": table.x.shape[1]}
                     record |= _measure(table, model, split, max_epochs)
                     document["fits"].append(record)
@@ -129,6 +142,42 @@ def run(
     _print(document, console)
     print_line(console, f"results: {out / NAME}")
     return document
+
+
+def _kept(path: Path, versions: dict[str, Any]) -> list[dict[str, Any]]:
+    """The fits that a file of these versions has.
+
+    Raises:
+        DataError: It is of other versions.
+    """
+    before = json.loads(path.read_text("utf-8"))
+    if before["versions"] != versions:
+        raise DataError(
+            f"{path}: is of {before['versions']}, and here are {versions}; start again with "
+            "--overwrite"
+        )
+    return [fit for fit in before["fits"] if "unavailable" not in fit]
+
+
+def _warm_up(name: str) -> None:
+    """Fit a model to a few rows: what it imports at first use is not measured."""
+    x = np.arange(80.0).reshape(40, 2)
+    for y in (np.arange(40) % 2, np.arange(40.0)):
+        with contextlib.suppress(ImportError):
+            _made(name, y.dtype.kind == "f", 0, 1).fit(x, y)
+
+
+class _OutOfTime(Exception):
+    """A fit took longer than :data:`LIMIT`."""
+
+
+def _stop_at(end: float) -> Callable[..., bool]:
+    def stop(*_: Any) -> bool:
+        if time.process_time() > end:
+            raise _OutOfTime
+        return False
+
+    return stop
 
 
 def _measure(table: RealTable, name: str, split: int, max_epochs: int | None) -> dict[str, Any]:
@@ -143,7 +192,12 @@ def _measure(table: RealTable, name: str, split: int, max_epochs: int | None) ->
     kept = {"test_size": 0.25, "random_state": split, "stratify": None if regression else table.y}
     x, x_test, y, y_test = train_test_split(table.x, table.y, **kept)
     start = time.process_time()
-    model.fit(x, y)
+    if name == EBM:
+        model.set_params(callback=_stop_at(start + LIMIT))
+    try:
+        model.fit(x, y)
+    except _OutOfTime:
+        return record | {"unfinished": f"after {LIMIT} s"}
     fitted = time.process_time() - start
     return record | {"score": _score(table.metric, model, x_test, y_test), "seconds": fitted}
 
@@ -218,8 +272,9 @@ def _version(name: str) -> str | None:
 
 def _in_words(record: dict[str, Any]) -> tuple[str, dict[str, str]]:
     title = f"{record['table']}, split {record['split']}: {record['model']}"
-    if "unavailable" in record:
-        return title, {"unavailable": record["unavailable"]}
+    for reason in ("unavailable", "unfinished"):
+        if reason in record:
+            return title, {reason: record[reason]}
     return title, {
         record["metric"]: f"{record['score']:.4f}",
         "seconds": f"{record['seconds']:.2f}",

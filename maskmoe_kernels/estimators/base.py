@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -11,10 +12,15 @@ import torch
 from rich.progress import Progress
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    validate_data,
+)
 from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import (
     PairGain,
     checked_groups,
@@ -25,11 +31,11 @@ from maskmoe_kernels.estimators.subsets import (
 )
 from maskmoe_kernels.estimators.tables import CATEGORIES, Array, Table, as_categories, read_table
 from maskmoe_kernels.estimators.training import (
+    Chunks,
     Network,
     Pace,
     Samples,
-    optimizer_of,
-    run_epoch,
+    Split,
     train,
 )
 from maskmoe_kernels.explain.sufficient import top_expert
@@ -38,9 +44,9 @@ from maskmoe_kernels.layout.subsets import SubsetFamily
 #: Up to so many rows, equal rows are merged: n equal rows and one of weight n are then one fit.
 _MERGED = 10_000
 #: With early_stopping="auto", fewer rows than this are all trained on.
-_FEW = 100
-#: Bags; half as many from so many rows on.
-_BAGS, _MANY = 8, 5000
+FEW = 100
+#: Rows from which on there are so many bags, and before.
+_BAGS = {10_000: 2, 2000: 4, 0: 8}
 #: Rows of a bin at the least, on average.
 _ROWS_PER_BIN = 40
 
@@ -63,6 +69,8 @@ class Estimator(BaseEstimator):
     encoder_: Encoder
     family_: SubsetFamily
     networks_: list[Network]
+    validation_loss_: list[list[float]]
+    ridge_: Tensor
     base_: Any
     _optimizers: list[torch.optim.Optimizer]
     n_features_in_: int
@@ -172,20 +180,25 @@ class Estimator(BaseEstimator):
         table, target, weight = self._prepared(x, y, sample_weight)
         self._begin(table, target, weight)
         samples = self._samples(table, target, weight)
-        pace = self._pace()
-        with Progress(disable=not self.verbose, transient=True) as bar:
-            for k, network in enumerate(self.networks_):
-                task = bar.add_task(f"bag {k + 1} of {len(self.networks_)}")
-                generator = torch.Generator().manual_seed(self._seed + k)
-                kept, held_out = self._split(samples, target, generator)
-
-                def told(epoch: int, epochs: int, loss: float | None, task: Any = task) -> None:
-                    bar.update(task, completed=epoch, total=epochs)
-
-                found = train(network, kept, held_out, self._kind, pace, generator, told)
-                self.validation_loss_.append(found)
+        splits = [self._split(samples, target, k) for k in range(len(self.networks_))]
+        kept = [rows for rows, _ in splits]
+        held = [None if rows is None else samples.taken(rows) for _, rows in splits]
+        self.ridge_ = start_linear(self.networks_, samples, splits, self._kind, self._start)
+        self._train(lambda: [(samples, kept)], min(map(len, kept)), held)
         self._sum_up(table, weight)
         return self
+
+    def _train(self, chunks: Chunks, rows: int, held: list[Samples | None]) -> None:
+        """Train all bags on the rows of ``chunks``, ``rows`` a pass."""
+        steps = max(1, round(rows / self.batch_size))
+        with Progress(disable=not self.verbose, transient=True) as bar:
+            task = bar.add_task(f"training {len(self.networks_)} bags")
+
+            def told(epoch: int, epochs: int) -> None:
+                bar.update(task, completed=epoch, total=epochs)
+
+            learn = chunks, steps, held, self._kind, self._pace(), self._seed, told
+            self.validation_loss_ = train(self.networks_, *learn)
 
     def _prepared(self, x: Any, y: Any, sample_weight: Any) -> tuple[Table, Array, Array]:
         """Rows that count, equal ones merged, with what the networks learn and weights."""
@@ -228,10 +241,11 @@ class Estimator(BaseEstimator):
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
         units = self.units, self.top_units
-        bags = self.n_bags or (_BAGS if table.rows < _MANY else _BAGS // 2)
+        bags = self.n_bags or next(bags for rows, bags in _BAGS.items() if table.rows >= rows)
         self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
         self._optimizers = []
-        self.validation_loss_: list[list[float]] = []
+        self.validation_loss_ = []
+        self.ridge_ = torch.full((self.family_.num_experts,), math.inf)
 
     def _network(self, seed: int, units: tuple[int, int]) -> Network:
         network = Network(self.encoder_, self.family_, units, self._outputs, seed)
@@ -256,13 +270,12 @@ class Estimator(BaseEstimator):
         names = ("learning_rate", "weight_decay", "batch_size", "max_epochs", "patience")
         return Pace(*(getattr(self, name) for name in names))
 
-    def _split(
-        self, samples: Samples, target: Array, generator: torch.Generator
-    ) -> tuple[Samples, Samples | None]:
+    def _split(self, samples: Samples, target: Array, bag: int) -> Split:
         """Rows to train on and rows to validate on, of each class its share."""
-        count = len(target)
-        if not self.early_stopping or (self.early_stopping == "auto" and count < _FEW):
-            return samples, None
+        count, device = len(target), samples.target.device
+        if not self.early_stopping or (self.early_stopping == "auto" and count < FEW):
+            return torch.arange(count, device=device), None
+        generator = torch.Generator().manual_seed(self._seed + bag)
         order = torch.randperm(count, generator=generator)
         if self._kind != "regression":
             of_class = torch.from_numpy(target)[order]
@@ -272,34 +285,16 @@ class Estimator(BaseEstimator):
         place = torch.arange(count)
         first = float(torch.rand(1, generator=generator))
         held = ((place + 1) * fraction + first).floor() > (place * fraction + first).floor()
-        device = samples.target.device
         if not held.any() or held.all():
-            return samples, None
-        return samples.taken(order[~held].to(device)), samples.taken(order[held].to(device))
+            return torch.arange(count, device=device), None
+        return order[~held].to(device), order[held].to(device)
 
-    def _partial_fit(self, x: Any, y: Any, sample_weight: Any, first: bool) -> Self:
-        self._check_parameters()
-        if first:
-            table, target, weight = self._prepared(x, y, sample_weight)
-            self._begin(table, target, weight)
-        else:
-            table = self._read(x, reset=False)
-            weight = self._weight(sample_weight, table.rows)
-            target, weight = self._encode_target(y, table.rows, weight)
-            counts = weight > 0
-            table, target, weight = table.taken(counts), target[counts], weight[counts]
-            target = self._later_target(target)
-        if not self._optimizers:
-            self._optimizers = [optimizer_of(network, self._pace()) for network in self.networks_]
-        samples = self._samples(table, target, weight)
-        for k, (network, optimizer) in enumerate(
-            zip(self.networks_, self._optimizers, strict=True)
-        ):
-            generator = torch.Generator().manual_seed(self._seed + k)
-            run_epoch(network, optimizer, samples, self._kind, self.batch_size, generator)
-            network.settle()
-        self._sum_up(table, weight)
-        return self
+    @property
+    def _start(self) -> Tensor:
+        """What an expert that sees nothing would answer, ``(K,)``."""
+        if self._kind == "regression":
+            return torch.zeros(1)
+        return torch.as_tensor(np.atleast_1d(self.base_), dtype=torch.float32)
 
     def _sum_up(self, table: Table, weight: Array) -> None:
         """Remember what :meth:`explain_global` tells about training rows."""

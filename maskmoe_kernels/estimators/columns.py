@@ -13,6 +13,9 @@ from maskmoe_kernels.estimators.tables import Array
 UNSEEN, MISSING, FIRST = 0, 1, 2
 #: From this share of the rows on, a value gets a code of its own.
 _HEAVY = 0.05
+#: Where a value has so many rows on average, values are codes or names rather than measurements,
+#: and a function of them need not be smooth: there may be so many times as many bins.
+_ROWS_PER_VALUE, _FINER = 20, 4
 #: Units of an embedding at the most; up to so many rows, it begins as one unit a row.
 _WIDEST = 16
 #: Bins of the picture of a distribution.
@@ -61,7 +64,7 @@ class NumericColumn:
             name: Of the column.
             x: NaN where missing.
             weight: Above 0, ``(rows,)``.
-            bins: B at the most.
+            bins: B at the most; four times as many where a value has 20 rows on average.
         """
         there = ~np.isnan(x)
         missing = float(weight[~there].sum() / weight.sum())
@@ -69,6 +72,7 @@ class NumericColumn:
         values, at = np.unique(x, return_inverse=True)
         share = np.bincount(at, weight, minlength=len(values))
         share = share / share.sum() if len(values) else share
+        bins = bins * _FINER if len(x) >= _ROWS_PER_VALUE * len(values) else bins
         heavy = values[share >= _HEAVY] if len(values) > bins + 1 else values[:0]
         light = ~np.isin(values, heavy)
         edges = _weighted_quantiles(values[light], share[light], bins)

@@ -148,6 +148,23 @@ class Encoder:
         x = codes.numbers if codes.numbers.shape[1] else None
         return Inputs(x, tables, [*codes.ids.unbind()], order)
 
+    def lines(self) -> Array:
+        """Weights of the inputs that make each numeric column, up to a constant.
+
+        ``(inputs, numeric columns)``: ``inputs @ lines`` are the columns, cut off at their outer
+        edges.
+        """
+        numeric = [column for column in self._in_order() if isinstance(column, NumericColumn)]
+        lines = np.zeros((sum(column.width for column in self.columns), len(numeric)))
+        start = place = 0
+        for column in self._in_order():
+            if isinstance(column, NumericColumn):
+                widths = np.diff(column.edges)
+                lines[start : start + len(widths), place] = widths
+                place += 1
+            start += column.width
+        return lines
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for :meth:`from_json`."""
         return {

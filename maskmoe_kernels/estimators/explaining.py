@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +11,6 @@ import pandas as pd
 import torch
 
 from maskmoe_kernels.errors import DataError, LayoutError
-from maskmoe_kernels.estimators.base import Estimator
 from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.explanation import Explanation, Rows, contributions_of, explained
 from maskmoe_kernels.estimators.storage import (
@@ -19,6 +19,7 @@ from maskmoe_kernels.estimators.storage import (
     read_model,
     write_model,
 )
+from maskmoe_kernels.estimators.streams import Streamed
 from maskmoe_kernels.estimators.subsets import PairGain, family_of
 from maskmoe_kernels.estimators.tables import Array, Table
 from maskmoe_kernels.estimators.whole_model import GlobalExplanation, pairs_of, shapes_of
@@ -28,7 +29,7 @@ from maskmoe_kernels.explain.sufficient import sufficient
 _SUMMED_UP = 1000
 
 
-class Interpretable(Estimator):
+class Interpretable(Streamed):
     """An estimator that explains itself."""
 
     summary_: dict[str, list[float]]
@@ -174,6 +175,7 @@ class Interpretable(Estimator):
                 for key, values in self.summary_.items()
             },
             "validation_loss": self.validation_loss_,
+            "ridge": [None if math.isinf(ridge) else ridge for ridge in self.ridge_.tolist()],
             "seed": self._seed,
             "units": list(self.networks_[0].units),
             "base": np.asarray(self.base_).tolist(),
@@ -227,6 +229,8 @@ class Interpretable(Estimator):
             for key, values in record["summary"].items()
         }
         self.validation_loss_ = record["validation_loss"]
+        ridges = [math.inf if ridge is None else float(ridge) for ridge in record["ridge"]]
+        self.ridge_ = torch.tensor(ridges)
         self._seed = int(record["seed"])
         base = np.asarray(record["base"], dtype=np.float64)
         self.base_ = float(base) if base.ndim == 0 else base

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from maskmoe_kernels.estimators.columns import MISSING, UNSEEN
 from maskmoe_kernels.estimators.encoder import Codes, Encoder
@@ -22,6 +24,8 @@ _EPOCHS, _STEPS, _BLIND_STEPS = 40, 1000, 300
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
+#: How much of the average of the weights stays in a step: it looks back about 50.
+_MEMORY = 0.98
 #: Rows whose values are computed at once.
 _ROWS_AT_ONCE = 8192
 
@@ -70,8 +74,18 @@ class Samples:
         return Samples(self.codes.to(device), self.target.to(device), weight)
 
 
+#: Rows that a bag trains on, and those that it holds out, by number; ``None``: it holds none out.
+Split = tuple[Tensor, Tensor | None]
+
+
+#: Begins a pass over rows: parts of them, each with the rows of it that each bag trains on.
+Chunks = Callable[[], Iterable[tuple[Samples, Sequence[Tensor]]]]
+
+
 class Network(nn.Module):
     """All experts of a family on encoded rows.
+
+    The last units of each expert, two for each output, are where it starts as a linear model.
 
     Only the smallest subsets that hold a categorical column train its embedding: an expert depends
     on what it sees, through training, too.
@@ -95,8 +109,11 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.units = units
-        widths = [units[0]] * family.num_experts
-        widths[top_expert(family)] = units[1]
+        linear = 2 * (outputs or 1)
+        widths = [units[0] + linear] * family.num_experts
+        widths[top_expert(family)] = units[1] + linear
+        #: For each expert, where its hidden units end.
+        self.ends = [*itertools.accumulate(widths)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.experts = InterpretableMLP(
@@ -106,6 +123,7 @@ class Network(nn.Module):
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
             )
+            torch.manual_seed(0)  # all bags begin with the same embeddings
             tables = []
             for column in encoder.tables:
                 table = torch.eye(column.rows, column.width)
@@ -119,6 +137,11 @@ class Network(nn.Module):
         """Logits ``(rows, H)`` or ``(rows, H, outputs)``."""
         logits: Tensor = self.experts(self.encoder.inputs(codes, [*self.tables]))
         return logits
+
+    @torch.no_grad()
+    def joined(self, codes: Codes) -> Tensor:
+        """What the experts read, side by side: ``(rows, family.in_features)``."""
+        return self.encoder.inputs(codes, [*self.tables]).joined()
 
     def loss(self, samples: Samples, kind: str) -> Tensor:
         """Of all experts on some rows; see :func:`maskmoe_kernels.expert_loss`."""
@@ -153,85 +176,118 @@ def run_epoch(
     network: Network,
     optimizer: torch.optim.Optimizer,
     samples: Samples,
+    kept: Tensor,
     kind: str,
     batch_size: int,
     generator: torch.Generator,
     before_step: Callable[[], None] = lambda: None,
 ) -> None:
-    """One pass over all rows, in an order that ``generator`` draws."""
-    count = len(samples.target)
-    order = torch.randperm(count, generator=generator).to(samples.target.device)
+    """One pass over the rows ``kept``, in an order that ``generator`` draws."""
+    count = len(kept)
+    order = kept[torch.randperm(count, generator=generator).to(kept.device)]
     for rows in order.tensor_split(max(1, round(count / batch_size))):
         before_step()
-        batch = samples if len(rows) == count else samples.taken(rows)
         optimizer.zero_grad()
-        network.loss(batch, kind).backward()
+        network.loss(samples.taken(rows), kind).backward()
         optimizer.step()
 
 
+class _Bag:
+    """A network while it learns.
+
+    Attributes:
+        network: Which Adam moves.
+        average: A copy that follows it: what is looked at and kept, for Adam's steps scatter.
+    """
+
+    def __init__(self, network: Network, pace: Pace, steps: int, seed: int) -> None:
+        self.network, self.pace, self.steps, self.done = network, pace, steps, 0
+        self.optimizer = optimizer_of(network, pace)
+        self.average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_MEMORY))
+        self.average.update_parameters(network)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def learn(self, samples: Samples, rows: Tensor, kind: str) -> None:
+        """One pass over these rows."""
+        todo = samples, rows, kind, self.pace.batch_size, self.generator, self._before_step
+        run_epoch(self.network, self.optimizer, *todo)
+
+    def _before_step(self) -> None:
+        self.average.update_parameters(self.network)
+        wave = 0.5 + 0.5 * math.cos(math.pi * min(1, self.done / self.steps))
+        self.done += 1
+        rate = self.pace.learning_rate * wave * min(1, self.done / _WARM_UP)
+        self.optimizer.param_groups[0]["lr"] = rate
+
+    @torch.no_grad()
+    def loss(self, samples: Samples, kind: str) -> float:
+        """Of the average's expert that sees all."""
+        experts = self.network.experts
+        top = top_expert(experts.family)
+        answer = self.average.module(samples.codes)[:, top : top + 1]
+        options = samples.target, kind, samples.weight
+        return float(expert_loss(answer, *options, outputs=experts.outputs))
+
+    def state(self) -> dict[str, Tensor]:
+        """A copy of the average's parameters."""
+        return {name: value.clone() for name, value in self.average.module.state_dict().items()}
+
+
 def train(
-    network: Network,
-    samples: Samples,
-    validation: Samples | None,
+    networks: Sequence[Network],
+    chunks: Chunks,
+    steps: int,
+    held: Sequence[Samples | None],
     kind: str,
     pace: Pace,
-    generator: torch.Generator,
-    told: Callable[[int, int, float | None], None] = lambda epoch, epochs, loss: None,
-) -> list[float]:
-    """Train in place; keep the weights with the best validation loss of the expert that sees all.
+    seed: int,
+    told: Callable[[int, int], None] = lambda epoch, epochs: None,
+) -> list[list[float]]:
+    """Train all bags side by side, in place; keep the weights with the best held-out loss.
+
+    That is the loss of the expert that sees all, in the mean over the bags: of few rows, a bag
+    alone holds out too few to tell when to stop. The networks as they come are the first
+    candidate.
 
     Args:
-        network: To be trained.
-        samples: Training rows.
-        validation: Rows for early stopping; ``None``: all epochs are run.
+        networks: One a bag.
+        chunks: Begins a pass over the rows: parts of them, and for each bag the rows of a part that
+            it trains on.
+        steps: Of a pass, about.
+        held: What each bag holds out; if one holds nothing out, all epochs are run.
         kind: Of the loss.
         pace: See there.
-        generator: Of the order of the rows.
-        told: Is told of each look: epochs done, epochs at the most, validation loss.
+        seed: Of the order of the rows.
+        told: Is told of each look: epochs done, epochs at the most.
 
     Returns:
-        The validation loss at each look.
+        For each bag, the loss of its held-out rows at each look; the first before any step.
     """
-    optimizer = optimizer_of(network, pace)
-    steps = max(1, round(len(samples.target) / pace.batch_size))
-    wanted = _BLIND_STEPS if validation is None else _STEPS
-    epochs = pace.max_epochs or max(_EPOCHS, -(-wanted // steps))
-    done = 0
-
-    def set_rate() -> None:
-        nonlocal done
-        wave = 0.5 + 0.5 * math.cos(math.pi * done / (epochs * steps))
-        done += 1
-        optimizer.param_groups[0]["lr"] = pace.learning_rate * wave * min(1, done / _WARM_UP)
-
-    history: list[float] = []
-    kept, best, stale = None, math.inf, 0
+    looked_at = [rows for rows in held if rows is not None]
+    blind = len(looked_at) < len(held)
+    epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
+    bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
+    history: list[list[float]] = [[] for _ in bags]
+    best, stale, states = math.inf, 0, [bag.state() for bag in bags]
     every = max(1, _LOOK_EVERY // steps)
-    for epoch in range(1, epochs + 1):
-        run_epoch(network, optimizer, samples, kind, pace.batch_size, generator, set_rate)
+    for epoch in range(epochs + 1):
+        for samples, kept in chunks() if epoch else ():
+            for bag, rows in zip(bags, kept, strict=True):
+                bag.learn(samples, rows, kind)
         if epoch % every and epoch < epochs:
             continue
-        loss = None if validation is None else _top_loss(network, validation, kind)
-        told(epoch, epochs, loss)
-        if loss is None:
+        told(epoch, epochs)
+        if blind:
             continue
-        history.append(loss)
-        if loss < best - 1e-4 * abs(best) or kept is None:
-            best, stale = loss, 0
-            kept = {name: value.clone() for name, value in network.state_dict().items()}
-        else:
-            stale += 1
-            if stale >= pace.patience:
-                break
-    if kept is not None:
-        network.load_state_dict(kept)
-    network.settle()
+        for losses, bag, rows_out in zip(history, bags, looked_at, strict=True):
+            losses.append(bag.loss(rows_out, kind))
+        loss = sum(losses[-1] for losses in history) / len(history)
+        stale += 1
+        if loss < best - 1e-4 * abs(best) or epoch == 0:
+            best, stale, states = loss, 0, [bag.state() for bag in bags]
+        elif stale >= pace.patience:
+            break
+    for bag, state in zip(bags, states, strict=True):
+        bag.network.load_state_dict(bag.state() if blind else state)
+        bag.network.settle()
     return history
-
-
-@torch.no_grad()
-def _top_loss(network: Network, samples: Samples, kind: str) -> float:
-    top = top_expert(network.experts.family)
-    answer = network(samples.codes)[:, top : top + 1]
-    outputs = network.experts.outputs
-    return float(expert_loss(answer, samples.target, kind, samples.weight, outputs=outputs))

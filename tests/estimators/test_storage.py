@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ def test_a_loaded_classifier_is_the_same(saved):
     assert loaded.feature_names_in_.tolist() == [*FRAME.columns]
     a, b = model.explain(FRAME), loaded.explain(FRAME)
     assert a.to_frame().equals(b.to_frame())
+    assert torch.equal(loaded.ridge_, model.ridge_)
     assert model.explain_global().to_frame().equals(loaded.explain_global().to_frame())
     with pytest.raises(ValueError, match="now missing:\n- age"):
         loaded.predict(FRAME[["town"]])
@@ -161,3 +163,28 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(saved, tmp_path):
     process.wait()
     loaded = InterpretableClassifier.load(path)
     assert np.array_equal(loaded.predict_proba(FRAME), saved[0].predict_proba(FRAME))
+
+
+@pytest.mark.deep
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+@pytest.mark.parametrize("wait", [0.0, 0.3, 1.0])
+def test_a_fit_that_is_killed_leaves_no_file(tmp_path, wait):
+    code = (
+        "from tests.estimators.tables import mixed\n"
+        "from maskmoe_kernels.estimators import InterpretableClassifier\n"
+        "frame, labels, _ = mixed(3000); print('ready', flush=True)\n"
+        "model = InterpretableClassifier(random_state=0, early_stopping=False)\n"
+        "model.fit(frame, labels).save('model')"
+    )
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": root, "TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-c", code]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(wait)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE, WIDTHS
 from maskmoe_kernels.experiments.shared.arguments import (
     AlternativeCommands,
     Commands,
@@ -98,6 +98,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default="shared",
         help="shared: every expert that reads an embedding trains it, as the authors do; strict: "
         "only the smallest subsets with that group do (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--widths",
+        choices=tuple(WIDTHS),
+        default=None,
+        help="equal: as many units for each expert, as in the paper; half: half of the same number "
+        "of units for the expert that sees all (default: half for sufficient, whose prediction is "
+        "that expert's, else equal)",
     )
     add_existing(
         parser,
@@ -201,6 +209,7 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         embeddings=arguments.embeddings,
+        widths=arguments.widths,
         device=device,
         resume=arguments.resume,
         sharpness=arguments.sharpness,

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import EVERY_MODEL, TOLERANCE
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, TOLERANCE, WIDTHS
 from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
@@ -380,8 +380,10 @@ def _restored(saved: dict[str, Any], features: Features, path: Path) -> Interpre
             f"{path}: was trained on {trained[0]} users and {trained[1]} movies, the data has "
             f"{sizes.num_users} and {sizes.num_items}; give the data it was trained on"
         )
-    strict = "embeddings=strict" in saved["config"]["options"]
-    model = InterpretableNCF(sizes, embeddings="strict" if strict else "shared")
+    options = saved["config"]["options"]
+    embeddings = "strict" if "embeddings=strict" in options else "shared"
+    widths = "half" if "widths=half" in options else "equal"
+    model = InterpretableNCF(sizes, WIDTHS[widths], embeddings)
     restore_model(path, model, weights)
     return model.eval()
 

@@ -179,7 +179,7 @@ def test_the_report_and_going_on(
     assert report["options"] == {
         "data": "ml-1m", "negatives": None, "models": ["content", "black-box", "interpretable"],
         "epochs": 2, "patience": 2, "batch_size": 512, "seed": 0, "embeddings": "shared",
-        "device": "cpu", "resume": False, "sharpness": "auto", "max_loss": 0.01,
+        "widths": "auto", "device": "cpu", "resume": False, "sharpness": "auto", "max_loss": 0.01,
     }  # fmt: skip
     assert set(report["models"]) == {"content", "black-box", "interpretable"}
     interpretable = report["models"]["interpretable"]

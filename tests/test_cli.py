@@ -21,7 +21,8 @@ from rich.console import Console
 import maskmoe_kernels as mk
 from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments.movielens.train import MODELS, Options
+from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens.train import Options
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.toy import train as toy
@@ -48,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``maskmoe movielens`` leaves, figures included where matplotlib is there."""
     out = tmp_path_factory.mktemp("out")
-    assert main(["movielens", "--data", str(folder), "--out", str(out), *TRAIN]) == 0
+    words = ["movielens", "--data", str(folder), "--out", str(out), "--explain", "mixture"]
+    assert main([*words, *TRAIN]) == 0
     return out
 
 
@@ -324,7 +326,7 @@ def test_ctrl_c_during_the_imports_is_one_line(delay: float) -> None:
 
 def test_movielens(trained: Path) -> None:
     report = json.loads((trained / "report.json").read_text("utf-8"))
-    assert list(report["models"]) == list(MODELS)
+    assert list(report["models"]) == list(MODELS["mixture"])
     assert sorted(path.name for path in trained.glob("*.pt")) == [
         "black-box.pt", "content.pt", "interpretable.pt"
     ]  # fmt: skip
@@ -418,6 +420,11 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
     got.clear()
     assert main("movielens --data d --out o --sharpness auto".split()) == 0
     assert got[:4] == [Path("d"), Path("o"), Options(), None]
+    for how, model in (("mixture", "interpretable"), ("sufficient", "sufficient")):
+        got.clear()
+        assert main(f"movielens --data d --out o --explain {how}".split()) == 0
+        assert got[2] == Options(("content", "black-box", model))
+    assert Options().models == got[2].models
 
 
 def test_bad_data_is_one_line(tmp_path: Path, folder: Path, capsys: Any) -> None:

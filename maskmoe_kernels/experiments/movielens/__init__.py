@@ -1,9 +1,12 @@
 """The MovieLens experiment (section 4.2)."""
 
-#: The models of the paper, which are trained by default.
-MODELS = ("content", "black-box", "interpretable")
-#: And its network where every expert learns from every sample, so that a small one may suffice.
-EVERY_MODEL = (*MODELS, "sufficient")
+_BASELINES = ("content", "black-box")
+#: How a prediction is explained, and the model for it. In the mixture, experts share the samples,
+#: as in the paper; else every expert learns from every sample, so that a small one may suffice.
+EXPLAINED = {"sufficient": "sufficient", "mixture": "interpretable"}
+#: What is trained, by how it is explained.
+MODELS = {how: (*_BASELINES, model) for how, model in EXPLAINED.items()}
+EVERY_MODEL = (*_BASELINES, "interpretable", "sufficient")
 #: Units of content, user, item and all in each hidden layer: as many for each, as in the paper, or
 #: half of the same number for the expert that sees all.
 WIDTHS = {

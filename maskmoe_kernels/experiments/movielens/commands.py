@@ -36,10 +36,10 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "movielens",
         _movielens,
         "train and compare three recommenders on MovieLens-1M (hours on one core)",
-        "Train a content-based model, a black box and the interpretable mixture on MovieLens-1M;\n"
-        "rank each user's last movie among 99 others, and show which expert decides. Writes\n"
-        "report.json, figures and one checkpoint a model into --out, after every epoch. A folder\n"
-        "that holds a run already is refused without --resume or --overwrite.\n"
+        "Train a content-based model, a black box and an interpretable one on MovieLens-1M, rank\n"
+        "each user's last movie among 99 others, and show which expert decides or suffices.\n"
+        "Writes report.json, figures and a checkpoint a model into --out, after every epoch.\n"
+        "A folder that holds a run already is refused without --resume or --overwrite.\n"
         "`maskmoe movielens explain --help` tells how to explain a user's recommendations.",
         "maskmoe movielens --data ml-1m.zip --out runs/ml\n"
         "  maskmoe movielens --data ml-1m.zip --out runs/ml --resume    # after an interruption",
@@ -53,16 +53,22 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         help="the 99 other movies of each user: lines of (user,movie) and 99 ids, tab-separated, "
         "gzipped or not (default: drawn, by --seed)",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--explain",
+        choices=tuple(MODELS),
+        default="sufficient",
+        help="sufficient: every expert learns from every sample, the one that sees all predicts, "
+        "and the smallest that agrees with it explains; mixture: the paper's rule, by which "
+        "experts share the decision (default: %(default)s)",
+    )
+    which.add_argument(
         "--models",
         nargs="+",
         choices=EVERY_MODEL,
-        default=MODELS,
         metavar="MODEL",
-        help=f"which of {', '.join(EVERY_MODEL)} (default: the first three, the paper's). "
-        "interpretable: the mixture of experts. sufficient: the same network, every expert trained "
-        "on every sample; it predicts with the expert that sees all, and explains by the smallest "
-        "expert that agrees with it",
+        help=f"which of {', '.join(EVERY_MODEL)} to train; interpretable is the mixture (default: "
+        "the first two, and the one that --explain says)",
     )
     _add_training(parser)
     _add_mixing(parser)
@@ -203,7 +209,7 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
     device = usable(arguments.device)
     check_out(arguments, _RESULTS, _CHECKPOINTS)
     options = Options(
-        models=tuple(dict.fromkeys(arguments.models)),
+        models=tuple(dict.fromkeys(arguments.models or MODELS[arguments.explain])),
         epochs=arguments.epochs,
         patience=arguments.patience,
         batch_size=arguments.batch_size,

@@ -68,7 +68,7 @@ class Options:
         max_loss: What that choice may lose of either metric; see :func:`choose_sharpness`.
     """
 
-    models: Sequence[str] = MODELS
+    models: Sequence[str] = MODELS["sufficient"]
     epochs: int = 20
     patience: int = 5
     batch_size: int = 256

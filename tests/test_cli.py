@@ -410,12 +410,12 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
     )
     words = (
         "movielens --data d --negatives n --models content black-box content --epochs 7 "
-        "--patience 3 --batch-size 9 --seed 5 --embeddings strict --widths half --device cpu "
+        "--patience 3 --batch-size 9 --seed 5 --embeddings strict --widths largest --device cpu "
         "--resume --sharpness 2.5 --max-loss 0.02 --out o"
     )
     assert main(words.split()) == 0
     models = ("content", "black-box")
-    expected = Options(models, 7, 3, 9, 5, "strict", "half", "cpu", True, 2.5, 0.02)
+    expected = Options(models, 7, 3, 9, 5, "strict", "largest", "cpu", True, 2.5, 0.02)
     assert got[:4] == [Path("d"), Path("o"), expected, Path("n")]
     got.clear()
     assert main("movielens --data d --out o --sharpness auto".split()) == 0

@@ -7,11 +7,11 @@ EXPLAINED = {"sufficient": "sufficient", "mixture": "interpretable"}
 #: What is trained, by how it is explained.
 MODELS = {how: (*_BASELINES, model) for how, model in EXPLAINED.items()}
 EVERY_MODEL = (*_BASELINES, "interpretable", "sufficient")
-#: Units of content, user, item and all in each hidden layer: as many for each, as in the paper, or
-#: half of the same number for the expert that sees all.
+#: Units of content, user, item and all in each hidden layer: as many for each, as in the paper; or
+#: more for the expert that sees all, half as many as the black box has, and fewer for the others.
 WIDTHS = {
     "equal": ((128,) * 4, (64,) * 4, (32,) * 4, (16,) * 4),
-    "half": ((64, 96, 96, 256), (32, 48, 48, 128), (16, 24, 24, 64), (8, 12, 12, 32)),
+    "largest": ((96, 96, 96, 256), (48, 48, 48, 128), (32, 32, 32, 64), (16, 16, 16, 32)),
 }
 #: Log-odds within which a smaller expert may differ from the one that sees all, in explanations.
 TOLERANCE = 1.0

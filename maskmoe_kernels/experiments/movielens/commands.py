@@ -109,8 +109,8 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         "--widths",
         choices=tuple(WIDTHS),
         default=None,
-        help="equal: as many units for each expert, as in the paper; half: half of the same number "
-        "of units for the expert that sees all (default: half for sufficient, whose prediction is "
+        help="equal: as many units for each expert, as in the paper; largest: more for the expert "
+        "that sees all, fewer for the others (default: largest for sufficient, whose prediction is "
         "that expert's, else equal)",
     )
     add_existing(

@@ -382,7 +382,7 @@ def _restored(saved: dict[str, Any], features: Features, path: Path) -> Interpre
         )
     options = saved["config"]["options"]
     embeddings = "strict" if "embeddings=strict" in options else "shared"
-    widths = "half" if "widths=half" in options else "equal"
+    widths = "largest" if "widths=largest" in options else "equal"
     model = InterpretableNCF(sizes, WIDTHS[widths], embeddings)
     restore_model(path, model, weights)
     return model.eval()

@@ -59,7 +59,7 @@ class Options:
         batch_size: Samples per step.
         seed: Of split, negatives, order and initial weights.
         embeddings: ``"shared"`` or ``"strict"``; see :class:`InterpretableNCF`.
-        widths: Of the experts, one of ``WIDTHS``; ``None``: ``"half"`` for the model
+        widths: Of the experts, one of ``WIDTHS``; ``None``: ``"largest"`` for the model
             ``"sufficient"``, whose prediction is that of the expert that sees all, else
             ``"equal"``.
         device: Where to train.
@@ -99,7 +99,7 @@ def build(
 def _widths(name: str, given: str | None) -> str:
     if given is not None and given not in WIDTHS:
         raise ValueError(f"widths must be one of {list(WIDTHS)} or None, got {given!r}")
-    return given or ("half" if name == "sufficient" else "equal")
+    return given or ("largest" if name == "sufficient" else "equal")
 
 
 def run_movielens(

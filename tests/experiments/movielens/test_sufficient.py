@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.movielens import WIDTHS
@@ -27,7 +28,7 @@ from maskmoe_kernels.experiments.movielens.sufficient import (
 from maskmoe_kernels.experiments.movielens.train import Options, build, run_movielens, train
 from maskmoe_kernels.experiments.movielens.words import same_in_words
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
-from maskmoe_kernels.models import InterpretableNCF
+from maskmoe_kernels.models import NCF, InterpretableNCF
 from tests.experiments.movielens.test_explain import EXPERTS, save
 from tests.experiments.movielens.tiny import write_movielens
 
@@ -73,17 +74,21 @@ def test_the_report_has_both_rules_and_a_figure(tmp_path: Path, folder: Path) ->
     assert again["models"]["sufficient"] == found
 
 
-def test_half_of_the_units_are_of_the_expert_that_predicts(tmp_path: Path, folder: Path) -> None:
-    """The same number of units in all; the mixture's are equal, for any of its experts decides."""
+def test_the_expert_that_predicts_has_most_units(tmp_path: Path, folder: Path) -> None:
+    """Half as many as the black box; the mixture's are equal, for any of its experts decides."""
     task = Task(read_movielens(folder), 0, None)
-    for layer, equal in zip(WIDTHS["half"], WIDTHS["equal"], strict=True):
-        assert sum(layer) == sum(equal)
-        assert layer[EXPERTS.index("all")] == sum(layer) / 2
+    black_box = build("black-box", task.sizes)
+    assert isinstance(black_box, NCF)
+    units = [layer.out_features for layer in black_box.layers if isinstance(layer, nn.Linear)][:-1]
+    at = EXPERTS.index("all")
+    assert [2 * layer[at] for layer in WIDTHS["largest"]] == units
+    assert all(layer[at] >= 2 * max(layer[:at]) for layer in WIDTHS["largest"])
+    assert [sum(layer) for layer in WIDTHS["equal"]] == units
     for model, widths, made in (
-        ("sufficient", None, "half"),
+        ("sufficient", None, "largest"),
         ("interpretable", None, "equal"),
         ("sufficient", "equal", "equal"),
-        ("interpretable", "half", "half"),
+        ("interpretable", "largest", "largest"),
     ):
         net = build(model, task.sizes, widths=widths)
         assert isinstance(net, InterpretableNCF)
@@ -93,7 +98,7 @@ def test_half_of_the_units_are_of_the_expert_that_predicts(tmp_path: Path, folde
         out.mkdir()
         train(model, task, out, options)
         explain(folder, out / f"{model}.pt", user=8)  # which builds the same network
-        other = Options(**{**vars(options), "widths": "equal" if made == "half" else "half"})
+        other = Options(**{**vars(options), "widths": "equal" if made == "largest" else "largest"})
         with pytest.raises(DataError, match=f"widths={made}"):
             run_movielens(folder, out, Options(**{**vars(other), "resume": True}))
     with pytest.raises(ValueError, match=r"widths must be one of .*'half'.* got 'wide'"):
@@ -137,7 +142,7 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
     tmp_path: Path, folder: Path
 ) -> None:
     model = biased(folder, content=0.7, user=0.1, item=1.0, all=1.0)
-    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=half")
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
     for tolerance, expert, gap in ((0.1, "item", 0.0), (0.7, "content", 0.6)):
         found = explain(folder, path, user=8, item=102, tolerance=tolerance)
         (movie,) = found.movies
@@ -169,7 +174,7 @@ def test_the_explanation_has_a_picture_that_is_not_replaced(
     pytest.importorskip("matplotlib")
     drawn: list[dict[str, Any]] = []
     model = biased(folder, user=0.5, all=0.9)
-    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=half")
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
     monkeypatch.setattr(module, "waterfall", lambda bars, to, **of: drawn.append(bars | of))
     explain(folder, path, user=8, item=102, out=tmp_path / "out")
     (picture,) = drawn
@@ -230,7 +235,7 @@ def test_the_best_of_the_catalogue_are_the_best_unseen_that_explain_lists(
     with torch.no_grad():
         for parameter in model.experts.parameters():
             parameter.mul_(3.5)  # an untrained model says almost the same of all
-    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=half")
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
     best = best_of_catalogue(model, task, chunk=4)
     assert best.shape == (10 * task.data.num_users, 4)
     told = [movie for u in task.data.user_ids.tolist() for movie in explain(folder, path, u).movies]

@@ -403,7 +403,7 @@ def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, cap
     assert "negatives.tsv, line 1" in told
 
 
-def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_option_arrives(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     got: list[Any] = []
     monkeypatch.setattr(
         "maskmoe_kernels.experiments.movielens.train.run_movielens", lambda *args: got.extend(args)
@@ -420,6 +420,9 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
     got.clear()
     assert main("movielens --data d --out o --sharpness auto".split()) == 0
     assert got[:4] == [Path("d"), Path("o"), Options(), None]
+    told = error_of(capsys, "movielens --data d --out o --sharpness 2".split())
+    assert "--sharpness 2 is of the paper's mixture" in told
+    assert "give --explain mixture" in told
     for how, model in (("mixture", "interpretable"), ("sufficient", "sufficient")):
         got.clear()
         assert main(f"movielens --data d --out o --explain {how}".split()) == 0

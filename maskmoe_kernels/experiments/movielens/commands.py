@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE, WIDTHS
 from maskmoe_kernels.experiments.shared.arguments import (
     AlternativeCommands,
@@ -206,10 +207,17 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.movielens.train import Options, run_movielens
     from maskmoe_kernels.experiments.shared.existing import check_out
 
+    models = arguments.models or MODELS[arguments.explain]
+    power = arguments.sharpness
+    if power is not None and arguments.models is None and arguments.explain != "mixture":
+        raise DataError(
+            f"--sharpness {power:g} is of the paper's mixture, which is not trained: give "
+            "--explain mixture, too, or leave --sharpness out"
+        )
     device = usable(arguments.device)
     check_out(arguments, _RESULTS, _CHECKPOINTS)
     options = Options(
-        models=tuple(dict.fromkeys(arguments.models or MODELS[arguments.explain])),
+        models=tuple(dict.fromkeys(models)),
         epochs=arguments.epochs,
         patience=arguments.patience,
         batch_size=arguments.batch_size,
@@ -218,7 +226,7 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
         widths=arguments.widths,
         device=device,
         resume=arguments.resume,
-        sharpness=arguments.sharpness,
+        sharpness=power,
         max_loss=arguments.max_loss,
     )
     run_movielens(arguments.data, arguments.out, options, arguments.negatives, console)

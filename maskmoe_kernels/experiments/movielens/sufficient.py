@@ -20,6 +20,8 @@ from maskmoe_kernels.models import InterpretableNCF
 TOLERANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Movies of a list that a user would see.
 _SHOWN = 10
+#: Users for whom all movies are ranked, at the most: for each, thousands of pairs.
+_USERS = 1000
 #: Whose shares a point of the frontier holds, and the word for them in the table.
 _OF = {"decided": "decided", "recommended": "shown", "catalogue": "catalogue"}
 
@@ -40,7 +42,7 @@ def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
         A part of the report, ready for json. ``test`` are the metrics of the expert that sees all.
         A point of ``frontier`` has the share of movies for which an expert is the smallest that
         suffices: ``decided`` of the test positives, ``recommended`` of the ten best of each test
-        list, ``catalogue`` of each user's ten best of :func:`best_of_catalogue`; and ``test``, the
+        list, ``catalogue`` of the recommendations of :func:`best_of_catalogue`; and ``test``, the
         metrics if each expert answered for its items. ``contributions`` are the mean sizes of
         :class:`Contributions`.
     """
@@ -96,14 +98,17 @@ def _recommended(model: InterpretableNCF, logits: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def best_of_catalogue(model: InterpretableNCF, task: Task, chunk: int = 16) -> Tensor:
-    """Logits of each user's ten best movies that someone rated and this user did not.
+def best_of_catalogue(
+    model: InterpretableNCF, task: Task, most: int = _USERS, chunk: int = 16
+) -> Tensor:
+    """Logits of users' ten best movies that someone rated and the user did not.
 
     Best is what the expert that sees all says. A user to whom fewer movies are left has fewer.
 
     Args:
         model: Trained.
         task: Whose movies to rank.
+        most: Users at the most, evenly spaced among all.
         chunk: Users at a time.
 
     Returns:
@@ -113,7 +118,8 @@ def best_of_catalogue(model: InterpretableNCF, task: Task, chunk: int = 16) -> T
     seen = torch.zeros(task.data.num_users, task.data.num_items, dtype=torch.bool)
     seen[task.data.users, task.data.items] = True
     best: list[Tensor] = []
-    for users in torch.arange(task.data.num_users).split(chunk):
+    count = task.data.num_users
+    for users in (torch.arange(min(count, most)) * count // min(count, most)).split(chunk):
         pairs = torch.cartesian_prod(users, movies).to(task.device)
         logits = task.logits(model, *pairs.unbind(1)).unflatten(0, (len(users), -1)).cpu().double()
         score = answers(model, logits).masked_fill(seen[users][:, movies], -torch.inf)

@@ -260,3 +260,13 @@ def test_a_user_who_has_seen_almost_all_has_fewer_recommendations(folder: Path) 
         items=torch.cat([data.items, others[left:]]),
     )
     assert len(best_of_catalogue(model, task)) == 10 * (data.num_users - 1) + left
+
+
+def test_a_few_users_of_many_are_spread_over_all(folder: Path) -> None:
+    task = Task(read_movielens(folder), 0, None)
+    torch.manual_seed(0)
+    model = build("sufficient", task.sizes)
+    assert isinstance(model, InterpretableNCF)
+    every = best_of_catalogue(model, task).unflatten(0, (task.data.num_users, 10))
+    few = best_of_catalogue(model, task, most=4, chunk=3).unflatten(0, (4, 10))
+    torch.testing.assert_close(few, every[[0, 8, 17, 26]])

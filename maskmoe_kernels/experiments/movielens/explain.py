@@ -245,7 +245,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         rank = m.status if m.rank is None else str(m.rank)
         how = f"{m.gap:.2f}" if m.share is None else f"{m.share:.0%}"
         rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, how])
-        rows[-1] += [f"{value:+.2f}" for value in m.contributions.values()] + [m.reason]
+        rows[-1] += [f"{value:+z.2f}" for value in m.contributions.values()] + [m.reason]
     note = "" if not added else "What a group adds, in log-odds: its Shapley value."
     print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows, note)
 

@@ -93,7 +93,7 @@ def test_the_expert_that_predicts_has_most_units(tmp_path: Path, folder: Path) -
         net = build(model, task.sizes, widths=widths)
         assert isinstance(net, InterpretableNCF)
         assert [layer.layout.row_sizes for layer in net.experts.layers[:-1]] == list(WIDTHS[made])
-        options = Options((model,), epochs=1, batch_size=64, widths=widths)
+        options = Options((model,), epochs=1, batch_size=512, widths=widths)
         out = tmp_path / f"{model}-{widths}"
         out.mkdir()
         train(model, task, out, options)
@@ -101,7 +101,7 @@ def test_the_expert_that_predicts_has_most_units(tmp_path: Path, folder: Path) -
         other = Options(**{**vars(options), "widths": "equal" if made == "largest" else "largest"})
         with pytest.raises(DataError, match=f"widths={made}"):
             run_movielens(folder, out, Options(**{**vars(other), "resume": True}))
-    with pytest.raises(ValueError, match=r"widths must be one of .*'half'.* got 'wide'"):
+    with pytest.raises(ValueError, match=r"widths must be one of .*'largest'.* got 'wide'"):
         build("sufficient", task.sizes, widths="wide")
 
 
@@ -164,6 +164,11 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
     adds = [f"{group} adds" for group in expected]
     assert [cells[name] for name in adds] == ["+1.40", "-0.60", "+1.20"]
     assert "log-odds" in note
+    nothing = biased(folder, content=0.5, user=0.4999, item=0.5, all=0.4999)
+    console = Console(file=io.StringIO())
+    saved = save(tmp_path / "nothing.pt", nothing, "sufficient", "widths=largest")
+    explain(folder, saved, user=8, item=102, console=console)
+    assert "\t+1.00\t+0.00\t+0.00\t" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"--sharpness mixes experts.* give --tolerance"):
         explain(folder, path, user=8, item=102, sharpness=2.0)
 

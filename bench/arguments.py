@@ -127,10 +127,13 @@ def _add_shapley(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     ))  # fmt: skip
     add = parser.add_argument
     # fmt: off
-    add("--features", nargs="+", type=_positive, default=[4, 6], metavar="N", help="default: 4 6")
     add(
-        "--seconds", nargs="+", type=_seconds, default=[10.0, 60.0], metavar="S",
-        help="of training, one for each of --features (default: 10 60)",
+        "--features", nargs="+", type=_positive, default=[4, 6, 8], metavar="N",
+        help="default: 4 6 8",
+    )
+    add(
+        "--seconds", nargs="+", type=_seconds, default=[10.0, 60.0, 240.0], metavar="S",
+        help="of training, one for each of --features (default: 10 60 240)",
     )
     add("--rows", type=_positive, default=50, metavar="N", help="to explain (default: %(default)s)")
     add(

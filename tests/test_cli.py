@@ -21,7 +21,8 @@ from rich.console import Console
 import maskmoe_kernels as mk
 from maskmoe_kernels import cli
 from maskmoe_kernels.cli import main
-from maskmoe_kernels.experiments.movielens.train import MODELS, Options
+from maskmoe_kernels.experiments.movielens import MODELS
+from maskmoe_kernels.experiments.movielens.train import Options
 from maskmoe_kernels.experiments.shared import plot_style
 from maskmoe_kernels.experiments.shared.denormals import denormals_flushed
 from maskmoe_kernels.experiments.toy import train as toy
@@ -48,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``maskmoe movielens`` leaves, figures included where matplotlib is there."""
     out = tmp_path_factory.mktemp("out")
-    assert main(["movielens", "--data", str(folder), "--out", str(out), *TRAIN]) == 0
+    words = ["movielens", "--data", str(folder), "--out", str(out), "--explain", "mixture"]
+    assert main([*words, *TRAIN]) == 0
     return out
 
 
@@ -324,7 +326,7 @@ def test_ctrl_c_during_the_imports_is_one_line(delay: float) -> None:
 
 def test_movielens(trained: Path) -> None:
     report = json.loads((trained / "report.json").read_text("utf-8"))
-    assert list(report["models"]) == list(MODELS)
+    assert list(report["models"]) == list(MODELS["mixture"])
     assert sorted(path.name for path in trained.glob("*.pt")) == [
         "black-box.pt", "content.pt", "interpretable.pt"
     ]  # fmt: skip
@@ -401,22 +403,31 @@ def test_negatives_of_a_file(folder: Path, tmp_path: Path, monkeypatch: Any, cap
     assert "negatives.tsv, line 1" in told
 
 
-def test_every_option_arrives(tmp_path: Path, monkeypatch: Any) -> None:
+def test_every_option_arrives(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     got: list[Any] = []
     monkeypatch.setattr(
         "maskmoe_kernels.experiments.movielens.train.run_movielens", lambda *args: got.extend(args)
     )
     words = (
         "movielens --data d --negatives n --models content black-box content --epochs 7 "
-        "--patience 3 --batch-size 9 --seed 5 --embeddings strict --device cpu --resume "
-        "--sharpness 2.5 --max-loss 0.02 --out o"
+        "--patience 3 --batch-size 9 --seed 5 --embeddings strict --widths largest --device cpu "
+        "--resume --sharpness 2.5 --max-loss 0.02 --out o"
     )
     assert main(words.split()) == 0
-    expected = Options(("content", "black-box"), 7, 3, 9, 5, "strict", "cpu", True, 2.5, 0.02)
+    models = ("content", "black-box")
+    expected = Options(models, 7, 3, 9, 5, "strict", "largest", "cpu", True, 2.5, 0.02)
     assert got[:4] == [Path("d"), Path("o"), expected, Path("n")]
     got.clear()
     assert main("movielens --data d --out o --sharpness auto".split()) == 0
     assert got[:4] == [Path("d"), Path("o"), Options(), None]
+    told = error_of(capsys, "movielens --data d --out o --sharpness 2".split())
+    assert "--sharpness 2 is of the paper's mixture" in told
+    assert "give --explain mixture" in told
+    for how, model in (("mixture", "interpretable"), ("sufficient", "sufficient")):
+        got.clear()
+        assert main(f"movielens --data d --out o --explain {how}".split()) == 0
+        assert got[2] == Options(("content", "black-box", model))
+    assert Options().models == got[2].models
 
 
 def test_bad_data_is_one_line(tmp_path: Path, folder: Path, capsys: Any) -> None:

@@ -22,6 +22,9 @@ from torch import Tensor
 import maskmoe_kernels as mk
 from bench.clock import own_clock
 
+#: From more experts on, steps are what training lacks.
+_MANY = 15
+
 
 class GaussianTask:
     """The distribution of x and y, float64.
@@ -112,8 +115,8 @@ def train(
     task: GaussianTask,
     seconds: float,
     *,
-    width: int = 16,
-    batch: int = 1024,
+    width: int | None = None,
+    batch: int | None = None,
     rate: float = 0.01,
     steps: int | None = None,
     seed: int = 0,
@@ -124,12 +127,15 @@ def train(
         task: What to learn.
         seconds: Of training, with one thread the process's own, so that other processes disturb
             less; ``steps``, where given, is the length instead, whatever it takes.
-        width: Units an expert of both hidden layers.
-        batch: Samples a step.
+        width: Units an expert of both hidden layers. ``None``: 16, or 8 if there are more than
+            ``_MANY`` experts, whose steps cost more than a small width does.
+        batch: Samples a step. ``None``: 1024, or 256 if there are so many.
         rate: First learning rate of Adam.
         steps: See ``seconds``.
         seed: Of weights and samples.
     """
+    many = task.family.num_experts > _MANY
+    width, batch = width or (8 if many else 16), batch or (256 if many else 1024)
     torch.manual_seed(seed)
     random = torch.Generator().manual_seed(seed)
     net = mk.InterpretableMLP(task.family, [width, width], "silu")

@@ -56,7 +56,6 @@ def run(
     document: dict[str, Any] = {
         "machine": machine("cpu"),
         "versions": {name: _version(name) for name in ("shap", "shapiq")},
-        "rows": rows,
         "tasks": [],
     }
     for count, limit in zip(features, seconds, strict=True):
@@ -72,7 +71,8 @@ def run(
             start = time.perf_counter()
             phi = explain(x)
             spent = time.perf_counter() - start
-            found.append({"name": name, "seconds": spent / rows, **errors(phi, true)})
+            cost = {"rows": rows, "seconds": spent / rows}
+            found.append({"name": name, **cost, **errors(phi, true)})
             write_json(out / NAME, document)
         _print(count, found, console)
     print_line(console, f"results: {out / NAME}")
@@ -94,6 +94,7 @@ def _ours(task: GaussianTask, limit: float, x: Tensor, true: Tensor) -> dict[str
     alone = (time.perf_counter() - start) / 8
     return {
         "name": f"ours, {limit:g} s of training",
+        "rows": len(x),
         "seconds": sorted(times)[len(times) // 2],
         "seconds_alone": alone,
         "training": {"seconds": trained.seconds, "steps": trained.steps},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from maskmoe_kernels.errors import LayoutError
-from maskmoe_kernels.layout.subsets import SubsetFamily
+from maskmoe_kernels.layout.subsets import SubsetFamily, Width
 from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_unsupported_reason
 from maskmoe_kernels.nn.interception import interceptor
@@ -100,7 +100,7 @@ class InterpretableNCF(Routed):
 
     Args:
         sizes: Of the embeddings; see :class:`NCFSizes`.
-        hidden: Units per expert of each hidden layer.
+        hidden: Units per expert of each hidden layer; each entry an int, or one per expert.
         embeddings: ``"shared"``: every expert that sees an embedding trains it, as in the
             authors' code; an embedding that a small expert reads then depends, through
             training, on features outside its subset. ``"strict"``: only the smallest subsets
@@ -114,7 +114,7 @@ class InterpretableNCF(Routed):
     def __init__(
         self,
         sizes: NCFSizes,
-        hidden: Sequence[int] = (128, 64, 32, 16),
+        hidden: Sequence[Width] = (128, 64, 32, 16),
         embeddings: str = "shared",
         *,
         backend: str | None = None,

@@ -198,6 +198,7 @@ def test_shapley_smoke(tmp_path: Path, console: Console) -> None:
     (task,) = json.loads((tmp_path / "shapley_truth.json").read_text("utf-8"))["tasks"]
     ours = task["explainers"][0]
     assert ours["experts"] == 7
+    assert {one["rows"] for one in task["explainers"]} == {ours["rows"]}
     assert 0 < ours["rmse"] < 10
     assert 0 < ours["seconds"] < ours["seconds_alone"]
     with pytest.raises(DataError, match="one time for each of --features"):

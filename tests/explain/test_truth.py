@@ -39,7 +39,12 @@ def test_the_true_values_are_those_of_all_permutations():
 
 
 @pytest.mark.parametrize(
-    ("features", "steps"), [(4, 1000), pytest.param(6, 1000, marks=pytest.mark.deep)]
+    ("features", "steps"),
+    [
+        (4, 1000),
+        pytest.param(6, 4000, marks=pytest.mark.deep),
+        pytest.param(8, 4000, marks=pytest.mark.deep),
+    ],
 )
 def test_trained_experts_have_the_true_shapley_values(features, steps):
     task = GaussianTask(features)

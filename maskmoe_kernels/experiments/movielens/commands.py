@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE
+from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, TOLERANCE, WIDTHS
 from maskmoe_kernels.experiments.shared.arguments import (
     AlternativeCommands,
     Commands,
@@ -36,10 +37,10 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         "movielens",
         _movielens,
         "train and compare three recommenders on MovieLens-1M (hours on one core)",
-        "Train a content-based model, a black box and the interpretable mixture on MovieLens-1M;\n"
-        "rank each user's last movie among 99 others, and show which expert decides. Writes\n"
-        "report.json, figures and one checkpoint a model into --out, after every epoch. A folder\n"
-        "that holds a run already is refused without --resume or --overwrite.\n"
+        "Train a content-based model, a black box and an interpretable one on MovieLens-1M, rank\n"
+        "each user's last movie among 99 others, and show which expert decides or suffices.\n"
+        "Writes report.json, figures and a checkpoint a model into --out, after every epoch.\n"
+        "A folder that holds a run already is refused without --resume or --overwrite.\n"
         "`maskmoe movielens explain --help` tells how to explain a user's recommendations.",
         "maskmoe movielens --data ml-1m.zip --out runs/ml\n"
         "  maskmoe movielens --data ml-1m.zip --out runs/ml --resume    # after an interruption",
@@ -53,16 +54,22 @@ def add_to(commands: Commands[argparse.ArgumentParser]) -> None:
         help="the 99 other movies of each user: lines of (user,movie) and 99 ids, tab-separated, "
         "gzipped or not (default: drawn, by --seed)",
     )
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--explain",
+        choices=tuple(MODELS),
+        default="sufficient",
+        help="sufficient: every expert learns from every sample, the one that sees all predicts, "
+        "and the smallest that agrees with it explains; mixture: the paper's rule, by which "
+        "experts share the decision (default: %(default)s)",
+    )
+    which.add_argument(
         "--models",
         nargs="+",
         choices=EVERY_MODEL,
-        default=MODELS,
         metavar="MODEL",
-        help=f"which of {', '.join(EVERY_MODEL)} (default: the first three, the paper's). "
-        "interpretable: the mixture of experts. sufficient: the same network, every expert trained "
-        "on every sample; it predicts with the expert that sees all, and explains by the smallest "
-        "expert that agrees with it",
+        help=f"which of {', '.join(EVERY_MODEL)} to train; interpretable is the mixture (default: "
+        "the first two, and the one that --explain says)",
     )
     _add_training(parser)
     _add_mixing(parser)
@@ -98,6 +105,14 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         default="shared",
         help="shared: every expert that reads an embedding trains it, as the authors do; strict: "
         "only the smallest subsets with that group do (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--widths",
+        choices=tuple(WIDTHS),
+        default=None,
+        help="equal: as many units for each expert, as in the paper; largest: more for the expert "
+        "that sees all, fewer for the others (default: largest for sufficient, whose prediction is "
+        "that expert's, else equal)",
     )
     add_existing(
         parser,
@@ -192,18 +207,26 @@ def _movielens(arguments: argparse.Namespace, console: Console) -> None:
     from maskmoe_kernels.experiments.movielens.train import Options, run_movielens
     from maskmoe_kernels.experiments.shared.existing import check_out
 
+    models = arguments.models or MODELS[arguments.explain]
+    power = arguments.sharpness
+    if power is not None and arguments.models is None and arguments.explain != "mixture":
+        raise DataError(
+            f"--sharpness {power:g} is of the paper's mixture, which is not trained: give "
+            "--explain mixture, too, or leave --sharpness out"
+        )
     device = usable(arguments.device)
     check_out(arguments, _RESULTS, _CHECKPOINTS)
     options = Options(
-        models=tuple(dict.fromkeys(arguments.models)),
+        models=tuple(dict.fromkeys(models)),
         epochs=arguments.epochs,
         patience=arguments.patience,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
         embeddings=arguments.embeddings,
+        widths=arguments.widths,
         device=device,
         resume=arguments.resume,
-        sharpness=arguments.sharpness,
+        sharpness=power,
         max_loss=arguments.max_loss,
     )
     run_movielens(arguments.data, arguments.out, options, arguments.negatives, console)

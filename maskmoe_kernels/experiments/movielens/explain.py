@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
-from maskmoe_kernels.experiments.movielens import EVERY_MODEL, TOLERANCE
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, TOLERANCE, WIDTHS
 from maskmoe_kernels.experiments.movielens.data.ranking import Features
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.data.tables import SEXES, MovieLens
@@ -245,7 +245,7 @@ def print_explanation(explanation: Explanation, console: Console) -> None:
         rank = m.status if m.rank is None else str(m.rank)
         how = f"{m.gap:.2f}" if m.share is None else f"{m.share:.0%}"
         rows.append([rank, m.title, f"{m.probability:.3f}", m.expert, how])
-        rows[-1] += [f"{value:+.2f}" for value in m.contributions.values()] + [m.reason]
+        rows[-1] += [f"{value:+z.2f}" for value in m.contributions.values()] + [m.reason]
     note = "" if not added else "What a group adds, in log-odds: its Shapley value."
     print_table(console, f"User {explanation.user}: what to watch, and why", columns, rows, note)
 
@@ -380,8 +380,10 @@ def _restored(saved: dict[str, Any], features: Features, path: Path) -> Interpre
             f"{path}: was trained on {trained[0]} users and {trained[1]} movies, the data has "
             f"{sizes.num_users} and {sizes.num_items}; give the data it was trained on"
         )
-    strict = "embeddings=strict" in saved["config"]["options"]
-    model = InterpretableNCF(sizes, embeddings="strict" if strict else "shared")
+    options = saved["config"]["options"]
+    embeddings = "strict" if "embeddings=strict" in options else "shared"
+    widths = "largest" if "widths=largest" in options else "equal"
+    model = InterpretableNCF(sizes, WIDTHS[widths], embeddings)
     restore_model(path, model, weights)
     return model.eval()
 

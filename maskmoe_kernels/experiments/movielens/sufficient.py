@@ -20,6 +20,10 @@ from maskmoe_kernels.models import InterpretableNCF
 TOLERANCES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 #: Movies of a list that a user would see.
 _SHOWN = 10
+#: Users for whom all movies are ranked, at the most: for each, thousands of pairs.
+_USERS = 1000
+#: Whose shares a point of the frontier holds, and the word for them in the table.
+_OF = {"decided": "decided", "recommended": "shown", "catalogue": "catalogue"}
 
 
 def answers(model: InterpretableNCF, logits: Tensor) -> Tensor:
@@ -36,12 +40,14 @@ def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
 
     Returns:
         A part of the report, ready for json. ``test`` are the metrics of the expert that sees all.
-        A point of ``frontier`` has ``decided`` and ``recommended``, the share of the test
-        positives, and of the ten movies that each user would see, for which an expert is the
-        smallest that suffices; and ``test``, the metrics if each expert answered for its items.
-        ``contributions`` are the mean sizes of :class:`Contributions`.
+        A point of ``frontier`` has the share of movies for which an expert is the smallest that
+        suffices: ``decided`` of the test positives, ``recommended`` of the ten best of each test
+        list, ``catalogue`` of the recommendations of :func:`best_of_catalogue`; and ``test``, the
+        metrics if each expert answered for its items. ``contributions`` are the mean sizes of
+        :class:`Contributions`.
     """
     logits = task.list_logits(model, task.test_lists).double()
+    catalogue = best_of_catalogue(model, task)
     added = contributions(model, logits)
     groups = list(model.family.groups)
     return {
@@ -50,7 +56,7 @@ def evaluate_sufficient(model: InterpretableNCF, task: Task) -> dict[str, Any]:
             "subsets": {name: list(of) for name, of in model.family.subsets.items()},
         },
         "tolerance": TOLERANCE,
-        "frontier": [_point(model, task, logits, tolerance) for tolerance in TOLERANCES],
+        "frontier": [_point(model, task, logits, catalogue, t) for t in TOLERANCES],
         "contributions": {
             "mean_size": dict(zip(groups, added.phi.abs().mean(0).tolist(), strict=True)),
             "interactions": added.interactions.abs().mean(0).tolist(),
@@ -91,7 +97,41 @@ def _recommended(model: InterpretableNCF, logits: Tensor) -> Tensor:
     return answers(model, logits).topk(min(_SHOWN, logits.shape[1]), dim=1).indices
 
 
-def _point(model: InterpretableNCF, task: Task, logits: Tensor, tolerance: float) -> dict[str, Any]:
+@torch.inference_mode()
+def best_of_catalogue(
+    model: InterpretableNCF, task: Task, most: int = _USERS, chunk: int = 16
+) -> Tensor:
+    """Logits of users' ten best movies that someone rated and the user did not.
+
+    Best is what the expert that sees all says. A user to whom fewer movies are left has fewer.
+
+    Args:
+        model: Trained.
+        task: Whose movies to rank.
+        most: Users at the most, evenly spaced among all.
+        chunk: Users at a time.
+
+    Returns:
+        One row a recommendation, users in order and best first, ``(n, 4)`` float64 on the CPU.
+    """
+    movies = task.data.rated_items
+    seen = torch.zeros(task.data.num_users, task.data.num_items, dtype=torch.bool)
+    seen[task.data.users, task.data.items] = True
+    best: list[Tensor] = []
+    count = task.data.num_users
+    for users in (torch.arange(min(count, most)) * count // min(count, most)).split(chunk):
+        pairs = torch.cartesian_prod(users, movies).to(task.device)
+        logits = task.logits(model, *pairs.unbind(1)).unflatten(0, (len(users), -1)).cpu().double()
+        score = answers(model, logits).masked_fill(seen[users][:, movies], -torch.inf)
+        top = score.topk(min(_SHOWN, len(movies)), dim=1)
+        at = top.indices[..., None].expand(-1, -1, logits.shape[-1])
+        best.append(logits.gather(1, at)[top.values > -torch.inf])
+    return torch.cat(best)
+
+
+def _point(
+    model: InterpretableNCF, task: Task, logits: Tensor, catalogue: Tensor, tolerance: float
+) -> dict[str, Any]:
     found = sufficient(logits, model.family, tolerance).expert
     best = _recommended(model, logits)
     deciding = logits.gather(-1, found.unsqueeze(-1))[..., 0]
@@ -100,12 +140,13 @@ def _point(model: InterpretableNCF, task: Task, logits: Tensor, tolerance: float
         "test": task.ranking(deciding, task.test_lists),
         "decided": _shares(model, found[:, 0]),
         "recommended": _shares(model, found.gather(1, best)),
+        "catalogue": _shares(model, sufficient(catalogue, model.family, tolerance).expert),
     }
 
 
 def _shares(model: InterpretableNCF, experts: Tensor) -> dict[str, float]:
     names = model.family.names
-    count = torch.bincount(experts.reshape(-1), minlength=len(names))
+    count = torch.bincount(experts.reshape(-1), minlength=len(names)).double()
     return dict(zip(names, (count / experts.numel()).tolist(), strict=True))
 
 
@@ -113,15 +154,15 @@ def print_sufficient(found: Mapping[str, Any], console: Console) -> None:
     """The table of who suffices."""
     names = list(found["frontier"][0]["decided"])
     columns = [Column("tolerance"), Column("HR@10"), Column("NDCG@10")]
-    columns += [Column(f"{name} {what}") for name in names for what in ("decided", "shown")]
+    columns += [Column(f"{name} {what}") for name in names for what in _OF.values()]
     if console.is_terminal:
         columns[3:] = [Column(name, optional=1) for name in names]
     rows = []
     for point in found["frontier"]:
-        pairs = [(point["decided"][name], point["recommended"][name]) for name in names]
-        cells = [f"{value:.2f}" for pair in pairs for value in pair]
+        shares = [[f"{point[of][name]:.2f}" for of in _OF] for name in names]
+        cells = [share for of_expert in shares for share in of_expert]
         if console.is_terminal:
-            cells = [f"{decided:.2f}/{shown:.2f}" for decided, shown in pairs]
+            cells = ["/".join(of_expert) for of_expert in shares]
         mark = " *" if point["tolerance"] == found["tolerance"] else ""
         metrics = [f"{value:.3f}" for value in point["test"].values()]
         rows.append([f"{point['tolerance']:g}{mark}", *metrics, *cells])
@@ -130,7 +171,7 @@ def print_sufficient(found: Mapping[str, Any], console: Console) -> None:
         "Sufficient: metrics of the deciding experts (test), and who suffices, over tolerance",
         columns,
         rows,
-        "tolerance: in log-odds. Experts: share of test items (decided) and of the ten movies that "
-        "a user would see (shown) for which this is the smallest expert that agrees with the one "
-        "that sees all. * used in explanations.",
+        "tolerance: in log-odds. Experts: share of test items (decided), of the ten best of each "
+        "list (shown) and of each user's ten best of all movies (catalogue) for which this is the "
+        "smallest expert that agrees with the one that sees all. * used in explanations.",
     )

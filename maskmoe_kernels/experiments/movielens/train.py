@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS
+from maskmoe_kernels.experiments.movielens import EVERY_MODEL, MODELS, WIDTHS
 from maskmoe_kernels.experiments.movielens.baselines import most_popular
 from maskmoe_kernels.experiments.movielens.data.ranking import Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
@@ -59,35 +59,47 @@ class Options:
         batch_size: Samples per step.
         seed: Of split, negatives, order and initial weights.
         embeddings: ``"shared"`` or ``"strict"``; see :class:`InterpretableNCF`.
+        widths: Of the experts, one of ``WIDTHS``; ``None``: ``"largest"`` for the model
+            ``"sufficient"``, whose prediction is that of the expert that sees all, else
+            ``"equal"``.
         device: Where to train.
         resume: Go on from the checkpoints that ``out`` holds.
         sharpness: Of the smaller experts' confidence; ``None``: chosen on validation items.
         max_loss: What that choice may lose of either metric; see :func:`choose_sharpness`.
     """
 
-    models: Sequence[str] = MODELS
+    models: Sequence[str] = MODELS["sufficient"]
     epochs: int = 20
     patience: int = 5
     batch_size: int = 256
     seed: int = 0
     embeddings: str = "shared"
+    widths: str | None = None
     device: str = "cpu"
     resume: bool = False
     sharpness: float | None = None
     max_loss: float = 0.01
 
 
-def build(name: str, sizes: NCFSizes, embeddings: str = "shared") -> NCF | InterpretableNCF:
-    """One of ``EVERY_MODEL``, freshly initialised.
+def build(
+    name: str, sizes: NCFSizes, embeddings: str = "shared", widths: str | None = None
+) -> NCF | InterpretableNCF:
+    """One of ``EVERY_MODEL``, freshly initialised; see :class:`Options` for the rest.
 
     Raises:
-        ValueError: Another name.
+        ValueError: Another name, or other widths.
     """
     if name not in EVERY_MODEL:
         raise ValueError(f"model must be one of {list(EVERY_MODEL)}, got {name!r}")
     if name in _OF_EXPERTS:
-        return InterpretableNCF(sizes, embeddings=embeddings)
+        return InterpretableNCF(sizes, WIDTHS[_widths(name, widths)], embeddings)
     return NCF(sizes, personal=name == "black-box")
+
+
+def _widths(name: str, given: str | None) -> str:
+    if given is not None and given not in WIDTHS:
+        raise ValueError(f"widths must be one of {list(WIDTHS)} or None, got {given!r}")
+    return given or ("largest" if name == "sufficient" else "equal")
 
 
 def run_movielens(
@@ -173,8 +185,12 @@ def _identity(name: str, options: Options) -> dict[str, Any]:
         "learning_rate": pace.learning_rate,
         "seed": options.seed,
         "monitor": MONITOR,
-        "options": f"embeddings={options.embeddings}" if name in _OF_EXPERTS else "",
+        "options": _options_of_experts(name, options) if name in _OF_EXPERTS else "",
     }
+
+
+def _options_of_experts(name: str, options: Options) -> str:
+    return f"embeddings={options.embeddings}, widths={_widths(name, options.widths)}"
 
 
 def _pace(options: Options) -> Pace:
@@ -193,6 +209,7 @@ def _opening_report(
             "negatives": None if negatives is None else negatives.name,
             **vars(options),
             "models": list(options.models),
+            "widths": "auto" if options.widths is None else options.widths,
             "sharpness": "auto" if options.sharpness is None else options.sharpness,
         },
         "fixed_negatives": task.fixed_negatives,
@@ -206,7 +223,7 @@ def train(
 ) -> tuple[nn.Module, Run]:
     """Train one of ``EVERY_MODEL``, or load what ``options.resume`` finds finished."""
     torch.manual_seed(options.seed)
-    model = build(name, task.sizes, options.embeddings).to(task.device)
+    model = build(name, task.sizes, options.embeddings, options.widths).to(task.device)
 
     def loss_of(users: Tensor, items: Tensor, target: Tensor) -> Tensor:
         if name == "sufficient" and isinstance(model, InterpretableNCF):

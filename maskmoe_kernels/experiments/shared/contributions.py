@@ -91,7 +91,7 @@ def _bars(
     joint = {"color": GREY, "lw": 1, "zorder": 0}
     if base is not None:
         ax.plot(at, 0, marker="o", ms=8, color=GREY, ls="")
-        ax.annotate(f"{at:+.2f}", (at, 0), (9, 0), textcoords="offset points", va="center")
+        ax.annotate(f"{at:+z.2f}", (at, 0), (9, 0), textcoords="offset points", va="center")
         labels.append(wrap(base[0], _LABEL))
     for name, value in contributions.items():
         row = len(labels)
@@ -101,7 +101,7 @@ def _bars(
         at += value
         side = 1 if value > 0 else -1
         ax.annotate(
-            f"{value:+.2f}", (at, row), (5 * side, 0), textcoords="offset points", va="center",
+            f"{value:+z.2f}", (at, row), (5 * side, 0), textcoords="offset points", va="center",
             ha="left" if side > 0 else "right",
         )  # fmt: skip
         reached.append(at)
@@ -109,7 +109,7 @@ def _bars(
     row = len(labels)
     ax.plot([at, at], [row - 0.69, row], **joint)
     ax.plot(at, row, marker="D", ms=9, color=BLACK, ls="")
-    text = f"{at:+.2f}: probability {1 / (1 + math.exp(-at)):.2f}"
+    text = f"{at:+z.2f}: probability {1 / (1 + math.exp(-at)):.2f}"
     right = at < (min(reached) + max(reached)) / 2 or at == min(reached)
     ax.annotate(
         text, (at, row), (9 if right else -9, 0), textcoords="offset points", va="center",

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from maskmoe_kernels.experiments.movielens import figures
+from maskmoe_kernels.experiments.movielens import MODELS, figures
 from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.evaluate import (
@@ -170,7 +170,7 @@ def test_the_report_and_going_on(
         (hasse, "hasse"),
     ):
         monkeypatch.setattr(module, name, lambda *a, _name=name, **k: drawn.append(_name))
-    options = Options(epochs=2, patience=2, batch_size=512)
+    options = Options(MODELS["mixture"], epochs=2, patience=2, batch_size=512)
     report = run_movielens(folder, tmp_path, options)
     text = (tmp_path / "report.json").read_text(encoding="utf-8")
     assert json.loads(text) == report
@@ -179,7 +179,7 @@ def test_the_report_and_going_on(
     assert report["options"] == {
         "data": "ml-1m", "negatives": None, "models": ["content", "black-box", "interpretable"],
         "epochs": 2, "patience": 2, "batch_size": 512, "seed": 0, "embeddings": "shared",
-        "device": "cpu", "resume": False, "sharpness": "auto", "max_loss": 0.01,
+        "widths": "auto", "device": "cpu", "resume": False, "sharpness": "auto", "max_loss": 0.01,
     }  # fmt: skip
     assert set(report["models"]) == {"content", "black-box", "interpretable"}
     interpretable = report["models"]["interpretable"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -10,21 +11,24 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 
 from maskmoe_kernels.errors import DataError
+from maskmoe_kernels.experiments.movielens import WIDTHS
 from maskmoe_kernels.experiments.movielens import explain as module
 from maskmoe_kernels.experiments.movielens.data.ranking import Features, Task
 from maskmoe_kernels.experiments.movielens.data.reader import read_movielens
 from maskmoe_kernels.experiments.movielens.explain import explain
 from maskmoe_kernels.experiments.movielens.sufficient import (
     TOLERANCES,
+    best_of_catalogue,
     contributions,
     evaluate_sufficient,
 )
 from maskmoe_kernels.experiments.movielens.train import Options, build, run_movielens, train
 from maskmoe_kernels.experiments.movielens.words import same_in_words
 from maskmoe_kernels.experiments.shared.checkpoint import load_checkpoint
-from maskmoe_kernels.models import InterpretableNCF
+from maskmoe_kernels.models import NCF, InterpretableNCF
 from tests.experiments.movielens.test_explain import EXPERTS, save
 from tests.experiments.movielens.tiny import write_movielens
 
@@ -49,13 +53,14 @@ def biased(folder: Path, **logits: float) -> InterpretableNCF:
 
 
 def test_the_report_has_both_rules_and_a_figure(tmp_path: Path, folder: Path) -> None:
-    options = Options(models=("interpretable", "sufficient"), epochs=1, batch_size=64)
+    models = ("interpretable", "sufficient")
+    options = Options(models, epochs=1, batch_size=64, widths="equal")
     report = run_movielens(folder, tmp_path, options)
     found = report["models"]["sufficient"]
     assert report["models"]["interpretable"]["parameters"] == found["parameters"]
     assert [point["tolerance"] for point in found["frontier"]] == list(TOLERANCES)
     for point in found["frontier"]:
-        for shares in (point["decided"], point["recommended"]):
+        for shares in (point["decided"], point["recommended"], point["catalogue"]):
             assert list(shares) == list(EXPERTS)
             assert sum(shares.values()) == pytest.approx(1)
     left = [point["decided"]["all"] for point in found["frontier"]]
@@ -67,6 +72,37 @@ def test_the_report_has_both_rules_and_a_figure(tmp_path: Path, folder: Path) ->
     assert list(found["contributions"]["mean_size"]) == list(found["family"]["groups"])
     again = run_movielens(folder, tmp_path, Options(**{**vars(options), "resume": True}))
     assert again["models"]["sufficient"] == found
+
+
+def test_the_expert_that_predicts_has_most_units(tmp_path: Path, folder: Path) -> None:
+    """Half as many as the black box; the mixture's are equal, for any of its experts decides."""
+    task = Task(read_movielens(folder), 0, None)
+    black_box = build("black-box", task.sizes)
+    assert isinstance(black_box, NCF)
+    units = [layer.out_features for layer in black_box.layers if isinstance(layer, nn.Linear)][:-1]
+    at = EXPERTS.index("all")
+    assert [2 * layer[at] for layer in WIDTHS["largest"]] == units
+    assert all(layer[at] >= 2 * max(layer[:at]) for layer in WIDTHS["largest"])
+    assert [sum(layer) for layer in WIDTHS["equal"]] == units
+    for model, widths, made in (
+        ("sufficient", None, "largest"),
+        ("interpretable", None, "equal"),
+        ("sufficient", "equal", "equal"),
+        ("interpretable", "largest", "largest"),
+    ):
+        net = build(model, task.sizes, widths=widths)
+        assert isinstance(net, InterpretableNCF)
+        assert [layer.layout.row_sizes for layer in net.experts.layers[:-1]] == list(WIDTHS[made])
+        options = Options((model,), epochs=1, batch_size=512, widths=widths)
+        out = tmp_path / f"{model}-{widths}"
+        out.mkdir()
+        train(model, task, out, options)
+        explain(folder, out / f"{model}.pt", user=8)  # which builds the same network
+        other = Options(**{**vars(options), "widths": "equal" if made == "largest" else "largest"})
+        with pytest.raises(DataError, match=f"widths={made}"):
+            run_movielens(folder, out, Options(**{**vars(other), "resume": True}))
+    with pytest.raises(ValueError, match=r"widths must be one of .*'largest'.* got 'wide'"):
+        build("sufficient", task.sizes, widths="wide")
 
 
 def test_the_sizes_of_a_gap_decide(folder: Path) -> None:
@@ -106,7 +142,7 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
     tmp_path: Path, folder: Path
 ) -> None:
     model = biased(folder, content=0.7, user=0.1, item=1.0, all=1.0)
-    path = save(tmp_path / "sufficient.pt", model, "sufficient")
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
     for tolerance, expert, gap in ((0.1, "item", 0.0), (0.7, "content", 0.6)):
         found = explain(folder, path, user=8, item=102, tolerance=tolerance)
         (movie,) = found.movies
@@ -128,6 +164,11 @@ def test_a_movie_is_explained_by_who_suffices_and_by_what_groups_add(
     adds = [f"{group} adds" for group in expected]
     assert [cells[name] for name in adds] == ["+1.40", "-0.60", "+1.20"]
     assert "log-odds" in note
+    nothing = biased(folder, content=0.5, user=0.4999, item=0.5, all=0.4999)
+    console = Console(file=io.StringIO())
+    saved = save(tmp_path / "nothing.pt", nothing, "sufficient", "widths=largest")
+    explain(folder, saved, user=8, item=102, console=console)
+    assert "\t+1.00\t+0.00\t+0.00\t" in console.file.getvalue()  # type: ignore[attr-defined]
     with pytest.raises(DataError, match=r"--sharpness mixes experts.* give --tolerance"):
         explain(folder, path, user=8, item=102, sharpness=2.0)
 
@@ -137,7 +178,8 @@ def test_the_explanation_has_a_picture_that_is_not_replaced(
 ) -> None:
     pytest.importorskip("matplotlib")
     drawn: list[dict[str, Any]] = []
-    path = save(tmp_path / "sufficient.pt", biased(folder, user=0.5, all=0.9), "sufficient")
+    model = biased(folder, user=0.5, all=0.9)
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
     monkeypatch.setattr(module, "waterfall", lambda bars, to, **of: drawn.append(bars | of))
     explain(folder, path, user=8, item=102, out=tmp_path / "out")
     (picture,) = drawn
@@ -185,3 +227,51 @@ def test_each_expert_has_its_words(folder: Path) -> None:
         "user is one of the men under 18",
         "all": "it takes both: this user's ratings and who watches this movie",
     }
+
+
+def test_the_best_of_the_catalogue_are_the_best_unseen_that_explain_lists(
+    tmp_path: Path, folder: Path
+) -> None:
+    """Who suffices for each user's ten best: one by one, by the command a user would run."""
+    torch.manual_seed(3)
+    task = Task(read_movielens(folder), 0, None)
+    model = build("sufficient", task.sizes)
+    assert isinstance(model, InterpretableNCF)
+    with torch.no_grad():
+        for parameter in model.experts.parameters():
+            parameter.mul_(3.5)  # an untrained model says almost the same of all
+    path = save(tmp_path / "sufficient.pt", model, "sufficient", "widths=largest")
+    best = best_of_catalogue(model, task, chunk=4)
+    assert best.shape == (10 * task.data.num_users, 4)
+    told = [movie for u in task.data.user_ids.tolist() for movie in explain(folder, path, u).movies]
+    assert {movie.status for movie in told} == {"unseen"}
+    expected = torch.tensor([list(movie.answers.values()) for movie in told], dtype=torch.float64)
+    torch.testing.assert_close(2 * best, expected, rtol=0, atol=1e-5)
+    point = next(p for p in evaluate_sufficient(model, task)["frontier"] if p["tolerance"] == 1)
+    shares = {name: sum(m.expert == name for m in told) / len(told) for name in EXPERTS}
+    assert point["catalogue"] == pytest.approx(shares, abs=1e-9)
+    assert 0 < shares["all"] < 1
+
+
+def test_a_user_who_has_seen_almost_all_has_fewer_recommendations(folder: Path) -> None:
+    data = read_movielens(folder)
+    task = Task(data, 0, None)
+    model = biased(folder, all=1.0)
+    left = 3
+    others = data.rated_items[~torch.isin(data.rated_items, data.items[data.users == 0])]
+    task.data = dataclasses.replace(
+        data,
+        users=torch.cat([data.users, torch.zeros(len(others) - left, dtype=torch.int64)]),
+        items=torch.cat([data.items, others[left:]]),
+    )
+    assert len(best_of_catalogue(model, task)) == 10 * (data.num_users - 1) + left
+
+
+def test_a_few_users_of_many_are_spread_over_all(folder: Path) -> None:
+    task = Task(read_movielens(folder), 0, None)
+    torch.manual_seed(0)
+    model = build("sufficient", task.sizes)
+    assert isinstance(model, InterpretableNCF)
+    every = best_of_catalogue(model, task).unflatten(0, (task.data.num_users, 10))
+    few = best_of_catalogue(model, task, most=4, chunk=3).unflatten(0, (4, 10))
+    torch.testing.assert_close(few, every[[0, 8, 17, 26]])

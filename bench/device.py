@@ -1,6 +1,9 @@
-"""Is a device usable: at the start, and after a kernel has failed?"""
+"""Is a device usable, at the start and after a kernel has failed? And CUDA graphs of it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -8,6 +11,8 @@ from maskmoe_kernels.errors import BackendError
 
 #: The exit status of a process that lost the GPU. A fresh process can continue.
 LOST = 3
+#: Calls before a capture.
+WARM_UP = 3
 
 
 def check_device(device: str) -> None:
@@ -28,3 +33,18 @@ def is_lost(device: str) -> bool:
     except RuntimeError:
         return True
     return False
+
+
+def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
+    """A function that replays ``call``, and the results that a replay overwrites."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # allocations, handles and tuning must not be captured
+            for _ in range(WARM_UP):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = call()
+    return graph.replay, captured

@@ -340,6 +340,7 @@ def test_resume(trained: Path, folder: Path, tmp_path: Path, monkeypatch: Any, c
     for path in trained.glob("*.pt"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     words = ["movielens", "--data", str(folder), "--out", str(tmp_path), "--resume"]
+    words += ["--explain", "mixture"]
     assert main([*words, *TRAIN, "--sharpness", "2"]) == 0
     assert "going on after epoch 1" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))

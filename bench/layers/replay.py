@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from bench.contender import Contender, Unavailable
+from bench.device import capture
 from bench.layers.reference_error import error_limit
 
 #: Values of an output: with more, the work hides the launches, and what graphs hold is gigabytes.
 MOST_VALUES = 1 << 28
-WARM_UP = 3
 
 
 class Replayed(Contender):
@@ -54,21 +54,6 @@ class Replayed(Contender):
 
     def step(self) -> None:
         self.replays["step"]()
-
-
-def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], Any], Any]:
-    """A function that replays ``call``, and the results that a replay overwrites."""
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # allocations, handles and tuning must not be captured
-            for _ in range(WARM_UP):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = call()
-    return graph.replay, captured
 
 
 def _tensors(results: Any) -> list[Tensor]:

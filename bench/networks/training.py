@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench.clock import own_clock
-from bench.layers.replay import capture
+from bench.device import capture
 from bench.machine import machine
 from bench.statistics import quartiles
 from maskmoe_kernels.experiments.shared.output import Column, print_line, print_table

@@ -1,7 +1,6 @@
 // The Python module `_C`: importing it registers the ops; its functions choose the kernels, launch
 // those that Triton compiled, and say what a network takes on a GPU.
 
-#define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <cstring>

@@ -85,11 +85,10 @@ class Launch:
             *tensors[:plain],
             *(of(t) for of, t in zip(self._described, tensors[plain:], strict=True)),
         ]
-        watched = _watched(self._kernel)
         found = self._compiled.get(aligned)
-        if found is None or watched:
+        if found is None or _watched(self._kernel):
             found = self._kernel[self._grid](*given, *self._fixed, **self._options)
-            if _KNOWN and isinstance(found, CompiledKernel) and not watched:
+            if _KNOWN and isinstance(found, CompiledKernel) and not _watched(self._kernel):
                 direct = self._prepared(found, tensors)
                 if direct is not None:
                     self._direct[aligned] = direct

@@ -220,7 +220,7 @@ $(OLDEST)/.ready: pyproject.toml
 	    echo "Name another: make PYTHON312=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing torch 2.11 into $(OLDEST), 5 GB where it comes with CUDA."
 	@$(PYTHON312) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip $(INSTALL) 'setuptools>=77' 'numpy<2.4' \
+	@$(OLDEST)/bin/python -m pip $(INSTALL) 'setuptools>=77' cmake ninja 'numpy<2.4' \
 	    torch==2.11.0 'triton==3.6.0; platform_system == "Linux"'
 	@missing=$$($(OLDEST)/bin/python -c "$$MISSING") || exit 1; test -z "$$missing" || \
 	    printf '%s\n' "$$missing" | $(OLDEST)/bin/python -m pip $(INSTALL) -r /dev/stdin

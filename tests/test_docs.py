@@ -92,6 +92,8 @@ def test_examples_of_docstrings_run(path):
     source = path.read_text("utf-8")
     if "captum" in source:
         pytest.importorskip("captum", reason="captum is not installed")
+    if path.parent.name == "estimators":
+        pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     torch.manual_seed(0)
     family = mk.SubsetFamily.powerset({"a": 2, "b": 3})
     dense = nn.Linear(5, 4)

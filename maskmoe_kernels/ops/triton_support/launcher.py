@@ -61,7 +61,9 @@ class Launch:
         self._kernel, self._grid, self._fixed, self._options = kernel, grid, fixed, options
         self._sizes = (*grid, 1, 1)[:3]
         self._described = tuple(described)
-        # By alignment: what launches with addresses alone, and what Triton compiled.
+        # What Triton's launcher wants after the tensors; by alignment, what launches with addresses
+        # alone, and what Triton compiled.
+        self._rest: tuple[Any, ...] = ()
         self._direct: dict[tuple[bool, ...], Callable[..., None]] = {}
         self._compiled: dict[tuple[bool, ...], Any] = {}
 
@@ -73,32 +75,35 @@ class Launch:
             aligned = tuple([address & 15 == 0 for address in addresses])
         direct = self._direct.get(aligned)
         if direct is None or _watched(self._kernel):
-            self._by_triton(device, aligned, tensors)
+            self._by_triton(device, aligned, tensors, addresses)
         else:
             direct(driver.active.get_current_stream(device), *addresses)
 
     def _by_triton(
-        self, device: int | None, aligned: tuple[bool, ...], tensors: tuple[Any, ...]
+        self,
+        device: int | None,
+        aligned: tuple[bool, ...],
+        tensors: tuple[Any, ...],
+        addresses: Sequence[int],
     ) -> None:
         plain = len(tensors) - len(self._described)
-        given = [
-            *tensors[:plain],
-            *(of(t) for of, t in zip(self._described, tensors[plain:], strict=True)),
-        ]
+        described = [of(t) for of, t in zip(self._described, tensors[plain:], strict=True)]
         found = self._compiled.get(aligned)
         if found is None or _watched(self._kernel):
-            found = self._kernel[self._grid](*given, *self._fixed, **self._options)
+            given = (*tensors[:plain], *described, *self._fixed)
+            found = self._kernel[self._grid](*given, **self._options)
             if _KNOWN and isinstance(found, CompiledKernel) and not _watched(self._kernel):
                 direct = self._prepared(found, tensors)
                 if direct is not None:
                     self._direct[aligned] = direct
+                names = self._kernel.arg_names[len(given) :]
+                rest = (*self._fixed, *(self._options[name] for name in names))
+                self._rest = tuple(v.data_ptr() if isinstance(v, Tensor) else v for v in rest)
                 self._compiled[aligned] = found  # which owns what is launched
             return
-        names = self._kernel.arg_names[len(given) + len(self._fixed) :]
-        rest = (*self._fixed, *(self._options[name] for name in names))
         found.run(
             *self._sizes, driver.active.get_current_stream(device), found.function,
-            found.packed_metadata, None, None, None, *given, *rest,
+            found.packed_metadata, None, None, None, *addresses[:plain], *described, *self._rest,
         )  # fmt: skip
 
     def _prepared(

@@ -25,7 +25,7 @@ from maskmoe_kernels.nn.interception import (
 from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.routed import Routed
 from maskmoe_kernels.ops.checks import PLAIN
-from maskmoe_kernels.ops.dispatch import note_gpu_bytes, reason_against
+from maskmoe_kernels.ops.dispatch import computed_dtype, note_gpu_bytes, reason_against
 from maskmoe_kernels.ops.masked_mlp.api import masked_mlp
 from maskmoe_kernels.ops.masked_mlp.call import Inputs, MLPCall
 
@@ -231,10 +231,10 @@ class MaskedMLP(Routed, nn.Sequential):
         chain, like = self._chain, weights[0]
         if tracing:  # a trace guards on what it finds in a cache
             return reason_against("masked_mlp", "native", backend, chain, weights)
-        autocast = like.is_cuda and torch.is_autocast_enabled("cuda")
-        dtype = torch.get_autocast_dtype("cuda") if autocast else like.dtype
-        key = backend, dtype, like.device
+        key = backend, computed_dtype(like), like.device
         if key not in chain.dispatch_cache:
+            if like.is_cuda:  # parameters may have come here without a move of the module
+                note_gpu_bytes(chain)
             reason = reason_against("masked_mlp", "native", backend, chain, weights)
             chain.dispatch_cache[key] = reason
         return chain.dispatch_cache[key]

@@ -153,6 +153,13 @@ def reason_against(
     return reason
 
 
+def computed_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype that a call with ``weight`` computes in: on a GPU, autocast's for float32."""
+    if weight.dtype == torch.float32 and weight.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return weight.dtype
+
+
 def note_gpu_bytes(chain: LayoutChain) -> None:
     """Find out what ``chain`` takes on a GPU, before a trace asks: a trace cannot."""
     if chain.gpu_bytes is None:
@@ -234,10 +241,7 @@ def _fused_mlp_reason(layout: Layouts, weight: Tensor) -> str | None:
 
 def _gpu_reason(layout: Layouts, weight: Tensor) -> str | None:
     """Why a network does not get its CUDA kernels unasked."""
-    dtype = weight.dtype
-    if dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-    if dtype == torch.float32:
+    if computed_dtype(weight) == torch.float32:
         return _FLOAT32
     if not isinstance(layout, LayoutChain) or layout.gpu_bytes is None:
         return "it is not known yet what it takes on a GPU"

@@ -204,6 +204,9 @@ def test_a_network_gets_its_gpu_kernels_where_it_fits(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: True)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
     assert reason(small, torch.float32) is None
+    assert dispatch.computed_dtype(tensor(torch.float32, "cuda")) == torch.bfloat16
+    for kept in (tensor(torch.float64, "cuda"), tensor(torch.float16, "cuda"), tensor()):
+        assert dispatch.computed_dtype(kept) == kept.dtype
 
 
 @pytest.mark.usefixtures("everything_built")

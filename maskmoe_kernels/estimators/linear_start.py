@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from maskmoe_kernels.ops.masked_linear.api import masked_linear
 #: Penalties of the mean loss that are tried, the largest first, and the one without held-out rows.
 _RIDGES = [10 ** (-k / 2) for k in range(11)]
 _BLIND_RIDGE = 1e-2
-#: Steps at each penalty, which begin at what the larger one found.
-_STEPS = 8
+#: Steps at each penalty, which begin at what the larger one found, at the most; they end where none
+#: would lower the penalised loss by more than this.
+_STEPS, _LITTLE = 8, 1e-5
 #: Penalties without a better loss of held-out rows, after which smaller ones are not tried.
 _PATIENCE = 2
 #: An expert with more inputs starts as the constant answer: its system is too large to be solved.
@@ -104,8 +106,27 @@ def _penalty(x: Tensor, share: Tensor, lines: Array) -> Tensor:
     return torch.eye(len(u), dtype=u.dtype, device=u.device) - u @ u.T
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Experts whose systems are solved at once, n inputs each.
+
+    Attributes:
+        at: Where their weights are, ``(experts, K, n)``; of an input that pads, behind all others.
+        own: Where their answers are, ``(experts, K)``.
+        penalty: P of their inputs, ``(experts, n, n)``.
+        factor: The Cholesky factor of each system, ``(experts, n + 1, n + 1)``.
+    """
+
+    at: Tensor
+    own: Tensor
+    penalty: Tensor
+    factor: Tensor
+
+
 class _Solver:
-    """The linear models of all experts and bags: ``(bags, weights)`` packed, ``(bags, H * K)``."""
+    """The linear models of all experts and bags: weights ``(bags, packed + 1)``, where the last one
+    is 0 and no input's, and answers ``(bags, H * K)``.
+    """
 
     def __init__(
         self, network: Network, samples: Samples, splits: Sequence[Split], kind: str
@@ -135,19 +156,21 @@ class _Solver:
     def solved(self, bias: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The best models over all penalties, and the penalty of each expert, ``(H,)``."""
         bias = bias.to(self.x).repeat(len(self.train), 1)
-        weight = bias.new_zeros(len(bias), self.layout.num_weights)
+        weight = bias.new_zeros(len(bias), self.layout.num_weights + 1)
         best_weight, best_bias = weight.clone(), bias.clone()
         active = [i for i, seen in enumerate(self.seen) if len(seen) <= _WIDEST]
         chosen, stale = torch.full((len(self.seen),), math.inf), [0] * len(self.seen)
         best = chosen.clone()
         for ridge in [_BLIND_RIDGE] if self.blind else _RIDGES:
-            factors = [self._factor(i, ridge) for i in active]
+            batches = [self._batch(experts, ridge) for experts in self._of_like_size(active)]
             old = weight, bias
             for k in range(_STEPS):
                 # Nesterov's: a step from where the last two point to.
                 further = weight.lerp(old[0], -k / (k + 3)), bias.lerp(old[1], -k / (k + 3))
                 old = weight, bias
-                weight, bias = self._step(*further, active, factors, ridge)
+                weight, bias, gain = self._step(*further, batches, ridge)
+                if gain < _LITTLE:
+                    break
             loss = self._held_out_loss(weight, bias)
             for i in active:
                 stale[i] += 1
@@ -159,53 +182,67 @@ class _Solver:
             active = [i for i in active if stale[i] < _PATIENCE]
             if not active:
                 break
-        return (best_weight, best_bias), chosen
+        return (best_weight[:, :-1], best_bias), chosen
 
-    def _penalty_of(self, expert: int) -> Tensor:
-        seen = self.seen[expert]
-        own: Tensor = self.penalty[seen][:, seen]
-        return own
+    def _of_like_size(self, experts: Sequence[int]) -> list[list[int]]:
+        """Experts whose numbers of inputs are alike, to be solved at once."""
+        groups: dict[int, list[int]] = {}
+        for i in experts:
+            groups.setdefault(int(4 * math.log2(len(self.seen[i]) + 7)), []).append(i)
+        return [*groups.values()]
 
-    def _factor(self, expert: int, ridge: float) -> Tensor:
-        """The Cholesky factor of ``c X'X + r P`` of the inputs of an expert, and of ones."""
-        seen = torch.cat([self.seen[expert], self.seen[expert].new_full((1,), len(self.gram) - 1)])
-        system = self.gram[seen][:, seen]
-        system[:-1, :-1] += ridge * self._penalty_of(expert)
-        factor: Tensor = torch.linalg.cholesky(system)
-        return factor
+    def _batch(self, experts: Sequence[int], ridge: float) -> _Batch:
+        """Their systems ``c X'X + r P`` of inputs and of ones, padded with inputs that are 0."""
+        most = max(len(self.seen[i]) for i in experts)
+        ones = len(self.gram) - 1
+        systems = torch.eye(most + 1, dtype=self.gram.dtype, device=self.x.device)
+        systems = systems.repeat(len(experts), 1, 1)
+        penalties = systems.new_zeros(len(experts), most, most)
+        at = self.at[0].new_full((len(experts), self.outputs, most), self.layout.num_weights)
+        for k, i in enumerate(experts):
+            seen = self.seen[i]
+            count = len(seen)
+            rows = torch.cat([seen, seen.new_full((1,), ones)])
+            place = torch.cat([torch.arange(count), torch.tensor([most])]).to(seen.device)
+            penalties[k, :count, :count] = self.penalty[seen][:, seen]
+            systems[k, place[:, None], place] = self.gram[rows][:, rows]
+            at[k, :, :count] = self.at[i]
+        systems[:, :-1, :-1] += ridge * penalties
+        own = torch.tensor(experts, device=at.device)[:, None] * self.outputs
+        own = own + torch.arange(self.outputs, device=at.device)
+        return _Batch(at, own, penalties, torch.linalg.cholesky(systems))
 
     def _step(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        active: Sequence[int],
-        factors: Sequence[Tensor],
-        ridge: float,
-    ) -> tuple[Tensor, Tensor]:
-        """One step of the active experts of all bags."""
-        slopes, rises = torch.empty_like(weight), torch.empty_like(bias)
+        self, weight: Tensor, bias: Tensor, batches: Sequence[_Batch], ridge: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """One step of the experts of the batches, of all bags; what it gains at the most."""
+        gain = 0.0
+        slopes, rises = torch.zeros_like(weight), torch.empty_like(bias)
+        packed = self.layout.num_weights
         for k, share in enumerate(self.train):
-            w = weight[k].requires_grad_()
+            w = weight[k, :packed].requires_grad_()
             answer = masked_linear(self.x, w, bias[k], self.layout)
             z = answer.detach().unflatten(-1, (-1, self.outputs))
             wrong = (_wrong(z, self.target, self.kind) * share).flatten(1)
-            (slopes[k],) = torch.autograd.grad(answer, w, wrong)
+            (slopes[k, :packed],) = torch.autograd.grad(answer, w, wrong)
             rises[k] = wrong.sum(0)
-        for i, factor in zip(active, factors, strict=True):
-            at, own = self.at[i], slice(i * self.outputs, (i + 1) * self.outputs)
-            of_weight = slopes[:, at] + ridge * (weight[:, at].double() @ self._penalty_of(i))
-            gradient = torch.cat([of_weight, rises[:, own, None]], dim=2)
-            step = torch.cholesky_solve(gradient.flatten(0, 1).T, factor).T
-            step = step.reshape(gradient.shape).float()
-            weight[:, at] -= step[..., :-1]
-            bias[:, own] -= step[..., -1]
-        return weight, bias
+        for batch in batches:
+            of_weight = slopes[:, batch.at] + ridge * (weight[:, batch.at].double() @ batch.penalty)
+            gradient = torch.cat([of_weight, rises[:, batch.own, None]], dim=-1)
+            # (bags, experts, K, n) to one system an expert, with a right side for each bag and K.
+            sides = gradient.permute(1, 3, 0, 2).flatten(2)
+            step = torch.cholesky_solve(sides, batch.factor)
+            gain = max(gain, float((step * sides).sum(1).max()) / 2)
+            step = step.unflatten(2, (-1, self.outputs)).permute(2, 0, 3, 1).float()
+            weight[:, batch.at] -= step[..., :-1]
+            bias[:, batch.own] -= step[..., -1]
+        return weight, bias, gain
 
     def _held_out_loss(self, weight: Tensor, bias: Tensor) -> list[float]:
         """Of each expert, in the mean over the bags."""
         total = torch.zeros(len(self.seen), device=self.x.device)
         for w, b, share in zip(weight, bias, self.held, strict=True):
-            z = masked_linear(self.x, w, b, self.layout).unflatten(-1, (-1, self.outputs))
+            z = masked_linear(self.x, w[:-1], b, self.layout).unflatten(-1, (-1, self.outputs))
             total += (losses_of(z, self.target, self.kind) * share[..., 0]).sum(0)
         return (total / len(weight)).tolist()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from maskmoe_kernels.estimators.columns import MISSING, UNSEEN
@@ -16,7 +17,6 @@ from maskmoe_kernels.estimators.encoder import Codes, Encoder
 from maskmoe_kernels.explain.sufficient import top_expert
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
-from maskmoe_kernels.ops.selection.api import expert_loss
 
 #: Without ``max_epochs``: so many passes over the data, and at least so many steps; fewer where no
 #: validation rows tell when to stop.
@@ -24,8 +24,9 @@ _EPOCHS, _STEPS, _BLIND_STEPS = 40, 1000, 300
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
-#: How much of the average of the weights stays in a step: it looks back about 50.
-_MEMORY = 0.98
+#: Every so many steps the average of the weights moves, and how much of it then stays: it looks
+#: back about 50 steps.
+_AVERAGED_EVERY, _MEMORY = 4, 0.92
 #: Rows whose values are computed at once.
 _ROWS_AT_ONCE = 8192
 
@@ -172,6 +173,13 @@ def optimizer_of(network: Network, pace: Pace) -> torch.optim.Optimizer:
     )
 
 
+def _shares(samples: Samples) -> Tensor:
+    """The weight of each row, of all rows 1: ``(rows,)``, float64."""
+    weight = torch.ones(len(samples.codes)) if samples.weight is None else samples.weight
+    weight = weight.to(samples.target.device, torch.float64)
+    return weight / weight.sum()
+
+
 def run_epoch(
     network: Network,
     optimizer: torch.optim.Optimizer,
@@ -213,24 +221,60 @@ class _Bag:
         run_epoch(self.network, self.optimizer, *todo)
 
     def _before_step(self) -> None:
-        self.average.update_parameters(self.network)
+        if self.done % _AVERAGED_EVERY == 0:
+            self.average.update_parameters(self.network)
         wave = 0.5 + 0.5 * math.cos(math.pi * min(1, self.done / self.steps))
         self.done += 1
         rate = self.pace.learning_rate * wave * min(1, self.done / _WARM_UP)
         self.optimizer.param_groups[0]["lr"] = rate
 
     @torch.no_grad()
-    def loss(self, samples: Samples, kind: str) -> float:
-        """Of the average's expert that sees all."""
-        experts = self.network.experts
-        top = top_expert(experts.family)
-        answer = self.average.module(samples.codes)[:, top : top + 1]
-        options = samples.target, kind, samples.weight
-        return float(expert_loss(answer, *options, outputs=experts.outputs))
+    def losses(self, samples: Samples, kind: str) -> Tensor:
+        """Of the average's expert that sees all, on each row: ``(rows,)``, float64."""
+        top = top_expert(self.network.experts.family)
+        answer = self.average.module(samples.codes)[:, top].double()
+        if kind == "multiclass":
+            return functional.cross_entropy(answer, samples.target, reduction="none")
+        target = samples.target.double()
+        if kind == "regression":
+            return (answer - target) ** 2
+        return functional.binary_cross_entropy_with_logits(2 * answer, target, reduction="none")
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the average's parameters."""
         return {name: value.clone() for name, value in self.average.module.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the bags lose on the rows that they hold out.
+
+    Attributes:
+        losses: Of each bag, on each of its rows.
+        weights: Of these rows; they add up to 1 in each bag.
+    """
+
+    losses: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    def means(self) -> list[float]:
+        """Of each bag."""
+        pairs = zip(self.losses, self.weights, strict=True)
+        return [float(losses @ weight) for losses, weight in pairs]
+
+    def is_clearly_below(self, other: _Look) -> bool:
+        """Is the loss smaller by more than the standard error of the difference?
+
+        The one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984) on
+        the differences row by row: of few rows, the best of many looks is better by chance.
+        """
+        gain = variance = 0.0
+        for mine, its, weight in zip(self.losses, other.losses, self.weights, strict=True):
+            less = its - mine
+            mean = float(less @ weight)
+            gain += mean
+            variance += float((less - mean) ** 2 @ weight) * float(weight @ weight)
+        return gain > math.sqrt(variance)
 
 
 def train(
@@ -246,8 +290,8 @@ def train(
     """Train all bags side by side, in place; keep the weights with the best held-out loss.
 
     That is the loss of the expert that sees all, in the mean over the bags: of few rows, a bag
-    alone holds out too few to tell when to stop. The networks as they come are the first
-    candidate.
+    alone holds out too few to tell when to stop. The networks as they come stay as they are if
+    that is not clearly better (by one standard error) than what they lose.
 
     Args:
         networks: One a bag.
@@ -264,11 +308,13 @@ def train(
         For each bag, the loss of its held-out rows at each look; the first before any step.
     """
     looked_at = [rows for rows in held if rows is not None]
+    weights = [_shares(rows) for rows in looked_at]
     blind = len(looked_at) < len(held)
     epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
     history: list[list[float]] = [[] for _ in bags]
-    best, stale, states = math.inf, 0, [bag.state() for bag in bags]
+    least, stale, first, best = math.inf, 0, None, None
+    states = unmoved = [bag.state() for bag in bags]
     every = max(1, _LOOK_EVERY // steps)
     for epoch in range(epochs + 1):
         for samples, kept in chunks() if epoch else ():
@@ -279,14 +325,20 @@ def train(
         told(epoch, epochs)
         if blind:
             continue
-        for losses, bag, rows_out in zip(history, bags, looked_at, strict=True):
-            losses.append(bag.loss(rows_out, kind))
+        pairs = zip(bags, looked_at, strict=True)
+        look = _Look([bag.losses(rows_out, kind) for bag, rows_out in pairs], weights)
+        for losses, mean in zip(history, look.means(), strict=True):
+            losses.append(mean)
+        first = first or look
         loss = sum(losses[-1] for losses in history) / len(history)
         stale += 1
-        if loss < best - 1e-4 * abs(best) or epoch == 0:
-            best, stale, states = loss, 0, [bag.state() for bag in bags]
+        if loss < least - 1e-4 * abs(least) or epoch == 0:
+            least, stale, best = loss, 0, look
+            states = [bag.state() for bag in bags]
         elif stale >= pace.patience:
             break
+    if first is not None and best is not None and not best.is_clearly_below(first):
+        states = unmoved
     for bag, state in zip(bags, states, strict=True):
         bag.network.load_state_dict(bag.state() if blind else state)
         bag.network.settle()

@@ -271,7 +271,7 @@ def _wrong(z: Tensor, target: Tensor, kind: str) -> Tensor:
 def _write(network: Network, dense: Tensor, bias: Tensor, kind: str) -> None:
     """Let the linear units of each expert answer ``dense @ x + bias``, and the others nothing.
 
-    They come in pairs: ``silu(z) - silu(-z) = z``.
+    They come in pairs: ``relu(z) - relu(-z) = z``.
     """
     first, last = network.experts.layers[0], network.experts.layers[1]
     scale = 0.5 if kind == "binary" else 1.0  # there, p = sigmoid(2 z)

@@ -120,7 +120,7 @@ class Network(nn.Module):
             self.experts = InterpretableMLP(
                 family,
                 [widths],
-                "silu",
+                "relu",
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
             )

@@ -1,6 +1,11 @@
 """Explanations: sums, values known in closed form, sufficient subsets, pictures, the report."""
 
+import html
+import itertools
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -177,6 +182,88 @@ def test_the_model_as_a_whole(binary):
     assert columns == ["value", "answer"]
 
 
+def hard_to_read(ax):
+    """Text that is small on a phone, cut off, or over other text of its axis."""
+    figure = ax.get_figure(root=True)
+    figure.draw_without_rendering()
+    faults = []
+    pixels = 358 / figure.get_figwidth()  # 390 less the margins of the page
+    for axes in figure.axes:
+        ticks = [
+            [t for t in labels if low <= t.get_position()[k] <= high]
+            for k, (labels, (low, high)) in enumerate(
+                [
+                    (axes.get_xticklabels(), axes.get_xlim()),
+                    (axes.get_yticklabels(), axes.get_ylim()),
+                ]
+            )
+        ]
+        others = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        legends = [text for legend in figure.legends for text in legend.get_texts()]
+        shown = [[t for t in part if t.get_text() and t.get_visible()] for part in (*ticks, others)]
+        for text in [*itertools.chain(*shown), *legends]:
+            box, whole = text.get_window_extent(), figure.bbox
+            if text.get_fontsize() / 72 * pixels < 9:
+                faults.append(f"{text.get_text()!r} is small")
+            if box.x0 < -1 or box.y0 < -1 or box.x1 > whole.x1 + 1 or box.y1 > whole.y1 + 1:
+                faults.append(f"{text.get_text()!r} is cut off")
+        for part in shown[:2]:
+            turned = any(text.get_rotation() for text in part)
+            for one, next_one in itertools.pairwise([] if turned else part):
+                if one.get_window_extent().overlaps(next_one.get_window_extent()):
+                    faults.append(f"{one.get_text()!r} touches {next_one.get_text()!r}")
+    for legend in figure.legends:
+        if legend.get_window_extent().overlaps(ax.get_window_extent()):
+            faults.append("the legend is over the data")
+    return faults
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    """Long names, large numbers, a long tail, thirteen classes, thirty categories."""
+    frame, _, score = mixed(300)
+    random = np.random.default_rng(5)
+    frame["a name that is far too long for any picture that one could draw"] = random.normal(
+        size=300
+    )
+    frame["price"] = random.lognormal(9, 3, 300)
+    frame["job"] = random.choice([f"job {k} " + "of many" * (k % 3) for k in range(30)], 300)
+    edges = np.quantile(score, np.linspace(0, 1, 14)[1:-1])
+    labels = np.array([f"class number {k}" for k in range(13)])[np.digitize(score, edges)]
+    pairs = [[[*frame][4], "price"], ["job", "member"], ["town", "job"], ["price", "age"]]
+    quick = {**QUICK, "max_epochs": 1, "subsets": [*([name] for name in frame), *pairs]}
+    return [
+        InterpretableClassifier(**quick).fit(frame, labels).explain_global(),
+        InterpretableRegressor(**quick).fit(frame, 1e7 * score).explain_global(),
+    ]
+
+
+def test_pictures_can_be_read_on_a_phone(hostile):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for whole, half in zip(hostile, (slice(None), slice(3)), strict=True):
+        assert len(whole.shapes) == 7
+        for name in [None, *[*whole.importance.index][half], *(p.names for p in whole.pairs[half])]:
+            assert (name, hard_to_read(whole.plot(name))) == (name, [])
+    ax = hostile[0].plot("price")
+    ax.set_title("x" * 99)
+    ax.tick_params(labelsize=5)
+    ax.set_xticks([1.0, 1.0001], ["one", "two"])
+    faults = " ".join(hard_to_read(ax))
+    assert all(words in faults for words in ("is small", "is cut off", "'one' touches 'two'"))
+
+
+def test_a_boolean_has_two_values_and_a_rare_category_is_counted(hostile):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    whole = hostile[1]
+    assert whole.shapes["member"].x.tolist() == [0, 1]
+    pair = next(pair for pair in whole.pairs if "member" in pair.names)
+    assert ["0", "1"] in (pair.x, pair.y)
+    names = texts(whole.plot("job"))
+    assert names[-1].startswith("others (") or names[24].startswith("others (")
+    shares = [int(re.search(r"\((\d+)%\)", name)[1]) for name in names if "%" in name]
+    assert sum(shares) == pytest.approx(100, abs=13)  # 25 rounded numbers
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -213,3 +300,52 @@ def test_the_report_is_one_file_of_its_own(tmp_path):
     shares = re.findall(r"</td><td>(\d+\.\d)%", text)
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+#: Measures each frame once all have loaded.
+WATCH = """<pre></pre><script>
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, width = page.documentElement.clientWidth, faults = [];
+    if (page.documentElement.scrollWidth > width) faults.push("it scrolls sideways");
+    for (const e of page.querySelectorAll("body *")) {
+      const words = `${e.tagName} ${e.textContent.slice(0, 20)}`;
+      if (e.getBoundingClientRect().right > width + 1) faults.push(`${words} is cut off`);
+      if (parseFloat(frame.contentWindow.getComputedStyle(e).fontSize) < 9) faults.push("small");
+    }
+    for (const e of page.images) if (e.naturalWidth < e.width) faults.push("a picture is missing");
+    return {width, pictures: page.images.length, faults};
+  });
+  document.querySelector("pre").textContent = JSON.stringify(found);
+};
+</script>"""
+BROKEN = """<img src="data:image/png;base64,x" width=50><p style="width: 900px">wide</p>
+<script>console.error("told")</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+def test_a_browser_shows_the_report_whole(hostile, tmp_path):
+    """At the widths of a desk and of a phone, and beside it a page that is broken."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    report = hostile[0].report(tmp_path / "report.html").read_text("utf-8")
+    frames = [(1280, report), (390, report), (390, BROKEN)]
+    page = WATCH + "".join(
+        f'<iframe width={width} height=800 frameborder=0 srcdoc="{html.escape(text)}"></iframe>'
+        for width, text in frames
+    )
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --dump-dom".split()
+    flags.append("--enable-logging=stderr")
+    folder = f"--user-data-dir={tmp_path / 'browser'}"
+    words = [BROWSER, *flags, folder, "--virtual-time-budget=9000", str(tmp_path / "page.html")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    desk, phone, broken = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
+    pictures = 1 + len(hostile[0].shapes) + len(hostile[0].pairs)
+    assert desk == {"width": 1280, "pictures": pictures, "faults": []}
+    assert phone == {"width": 390, "pictures": pictures, "faults": []}
+    assert {"it scrolls sideways", "P wide is cut off", "a picture is missing"} <= {
+        *broken["faults"]
+    }
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert ["told" in line for line in console] == [True], console

@@ -87,6 +87,50 @@ def test_contributions_are_those_of_the_closed_form():
     assert pairs.drop(columns="b & c").abs().to_numpy().mean() < 0.1
 
 
+def test_contributions_of_correlated_gaussians_are_those_of_conditional_means():
+    """y = 5 + x beta + noise: E[y | x_S] is linear, too, with what x_S says about the others."""
+    random = np.random.default_rng(0)
+    covariance = np.array([[1, 0.8, 0.3], [0.8, 1, 0], [0.3, 0, 1]])
+    x = random.multivariate_normal(np.zeros(3), covariance, 3000)
+    beta = np.array([1, -2, 1.5])
+    y = 5 + x @ beta + 0.1 * random.normal(size=3000)
+
+    def value(seen):
+        other = [k for k in range(3) if k not in seen]
+        inside, between = covariance[np.ix_(seen, seen)], covariance[np.ix_(seen, other)]
+        return 5 + x[:, seen] @ (beta[seen] + np.linalg.solve(inside, between) @ beta[other])
+
+    truth = np.zeros((3000, 3))
+    for order in itertools.permutations(range(3)):
+        for k, column in enumerate(order):
+            truth[:, column] += (value([*order[: k + 1]]) - value([*order[:k]])) / 6
+    model = InterpretableRegressor(n_bags=1, random_state=0, max_epochs=20)
+    found = model.fit(pd.DataFrame(x), y).explain(pd.DataFrame(x))
+    error = found.contributions.to_numpy() - truth
+    assert np.sqrt(np.mean(error**2, axis=0)).max() < 0.2
+    # As if columns were independent, c would get 1.5 c: the test can tell.
+    assert np.sqrt(np.mean((x * beta - truth) ** 2, axis=0)).min() > 0.27
+    assert found.base == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_contributions_of_independent_columns_are_their_likelihood_ratios(classes):
+    """Given the class, columns are independent: log-odds add up over them (naive Bayes)."""
+    random = np.random.default_rng(0)
+    mean = np.array([[-0.6, 0.4, 0], [0.6, -0.4, 0], [0.6, 1.2, 0]])[:classes]
+    y = random.integers(0, classes, 4000)
+    x = mean[y] + random.normal(size=(4000, 3))
+    log = -((x[:, :, None] - mean.T) ** 2) / 2
+    truth = log[..., 1] - log[..., 0] if classes == 2 else log - log.mean(-1, keepdims=True)
+    model = InterpretableClassifier(n_bags=1, random_state=0, max_epochs=20)
+    found = model.fit(pd.DataFrame(x), y).explain(pd.DataFrame(x))
+    error = np.sqrt(np.mean((found.values - truth) ** 2, axis=0))
+    assert error.max() < 0.35
+    assert error[2].max() < 0.15  # says nothing, gets nothing
+    assert truth[:, 0].std(0).max() > 0.9
+    assert found.base == pytest.approx(0, abs=0.1)
+
+
 def test_contributions_along_orders_give_nothing_to_what_adds_nothing():
     """Copies share what one of them says, additive columns keep theirs, noise gets nothing."""
     random = np.random.default_rng(0)

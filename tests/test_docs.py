@@ -25,8 +25,9 @@ if not DOCS.is_dir():
     pytest.skip("not a checkout: there are no docs", allow_module_level=True)
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-#: Their code needs several processes, other packages or data: tests of their own run it.
-ELSEWHERE = {"distributed.md", "other_libraries.md", "sessions.md"}
+#: Tests of their own run their code: it needs several processes, other packages or data, or does
+#: what a test looks at.
+ELSEWHERE = {"distributed.md", "estimators.md", "other_libraries.md", "sessions.md"}
 #: Of the extras that a page may need.
 EXTRAS = {"hypothesis", "matplotlib", "narwhals", "pandas", "polars", "pyarrow", "sklearn", "zuko"}
 

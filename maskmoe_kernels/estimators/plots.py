@@ -229,7 +229,7 @@ def _lines(
         labels.append(f"{len(lines) - len(colours)} others")
     columns = max(1, min(len(labels), 50 // (max(map(len, labels)) + 7)))
     place = {"loc": "outside lower center", "ncols": columns, "fontsize": _SIZE, "frameon": False}
-    figure: Any = ax.get_figure(root=True)
+    figure: Any = ax.figure
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
     figure.legend([lines[k] for k in named], labels, handlelength=1, columnspacing=1, **place)
     return lines

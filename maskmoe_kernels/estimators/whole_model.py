@@ -223,7 +223,7 @@ def _grid_of(pictures: Iterable[str]) -> str:
 
 def _picture(ax: Axes, alt: str) -> str:
     """An ``img`` of its own pixels, twice as many as it is wide on a screen."""
-    figure: Any = ax.get_figure(root=True)
+    figure: Any = ax.figure
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=2 * _PIXELS)
     data = base64.b64encode(file.getvalue()).decode("ascii")

@@ -228,7 +228,7 @@ def test_the_model_as_a_whole(binary):
 
 def hard_to_read(ax):
     """Text that is small on a phone, cut off, or over other text of its axis."""
-    figure = ax.get_figure(root=True)
+    figure = ax.figure
     figure.draw_without_rendering()
     faults = []
     pixels = 358 / figure.get_figwidth()  # 390 less the margins of the page

@@ -157,6 +157,7 @@ def test_the_reference_has_every_public_name():
 
 def test_pictures_are_those_that_the_script_draws(tmp_path, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     script = {"__name__": "pictures", "__file__": str(DOCS / "pictures.py")}
     exec(compile((DOCS / "pictures.py").read_text("utf-8"), "pictures.py", "exec"), script)
     script["PICTURES"] = tmp_path

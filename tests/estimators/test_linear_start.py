@@ -121,7 +121,7 @@ def test_and_that_makes_them_better_is_kept():
     mean = np.mean(history, axis=0)
     assert mean.min() < mean[0]
     top = [
-        ((net(out.codes)[:, -1] - out.target) ** 2).mean()
+        ((net(out.codes)[:, -1].detach() - out.target) ** 2).mean()
         for net, out in zip(networks, held, strict=True)
     ]
     assert np.mean([float(loss) for loss in top]) == pytest.approx(mean.min(), rel=1e-4, abs=0)

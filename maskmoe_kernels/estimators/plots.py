@@ -22,7 +22,7 @@ _COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 _OTHERS = "#c3c9cc"
 #: Up to so many values, a picture names each of them.
 _FEW = 12
-#: From this share of rows in the first of 30 bins on, an axis of numbers from 0 is logarithmic.
+#: From this share of rows in the bin about 0 on, an axis of numbers is logarithmic.
 _LONG_TAIL = 0.5
 
 
@@ -110,7 +110,7 @@ def waterfall(
     ax.axvline(ends[0], color="black", linewidth=1)
     ax.set_yticks(at, labels)
     ax.locator_params(axis="x", nbins=6)
-    ax.set_xlabel(f"{unit}: from {number(base)} (dotted) to {number(ends[0])}")
+    ax.set_xlabel(f"{short(unit)}: from {number(base)} (dotted) to {number(ends[0])}")
     ax.set_title(title.replace("$", r"\$"), fontsize=9, loc="left", wrap=True)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
@@ -123,7 +123,7 @@ def bars(names: Sequence[str], values: Array, label: str) -> Axes:
     ax.barh(at, values, color=_DOWN, height=0.7)
     ax.set_yticks(at, [short(name) for name in names])
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel(label)
+    ax.set_xlabel(short(label, 60))
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -160,15 +160,24 @@ def curve(
     if len(x) > 1 and x[-1] > x[0]:
         edges = np.linspace(x[0], x[-1], len(spread) + 1)
         below.bar(edges[:-1], spread, np.diff(edges), align="edge", color=_QUIET, alpha=0.4)
+        if not few and _has_long_tail(x, spread, edges):
+            size = np.abs(x[x != 0])
+            linear = {"linthresh": max(size.min(), 1e-6 * size.max())}
+            for each in (ax, below):
+                each.set_xscale("log") if x[0] > 0 else each.set_xscale("symlog", **linear)
+            ax.minorticks_off()
     if few:
         ax.set_xticks(x, [number(value) for value in x])
-    elif spread[0] > _LONG_TAIL and x[0] >= 0:  # else all but a few rows stand in one place
-        for each in (ax, below):
-            each.set_xscale("symlog", linthresh=x[x > 0][0])
-        ax.minorticks_off()
     below.set_xlim(ax.get_xlim())
     below.axis("off")
     return _titled(ax, title, unit)
+
+
+def _has_long_tail(x: Array, spread: Array, edges: Array) -> bool:
+    """Whether most rows stand in one bin, where numbers are smallest: a wall beside a desert."""
+    most = int(spread.argmax())
+    smallest = x[np.abs(x).argmin()]
+    return bool(spread[most] > _LONG_TAIL and edges[most] <= smallest <= edges[most + 1])
 
 
 def levels(

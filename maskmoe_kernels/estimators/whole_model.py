@@ -151,11 +151,15 @@ class GlobalExplanation:
             OSError: It cannot be written.
         """
         tells = html.escape(self.unit)
-        parts = [
-            f"<h2>Importance</h2><p>How far each group moves an answer: the mean of its absolute "
-            f"contribution over training rows, in {tells}.</p>",
-            _picture(self.plot(), "Importance of each group"),
-        ]
+        parts = ["<h2>Importance</h2>"]
+        if self.importance.isna().any():
+            parts.append("<p>Unknown: the subsets do not tell the groups apart.</p>")
+        else:
+            parts.append(
+                f"<p>How far each group moves an answer: the mean of its absolute contribution "
+                f"over training rows, in {tells}.</p>"
+            )
+            parts.append(_picture(self.plot(), "Importance of each group"))
         shapes = [name for name in self.importance.index if name in self.shapes]
         if shapes:
             parts.append(
@@ -285,18 +289,19 @@ def _grid(column: Column, points: int) -> Array:
     if isinstance(column, CategoricalColumn):
         return np.array([*column.categories[:_CATEGORIES], None], dtype=object)
     ends = column.edges[[0, -1]] if len(column.edges) else np.zeros(1)
-    if len(column.edges) > 1 and _has_few_values(column):
-        return np.append(np.union1d(column.edges, column.heavy), np.nan)
+    values = np.union1d(column.edges, column.heavy)
+    if len(column.edges) > 1 and _has_few_values(column, values):
+        return np.append(values, np.nan)
     between = np.linspace(ends[0], ends[-1], points)
     edges = column.edges if len(column.edges) < 2 * points else column.edges[:0]
     return np.append(np.unique(np.concatenate([between, edges, column.heavy])), np.nan)
 
 
-def _has_few_values(column: NumericColumn) -> bool:
-    """Whether all training rows stand at edges: between 0 and 1 of a boolean there is nothing."""
-    edges, bins = column.edges, len(column.spread)
-    at = ((edges - edges[0]) / (edges[-1] - edges[0]) * bins).astype(np.int64).clip(0, bins - 1)
-    return 2 * len(edges) < bins and not np.delete(column.spread, at).any()
+def _has_few_values(column: NumericColumn, values: Array) -> bool:
+    """Whether all training rows have one of the values: between 0 and 1 of a boolean is nothing."""
+    low, high, bins = column.edges[0], column.edges[-1], len(column.spread)
+    at = ((values - low) / (high - low) * bins).astype(np.int64).clip(0, bins - 1)
+    return 2 * len(values) < bins and not np.delete(column.spread, at).any()
 
 
 def _coarse(grid: Array) -> Array:

@@ -16,6 +16,9 @@ pytest.importorskip("maskmoe_kernels.estimators", reason="the extra sklearn is n
 import pandas as pd
 
 from maskmoe_kernels.estimators import InterpretableClassifier, InterpretableRegressor
+from maskmoe_kernels.estimators.columns import NumericColumn
+from maskmoe_kernels.estimators.plots import curve
+from maskmoe_kernels.estimators.whole_model import _grid
 from tests.estimators.tables import QUICK, mixed
 
 
@@ -296,6 +299,37 @@ def test_pictures_can_be_read_on_a_phone(hostile):
     assert all(words in faults for words in ("is small", "is cut off", "'one' touches 'two'"))
 
 
+@pytest.mark.parametrize(
+    ("edges", "heavy", "filled", "points"),
+    [
+        ([0, 1], [], [0, 29], [0, 1]),
+        ([0, 6], [1, 2, 3, 4, 5], [0, 5, 10, 15, 20, 25, 29], [0, 1, 2, 3, 4, 5, 6]),
+        ([0, 1], [], [0, 12, 29], None),
+        ([7], [], [0], [7]),
+        ([], [], [], [0]),
+    ],
+)
+def test_a_column_of_few_values_is_drawn_at_these_alone(edges, heavy, filled, points):
+    edges, heavy = np.array(edges, dtype=float), np.array(heavy, dtype=float)
+    spread = np.bincount(filled, minlength=30) / max(len(filled), 1)
+    mean = np.zeros(max(len(edges) - 1, 0) + len(heavy))
+    grid = _grid(NumericColumn("x", edges, heavy, mean, spread, 0.0), 64)
+    assert np.isnan(grid[-1])
+    assert len(grid) == 65 if points is None else grid[:-1].tolist() == points
+
+
+def test_only_where_numbers_are_small_is_a_tail_long():
+    x, many = np.linspace(0, 100, 50), np.full(30, 1 / 30)
+    first = np.append(0.9, np.full(29, 0.1 / 29))
+    for values, spread, scale in (
+        (x, many, "linear"), (x, first, "symlog"), (x, first[::-1], "linear"),
+        (-x[::-1], first[::-1], "symlog"), (x + 1000, first, "log"), (x - 50, first, "linear"),
+    ):  # fmt: skip
+        ax = curve(values, values**2, spread, "x", "y", None, [])
+        assert ax.get_xscale() == scale
+        ax.figure.draw_without_rendering()
+
+
 def test_a_boolean_has_two_values_and_a_rare_category_is_counted(hostile):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     whole = hostile[1]
@@ -344,6 +378,10 @@ def test_the_report_is_one_file_of_its_own(tmp_path):
     shares = re.findall(r"</td><td>(\d+\.\d)%", text)
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    part = InterpretableClassifier(**QUICK, subsets=[[frame.columns[0], "income"]])
+    text = part.fit(frame, labels).explain_global().report(path).read_text("utf-8")
+    assert "do not tell the groups apart" in text
+    assert Page(text).pictures == []
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)

@@ -30,6 +30,7 @@ autodoc_default_options = {"exclude-members": "__init__, __new__"}
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # an attribute of a docstring is no object of its own
 python_use_unqualified_type_names = True
+strip_signature_backslash = True  # else Napoleon takes classes_ for a link called classes
 
 html_theme = "furo"
 html_title = f"maskmoe_kernels {release}"

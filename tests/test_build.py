@@ -3,6 +3,7 @@
 The builds run in copies of the project whose csrc is a few small files of the same shape.
 """
 
+import email
 import filecmp
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests import abi
 
@@ -149,6 +151,28 @@ def wheel_of(project: Path, **environment: str) -> Path:
     return wheel
 
 
+def declared(project: Path) -> dict[str, set]:
+    """Name and versions of what each extra of pyproject.toml asks for; "" is no extra."""
+    record = tomllib.loads((project / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {"": record["dependencies"], **record["optional-dependencies"]}
+    return {extra: {named(Requirement(r)) for r in lines} for extra, lines in extras.items()}
+
+
+def required(metadata: Path) -> dict[str, set]:
+    """The same of an installed package."""
+    message = email.message_from_bytes(metadata.read_bytes())
+    found: dict[str, set] = {extra: set() for extra in ("", *message.get_all("Provides-Extra"))}
+    for line in message.get_all("Requires-Dist"):
+        extra = re.search(r'extra == "([\w-]+)"', line)
+        found[extra[1] if extra else ""].add(named(Requirement(line)))
+    return found
+
+
+def named(requirement: Requirement) -> tuple:
+    extras = tuple(sorted(requirement.extras))
+    return requirement.name, extras, requirement.specifier, "platform" in str(requirement.marker)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return copy(tmp_path)
@@ -182,6 +206,8 @@ def test_without_the_extension_the_wheel_is_for_everyone_and_works(project):
         archive.extractall(site)
     assert not list(site.rglob("*.so"))
     assert "MASKMOE_BUILD=none" in record_of(site)["cpu"]
+    (metadata,) = site.glob("*.dist-info/METADATA")
+    assert required(metadata) == declared(project)
     code = """
 import sys
 # The finder of an editable install would add the extension of the checkout to this package.

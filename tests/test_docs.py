@@ -25,8 +25,9 @@ if not DOCS.is_dir():
     pytest.skip("not a checkout: there are no docs", allow_module_level=True)
 
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
-#: Their code needs several processes, other packages or data: tests of their own run it.
-ELSEWHERE = {"distributed.md", "other_libraries.md", "sessions.md"}
+#: Tests of their own run their code: it needs several processes, other packages or data, or does
+#: what a test looks at.
+ELSEWHERE = {"distributed.md", "estimators.md", "other_libraries.md", "sessions.md"}
 #: Of the extras that a page may need.
 EXTRAS = {"hypothesis", "matplotlib", "narwhals", "pandas", "polars", "pyarrow", "sklearn", "zuko"}
 
@@ -156,6 +157,7 @@ def test_the_reference_has_every_public_name():
 
 def test_pictures_are_those_that_the_script_draws(tmp_path, monkeypatch):
     image = pytest.importorskip("matplotlib.image")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
     script = {"__name__": "pictures", "__file__": str(DOCS / "pictures.py")}
     exec(compile((DOCS / "pictures.py").read_text("utf-8"), "pictures.py", "exec"), script)
     script["PICTURES"] = tmp_path

@@ -116,8 +116,12 @@ def _of_files(path: Path, target: str | None) -> Callable[[], Iterator[Batch]]:
             f"{files.schema.names[:20]}"
         )
 
+    # As pandas reads its own files: an index is no column.
+    index = (files.schema.pandas_metadata or {}).get("index_columns", [])
+    columns = [name for name in files.schema.names if name == target or name not in index]
+
     def batches() -> Iterator[Batch]:
-        for part in files.to_batches(batch_size=_ROWS):
+        for part in files.to_batches(columns=columns, batch_size=_ROWS):
             if part.num_rows:
                 rows = pyarrow.Table.from_batches([part])
                 y = rows.column(target).to_pandas().to_numpy()

@@ -95,6 +95,7 @@ class Interpretable(Streamed):
         return GlobalExplanation(
             importance=importance.sort_values(ascending=False, kind="stable"),
             sufficient=share.sort_values(ascending=False, kind="stable"),
+            subsets=dict(self.family_.subsets),
             shapes=shapes_of(self.encoder_, self.family_, self._values),
             pairs=pairs_of(self.encoder_, self.family_, self.base_, self._values),
             base=self.base_,

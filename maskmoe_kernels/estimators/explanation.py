@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.estimators.plots import waterfall
+from maskmoe_kernels.estimators.plots import fact, number, waterfall
 from maskmoe_kernels.estimators.tables import NUMBERS, Array, Table
 from maskmoe_kernels.explain.shapley import moebius, shapley
 from maskmoe_kernels.explain.sufficient import sufficient
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Subsets from which exact Shapley values are computed; of fewer, a fit.
 _EXACT, _FITTED = "exact", "regression"
+#: So many groups are named; of more, those that are left out, if they are fewer.
+_LISTED = 4
 
 
 @dataclass(frozen=True)
@@ -106,13 +108,15 @@ class Explanation:
         self._check(row)
         groups = self.sufficient[row]
         at = [*self.contributions.columns]
-        facts = [f"{name} ({self._rows.shown(row, at.index(name))})" for name in groups]
         what = f"The answer {self._in_words(row)}"
+        tolerance = f"{number(self.tolerance)}"
         if len(groups) == len(at) > 1:
-            return f"{what} needs all {len(at)} groups to within {self.tolerance:.3g} {self.unit}."
+            return f"{what} needs all {len(at)} groups to within {tolerance} {self.unit}."
+        facts = [f"{name} ({self._rows.shown(row, at.index(name))})" for name in groups]
+        rests_on = _listed(facts) if len(groups) <= _LISTED else self._sufficient_in_words(row)
         return (
-            f"{what} rests on {_listed(facts)}: of these alone, the model's answer differs by "
-            f"{self.gap[row]:.2g} {self.unit} (tolerance {self.tolerance:.3g})."
+            f"{what} rests on {rests_on}: of these alone, the model's answer differs by "
+            f"{number(self.gap[row])} {self.unit} (tolerance {tolerance})."
         )
 
     def plot(self, row: int, ax: Axes | None = None, most: int = 10) -> Axes:
@@ -127,9 +131,9 @@ class Explanation:
             ValueError: There is no such row.
         """
         self._check(row)
-        names = [f"{g} = {self._rows.shown(row, k)}" for k, g in enumerate(self.contributions)]
+        names = [fact(g, self._rows.shown(row, k)) for k, g in enumerate(self.contributions)]
         base = self.base if isinstance(self.base, float) else float(self.base[row])
-        title = f"{self._in_words(row)}; sufficient: {_listed(self.sufficient[row])}"
+        title = f"{self._in_words(row)}; sufficient: {self._sufficient_in_words(row)}"
         values = self.contributions.to_numpy()[row]
         return waterfall(names, values, base, self.unit, title, ax, most)
 
@@ -166,12 +170,21 @@ class Explanation:
             frame[name if name not in frame else f"{name} (of the row)"] = values
         return frame
 
+    def _sufficient_in_words(self, row: int) -> str:
+        groups = self.sufficient[row]
+        left_out = [name for name in self.contributions if name not in groups]
+        if len(groups) <= _LISTED or len(left_out) >= len(groups):
+            return _listed(groups)
+        return f"all but {_listed(left_out)}" if left_out else f"all {len(groups)} groups"
+
     def _in_words(self, row: int) -> str:
         answer = float(self.answer[row])
         if self.of is not None:
-            return f"{answer:.3g} {self.unit} for {self.of[row]}"
+            logits = self.values[row].sum(0) + self._bases
+            probability = 1 / np.exp(logits - answer).sum()
+            return f"{probability:.1%} for {self.of[row]}"
         if self.classes is None:
-            return f"{answer:.4g}"
+            return number(answer)
         probability = 1 / (1 + np.exp(-answer))
         return f"{probability:.1%} for {self.classes[1]}"
 

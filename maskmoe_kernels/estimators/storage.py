@@ -14,13 +14,15 @@ from torch import Tensor
 
 from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.estimators.tables import Array
-from maskmoe_kernels.files import replacing
+from maskmoe_kernels.files import claim, replacing
 
 _FORMAT, _VERSION = "maskmoe_kernels.estimators", 1
 
 
 def write_model(path: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a model in place of what was there; a kill leaves the old file or the new one.
+
+    It may also leave a temporary file, which the next save into the same folder removes.
 
     Args:
         path: Of the file.
@@ -34,6 +36,7 @@ def write_model(path: str | Path, record: Mapping[str, Any], tensors: Mapping[st
     metadata = {"format": _FORMAT, "version": str(_VERSION), "model": text}
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     data = safetensors.torch.save(plain, metadata)
+    claim(Path(path).parent)
     with replacing(path) as file:
         file.write(data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from maskmoe_kernels.estimators.columns import MISSING, CategoricalColumn, Column
+from maskmoe_kernels.estimators.columns import MISSING, CategoricalColumn, Column, NumericColumn
 from maskmoe_kernels.estimators.encoder import Encoder
-from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels
+from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels, number
 from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table
 from maskmoe_kernels.files import replacing
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Points of a curve besides the edges, cells of a side of a heat map, categories in a picture.
 _POINTS, _SIDE, _CATEGORIES = 64, 24, 24
+#: Bars of importance, and rows of the table of who suffices; pixels of an inch of a picture.
+_BARS, _PIXELS = 20, 82
 #: From a table to the values of all experts.
 Values = Callable[[Table], Tensor]
 
@@ -82,6 +84,7 @@ class GlobalExplanation:
             (of several classes, over them, too), the largest first.
         sufficient: Name of an expert to the share of these rows of which it is the smallest that
             suffices, the largest first.
+        subsets: Name of an expert to the groups that it sees.
         shapes: Group to its shape function, for groups of one column with an expert of their own.
         pairs: Pairs of such groups with an expert.
         base: The answer before any column is seen.
@@ -92,6 +95,7 @@ class GlobalExplanation:
 
     importance: pd.Series
     sufficient: pd.Series
+    subsets: dict[str, tuple[str, ...]]
     shapes: dict[str, Shape]
     pairs: list[PairMap]
     base: Any
@@ -111,14 +115,14 @@ class GlobalExplanation:
             ValueError: The group or pair has no expert of its own, or several columns.
         """
         if name is None:
-            top = self.importance.iloc[:20]
-            return bars([*top.index], top.to_numpy(), f"mean |contribution|, {self.unit}")
+            top = self.importance.iloc[:_BARS]
+            few = "" if len(top) == len(self.importance) else f", first {_BARS} of all groups"
+            return bars([*top.index], top.to_numpy(), f"mean |contribution|, {self.unit}{few}")
         if isinstance(name, str) and name in self.shapes:
             return self._plot_shape(self.shapes[name])
         for pair in self.pairs:
             if pair.names == name:
-                title = " & ".join(pair.names)
-                return heat_map(pair.x, pair.y, pair.z, title, f"beyond both, {self.unit}")
+                return heat_map(pair.x, pair.y, pair.z, pair.names, self._pair_unit)
         raise ValueError(
             f"there is no picture of {name!r}; groups: {[*self.shapes][:20]}, pairs: "
             f"{[pair.names for pair in self.pairs][:20]}"
@@ -126,13 +130,15 @@ class GlobalExplanation:
 
     def _plot_shape(self, shape: Shape) -> Axes:
         classes = [str(name) for name in self.classes or ()]
+        tells = shape.name, self.unit
         if shape.x.dtype == object:
-            ax = levels([*shape.x], shape.y, self.base, shape.name, self.unit, classes)
-        else:
-            ax = curve(shape.x, shape.y, shape.spread, shape.name, self.unit, shape.missing)
-        if shape.y.ndim == 2 and shape.y.shape[1] <= 10:
-            ax.legend([*ax.lines][: shape.y.shape[1]], classes, fontsize=6)
-        return ax
+            return levels([*shape.x], shape.y, shape.spread, self.base, *tells, classes)
+        return curve(shape.x, shape.y, shape.spread, *tells, shape.missing, classes)
+
+    @property
+    def _pair_unit(self) -> str:
+        many = self.classes is not None and len(self.classes) > 2
+        return f"{self.unit} of {self.classes[-1]}" if self.classes and many else self.unit
 
     def report(self, path: str | Path, title: str = "What the model does") -> Path:
         """Write one html file that needs no other, in place of one that was there.
@@ -144,29 +150,57 @@ class GlobalExplanation:
         Raises:
             OSError: It cannot be written.
         """
-        parts = [_picture(self.plot(), "Importance of each group")]
+        tells = html.escape(self.unit)
+        parts = ["<h2>Importance</h2>"]
+        if self.importance.isna().any():
+            parts.append("<p>Unknown: the subsets do not tell the groups apart.</p>")
+        else:
+            parts.append(
+                f"<p>How far each group moves an answer: the mean of its absolute contribution "
+                f"over training rows, in {tells}.</p>"
+            )
+            parts.append(_picture(self.plot(), "Importance of each group"))
         shapes = [name for name in self.importance.index if name in self.shapes]
-        parts.append("<h2>Single columns</h2><div class=grid>")
-        parts += [_picture(self.plot(name), f"Shape function of {name}") for name in shapes]
-        parts.append("</div>")
+        if shapes:
+            parts.append(
+                f"<h2>Single columns</h2><p>What the model answers, in {tells}, where it sees this "
+                "column alone. Grey, and in percent: the distribution of the training rows.</p>"
+            )
+            parts.append(_grid_of(_picture(self.plot(s), f"Shape function of {s}") for s in shapes))
         if self.pairs:
-            parts.append("<h2>Pairs: what both add to each</h2><div class=grid>")
-            parts += [_picture(self.plot(p.names), f"Pair {p.names}") for p in self.pairs]
-            parts.append("</div>")
-        rows = "".join(
-            f"<tr><td>{html.escape(name)}</td><td>{share:.1%}</td></tr>"
-            for name, share in self.sufficient.items()
-            if share > 0
-        )
+            parts.append(
+                f"<h2>Pairs</h2><p>What two columns together add to what each says alone, in "
+                f"{html.escape(self._pair_unit)}.</p>"
+            )
+            parts.append(
+                _grid_of(_picture(self.plot(p.names), f"Pair {p.names}") for p in self.pairs)
+            )
         parts.append(
             f"<h2>Who suffices</h2><p>Of how many rows each expert is the smallest whose answer is "
-            f"within {self.tolerance:.3g} ({html.escape(self.unit)}) of the one that sees all.</p>"
-            f"<table><tr><th>groups</th><th>rows</th></tr>{rows}</table>"
+            f"within {number(self.tolerance)} ({tells}) of the one that sees all.</p>"
         )
+        parts.append(self._table())
         page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
         with replacing(path) as file:
             file.write(page.encode("utf-8"))
         return Path(path)
+
+    def _table(self) -> str:
+        """The largest shares of sufficiency, and the sum of all others, in html."""
+        there = self.sufficient[self.sufficient > 0]
+        first, others = there.iloc[:_BARS], there.iloc[_BARS:]
+        rows = [(self._in_words(name), share) for name, share in first.items()]
+        if len(others):
+            rows.append((f"{len(others)} others", float(others.sum())))
+        lines = (f"<tr><td>{html.escape(n)}</td><td>{share:.1%}</td></tr>" for n, share in rows)
+        return f"<table><tr><th>groups</th><th>rows</th></tr>{''.join(lines)}</table>"
+
+    def _in_words(self, expert: Any) -> str:
+        groups = self.subsets[expert]
+        left_out = [name for name in self.importance.index if name not in groups]
+        if len(groups) > 4 and 0 < len(left_out) < len(groups):
+            return f"all but {' & '.join(left_out)}"
+        return str(expert)
 
 
 _PAGE = """<!DOCTYPE html>
@@ -176,20 +210,29 @@ _PAGE = """<!DOCTYPE html>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 1100px; padding: 1rem; }}
 img {{ max-width: 100%; height: auto; }}
-.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 320px), 1fr)); }}
+.grid {{ display: grid; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 345px), 1fr)); }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: left;
   border-bottom: 1px solid #ccc; overflow-wrap: anywhere; }}
+td:last-child, th:last-child {{ text-align: right; white-space: nowrap; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
 
 
+def _grid_of(pictures: Iterable[str]) -> str:
+    return f"<div class=grid>{''.join(pictures)}</div>"
+
+
 def _picture(ax: Axes, alt: str) -> str:
+    """An ``img`` of its own pixels, twice as many as it is wide on a screen."""
+    figure: Any = ax.figure
     file = io.BytesIO()
-    ax.get_figure(root=True).savefig(file, format="png", dpi=110)  # type: ignore[union-attr]
+    figure.savefig(file, format="png", dpi=2 * _PIXELS)
     data = base64.b64encode(file.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    width = round(_PIXELS * figure.get_figwidth())
+    return f'<img alt="{html.escape(alt)}" width={width} src="data:image/png;base64,{data}">'
 
 
 def shapes_of(encoder: Encoder, family: SubsetFamily, values: Values) -> dict[str, Shape]:
@@ -238,7 +281,7 @@ def pairs_of(
 
 
 def _in_words(values: Array) -> list[str]:
-    return [value if isinstance(value, str) else f"{value:.4g}" for value in values]
+    return [value if isinstance(value, str) else number(value, digits=4) for value in values]
 
 
 def _grid(column: Column, points: int) -> Array:
@@ -246,9 +289,19 @@ def _grid(column: Column, points: int) -> Array:
     if isinstance(column, CategoricalColumn):
         return np.array([*column.categories[:_CATEGORIES], None], dtype=object)
     ends = column.edges[[0, -1]] if len(column.edges) else np.zeros(1)
+    values = np.union1d(column.edges, column.heavy)
+    if len(column.edges) > 1 and _has_few_values(column, values):
+        return np.append(values, np.nan)
     between = np.linspace(ends[0], ends[-1], points)
     edges = column.edges if len(column.edges) < 2 * points else column.edges[:0]
     return np.append(np.unique(np.concatenate([between, edges, column.heavy])), np.nan)
+
+
+def _has_few_values(column: NumericColumn, values: Array) -> bool:
+    """Whether all training rows have one of the values: between 0 and 1 of a boolean is nothing."""
+    low, high, bins = column.edges[0], column.edges[-1], len(column.spread)
+    at = ((values - low) / (high - low) * bins).astype(np.int64).clip(0, bins - 1)
+    return 2 * len(values) < bins and not np.delete(column.spread, at).any()
 
 
 def _coarse(grid: Array) -> Array:

@@ -39,6 +39,16 @@ def test_a_folder_of_files_a_list_and_a_function_are_the_same_fit(tmp_path):
     assert models[0].feature_names_in_.tolist() == [*FRAME.columns]
 
 
+def test_an_index_that_pandas_wrote_is_no_column(tmp_path):
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    for k, index in enumerate((FRAME.index[::-1], pd.Index(np.arange(1200) * 7, name="id"))):
+        x, folder = FRAME.set_axis(index).assign(buys=LABELS), tmp_path / str(k)
+        folder.mkdir()
+        x[:400].to_parquet(folder / "0.parquet", index=True)
+        model = InterpretableClassifier(**QUICK).fit_batches(folder, target="buys")
+        assert model.feature_names_in_.tolist() == [*FRAME.columns]
+
+
 def test_it_learns_as_well_as_a_fit_in_memory():
     x, labels, score = mixed(1000, seed=9)
     model = InterpretableClassifier(random_state=0, n_bags=1).fit_batches(batches())

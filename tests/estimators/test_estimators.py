@@ -21,7 +21,7 @@ from tests.estimators.tables import QUICK, mixed
 
 BOTH = [InterpretableClassifier, InterpretableRegressor]
 #: Fast, and still learns what the checks want to see learned.
-CHECKED = {"n_bags": 1, "units": 4, "top_units": 8, "learning_rate": 0.05, "max_epochs": 70}
+CHECKED = {"n_bags": 1, "units": 4, "top_units": 8, "learning_rate": 0.05, "max_epochs": 40}
 
 
 def check(model):

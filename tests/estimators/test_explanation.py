@@ -1,6 +1,11 @@
 """Explanations: sums, values known in closed form, sufficient subsets, pictures, the report."""
 
+import html
+import itertools
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -11,6 +16,9 @@ pytest.importorskip("maskmoe_kernels.estimators", reason="the extra sklearn is n
 import pandas as pd
 
 from maskmoe_kernels.estimators import InterpretableClassifier, InterpretableRegressor
+from maskmoe_kernels.estimators.columns import NumericColumn
+from maskmoe_kernels.estimators.plots import curve
+from maskmoe_kernels.estimators.whole_model import _grid
 from tests.estimators.tables import QUICK, mixed
 
 
@@ -80,6 +88,50 @@ def test_contributions_are_those_of_the_closed_form():
     pairs = found.pairs()
     assert np.sqrt(np.mean((pairs["b & c"] - frame.b * frame.c) ** 2)) < 0.25
     assert pairs.drop(columns="b & c").abs().to_numpy().mean() < 0.1
+
+
+def test_contributions_of_correlated_gaussians_are_those_of_conditional_means():
+    """y = 5 + x beta + noise: E[y | x_S] is linear, too, with what x_S says about the others."""
+    random = np.random.default_rng(0)
+    covariance = np.array([[1, 0.8, 0.3], [0.8, 1, 0], [0.3, 0, 1]])
+    x = random.multivariate_normal(np.zeros(3), covariance, 3000)
+    beta = np.array([1, -2, 1.5])
+    y = 5 + x @ beta + 0.1 * random.normal(size=3000)
+
+    def value(seen):
+        other = [k for k in range(3) if k not in seen]
+        inside, between = covariance[np.ix_(seen, seen)], covariance[np.ix_(seen, other)]
+        return 5 + x[:, seen] @ (beta[seen] + np.linalg.solve(inside, between) @ beta[other])
+
+    truth = np.zeros((3000, 3))
+    for order in itertools.permutations(range(3)):
+        for k, column in enumerate(order):
+            truth[:, column] += (value([*order[: k + 1]]) - value([*order[:k]])) / 6
+    model = InterpretableRegressor(n_bags=1, random_state=0, max_epochs=20)
+    found = model.fit(pd.DataFrame(x), y).explain(pd.DataFrame(x))
+    error = found.contributions.to_numpy() - truth
+    assert np.sqrt(np.mean(error**2, axis=0)).max() < 0.2
+    # As if columns were independent, c would get 1.5 c: the test can tell.
+    assert np.sqrt(np.mean((x * beta - truth) ** 2, axis=0)).min() > 0.27
+    assert found.base == pytest.approx(5, abs=0.1)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_contributions_of_independent_columns_are_their_likelihood_ratios(classes):
+    """Given the class, columns are independent: log-odds add up over them (naive Bayes)."""
+    random = np.random.default_rng(0)
+    mean = np.array([[-0.6, 0.4, 0], [0.6, -0.4, 0], [0.6, 1.2, 0]])[:classes]
+    y = random.integers(0, classes, 4000)
+    x = mean[y] + random.normal(size=(4000, 3))
+    log = -((x[:, :, None] - mean.T) ** 2) / 2
+    truth = log[..., 1] - log[..., 0] if classes == 2 else log - log.mean(-1, keepdims=True)
+    model = InterpretableClassifier(n_bags=1, random_state=0, max_epochs=20)
+    found = model.fit(pd.DataFrame(x), y).explain(pd.DataFrame(x))
+    error = np.sqrt(np.mean((found.values - truth) ** 2, axis=0))
+    assert error.max() < 0.35
+    assert error[2].max() < 0.15  # says nothing, gets nothing
+    assert truth[:, 0].std(0).max() > 0.9
+    assert found.base == pytest.approx(0, abs=0.1)
 
 
 def test_contributions_along_orders_give_nothing_to_what_adds_nothing():
@@ -177,6 +229,119 @@ def test_the_model_as_a_whole(binary):
     assert columns == ["value", "answer"]
 
 
+def hard_to_read(ax):
+    """Text that is small on a phone, cut off, or over other text of its axis."""
+    figure = ax.figure
+    figure.draw_without_rendering()
+    faults = []
+    pixels = 358 / figure.get_figwidth()  # 390 less the margins of the page
+    for axes in figure.axes:
+        ticks = [
+            [t for t in labels if low <= t.get_position()[k] <= high]
+            for k, (labels, (low, high)) in enumerate(
+                [
+                    (axes.get_xticklabels(), axes.get_xlim()),
+                    (axes.get_yticklabels(), axes.get_ylim()),
+                ]
+            )
+        ]
+        others = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
+        legends = [text for legend in figure.legends for text in legend.get_texts()]
+        shown = [[t for t in part if t.get_text() and t.get_visible()] for part in (*ticks, others)]
+        for text in [*itertools.chain(*shown), *legends]:
+            box, whole = text.get_window_extent(), figure.bbox
+            if text.get_fontsize() / 72 * pixels < 9:
+                faults.append(f"{text.get_text()!r} is small")
+            if box.x0 < -1 or box.y0 < -1 or box.x1 > whole.x1 + 1 or box.y1 > whole.y1 + 1:
+                faults.append(f"{text.get_text()!r} is cut off")
+        for part in shown[:2]:
+            turned = any(text.get_rotation() for text in part)
+            for one, next_one in itertools.pairwise([] if turned else part):
+                if one.get_window_extent().overlaps(next_one.get_window_extent()):
+                    faults.append(f"{one.get_text()!r} touches {next_one.get_text()!r}")
+    for legend in figure.legends:
+        if legend.get_window_extent().overlaps(ax.get_window_extent()):
+            faults.append("the legend is over the data")
+    return faults
+
+
+@pytest.fixture(scope="module")
+def hostile():
+    """Long names, large numbers, a long tail, thirteen classes, thirty categories."""
+    frame, _, score = mixed(300)
+    random = np.random.default_rng(5)
+    frame["a name that is far too long for any picture that one could draw"] = random.normal(
+        size=300
+    )
+    frame["price"] = random.lognormal(9, 3, 300)
+    frame["job"] = random.choice([f"job {k} " + "of many" * (k % 3) for k in range(30)], 300)
+    edges = np.quantile(score, np.linspace(0, 1, 14)[1:-1])
+    labels = np.array([f"class number {k}" for k in range(13)])[np.digitize(score, edges)]
+    pairs = [[[*frame][4], "price"], ["job", "member"], ["town", "job"], ["price", "age"]]
+    quick = {**QUICK, "max_epochs": 1, "subsets": [*([name] for name in frame), *pairs]}
+    return [
+        InterpretableClassifier(**quick).fit(frame, labels).explain_global(),
+        InterpretableRegressor(**quick).fit(frame, 1e7 * score).explain_global(),
+    ]
+
+
+def test_pictures_can_be_read_on_a_phone(hostile):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for whole, half in zip(hostile, (slice(None), slice(3)), strict=True):
+        assert len(whole.shapes) == 7
+        for name in [None, *[*whole.importance.index][half], *(p.names for p in whole.pairs[half])]:
+            assert (name, hard_to_read(whole.plot(name))) == (name, [])
+    ax = hostile[0].plot("price")
+    ax.set_title("x" * 99)
+    ax.tick_params(labelsize=5)
+    ax.set_xticks([1.0, 1.0001], ["one", "two"])
+    faults = " ".join(hard_to_read(ax))
+    assert all(words in faults for words in ("is small", "is cut off", "'one' touches 'two'"))
+
+
+@pytest.mark.parametrize(
+    ("edges", "heavy", "filled", "points"),
+    [
+        ([0, 1], [], [0, 29], [0, 1]),
+        ([0, 6], [1, 2, 3, 4, 5], [0, 5, 10, 15, 20, 25, 29], [0, 1, 2, 3, 4, 5, 6]),
+        ([0, 1], [], [0, 12, 29], None),
+        ([7], [], [0], [7]),
+        ([], [], [], [0]),
+    ],
+)
+def test_a_column_of_few_values_is_drawn_at_these_alone(edges, heavy, filled, points):
+    edges, heavy = np.array(edges, dtype=float), np.array(heavy, dtype=float)
+    spread = np.bincount(filled, minlength=30) / max(len(filled), 1)
+    mean = np.zeros(max(len(edges) - 1, 0) + len(heavy))
+    grid = _grid(NumericColumn("x", edges, heavy, mean, spread, 0.0), 64)
+    assert np.isnan(grid[-1])
+    assert len(grid) == 65 if points is None else grid[:-1].tolist() == points
+
+
+def test_only_where_numbers_are_small_is_a_tail_long():
+    x, many = np.linspace(0, 100, 50), np.full(30, 1 / 30)
+    first = np.append(0.9, np.full(29, 0.1 / 29))
+    for values, spread, scale in (
+        (x, many, "linear"), (x, first, "symlog"), (x, first[::-1], "linear"),
+        (-x[::-1], first[::-1], "symlog"), (x + 1000, first, "log"), (x - 50, first, "linear"),
+    ):  # fmt: skip
+        ax = curve(values, values**2, spread, "x", "y", None, [])
+        assert ax.get_xscale() == scale
+        ax.figure.draw_without_rendering()
+
+
+def test_a_boolean_has_two_values_and_a_rare_category_is_counted(hostile):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    whole = hostile[1]
+    assert whole.shapes["member"].x.tolist() == [0, 1]
+    pair = next(pair for pair in whole.pairs if "member" in pair.names)
+    assert ["0", "1"] in (pair.x, pair.y)
+    names = texts(whole.plot("job"))
+    assert names[-1].startswith("others (") or names[24].startswith("others (")
+    shares = [int(re.search(r"\((\d+)%\)", name)[1]) for name in names if "%" in name]
+    assert sum(shares) == pytest.approx(100, abs=13)  # 25 rounded numbers
+
+
 class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
@@ -213,3 +378,56 @@ def test_the_report_is_one_file_of_its_own(tmp_path):
     shares = re.findall(r"</td><td>(\d+\.\d)%", text)
     assert sum(map(float, shares)) == pytest.approx(100, abs=0.3)
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    part = InterpretableClassifier(**QUICK, subsets=[[frame.columns[0], "income"]])
+    text = part.fit(frame, labels).explain_global().report(path).read_text("utf-8")
+    assert "do not tell the groups apart" in text
+    assert Page(text).pictures == []
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+#: Measures each frame once all have loaded.
+WATCH = """<pre></pre><script>
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentDocument, width = page.documentElement.clientWidth, faults = [];
+    if (page.documentElement.scrollWidth > width) faults.push("it scrolls sideways");
+    for (const e of page.querySelectorAll("body *")) {
+      const words = `${e.tagName} ${e.textContent.slice(0, 20)}`;
+      if (e.getBoundingClientRect().right > width + 1) faults.push(`${words} is cut off`);
+      if (parseFloat(frame.contentWindow.getComputedStyle(e).fontSize) < 9) faults.push("small");
+    }
+    for (const e of page.images) if (e.naturalWidth < e.width) faults.push("a picture is missing");
+    return {width, pictures: page.images.length, faults};
+  });
+  document.querySelector("pre").textContent = JSON.stringify(found);
+};
+</script>"""
+BROKEN = """<img src="data:image/png;base64,x" width=50><p style="width: 900px">wide</p>
+<script>console.error("told")</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on the path")
+def test_a_browser_shows_the_report_whole(hostile, tmp_path):
+    """At the widths of a desk and of a phone, and beside it a page that is broken."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    report = hostile[0].report(tmp_path / "report.html").read_text("utf-8")
+    frames = [(1280, report), (390, report), (390, BROKEN)]
+    page = WATCH + "".join(
+        f'<iframe width={width} height=800 frameborder=0 srcdoc="{html.escape(text)}"></iframe>'
+        for width, text in frames
+    )
+    (tmp_path / "page.html").write_text(page, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --hide-scrollbars --dump-dom".split()
+    flags.append("--enable-logging=stderr")
+    folder = f"--user-data-dir={tmp_path / 'browser'}"
+    words = [BROWSER, *flags, folder, "--virtual-time-budget=9000", str(tmp_path / "page.html")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=True)
+    desk, phone, broken = json.loads(re.search(r"<pre>(.*?)</pre>", done.stdout)[1])
+    pictures = 1 + len(hostile[0].shapes) + len(hostile[0].pairs)
+    assert desk == {"width": 1280, "pictures": pictures, "faults": []}
+    assert phone == {"width": 390, "pictures": pictures, "faults": []}
+    assert {"it scrolls sideways", "P wide is cut off", "a picture is missing"} <= {
+        *broken["faults"]
+    }
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert ["told" in line for line in console] == [True], console

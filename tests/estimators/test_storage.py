@@ -144,25 +144,99 @@ def test_what_cannot_be_saved_leaves_the_old_file(saved, tmp_path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.deep
-@pytest.mark.skipif(os.name != "posix", reason="kills a process")
-def test_a_kill_leaves_the_old_file_or_the_new_one(saved, tmp_path):
+def half(own, descriptor, data):
+    own(descriptor, data[: len(data) // 2])
+
+
+def nothing(own, *arguments):
+    pass
+
+
+def all_of_it(own, *arguments):
+    own(*arguments)
+
+
+#: Which call of a save, what is done of it before the kill, and which file is then there.
+MOMENTS = {
+    "half of the bytes": ("write", half, "old"),
+    "before they are on the disk": ("fsync", nothing, "old"),
+    "before the file has its name": ("replace", nothing, "old"),
+    "once it has": ("replace", all_of_it, "new"),
+}
+
+
+def killed(save, when=None, call=None, before=None):
+    """Run ``save`` in a process of its own and kill it ``when`` (seconds), or in a call of os."""
+    reads, writes = os.pipe()
+    child = os.fork()
+    if not child:
+        own, tell = getattr(os, call or "getpid"), os.write
+
+        def stuck(*arguments):
+            before(own, *arguments)
+            tell(writes, b"x")
+            time.sleep(60)
+
+        if call is not None:
+            setattr(os, call, stuck)
+        else:
+            tell(writes, b"x")
+        try:
+            save()
+        finally:
+            os._exit(1)
+    os.close(writes)
+    assert os.read(reads, 1) == b"x"
+    os.close(reads)
+    time.sleep(when or 0)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def which(path, models):
+    """Of the model that answers as the file does."""
+    answer = InterpretableClassifier.load(path).predict_proba(FRAME)
+    return [np.array_equal(answer, model.predict_proba(FRAME)) for model in models].index(True)
+
+
+@pytest.fixture(scope="module")
+def two(saved):
+    return saved[0], InterpretableClassifier(**QUICK | {"random_state": 1}).fit(FRAME, LABELS)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # of threads, at a fork
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it forked")
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_save_that_is_killed_leaves_the_old_file_or_the_new_one(moment, two, tmp_path):
+    old, new = two
+    call, done, left = MOMENTS[moment]
     path = tmp_path / "m"
-    code = (
-        "import sys\n"
-        "from maskmoe_kernels.estimators import InterpretableClassifier\n"
-        "model = InterpretableClassifier.load(sys.argv[1])\n"
-        "model.save(sys.argv[2]); print('saved', flush=True)\n"
-        "while True: model.save(sys.argv[2])"
-    )
-    words = [sys.executable, "-c", code, str(saved[1]), str(path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "saved\n"
-    time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    loaded = InterpretableClassifier.load(path)
-    assert np.array_equal(loaded.predict_proba(FRAME), saved[0].predict_proba(FRAME))
+    old.save(path)
+    killed(lambda: new.save(path), None, call, done)
+    assert which(path, two) == ["old", "new"].index(left)
+    unfinished = [file for file in tmp_path.iterdir() if file != path]
+    assert len(unfinished) == (left == "old")
+    new.save(path)  # and takes away what the killed one left
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that it forked")
+def test_saves_that_are_killed_at_any_time_leave_a_whole_file(two, tmp_path):
+    path = tmp_path / "m"
+    two[0].save(path)
+
+    def save():
+        while True:
+            for model in reversed(two):
+                model.save(path)
+
+    waits = np.random.default_rng(0).uniform(0, 0.05, 20)
+    found = []
+    for wait in waits:
+        killed(save, wait)
+        found.append(which(path, two))
+    assert {*found} == {0, 1}
 
 
 @pytest.mark.deep

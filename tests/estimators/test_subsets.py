@@ -8,6 +8,9 @@ pytest.importorskip("maskmoe_kernels.estimators", reason="the extra sklearn is n
 import pandas as pd
 
 from maskmoe_kernels.estimators import InterpretableRegressor
+from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.subsets import screened
+from maskmoe_kernels.estimators.tables import read_table
 from tests.estimators.tables import QUICK
 
 
@@ -48,11 +51,14 @@ def test_the_screen_finds_what_adds_up_to_nothing_alone():
 
 
 def test_of_noise_no_pair_is_kept():
-    frame = table()
+    frame, weight = table(), np.ones(3000)
+    read = read_table(frame)
+    encoder = Encoder.fitted(read, {name: [k] for k, name in enumerate(frame)}, weight, 32, 256)
     for seed in range(3):
         y = frame.a + np.random.default_rng(seed).normal(size=len(frame))
-        kept = [gain for gain in fitted(frame, y).pair_gains_ if gain.kept]
-        assert len(kept) <= 1  # of 45 pairs, at three standard deviations
+        gains = screened(encoder, read, y.to_numpy()[:, None], weight, None)
+        assert len(gains) == 45
+        assert sum(gain.kept for gain in gains) <= 1  # at three standard deviations
 
 
 def test_subsets_by_name_and_list():

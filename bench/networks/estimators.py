@@ -32,7 +32,7 @@ from maskmoe_kernels.experiments.shared.report import write_json
 NAME = "estimators.json"
 OURS, EBM, BOOSTED, LINEAR = "ours", "EBM", "HistGradientBoosting", "linear"
 #: Seconds of the processor after which a fit of EBM is given up.
-LIMIT = 900
+LIMIT = 1800
 _LIBRARIES = ("scikit-learn", "interpret-core", "statsmodels", "pandas", "numpy")
 
 

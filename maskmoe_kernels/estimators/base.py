@@ -46,13 +46,14 @@ _MERGED = 10_000
 #: With early_stopping="auto", fewer rows than this are all trained on.
 FEW = 100
 #: Rows from which on there are so many bags, and before.
-_BAGS = {10_000: 2, 2000: 4, 0: 8}
+_BAGS = {100_000: 2, 2000: 4, 0: 8}
+#: From so many rows on, hidden layers and units of the expert that sees all; and before.
+_MANY, _LARGE, _SMALL = 10_000, (2, 128), (1, 32)
 #: Rows of a bin at the least, on average.
 _ROWS_PER_BIN = 40
 
 _NUMBERS: dict[str, tuple[type | tuple[type, ...], float, float]] = {
     "units": (int, 1, 4096),
-    "top_units": (int, 1, 65536),
     "max_bins": (int, 1, 4096),
     "max_categories": (int, 1, 1_000_000),
     "batch_size": (int, 1, 1 << 24),
@@ -80,7 +81,8 @@ class Estimator(BaseEstimator):
     categorical: Any
     max_experts: int | None
     units: int
-    top_units: int
+    top_units: int | None
+    layers: int | None
     max_bins: int
     max_categories: int
     n_bags: int | None
@@ -158,7 +160,7 @@ class Estimator(BaseEstimator):
                 raise ValueError(f"{name} must be {wanted} from {low:g} to {high:g}, got {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must be {wanted} from {low:g} to {high:g}, got {value!r}")
-        for name in ("max_epochs", "max_experts", "n_bags"):
+        for name in ("layers", "top_units", "max_epochs", "max_experts", "n_bags"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
@@ -240,15 +242,16 @@ class Estimator(BaseEstimator):
         self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_, self.orders_)
         random = check_random_state(self.random_state)
         self._seed = int(random.randint(2**31 - 1))
-        units = self.units, self.top_units
+        layers, top_units = _LARGE if table.rows >= _MANY else _SMALL
+        shape = self.units, self.top_units or top_units, self.layers or layers
         bags = self.n_bags or next(bags for rows, bags in _BAGS.items() if table.rows >= rows)
-        self.networks_ = [self._network(self._seed + k, units) for k in range(bags)]
+        self.networks_ = [self._network(self._seed + k, shape) for k in range(bags)]
         self._optimizers = []
         self.validation_loss_ = []
         self.ridge_ = torch.full((self.family_.num_experts,), math.inf)
 
-    def _network(self, seed: int, units: tuple[int, int]) -> Network:
-        network = Network(self.encoder_, self.family_, units, self._outputs, seed)
+    def _network(self, seed: int, shape: tuple[int, int, int]) -> Network:
+        network = Network(self.encoder_, self.family_, shape, self._outputs, seed)
         return network.to(self.device or "cpu")
 
     def _one_hot(self, target: Array) -> Array:

@@ -35,18 +35,19 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         categorical: Columns whose numbers are names of categories. Text, categories and
             enumerations of a DataFrame are categories anyway.
         max_experts: At the most; ``"auto"`` then takes fewer pairs.
-        units: Hidden units of an expert.
-        top_units: Hidden units of the expert that sees all.
+        units: Units of an expert in each hidden layer.
+        top_units: Those of the expert that sees all. ``None``: 32; 128 from 10,000 rows on.
+        layers: Hidden layers. ``None``: 1; 2 from 10,000 rows on.
         max_bins: Bins of a numeric column; with few rows, there are fewer; four times as many where
             its values recur, 20 rows each on average.
         max_categories: Of a categorical column that get an embedding of their own; rarer ones
             share one.
         n_bags: Networks whose log-odds are averaged; each has other validation rows. ``None``: 8;
-            4 from 2000 rows on, 2 from 10,000.
+            4 from 2000 rows on, 2 from 100,000.
         learning_rate: Adam's largest.
         weight_decay: Decoupled (AdamW).
         batch_size: Rows of a training step.
-        max_epochs: Passes over the rows, at the most; ``None``: 40, or as many as make 1000 steps.
+        max_epochs: Passes over the rows, at the most; ``None``: 80, or as many as make 1000 steps.
         early_stopping: Stop when the loss of held-out rows no longer falls, in the mean over the
             bags, and take back what did not help; ``"auto"``: if there are at least 100 different
             rows.
@@ -88,7 +89,8 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         categorical: Iterable[str | int] | None = None,
         max_experts: int | None = None,
         units: int = 8,
-        top_units: int = 32,
+        top_units: int | None = None,
+        layers: int | None = None,
         max_bins: int = 32,
         max_categories: int = 256,
         n_bags: int | None = None,
@@ -110,6 +112,7 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         self.max_experts = max_experts
         self.units = units
         self.top_units = top_units
+        self.layers = layers
         self.max_bins = max_bins
         self.max_categories = max_categories
         self.n_bags = n_bags

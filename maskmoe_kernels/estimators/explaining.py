@@ -178,7 +178,7 @@ class Interpretable(Streamed):
             "validation_loss": self.validation_loss_,
             "ridge": [None if math.isinf(ridge) else ridge for ridge in self.ridge_.tolist()],
             "seed": self._seed,
-            "units": list(self.networks_[0].units),
+            "shape": list(self.networks_[0].shape),
             "base": np.asarray(self.base_).tolist(),
             **self._own_state(),
         }
@@ -235,13 +235,14 @@ class Interpretable(Streamed):
         self._seed = int(record["seed"])
         base = np.asarray(record["base"], dtype=np.float64)
         self.base_ = float(base) if base.ndim == 0 else base
-        self._stored_units = (int(record["units"][0]), int(record["units"][1]))
+        units, top_units, layers = map(int, record["shape"])
+        self._stored_shape = units, top_units, layers
         self._set_own_state(record)
 
     def _restore_networks(self, tensors: dict[str, torch.Tensor]) -> None:
         bags = sorted({int(name.partition(".")[0]) for name in tensors})
-        self.networks_ = [self._network(self._seed + k, self._stored_units) for k in bags]
-        del self._stored_units
+        self.networks_ = [self._network(self._seed + k, self._stored_shape) for k in bags]
+        del self._stored_shape
         for k, network in zip(bags, self.networks_, strict=True):
             own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{k}.")}
             with torch.no_grad():

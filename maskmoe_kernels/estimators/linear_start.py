@@ -271,21 +271,24 @@ def _wrong(z: Tensor, target: Tensor, kind: str) -> Tensor:
 def _write(network: Network, dense: Tensor, bias: Tensor, kind: str) -> None:
     """Let the linear units of each expert answer ``dense @ x + bias``, and the others nothing.
 
-    They come in pairs: ``relu(z) - relu(-z) = z``.
+    They come in pairs: ``relu(z) - relu(-z) = z``, and later hidden layers pass them on.
     """
-    first, last = network.experts.layers[0], network.experts.layers[1]
+    *hidden, last = network.experts.layers
     scale = 0.5 if kind == "binary" else 1.0  # there, p = sigmoid(2 z)
     outputs = network.experts.outputs or 1
-    into, out = first.dense_weight().clone(), torch.zeros_like(last.dense_weight())
-    into_bias = first.bias.clone()
+    weights = [layer.dense_weight().clone() for layer in hidden]
+    out = torch.zeros_like(last.dense_weight())
+    one = torch.eye(outputs, device=out.device)
     for i, end in enumerate(network.ends):
         own = slice(i * outputs, (i + 1) * outputs)
         plus, minus = slice(end - 2 * outputs, end - outputs), slice(end - outputs, end)
-        into[plus], into[minus] = dense[own], -dense[own]
-        into_bias[end - 2 * outputs : end] = 0
-        out[own, plus] = scale * torch.eye(outputs, device=out.device)
-        out[own, minus] = -scale * torch.eye(outputs, device=out.device)
-    first.weight.copy_(first.layout.pack(into))
-    first.bias.copy_(into_bias)
-    last.weight.copy_(last.layout.pack(out))
+        weights[0][plus], weights[0][minus] = dense[own], -dense[own]
+        for weight in weights[1:]:
+            weight[plus] = weight[minus] = 0
+            weight[plus, plus] = weight[minus, minus] = one
+        for layer in hidden:
+            layer.bias[plus] = layer.bias[minus] = 0
+        out[own, plus], out[own, minus] = scale * one, -scale * one
+    for layer, weight in zip([*hidden, last], [*weights, out], strict=True):
+        layer.weight.copy_(layer.layout.pack(weight))
     last.bias.copy_(bias * scale)

@@ -32,7 +32,8 @@ class InterpretableRegressor(RegressorMixin, Interpretable):
         categorical: Iterable[str | int] | None = None,
         max_experts: int | None = None,
         units: int = 8,
-        top_units: int = 32,
+        top_units: int | None = None,
+        layers: int | None = None,
         max_bins: int = 32,
         max_categories: int = 256,
         n_bags: int | None = None,
@@ -53,6 +54,7 @@ class InterpretableRegressor(RegressorMixin, Interpretable):
         self.max_experts = max_experts
         self.units = units
         self.top_units = top_units
+        self.layers = layers
         self.max_bins = max_bins
         self.max_categories = max_categories
         self.n_bags = n_bags

@@ -16,7 +16,7 @@ from maskmoe_kernels.errors import DataError
 from maskmoe_kernels.estimators.tables import Array
 from maskmoe_kernels.files import claim, replacing
 
-_FORMAT, _VERSION = "maskmoe_kernels.estimators", 1
+_FORMAT, _VERSION = "maskmoe_kernels.estimators", 2
 
 
 def write_model(path: str | Path, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

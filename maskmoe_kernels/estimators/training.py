@@ -17,10 +17,11 @@ from maskmoe_kernels.estimators.encoder import Codes, Encoder
 from maskmoe_kernels.explain.sufficient import top_expert
 from maskmoe_kernels.layout.subsets import SubsetFamily
 from maskmoe_kernels.models.mlp import InterpretableMLP
+from maskmoe_kernels.nn.linear import MaskedLinear
 
 #: Without ``max_epochs``: so many passes over the data, and at least so many steps; fewer where no
 #: validation rows tell when to stop.
-_EPOCHS, _STEPS, _BLIND_STEPS = 40, 1000, 300
+_EPOCHS, _STEPS, _BLIND_STEPS = 80, 1000, 300
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
@@ -39,7 +40,7 @@ class Pace:
         learning_rate: Adam's largest; it rises over 50 steps, then falls as a cosine.
         weight_decay: Decoupled from the gradient (AdamW).
         batch_size: Rows of a step.
-        max_epochs: Passes over the rows; ``None``: 40, and as many as make 1000 steps.
+        max_epochs: Passes over the rows; ``None``: 80, and as many as make 1000 steps.
         patience: Looks at the validation rows without a better loss before it stops.
     """
 
@@ -86,7 +87,8 @@ Chunks = Callable[[], Iterable[tuple[Samples, Sequence[Tensor]]]]
 class Network(nn.Module):
     """All experts of a family on encoded rows.
 
-    The last units of each expert, two for each output, are where it starts as a linear model.
+    The last units of each expert in each layer, two for each output, are where it starts as a
+    linear model. At first, no unit of a hidden layer reads those of another expert.
 
     Only the smallest subsets that hold a categorical column train its embedding: an expert depends
     on what it sees, through training, too.
@@ -94,7 +96,7 @@ class Network(nn.Module):
     Args:
         encoder: What encodes the rows.
         family: Its groups are those of the encoder.
-        units: Hidden units of an expert, and of the one that sees all.
+        shape: Hidden units of an expert in a layer, those of the one that sees all, and layers.
         outputs: Classes; ``None`` for one logit or number.
         seed: Of the first weights.
     """
@@ -103,27 +105,29 @@ class Network(nn.Module):
         self,
         encoder: Encoder,
         family: SubsetFamily,
-        units: tuple[int, int],
+        shape: tuple[int, int, int],
         outputs: int | None,
         seed: int,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.units = units
+        self.shape = shape
         linear = 2 * (outputs or 1)
-        widths = [units[0] + linear] * family.num_experts
-        widths[top_expert(family)] = units[1] + linear
-        #: For each expert, where its hidden units end.
+        widths = [shape[0] + linear] * family.num_experts
+        widths[top_expert(family)] = shape[1] + linear
+        #: For each expert, where its units end in each hidden layer.
         self.ends = [*itertools.accumulate(widths)]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.experts = InterpretableMLP(
                 family,
-                [widths],
+                [widths] * shape[2],
                 "relu",
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
             )
+            for layer in [*self.experts.layers][1:-1]:
+                self._begin_apart(layer, widths)
             torch.manual_seed(0)  # all bags begin with the same embeddings
             tables = []
             for column in encoder.tables:
@@ -133,6 +137,16 @@ class Network(nn.Module):
                 table[[UNSEEN, MISSING]] = 0
                 tables.append(nn.Parameter(table))
             self.tables = nn.ParameterList(tables)
+
+    @staticmethod
+    @torch.no_grad()
+    def _begin_apart(layer: MaskedLinear, widths: Sequence[int]) -> None:
+        """First weights as if each expert were a network of its own."""
+        weight = torch.zeros_like(layer.dense_weight())
+        for end, width in zip(itertools.accumulate(widths), widths, strict=True):
+            own = weight[end - width : end, end - width : end]
+            nn.init.kaiming_uniform_(own, nonlinearity="relu")
+        layer.weight.copy_(layer.layout.pack(weight))
 
     def forward(self, codes: Codes) -> Tensor:
         """Logits ``(rows, H)`` or ``(rows, H, outputs)``."""

@@ -93,7 +93,7 @@ def first_wider(metadata, tensors):
 
 CHANGES = {
     "another format": (lambda m, t: m.update(format="x"), "no estimator"),
-    "a later version": (lambda m, t: m.update(version="2"), "version 2 of the format"),
+    "a later version": (lambda m, t: m.update(version="3"), "version 3 of the format"),
     "no model": (lambda m, t: m.pop("model"), "header is damaged"),
     "no json": (lambda m, t: m.update(model="{"), "header is damaged"),
     "a list": (lambda m, t: m.update(model="[]"), "header holds no object"),

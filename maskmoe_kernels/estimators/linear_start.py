@@ -273,7 +273,7 @@ def _write(network: Network, dense: Tensor, bias: Tensor, kind: str) -> None:
 
     They come in pairs: ``relu(z) - relu(-z) = z``, and later hidden layers pass them on.
     """
-    *hidden, last = network.experts.layers
+    *hidden, last = network.masked_layers
     scale = 0.5 if kind == "binary" else 1.0  # there, p = sigmoid(2 z)
     outputs = network.experts.outputs or 1
     weights = [layer.dense_weight().clone() for layer in hidden]

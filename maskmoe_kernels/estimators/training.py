@@ -126,7 +126,7 @@ class Network(nn.Module):
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
             )
-            for layer in [*self.experts.layers][1:-1]:
+            for layer in self.masked_layers[1:-1]:
                 self._begin_apart(layer, widths)
             torch.manual_seed(0)  # all bags begin with the same embeddings
             tables = []
@@ -137,6 +137,12 @@ class Network(nn.Module):
                 table[[UNSEEN, MISSING]] = 0
                 tables.append(nn.Parameter(table))
             self.tables = nn.ParameterList(tables)
+
+    @property
+    def masked_layers(self) -> list[MaskedLinear]:
+        """Of the experts, the first one first."""
+        layers = self.experts.layers
+        return [layers[k] for k in range(len(layers))]
 
     @staticmethod
     @torch.no_grad()
@@ -246,12 +252,12 @@ class _Bag:
     def losses(self, samples: Samples, kind: str) -> Tensor:
         """Of the average's expert that sees all, on each row: ``(rows,)``, float64."""
         top = top_expert(self.network.experts.family)
-        answer = self.average.module(samples.codes)[:, top].double()
+        answer: Tensor = self.average.module(samples.codes)[:, top].double()
         if kind == "multiclass":
             return functional.cross_entropy(answer, samples.target, reduction="none")
         target = samples.target.double()
         if kind == "regression":
-            return (answer - target) ** 2
+            return (answer - target).square()
         return functional.binary_cross_entropy_with_logits(2 * answer, target, reduction="none")
 
     def state(self) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def test_contributions_are_those_of_the_closed_form():
     frame["k"] = random.choice(["u", "v"], rows)
     k = np.where(frame.k == "u", 1.0, -1.0)
     y = 2 * np.sin(frame.a) + frame.b * frame.c + k + 0.1 * random.normal(size=rows)
-    model = InterpretableRegressor(n_bags=2, units=16, learning_rate=0.02, random_state=0)
+    model = InterpretableRegressor(n_bags=2, units=16, learning_rate=0.01, random_state=0)
     found = model.fit(frame, y).explain(frame)
     half = frame.b * frame.c / 2
     truth = np.column_stack([2 * np.sin(frame.a), half, half, k])

@@ -7,11 +7,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from maskmoe_kernels.layout.aligned import Inner
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.linear import MaskedLinear
-from maskmoe_kernels.ops.masked_linear.api import masked_linear
+from maskmoe_kernels.ops.dispatch import LayoutHandle
+from maskmoe_kernels.ops.masked_linear.api import masked_linear, traced_masked_linear
 
 
 class ConvertedLinear(MaskedLinear):
@@ -39,7 +41,7 @@ class ConvertedLinear(MaskedLinear):
     """
 
     original: tuple[nn.Module]
-    inner: Inner | None
+    inner: Inner | None = None
 
     @classmethod
     def of(
@@ -84,11 +86,27 @@ class ConvertedLinear(MaskedLinear):
         Returns:
             ``(*, out_features)``, in the order that ``inner`` writes.
         """
-        layout, order = self.layout, self.layout.row_order
         bias: Tensor | None = self.bias
-        if bias is not None and order is not None and inner.writes is not None:
-            bias = bias.index_select(0, layout.table("row_order", bias.device, order.clone))
+        if bias is not None and self._order is not None:
+            bias = bias.index_select(0, self._order)
+        if is_dynamo_compiling():
+            return traced_masked_linear(
+                x, self.weight, bias, self._inner, lambda: inner.layout, activation, self.backend
+            )
         return masked_linear(x, self.weight, bias, inner.layout, activation, self.backend)
+
+    def _make_handle(self) -> None:
+        super()._make_handle()
+        # As the handle, these exist before the first call, for torch.compile.
+        inner, order, device = self.inner, self.layout.row_order, self.weight.device
+        self._inner: Any = None if inner is None else LayoutHandle.of(inner.layout, device)
+        self._order: Tensor | None = None
+        if inner is not None and inner.writes is not None and order is not None:
+            self._order = self.layout.table("row_order", device, order.clone)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in ("_inner", "_order")}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedLinear:
         original = self.original[0]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import foreign_format, transformed
+from maskmoe_kernels._compat import foreign_format, is_exporting, transformed
 from maskmoe_kernels.layout.aligned import Place
 from maskmoe_kernels.nn.converted import ConvertedLinear
 from maskmoe_kernels.nn.interception import (
@@ -228,8 +228,8 @@ def _runs_within(steps: list[Step] | None, x: Any) -> bool:
     """Can the layers hand on what they compute from ``x``, with nobody to notice?"""
     if (
         steps is None
-        or torch.compiler.is_compiling()
         or transformed()
+        or is_exporting()
         or foreign_format() is not None
         or not isinstance(x, Tensor)
         or type(x) not in PLAIN

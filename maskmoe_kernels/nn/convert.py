@@ -50,10 +50,16 @@ class ConversionRecord:
 
 
 class ConversionReport(Sequence[ConversionRecord]):
-    """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each."""
+    """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each.
 
-    def __init__(self, records: Iterable[ConversionRecord]) -> None:
+    Attributes:
+        networks: Names of the networks whose layers hand their units on as they lie, without the
+            activation as a step of its own; ``""`` is the model itself. See :func:`convert_`.
+    """
+
+    def __init__(self, records: Iterable[ConversionRecord], networks: Iterable[str] = ()) -> None:
         self.records = tuple(records)
+        self.networks = tuple(networks)
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
@@ -72,6 +78,9 @@ class ConversionReport(Sequence[ConversionRecord]):
         for r in self.records:
             what = "converted" if r.converted else f"kept: {r.reason}"
             lines.append(f"  {r.name:<{width}}  {r.kind:<6}  density {r.density:.2f}  {what}")
+        if self.networks:
+            names = ", ".join(name or "the model" for name in self.networks)
+            lines.append(f"activations run within the layers of {names}")
         return "\n".join(lines)
 
 
@@ -90,6 +99,14 @@ def convert_(
     installed. Outputs and gradients stay the same up to rounding; as before, the gradient flows
     back through every weight that the mask leaves. What is shared, what state dicts hold, and what
     becomes of optimizers: see :class:`ConvertedLinear`.
+
+    *Networks*: where all layers of a zuko ``MaskedMLP`` (or any ``nn.Sequential`` of such layers
+    and activations), of pyro's ``(Conditional)AutoRegressiveNN`` or of nflows' residual ``MADE``
+    are replaced, and its activation is one of :func:`masked_linear`'s, units pass from layer to
+    layer in the order of their blocks, and activations are computed with the products. The network
+    stays the same object; its class becomes a subclass of the one that it had
+    (``ConvertedMaskedMLP``, say). If a hook wants to see a layer or an activation, or one was
+    changed, the layers are called one by one, as before.
 
     Args:
         model: Changed in place. Layers that are referred to from outside of it are not replaced
@@ -113,17 +130,17 @@ def convert_(
         check_integer("batch", batch, 1)
     check_kind(bool, force=force)
     check_backend(backend)
-    records, made, handing_on = _planned(model, batch, force, backend)
+    records, made, first_layers = _planned(model, batch, force, backend)
     replacements = [
         Replacement(old.weight, new.weight, new.layout.pack)  # type: ignore[arg-type]
         for old, new in made.items()
     ]
     held = check_optimizers(optimizers, [one.old for one in replacements], "convert_")
     _replace_children(model, made)
-    for network, first in handing_on.items():
-        _hand_on(network, made[first])
+    handing_on = {n for n, first in first_layers.items() if _hand_on(n, made[first])}
     carry_over(held, replacements)
-    return ConversionReport(records)
+    names = [name for name, module in model.named_modules() if module in handing_on]
+    return ConversionReport(records, names)
 
 
 def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> list[str]:
@@ -131,7 +148,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
 
     Weights that the mask leaves out are as they were. The layers follow the model: they have its
     device, dtype, training mode and ``requires_grad``. The weight is the parameter that it was
-    before ``convert_``.
+    before ``convert_``. Networks have their class again.
 
     Args:
         model: Changed in place.
@@ -171,11 +188,11 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
 
 
 class _Plan(NamedTuple):
-    """What is to become of a model: its layers, and the networks that will hand units on."""
+    """What is to become of a model."""
 
     records: list[ConversionRecord]
     made: dict[nn.Module, ConvertedLinear]
-    handing_on: dict[nn.Module, nn.Module]  # network to its first layer
+    first_layers: dict[nn.Module, nn.Module]  # of each network that is to hand units on
 
 
 def _planned(model: nn.Module, batch: int | None, force: bool, backend: str | None) -> _Plan:
@@ -202,8 +219,8 @@ def _planned(model: nn.Module, batch: int | None, force: bool, backend: str | No
             if reason is None:
                 made[module] = new
         records.append(ConversionRecord(name, kind, reason is None, reason, _density(module)))
-    handing_on = {n: of[0] for n, of in members.items() if all(m in made for m in of)}
-    return _Plan(records, made, handing_on)
+    whole = {n: of[0] for n, of in members.items() if all(m in made for m in of)}
+    return _Plan(records, made, whole)
 
 
 def _networks(
@@ -236,8 +253,8 @@ def _network_gains(
 
 
 @torch.no_grad()
-def _hand_on(network: nn.Module, first: ConvertedLinear) -> None:
-    """Have ``network`` hand units on, if it then computes the same on a small batch."""
+def _hand_on(network: nn.Module, first: ConvertedLinear) -> bool:
+    """Have ``network`` hand units on, if it then computes the same on a small batch. Does it?"""
     hand_on_(network)
     x = _small_batch(first.in_features, first.weight)
     with torch.autocast(x.device.type, enabled=False):
@@ -247,7 +264,8 @@ def _hand_on(network: nn.Module, first: ConvertedLinear) -> None:
         size = tolerance * float(wanted.abs().nan_to_num(0, 0, 0).max())
         if not torch.allclose(y, wanted, tolerance, size, equal_nan=True):
             hand_back_(network)  # another version of the package
-            return
+            return False
+    return True
 
 
 def _check_model(model: nn.Module, function: str) -> None:

@@ -359,6 +359,21 @@ def test_state_dicts_are_those_of_the_layers(name):
     assert torch.equal(other(batch()), ours(batch()))
 
 
+def test_the_report_names_the_networks():
+    theirs = nn.ModuleDict({"one": _zuko(), "other": _zuko(activation=nn.ELU)})
+    report = mk.convert_(theirs, force=True)
+    assert report.networks == ("one",)
+    assert repr(report).endswith("\nactivations run within the layers of one")
+    assert type(theirs["one"]).__name__ == "ConvertedMaskedMLP"
+    alone = _zuko()
+    report = mk.convert_(alone, force=True)
+    assert report.networks == ("",)
+    assert repr(report).endswith("within the layers of the model")
+    assert mk.convert_(_zuko(activation=nn.ELU), force=True).networks == ()
+    mk.revert_(alone)
+    assert type(alone) is type(_zuko())
+
+
 # --- Which networks ------------------------------------------------------------------------
 
 

@@ -90,12 +90,12 @@ class _ConvertedSequential(_Network):
             return None
         return _chain(modules[::2], [*modules[1::2], None])
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, input: Any) -> Any:
         """As the original's."""
         steps = self.steps(self)
-        if len(inputs) != 1 or not _runs_within(steps, inputs[0]):
-            return super().forward(*inputs)
-        return _run_chain(steps, inputs[0])  # type: ignore[arg-type]
+        if not _runs_within(steps, input):
+            return super().forward(input)
+        return _run_chain(steps, input)  # type: ignore[arg-type]
 
 
 class _ConvertedARN(_Network):

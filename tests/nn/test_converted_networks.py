@@ -296,6 +296,28 @@ def test_transforms_and_autocast(name):
     torch.testing.assert_close(other, one, rtol=5e-2, atol=5e-2)
 
 
+def test_traces_for_others_are_of_the_layers(within):
+    theirs, ours = made("zuko")
+    within.clear()
+    x = batch()
+    exported = torch.export.export(ours, (x,)).module()
+    scripted = torch.jit.trace(ours, x, check_trace=False)
+    assert within == []
+    for model in (exported, scripted):
+        torch.testing.assert_close(model(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def test_other_tensors_in_place_of_the_parameters(within):
+    theirs, ours = made("pyro")
+    within.clear()
+    doubled = {name: 2 * p.detach() for name, p in ours.named_parameters()}
+    y = torch.func.functional_call(ours, doubled, (batch(),))
+    assert within
+    for p in theirs.parameters():
+        p.data *= 2
+    torch.testing.assert_close(y, theirs(batch()), rtol=1e-4, atol=1e-5)
+
+
 def test_the_second_derivative_is_refused():
     _, ours = made("zuko")
     x = batch().requires_grad_()

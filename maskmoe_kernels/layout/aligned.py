@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,28 +54,32 @@ class Aligned(NamedTuple):
 def aligned_layouts(masks: Sequence[Tensor], places: Sequence[Place]) -> list[Aligned] | None:
     """Layouts of ``masks``, ``(out, in)`` each, whose blocks agree on each width but 0.
 
-    The first layer that writes a width decides on its order. ``None``: that order would cut the
-    blocks of another layer to pieces.
+    The first layer that writes a width decides on its order; the others, on that of units which are
+    equal to it. ``None``: an order would cut the blocks of another layer to pieces.
 
     Args:
         masks: Of the layers, in the order in which they run.
         places: Of each layer.
     """
-    orders: dict[int, Tensor] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # who converts says what does not gain
+        layouts = [BlockLayout.from_mask(mask.detach()) for mask in masks]
+    blocks: dict[int, list[Tensor]] = {}
+    for layout, place in zip(layouts, places, strict=True):
+        blocks.setdefault(place.reads, []).append(_block_of(layout.col_sizes, layout.col_order))
+        blocks.setdefault(place.writes, []).append(_block_of(layout.row_sizes, layout.row_order))
+    orders = {
+        width: torch.from_numpy(np.lexsort([block.numpy() for block in reversed(of)]))
+        for width, of in blocks.items()
+        if width
+    }
     aligned = []
-    for mask, place in zip(masks, places, strict=True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # who converts says what does not gain
-            layout = BlockLayout.from_mask(mask.detach())
-        found: BlockLayout | None = layout
-        if place.reads:
-            found = _with_columns(layout, orders[place.reads])
-        if place.writes in orders and found is not None:
+    for layout, place in zip(layouts, places, strict=True):
+        found = _with_columns(layout, orders[place.reads]) if place.reads else layout
+        if place.writes and found is not None:
             found = _with_rows(found, orders[place.writes])
         if found is None:
             return None
-        if place.writes:
-            orders.setdefault(place.writes, _order(found.row_order, found.out_features))
         aligned.append(Aligned(found, _inner(found, place)))
     return aligned
 
@@ -133,12 +138,16 @@ def _runs(
     sizes: Sequence[int], own: Tensor | None, order: Tensor
 ) -> tuple[Tensor, list[int]] | None:
     """The block of each run of equal neighbours in ``order``, and the lengths of the runs."""
-    in_block_order = torch.arange(len(sizes), device="cpu").repeat_interleave(
-        torch.tensor(sizes, device="cpu")
-    )
-    block_of = in_block_order.new_empty(len(order))
-    block_of[_order(own, len(order))] = in_block_order
-    classes, lengths = block_of[order].unique_consecutive(return_counts=True)
-    if len(classes) > MOST_RUNS * len(sizes):
+    runs, lengths = _block_of(sizes, own)[order].unique_consecutive(return_counts=True)
+    if len(runs) > MOST_RUNS * len(sizes):
         return None
-    return classes, lengths.tolist()
+    return runs, lengths.tolist()
+
+
+def _block_of(sizes: Sequence[int], order: Tensor | None) -> Tensor:
+    """The block of each unit."""
+    blocks = torch.arange(len(sizes), device="cpu")
+    in_order = blocks.repeat_interleave(torch.tensor(sizes, device="cpu"))
+    block_of = torch.empty_like(in_order)
+    block_of[_order(order, len(in_order))] = in_order
+    return block_of

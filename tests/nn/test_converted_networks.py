@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from torch import nn
 from torch.nn.utils import prune
 
 import maskmoe_kernels as mk
-from maskmoe_kernels.layout.aligned import Place, aligned_layouts
 from maskmoe_kernels.nn.converted_networks import _Network
 from maskmoe_kernels.testing import assert_blind
 
@@ -55,6 +53,7 @@ NETWORKS = {
     "pyro, many parameters": lambda: PyroNet(param_dims=[2, 1], nonlinearity=nn.LeakyReLU()),
 }
 each_network = pytest.mark.parametrize("name", NETWORKS)
+each_package = pytest.mark.parametrize("name", ["zuko", "nflows", "pyro"])
 
 
 def made(name):
@@ -129,7 +128,7 @@ def test_layers_share_orders_that_a_layer_alone_would_undo():
     assert last.inner.layout.col_order is None
 
 
-@each_network
+@each_package
 def test_unseen_features_change_no_bit(name):
     theirs, ours = made(name)
     x = batch().requires_grad_()
@@ -144,7 +143,7 @@ def test_unseen_features_change_no_bit(name):
     assert_blind(ours, x.detach(), visible)
 
 
-@each_network
+@each_package
 def test_the_same_result_twice(name):
     _, ours = made(name)
     x = batch()
@@ -152,7 +151,7 @@ def test_the_same_result_twice(name):
     assert torch.equal(ours(x), copy.deepcopy(ours)(x))
 
 
-@each_network
+@each_package
 def test_any_shape(name):
     theirs, ours = made(name)
     same(theirs, ours, batch(1))
@@ -284,7 +283,7 @@ def test_a_context_is_added_as_before(within):
     assert within
 
 
-@each_network
+@each_package
 def test_transforms_and_autocast(name):
     theirs, ours = made(name)
     x = batch()
@@ -326,7 +325,7 @@ def test_the_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["zuko", "nflows", "pyro"])
+@pytest.mark.parametrize("name", ["zuko", "nflows"])
 def test_compiled(name):
     theirs, ours = made(name)
     x = batch()
@@ -463,38 +462,3 @@ def test_a_layer_alone_is_converted_by_itself():
     assert [r.converted for r in report] == [True, False, True]
     assert not handing_on(ours)
     same(theirs[0], ours[0], batch())
-
-
-# --- Aligned layouts -----------------------------------------------------------------------
-
-
-def test_aligned_layouts_have_their_masks():
-    generator = torch.Generator().manual_seed(0)
-    degrees = [torch.randint(1, 7, (n,), generator=generator) for n in (7, 40, 30, 12)]
-    masks = [b[:, None] >= a for a, b in pairwise(degrees)]
-    places = [Place(0, 1), Place(1, 2), Place(2, 0)]
-    aligned = aligned_layouts(masks, places)
-    for (layout, inner), mask in zip(aligned, masks, strict=True):
-        assert torch.equal(layout.mask(), mask)
-        assert inner.layout.num_weights == layout.num_weights
-        weight = torch.randn(layout.num_weights)
-        rows, cols = (
-            torch.arange(n) if order is None else order
-            for order, n in (
-                (layout.row_order if inner.writes else None, mask.shape[0]),
-                (layout.col_order if inner.reads else None, mask.shape[1]),
-            )
-        )
-        assert torch.equal(inner.layout.unpack(weight), layout.unpack(weight)[rows][:, cols])
-    names = [(inner.reads, inner.writes) for _, inner in aligned]
-    assert names[0][0] is names[-1][1] is None
-    assert names[0][1] == names[1][0]
-    assert names[1][1] == names[2][0]
-
-
-def test_an_order_that_scatters_equal_features_is_not_taken():
-    order = torch.arange(60)
-    first = (order % 3)[:, None] >= torch.arange(3)
-    second = torch.arange(2)[:, None] >= order % 2
-    assert aligned_layouts([first, second], [Place(0, 1), Place(1, 0)]) is None
-    assert aligned_layouts([first, second], [Place(0, 0), Place(0, 0)]) is not None

@@ -5,7 +5,7 @@ and the next layer puts them into the order of its blocks. A network whose ``for
 do nothing else with them can leave that out. ``convert_`` then makes its class a subclass of the
 one that it had, as ``torch.nn.utils.parametrize`` does: the module stays the same object, with the
 same submodules and hooks. At each call it looks whether anything sees or changes the call of a
-layer or of an activation (a hook, another layer in its place, torch.compile, ...); if so, the
+layer or of an activation (a hook, another layer in its place, a trace for others, ...); if so, the
 ``forward`` that it had runs, on the layers as they are.
 """
 
@@ -36,6 +36,8 @@ _LAYER_FORWARD = ConvertedLinear.forward
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
     torch.relu: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.gelu: "gelu",
     torch.tanh: "tanh",
     F.silu: "silu",
 }
@@ -67,13 +69,21 @@ class _Network(nn.Module):
     """The first base of a converted network's class; the second is the class that it had."""
 
     origin: type[nn.Module]
-    #: The method that it replaces.
+    #: The name of the method that it replaces, and that method.
     replaces = "forward"
+    replaced: Any
 
     @staticmethod
     def steps(network: Any) -> list[Step] | None:
         """The layers of a network, in the order in which they run; ``None``: it is no such one."""
         raise NotImplementedError
+
+    def _steps_of(self, x: Any) -> list[Step] | None:
+        """The steps, if layers can hand on what they compute from ``x``, with nobody to notice."""
+        if getattr(self.origin, self.replaces) is not self.replaced:
+            return None
+        steps = self.steps(self)
+        return steps if steps is not None and _runs_within(steps, x) else None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         state = self.__getstate__()  # type: ignore[no-untyped-call]
@@ -92,10 +102,8 @@ class _ConvertedSequential(_Network):
 
     def forward(self, input: Any) -> Any:
         """As the original's."""
-        steps = self.steps(self)
-        if not _runs_within(steps, input):
-            return super().forward(input)
-        return _run_chain(steps, input)  # type: ignore[arg-type]
+        steps = self._steps_of(input)
+        return super().forward(input) if steps is None else _run_chain(steps, input)
 
 
 class _ConvertedARN(_Network):
@@ -110,10 +118,10 @@ class _ConvertedARN(_Network):
 
     def _forward(self, x: Any) -> Any:
         this: Any = self
-        steps = self.steps(self)
-        if not _runs_within(steps, x):
+        steps = self._steps_of(x)
+        if steps is None:
             return super()._forward(x)  # type: ignore[misc]
-        h = _run_chain(steps, x)  # type: ignore[arg-type]
+        h = _run_chain(steps, x)
         if this.skip_layer is not None:
             h = h + this.skip_layer(x)
         if this.output_multiplier == 1:
@@ -145,15 +153,14 @@ class _ConvertedMADE(_Network):
 
     def forward(self, inputs: Any, context: Any = None) -> Any:
         """As the original's."""
-        steps = None if context is not None else self.steps(self)
-        if not _runs_within(steps, inputs):
+        steps = None if context is not None else self._steps_of(inputs)
+        if steps is None:
             return super().forward(inputs, context)
-        layers = iter(steps)  # type: ignore[arg-type]
-        h = _run(next(layers), inputs)
-        for block in self.blocks:  # type: ignore[union-attr]
-            within = _run(next(layers), block.activation(h))
-            h = h + _run(next(layers), within)
-        return _run(next(layers), h)
+        first, *inside, last = steps
+        h = _run(first, inputs)
+        for one, other in zip(inside[::2], inside[1::2], strict=True):
+            h = h + _run(other, _run(one, one.activation(h)))
+        return _run(last, h)
 
 
 def _does_more(block: Any) -> bool:
@@ -224,11 +231,9 @@ def _chain(layers: Sequence[nn.Module], activations: Sequence[Any]) -> list[Step
     ]
 
 
-def _runs_within(steps: list[Step] | None, x: Any) -> bool:
-    """Can the layers hand on what they compute from ``x``, with nobody to notice?"""
+def _runs_within(steps: list[Step], x: Any) -> bool:
     if (
-        steps is None
-        or transformed()
+        transformed()
         or is_exporting()
         or foreign_format() is not None
         or not isinstance(x, Tensor)
@@ -302,12 +307,21 @@ def _kind_of(cls: Any) -> type[_Network] | None:
     return None
 
 
-@cache
 def _class_of(cls: Any) -> Any:
     """The class of networks of class ``cls`` that hand units on."""
-    names = {"origin": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     kind: Any = _kind_of(cls)
-    return type(f"Converted{cls.__name__}", (kind, cls), names)
+    return _made_class(cls, kind, getattr(cls, kind.replaces))
+
+
+@cache
+def _made_class(cls: Any, kind: Any, replaced: Any) -> Any:
+    own = {
+        "origin": cls,
+        "replaced": staticmethod(replaced),
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+    }
+    return type(f"Converted{cls.__name__}", (kind, cls), own)
 
 
 def _made_again(origin: Any) -> Any:

@@ -325,12 +325,23 @@ def test_the_second_derivative_is_refused():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["zuko", "nflows"])
-def test_compiled(name):
+@pytest.mark.parametrize(("name", "left"), [("zuko", 0), ("nflows", 2)])
+def test_compiled(name, left):
+    """Of nflows' activations, those of what blocks add to are no layer's."""
     theirs, ours = made(name)
     x = batch()
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-4, atol=1e-5)
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for _ in range(2):  # another network of the same shape takes the same graph
+        compiled = torch.compile(ours, fullgraph=True, backend=backend)
+        torch.testing.assert_close(compiled(x), theirs(x), rtol=1e-4, atol=1e-5)
+        ours = copy.deepcopy(ours)
+    (graph,) = graphs
+    assert sum(node.target is F.relu for node in graph.graph.nodes) == left
 
 
 # --- Copies, files, and back ---------------------------------------------------------------
@@ -442,6 +453,23 @@ def test_another_version_of_a_package_is_left_alone(monkeypatch):
     theirs, ours = made("nflows")
     assert not handing_on(ours)
     same(theirs, ours, batch())
+
+
+@each_package
+def test_a_forward_that_is_replaced_later_is_called(name, monkeypatch, within):
+    _, ours = made(name)
+    within.clear()
+    (network,) = handing_on(ours)
+    origin = next(c for c in network.origin.__mro__ if network.replaces in vars(c))
+    before = getattr(origin, network.replaces)
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(origin, network.replaces, lambda *a: [seen.append(1), before(*a)][1])
+        ours(batch())
+    assert seen
+    assert within == []
+    ours(batch())
+    assert within
 
 
 def test_a_layer_that_two_networks_share():

@@ -12,6 +12,7 @@ from torch.nn.utils import prune
 import maskmoe_kernels as mk
 from maskmoe_kernels.nn.converted_networks import _Network
 from maskmoe_kernels.testing import assert_blind
+from tests.nn.test_interception import GLOBAL, NEVER, ON_A_LAYER, ON_A_MODULE, recorder
 
 FEATURES = 6
 
@@ -198,6 +199,44 @@ def test_a_hook_sees_what_it_saw(name, everywhere, within):
     within.clear()
     same(theirs, ours, batch())
     assert within
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ON_A_LAYER if kind not in NEVER])
+def test_whoever_looks_at_a_layer_is_called(kind, within):
+    _, ours = made("zuko")
+    within.clear()
+    log = []
+    ON_A_LAYER[kind](ours[2], log)
+    ours(batch().requires_grad_()).sum().backward()
+    assert log
+    of_parameter = kind in ("hook of a parameter", "hook after accumulation")
+    assert (within == []) != of_parameter  # it sees the gradient wherever that comes from
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ON_A_MODULE if kind not in NEVER])
+def test_whoever_looks_at_an_activation_is_called(kind, within):
+    _, ours = made("zuko")
+    within.clear()
+    log = []
+    ON_A_MODULE[kind](ours[1], log)
+    ours(batch().requires_grad_()).sum().backward()
+    assert log
+    assert within == []
+
+
+@pytest.mark.parametrize("register", GLOBAL)
+def test_whoever_looks_at_all_modules_is_called(register, within):
+    _, ours = made("zuko")
+    within.clear()
+    log = []
+    handle = getattr(nn.modules.module, register)(recorder(log))
+    try:
+        ours(batch().requires_grad_()).sum().backward()
+    finally:
+        handle.remove()
+        nn.modules.module._global_is_full_backward_hook = None
+    assert len(log) >= len([*ours.modules()])
+    assert within == []
 
 
 def _swap(model):

@@ -33,7 +33,7 @@ class DensePrices(NamedTuple):
     product: float  # a row and weight, absent ones included
     copy: float  # a row and feature or unit
     mask: float  # a weight, absent ones included: multiplied by its mask
-    activation: float  # a row and unit, of a network's, that ours apply on the way
+    activation: float  # a row and hidden unit of a network, at least: ours apply it on the way
 
 
 class OurPrices(NamedTuple):

@@ -290,6 +290,13 @@ def _add_flows(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             help=f"{text} (default: {' '.join(map(str, default))})")  # fmt: skip
     add("--rounds", type=_positive, default=grid.rounds, metavar="N", help="default: %(default)s")
     add("--budget", type=_seconds, default=grid.budget, metavar="S", help="seconds a case")
+    add(
+        "--longest",
+        type=_seconds,
+        default=grid.longest,
+        metavar="S",
+        help="seconds; cases whose call takes longer are left out (default: %(default)s)",
+    )
     add("--compile", action="store_true", help="both through torch.compile: a minute a case")
     add("--force", action="store_true", help="replace layers that do not gain, too")
     add("--smoke", action="store_true", help="tiny: does it run?")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def _schedule(arguments: argparse.Namespace) -> training.Schedule:
 
 
 def _flows(arguments: argparse.Namespace, console: Console) -> int:
-    names = ("networks", "features", "hidden", "batch", "rounds", "budget", "compile", "force")
+    names = [field.name for field in fields(flows.Grid)]
     given = {name: getattr(arguments, name) for name in names}
     document = flows.run(
         flows.SMOKE if arguments.smoke else flows.Grid(**given), arguments.out, console

@@ -4,6 +4,10 @@ Both models of a case are in one process, with the same weights; rounds are inte
 is the log-likelihood of a batch without a graph, *step* the gradients of its mean. With one thread,
 times are the process's own, whatever else the machine does. Where no layer was replaced, nothing is
 measured.
+
+*Bound* is how many times as fast a phase would be if each replaced layer took the share of its time
+that its mask leaves of its weights, and all else (the transforms, activations, the loss) as long as
+before: the layers before ``convert_`` are timed alone, too.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ from maskmoe_kernels.experiments.shared.report import write_json
 
 FILE = "flows.json"
 TRANSFORMS = 3
-BEFORE, AFTER = "before", "after"
+BEFORE, AFTER, LAYERS = "before", "after", "layers before"
+PHASES = ("forward", "step")
 LogLikelihood = Callable[[nn.Module, Tensor], Tensor]
 
 
@@ -136,20 +141,64 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
     record = case | {"compiled": grid.compile, "converted": f"{count}/{len(report)}"}
     record["difference"] = _difference(before, after, log_likelihood, x)
     models = {BEFORE: before, AFTER: after}
+    if grid.compile:
+        torch.compiler.reset()  # or dynamo gives up after the first cases
     calls = {
         (phase, name): _call(model, log_likelihood, x, phase, grid.compile)
-        for phase in ("forward", "step")
+        for phase in PHASES
         for name, model in models.items()
     }
+    replaced = {before.get_submodule(r.name): r.density for r in report if r.converted}
+    if not grid.compile:
+        calls |= _layers_alone([*replaced], lambda: log_likelihood(before, x))
     samples = _sample(calls, grid)
     if samples is None:
         return record | {"unavailable": f"a call takes more than {grid.longest:g} s"}
-    for phase in ("forward", "step"):
+    for phase in PHASES:
         times = {name: quartiles(samples[phase, name]) for name in models}
         record[phase] = {
             f"{name}_ms": [1e3 * quartile for quartile in times[name]] for name in models
         } | {"times_as_fast": times[BEFORE][1] / times[AFTER][1]}
+        if (phase, LAYERS) in samples:
+            saved = _absent(replaced) * quartiles(samples[phase, LAYERS])[1]
+            record[phase]["bound"] = times[BEFORE][1] / (times[BEFORE][1] - saved)
     return record
+
+
+def _absent(density_of: dict[nn.Module, float]) -> float:
+    """The share of all weights that the masks leave out."""
+    sizes = {layer: layer.weight.numel() for layer in density_of}  # type: ignore[union-attr, operator]
+    present = sum(density_of[layer] * size for layer, size in sizes.items())
+    return 1 - present / sum(sizes.values())
+
+
+def _layers_alone(
+    layers: Sequence[nn.Module], run_model: Callable[[], object]
+) -> dict[tuple[str, str], Callable[[], object]]:
+    """Both phases of ``layers``, on what they are given in the model, and of nothing else."""
+    given: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        x = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
+        given.append((layer, x, torch.randn_like(y)))
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    run_model()
+    for handle in handles:
+        handle.remove()
+
+    def forward() -> None:
+        with torch.no_grad():
+            for layer, x, _ in given:
+                layer(x)
+
+    def step() -> None:
+        for layer, x, grad_y in given:
+            for tensor in (x, *layer.parameters()):
+                tensor.grad = None
+            layer(x).backward(grad_y)
+
+    return {("forward", LAYERS): forward, ("step", LAYERS): step}
 
 
 def _difference(
@@ -232,8 +281,10 @@ def _in_words(record: dict[str, Any]) -> tuple[str, dict[str, str]]:
     fields = {name: str(record[name]) for name in ("features", "hidden", "batch")}
     if "unavailable" in record:
         return record["network"], fields | {"not measured:": record["unavailable"]}
-    for phase in ("forward", "step"):
+    for phase in PHASES:
         fields[phase] = f"{record[phase]['times_as_fast']:.2f}x as fast"
+        if "bound" in record[phase]:
+            fields[phase] += f" (bound {record[phase]['bound']:.2f})"
     return record["network"], fields | {"converted": record["converted"]}
 
 

@@ -4,10 +4,10 @@ from maskmoe_kernels.nn.attention import MaskedMultiheadAttention
 from maskmoe_kernels.nn.convert import (
     ConversionRecord,
     ConversionReport,
-    ConvertedLinear,
     convert_,
     revert_,
 )
+from maskmoe_kernels.nn.converted import ConvertedLinear
 from maskmoe_kernels.nn.embedding import ContentEncoder, table_of
 from maskmoe_kernels.nn.gru import MaskedGRU, MaskedGRUCell
 from maskmoe_kernels.nn.linear import MaskedLinear

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from maskmoe_kernels.errors import BackendError
+from maskmoe_kernels.layout.aligned import Aligned, aligned_layouts
 from maskmoe_kernels.layout.arguments import check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
+from maskmoe_kernels.nn.converted import ConvertedLinear
+from maskmoe_kernels.nn.converted_networks import as_before, hand_back_, hand_on_, networks
 from maskmoe_kernels.nn.foreign import ForeignLayer, foreign_layers, why_not_plain
 from maskmoe_kernels.nn.gain import why_no_gain
 from maskmoe_kernels.nn.interception import interceptor_of_instance
-from maskmoe_kernels.nn.linear import MaskedLinear
 from maskmoe_kernels.nn.optimizers import Replacement, carry_over, check_optimizers
 from maskmoe_kernels.ops.dispatch import check_backend
 
@@ -48,10 +50,16 @@ class ConversionRecord:
 
 
 class ConversionReport(Sequence[ConversionRecord]):
-    """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each."""
+    """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each.
 
-    def __init__(self, records: Iterable[ConversionRecord]) -> None:
+    Attributes:
+        networks: Names of the networks whose layers hand their units on as they lie, without the
+            activation as a step of its own; ``""`` is the model itself. See :func:`convert_`.
+    """
+
+    def __init__(self, records: Iterable[ConversionRecord], networks: Iterable[str] = ()) -> None:
         self.records = tuple(records)
+        self.networks = tuple(networks)
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
@@ -70,85 +78,10 @@ class ConversionReport(Sequence[ConversionRecord]):
         for r in self.records:
             what = "converted" if r.converted else f"kept: {r.reason}"
             lines.append(f"  {r.name:<{width}}  {r.kind:<6}  density {r.density:.2f}  {what}")
+        if self.networks:
+            names = ", ".join(name or "the model" for name in self.networks)
+            lines.append(f"activations run within the layers of {names}")
         return "\n".join(lines)
-
-
-class ConvertedLinear(MaskedLinear):
-    """A :class:`MaskedLinear` in the place of another package's layer, which it keeps aside.
-
-    *The function* is the same, but that a NaN or infinity in an input or weight that the mask
-    leaves out no longer reaches a unit. The second derivative needs ``backend="reference"``, which
-    is slow.
-
-    *What is shared*: the bias is the same parameter. ``weight`` holds copies of the visible
-    weights, packed; the dense weight stays aside with the rest of the original layer, for
-    :func:`revert_`. ``.grad``, ``requires_grad`` and the training mode are carried over.
-
-    *State dicts* have the same names ``weight`` (packed, ``(num_weights,)``) and ``bias``; ``mask``
-    and ``degrees`` are gone, ``_extra_state`` says how the weight is packed. Checkpoints of the
-    original model load, except for weights that the mask leaves out. To save one that the original
-    model can load, call :func:`revert_` first.
-
-    *Optimizers* that hold a replaced weight have to be passed to ``convert_`` and ``revert_``: they
-    follow, with their state. One that is created afterwards needs nothing.
-
-    Attributes:
-        original: The layer that it replaced, in a tuple, so that it is no submodule.
-    """
-
-    original: tuple[nn.Module]
-
-    @classmethod
-    def of(cls, module: nn.Module, layout: BlockLayout, backend: str | None) -> Self:
-        """What replaces ``module``; the bias is shared, visible weights are gathered."""
-        weight: Any = module.weight
-        # On "meta": no memory, and no draw from a random generator.
-        layer = cls.__new__(cls)
-        layer._build(layout, False, None, backend, "meta", None)
-        with torch.inference_mode(False):
-            layer.weight = nn.Parameter(layout.pack(weight.detach()), weight.requires_grad)
-            if weight.grad is not None:
-                layer.weight.grad = layout.pack(weight.grad.detach())
-        layer.register_parameter("bias", module._parameters["bias"])
-        layer.__dict__["original"] = (module,)
-        layer._make_handle()
-        layer.train(module.training)
-        return layer
-
-    @property
-    def mask(self) -> Tensor:
-        """The original's mask, ``(out_features, in_features)``."""
-        mask: Tensor = self.original[0].mask  # type: ignore[assignment]
-        return mask
-
-    @property
-    def degrees(self) -> Tensor:
-        """The original's degrees, ``(out_features,)``, if it is a layer of nflows."""
-        degrees: Tensor = self.original[0].degrees  # type: ignore[assignment]
-        return degrees
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ConvertedLinear:
-        original = self.original[0]
-        original._parameters["bias"] = None  # it is moved with this layer
-        original._apply(fn, recurse)
-        super()._apply(fn, recurse)
-        original._parameters["bias"] = self.bias
-        return self
-
-    @torch.no_grad()
-    def restored(self) -> nn.Module:
-        """The original with this layer's weights; those that the mask leaves out are as before."""
-        module = self.original[0]
-        dense: Any = module._parameters["weight"]
-        if dense.dtype != self.weight.dtype or dense.device != self.weight.device:
-            dense.data = dense.data.to(self.weight)  # a checkpoint was loaded with assign=True
-        index = self.layout.weight_index(dense.device)
-        values = dense.data.reshape(-1).index_copy(0, index, self.weight.detach())
-        dense.copy_(values.view(dense.shape))
-        dense.grad = None if self.weight.grad is None else self.layout.unpack(self.weight.grad)
-        dense.requires_grad_(self.weight.requires_grad)
-        module._parameters["bias"] = self._parameters["bias"]
-        return module.train(self.training)
 
 
 def convert_(
@@ -166,6 +99,14 @@ def convert_(
     installed. Outputs and gradients stay the same up to rounding; as before, the gradient flows
     back through every weight that the mask leaves. What is shared, what state dicts hold, and what
     becomes of optimizers: see :class:`ConvertedLinear`.
+
+    *Networks*: where all layers of a zuko ``MaskedMLP`` (or any ``nn.Sequential`` of such layers
+    and activations), of pyro's ``(Conditional)AutoRegressiveNN`` or of nflows' residual ``MADE``
+    are replaced, and its activation is one of :func:`masked_linear`'s, units pass from layer to
+    layer in the order of their blocks, and activations are computed with the products. The network
+    stays the same object; its class becomes a subclass of the one that it had
+    (``ConvertedMaskedMLP``, say). If a hook wants to see a layer or an activation, or one was
+    changed, the layers are called one by one, as before.
 
     Args:
         model: Changed in place. Layers that are referred to from outside of it are not replaced
@@ -189,15 +130,17 @@ def convert_(
         check_integer("batch", batch, 1)
     check_kind(bool, force=force)
     check_backend(backend)
-    records, made = _replacements(model, batch, force, backend)
+    records, made, first_layers = _planned(model, batch, force, backend)
     replacements = [
         Replacement(old.weight, new.weight, new.layout.pack)  # type: ignore[arg-type]
         for old, new in made.items()
     ]
     held = check_optimizers(optimizers, [one.old for one in replacements], "convert_")
     _replace_children(model, made)
+    handing_on = {n for n, first in first_layers.items() if _hand_on(n, made[first])}
     carry_over(held, replacements)
-    return ConversionReport(records)
+    names = [name for name, module in model.named_modules() if module in handing_on]
+    return ConversionReport(records, names)
 
 
 def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> list[str]:
@@ -205,7 +148,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
 
     Weights that the mask leaves out are as they were. The layers follow the model: they have its
     device, dtype, training mode and ``requires_grad``. The weight is the parameter that it was
-    before ``convert_``.
+    before ``convert_``. Networks have their class again.
 
     Args:
         model: Changed in place.
@@ -231,6 +174,8 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
             raise BackendError(f"cannot revert {name!r}: {reason}")
     held = check_optimizers(optimizers, [layer.weight for layer in found], "revert_")
     back = {layer: layer.restored() for layer in found}
+    for module in model.modules():
+        hand_back_(module)
     _replace_children(model, back)
     carry_over(
         held,
@@ -242,26 +187,85 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
     return list(found.values())
 
 
-def _replacements(
-    model: nn.Module, batch: int | None, force: bool, backend: str | None
-) -> tuple[list[ConversionRecord], dict[nn.Module, ConvertedLinear]]:
-    """The records of all layers, and what is to replace some of them."""
-    tied = _tied_parameters(model)
-    records: list[ConversionRecord] = []
+class _Plan(NamedTuple):
+    """What is to become of a model."""
+
+    records: list[ConversionRecord]
+    made: dict[nn.Module, ConvertedLinear]
+    first_layers: dict[nn.Module, nn.Module]  # of each network that is to hand units on
+
+
+def _planned(model: nn.Module, batch: int | None, force: bool, backend: str | None) -> _Plan:
+    layers, tied = foreign_layers(model), _tied_parameters(model)
+    reasons = {layer.module: _reason_to_keep(layer, model, tied) for layer in layers}
+    members, aligned = _networks(model, {m for m, reason in reasons.items() if reason is None})
     made: dict[nn.Module, ConvertedLinear] = {}
-    for layer in foreign_layers(model):
-        reason, layout = _reason_to_keep(layer, model, tied), None
+    gaining = {
+        module
+        for of in members.values()
+        if force or _network_gains(of, aligned, batch, backend)
+        for module in of
+    }
+    records: list[ConversionRecord] = []
+    for name, kind, module, _ in layers:
+        reason = reasons[module]
         if reason is None:
-            layout = _layout_of(layer.module)
-            reason = None if force else why_no_gain(layout, layer.module.weight, batch, backend)  # type: ignore[arg-type]
-        if reason is None and layout is not None:
-            new = ConvertedLinear.of(layer.module, layout, backend)
-            reason = _difference(layer.module, new)
+            layout, inner = aligned.get(module) or Aligned(_layout_of(module), None)
+            if not force and module not in gaining:
+                reason = why_no_gain([layout], module.weight, batch, backend)  # type: ignore[arg-type]
+        if reason is None:
+            new = ConvertedLinear.of(module, layout, backend, inner)
+            reason = _difference(module, new)
             if reason is None:
-                made[layer.module] = new
-        density = _density(layer.module)
-        records.append(ConversionRecord(layer.name, layer.kind, reason is None, reason, density))
-    return records, made
+                made[module] = new
+        records.append(ConversionRecord(name, kind, reason is None, reason, _density(module)))
+    whole = {n: of[0] for n, of in members.items() if all(m in made for m in of)}
+    return _Plan(records, made, whole)
+
+
+def _networks(
+    model: nn.Module, plain: set[nn.Module]
+) -> tuple[dict[nn.Module, list[nn.Module]], dict[nn.Module, Aligned]]:
+    """The networks of ``plain`` layers that can hand units on; and their layers' layouts."""
+    members: dict[nn.Module, list[nn.Module]] = {}
+    aligned: dict[nn.Module, Aligned] = {}
+    for network, steps in networks(model):
+        of = [step.layer for step in steps]
+        if len({*of}) < len(of) or not plain.issuperset(of) or not aligned.keys().isdisjoint(of):
+            continue
+        masks: list[Any] = [module.mask for module in of]
+        found = aligned_layouts(masks, [step.place for step in steps])
+        if found is not None:
+            members[network] = of
+            aligned.update(zip(of, found, strict=True))
+    return members, aligned
+
+
+def _network_gains(
+    of: list[nn.Module],
+    aligned: dict[nn.Module, Aligned],
+    batch: int | None,
+    backend: str | None,
+) -> bool:
+    weight: Any = of[0].weight
+    layouts = [inner.layout for _, inner in (aligned[module] for module in of) if inner is not None]
+    return why_no_gain(layouts, weight, batch, backend) is None
+
+
+@torch.no_grad()
+def _hand_on(network: nn.Module, first: ConvertedLinear) -> bool:
+    """Have ``network`` hand units on, if it then computes the same on a small batch. Does it?"""
+    hand_on_(network)
+    x = _small_batch(first.in_features, first.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        actual, expected = as_before(network, x)
+    tolerance = torch.finfo(x.dtype).eps ** 0.5
+    for y, wanted in zip(actual, expected, strict=True):
+        size = tolerance * float(wanted.abs().nan_to_num(0, 0, 0).max())
+        if not torch.allclose(y, wanted, tolerance, size, equal_nan=True):
+            hand_back_(network)  # another version of the package
+            return False
+    return True
 
 
 def _check_model(model: nn.Module, function: str) -> None:
@@ -309,13 +313,16 @@ def _density(module: nn.Module) -> float:
     return float(mask.detach().double().mean())
 
 
+def _small_batch(features: int, like: Tensor) -> Tensor:
+    numbers = torch.arange(1, 3 * features + 1, device="cpu", dtype=torch.float64)
+    return torch.sin(numbers).view(3, -1).to(like)
+
+
 @torch.no_grad()
 def _difference(module: nn.Module, new: ConvertedLinear) -> str | None:
     """Why the two layers do not compute the same on a small batch; None if they do."""
     weight: Any = module.weight
-    count = 3 * new.in_features
-    x = torch.sin(torch.arange(1, count + 1, device="cpu", dtype=torch.float64)).view(3, -1)
-    x = x.to(weight)
+    x = _small_batch(new.in_features, weight)
     with torch.autocast(x.device.type, enabled=False):
         expected, actual = module(x), new(x)
         size = F.linear(x.abs(), weight.abs() * module.mask, None)

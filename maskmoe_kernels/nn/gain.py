@@ -7,6 +7,7 @@ masks, at 256 to 4096 rows (``python -m bench flows`` checks what follows from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ class DensePrices(NamedTuple):
     product: float  # a row and weight, absent ones included
     copy: float  # a row and feature or unit
     mask: float  # a weight, absent ones included: multiplied by its mask
+    activation: float  # a row and hidden unit of a network, at least: ours apply it on the way
 
 
 class OurPrices(NamedTuple):
@@ -46,57 +48,80 @@ class OurPrices(NamedTuple):
 
 
 # AMD EPYC (Zen 3), AVX2, float32, torch 2.13. Other processors change all prices, ratios hardly.
-FORWARD = DensePrices(21e3, 0.0230, 0.208, 1.07), OurPrices(35e3, 0.357, 0.024, 0.234, 0.235, 0.61)
-STEP = DensePrices(131e3, 0.0641, 1.51, 4.20), OurPrices(230e3, 0.349, 0.082, 0.869, 0.606, 3.61)
+FORWARD = (
+    DensePrices(21e3, 0.0230, 0.208, 1.07, 0.3),
+    OurPrices(35e3, 0.357, 0.024, 0.234, 0.235, 0.61),
+)
+STEP = (
+    DensePrices(131e3, 0.0641, 1.51, 4.20, 1.0),
+    OurPrices(230e3, 0.349, 0.082, 0.869, 0.606, 3.61),
+)
 
 
 def why_no_gain(
-    layout: BlockLayout, weight: Tensor, batch: int | None, backend: str | None
+    layouts: Sequence[BlockLayout], weight: Tensor, batch: int | None, backend: str | None
 ) -> str | None:
-    """Why a layer of this mask would not be faster as ours, in words; None if it would.
+    """Why layers of these masks would not be faster as ours, in words; None if they would.
 
     Args:
-        layout: Of the mask.
-        weight: Of the dense layer, whose device and dtype count.
+        layouts: Of one layer; or of all layers of a network that hands units on in block order.
+        weight: Of a dense layer, whose device and dtype count.
         batch: Rows; ``None``: those of ``ROWS``.
         backend: That was asked for.
     """
-    reason = unsupported_reason("masked_linear", "native", layout, (weight,))
-    if reason is None and choose("masked_linear", backend, layout, (weight,)) != "native":
-        reason = f"backend {backend!r} was asked for"
+    reason = None
+    for layout in layouts:
+        reason = reason or unsupported_reason("masked_linear", "native", layout, (weight,))
+        if reason is None and choose("masked_linear", backend, layout, (weight,)) != "native":
+            reason = f"backend {backend!r} was asked for"
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or reason is not None:
         reason = reason or f"{weight.dtype} on {weight.device}"
         return f"a gain was measured for the CPU's float32 kernels only ({reason})"
-    size = layout.in_features * layout.out_features
+    size = sum(layout.in_features * layout.out_features for layout in layouts)
     if size < LEAST_SIZE:
         return f"no gain expected: its mask has {size:,} entries, less than {LEAST_SIZE:,}"
     for rows in (batch,) if batch is not None else ROWS:
-        for phase, gain in zip(("forward", "step"), gains(layout, rows), strict=True):
+        for phase, gain in zip(("forward", "step"), gains(layouts, rows), strict=True):
             if gain < LEAST_GAIN:
                 return f"no gain expected: {gain:.2f} times as fast in {phase} at {rows} rows"
     return None
 
 
-def gains(layout: BlockLayout, rows: int) -> tuple[float, float]:
-    """How many times as fast as a masked dense layer ours should be: forward, and step."""
+def gains(layouts: BlockLayout | Sequence[BlockLayout], rows: int) -> tuple[float, float]:
+    """How many times as fast as masked dense layers ours should be: forward, and step."""
+    all_layouts = [layouts] if isinstance(layouts, BlockLayout) else layouts
+    ratios = []
+    for prices, work in ((FORWARD, _work_forward), (STEP, _work_step)):
+        costs = [_costs(layout, rows, *prices, *work(layout)) for layout in all_layouts]
+        before, after = (sum(column) for column in zip(*costs, strict=True))
+        passes = prices[0].activation * rows * sum(of.out_features for of in all_layouts[:-1])
+        ratios.append((before + passes) / after)
+    return ratios[0], ratios[1]
+
+
+def _costs(
+    layout: BlockLayout, rows: int, dense: DensePrices, ours: OurPrices, steps: int, masked: int
+) -> tuple[float, float]:
+    """Nanoseconds of a call, dense and ours."""
     size = layout.in_features * layout.out_features
     edges = layout.in_features + layout.out_features
     moved = layout.in_features * (layout.col_order is not None)
     moved += layout.out_features * (layout.row_order is not None)
+    before = dense.product * size + dense.copy * edges
+    after = ours.product * steps + ours.masked * masked + ours.copy * edges + ours.move * moved
+    return (
+        dense.call + dense.mask * size + rows * before,
+        ours.call + ours.pack * layout.num_weights + rows * after,
+    )
+
+
+def _work_forward(layout: BlockLayout) -> tuple[int, int]:
+    """Steps of panels, and those of them with a mask."""
+    return layout.panel_steps
+
+
+def _work_step(layout: BlockLayout) -> tuple[int, int]:
     walked, masked = layout.panel_steps
     transposed, _ = layout.caches.derive("transposed", lambda: transposed_layout(layout))
     walked_back, masked_back = transposed.panel_steps
-
-    def ratio(prices: tuple[DensePrices, OurPrices], steps: int, with_mask: int) -> float:
-        dense, ours = prices
-        before = dense.product * size + dense.copy * edges
-        after = ours.product * steps + ours.masked * with_mask
-        after += ours.copy * edges + ours.move * moved
-        return (dense.call + dense.mask * size + rows * before) / (
-            ours.call + ours.pack * layout.num_weights + rows * after
-        )
-
-    return (
-        ratio(FORWARD, walked, masked),
-        ratio(STEP, 2 * walked + walked_back, masked + masked_back),
-    )
+    return 2 * walked + walked_back, masked + masked_back

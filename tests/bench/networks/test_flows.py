@@ -34,6 +34,32 @@ def test_both_models_are_the_same_function(name: str, package: str) -> None:
         times = record[phase]
         ratio = times["before_ms"][1] / times["after_ms"][1]
         assert times["times_as_fast"] == pytest.approx(ratio, rel=1e-9, abs=0)
+        assert times["bound"] > 1
+
+
+def test_the_bound_counts_what_the_masks_leave_out() -> None:
+    zuko = pytest.importorskip("zuko")
+    layers = [zuko.nn.MaskedLinear(torch.rand(4, 6) < 2), zuko.nn.MaskedLinear(torch.eye(6) > 0)]
+    densities = [1.0, 1 / 6]
+    assert flows._absent(dict(zip(layers, densities, strict=True))) == pytest.approx(30 / 60)
+
+
+def test_layers_alone_get_what_the_model_gives_them() -> None:
+    zuko = pytest.importorskip("zuko")
+    flow = zuko.flows.MAF(4, 0, transforms=1, hidden_features=(8,))
+    layers = [m for m in flow.modules() if isinstance(m, zuko.nn.MaskedLinear)]
+    x = torch.randn(5, 4)
+    calls = flows._layers_alone(layers, lambda: flow().log_prob(x))
+    assert not any(layer._forward_hooks for layer in layers)
+    calls["forward", flows.LAYERS]()
+    assert all(p.grad is None for p in flow.parameters())
+    for _ in range(2):
+        calls["step", flows.LAYERS]()
+        grads = [layer.weight.grad.clone() for layer in layers]
+    calls["step", flows.LAYERS]()
+    for layer, grad in zip(layers, grads, strict=True):
+        assert torch.equal(layer.weight.grad, grad)
+        assert grad.any()
 
 
 def test_smoke(tmp_path: Path) -> None:

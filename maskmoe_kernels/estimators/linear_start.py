@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from maskmoe_kernels.estimators.tables import Array
-from maskmoe_kernels.estimators.training import Network, Samples, Split
+from maskmoe_kernels.estimators.training import Network, Samples, Split, clearly_below
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 #: Penalties of the mean loss that are tried, the largest first, and the one without held-out rows.
@@ -25,8 +25,8 @@ _BLIND_RIDGE = 1e-2
 #: Steps at each penalty, which begin at what the larger one found, at the most; they end where none
 #: would lower the penalised loss by more than this.
 _STEPS, _LITTLE = 8, 1e-5
-#: Penalties without a better loss of held-out rows, after which smaller ones are not tried.
-_PATIENCE = 2
+#: Penalties without a clearly better loss of held-out rows, after which smaller ones are not tried.
+_PATIENCE = 3
 #: An expert with more inputs starts as the constant answer: its system is too large to be solved.
 _WIDEST = 2048
 #: Rows that are looked at; fewer where there are so many answers that they would not fit.
@@ -45,8 +45,9 @@ def start_linear(
 ) -> Tensor:
     """Make every expert of every network a ridge regression (logistic for classes).
 
-    Its penalty is the one at which the rows that the bags hold out have the smallest loss, in the
-    mean over the bags. Each is solved by steps ``B <- B - (c X'X + r P)^-1 gradient``, where c
+    Its penalty is the largest one that the rows held out by the bags do not tell from the best: a
+    smaller one has to make their loss clearly smaller (by one standard error), in the mean over the
+    bags. Each is solved by steps ``B <- B - (c X'X + r P)^-1 gradient``, where c
     bounds the curvature of the loss, so that none overshoots, and P has straight lines cost less
     than other shapes.
 
@@ -84,11 +85,10 @@ def _on_some_rows(rows: int, networks: Sequence[Network], samples: Samples,
     return start_linear(networks, samples.taken(taken), fewer, kind, base)
 
 
-def _shares(rows: Tensor | None, weight: Tensor) -> Tensor:
+def _shares(rows: Tensor, weight: Tensor) -> Tensor:
     """Weights of sum 1 of some rows, and 0 of the others: ``(all rows, 1, 1)``."""
     own = torch.zeros_like(weight)
-    if rows is not None:
-        own[rows] = weight[rows]
+    own[rows] = weight[rows]
     return (own / own.sum().clamp_min(1e-30))[:, None, None]
 
 
@@ -137,8 +137,10 @@ class _Solver:
         weight = torch.ones(len(self.x)) if samples.weight is None else samples.weight
         weight = weight.to(self.x)
         self.train = [_shares(kept, weight) for kept, _ in splits]
-        self.held = [_shares(held, weight) for _, held in splits]
-        self.blind = any(held is None for _, held in splits)
+        #: Of each bag, the rows that it holds out, and their weights, which add up to 1.
+        self.held = [(held, weight[held] / weight[held].sum()) for _, held in splits
+                     if held is not None]  # fmt: skip
+        self.blind = len(self.held) < len(splits)
         # Of all rows and of a bag's, whose X'X is at most so many times as large.
         most = max(float(weight.sum() / weight[kept].sum()) for kept, _ in splits)
         with_one = torch.cat([self.x, self.x.new_ones(len(self.x), 1)], dim=1)
@@ -160,7 +162,7 @@ class _Solver:
         best_weight, best_bias = weight.clone(), bias.clone()
         active = [i for i, seen in enumerate(self.seen) if len(seen) <= _WIDEST]
         chosen, stale = torch.full((len(self.seen),), math.inf), [0] * len(self.seen)
-        best = chosen.clone()
+        best = self._held_out_losses(weight, bias)
         for ridge in [_BLIND_RIDGE] if self.blind else _RIDGES:
             batches = [self._batch(experts, ridge) for experts in self._of_like_size(active)]
             old = weight, bias
@@ -171,11 +173,14 @@ class _Solver:
                 weight, bias, gain = self._step(*further, batches, ridge)
                 if gain < _LITTLE:
                     break
-            loss = self._held_out_loss(weight, bias)
+            losses = self._held_out_losses(weight, bias)
+            better = self.blind or clearly_below(losses, best, [share for _, share in self.held])
             for i in active:
                 stale[i] += 1
-                if self.blind or loss[i] < best[i]:
-                    best[i], chosen[i], stale[i] = loss[i], ridge, 0
+                if better is True or better[i]:
+                    for kept, new in zip(best, losses, strict=True):
+                        kept[:, i] = new[:, i]
+                    chosen[i], stale[i] = ridge, 0
                     own = slice(i * self.outputs, (i + 1) * self.outputs)
                     best_weight[:, self.at[i]] = weight[:, self.at[i]]
                     best_bias[:, own] = bias[:, own]
@@ -238,13 +243,14 @@ class _Solver:
             bias[:, batch.own] -= step[..., -1]
         return weight, bias, gain
 
-    def _held_out_loss(self, weight: Tensor, bias: Tensor) -> list[float]:
-        """Of each expert, in the mean over the bags."""
-        total = torch.zeros(len(self.seen), device=self.x.device)
-        for w, b, share in zip(weight, bias, self.held, strict=True):
-            z = masked_linear(self.x, w[:-1], b, self.layout).unflatten(-1, (-1, self.outputs))
-            total += (losses_of(z, self.target, self.kind) * share[..., 0]).sum(0)
-        return (total / len(weight)).tolist()
+    def _held_out_losses(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """Of each bag, those of every expert on its held-out rows: ``(rows, H)``."""
+        found = []
+        for w, b, (rows, _) in zip(weight, bias, self.held, strict=False):
+            z = masked_linear(self.x[rows], w[:-1], b, self.layout)
+            z = z.unflatten(-1, (-1, self.outputs))
+            found.append(losses_of(z, self.target[rows], self.kind))
+        return found
 
 
 def losses_of(z: Tensor, target: Tensor, kind: str) -> Tensor:

@@ -265,36 +265,29 @@ class _Bag:
         return {name: value.clone() for name, value in self.average.module.state_dict().items()}
 
 
-@dataclass(frozen=True)
-class _Look:
-    """What the bags lose on the rows that they hold out.
+def clearly_below(
+    losses: Sequence[Tensor], others: Sequence[Tensor], weights: Sequence[Tensor]
+) -> Tensor:
+    """Are losses, in the mean, smaller than others by more than the standard error of that?
 
-    Attributes:
-        losses: Of each bag, on each of its rows.
-        weights: Of these rows; they add up to 1 in each bag.
+    The one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984) on the
+    differences row by row: of few rows, the best of many looks is better by chance.
+
+    Args:
+        losses: Of each bag, on each row that it holds out: ``(rows, *)``.
+        others: With which they are compared.
+        weights: Of these rows, ``(rows,)``; they add up to 1 in each bag.
+
+    Returns:
+        Bool, ``(*)``.
     """
-
-    losses: Sequence[Tensor]
-    weights: Sequence[Tensor]
-
-    def means(self) -> list[float]:
-        """Of each bag."""
-        pairs = zip(self.losses, self.weights, strict=True)
-        return [float(losses @ weight) for losses, weight in pairs]
-
-    def is_clearly_below(self, other: _Look) -> bool:
-        """Is the loss smaller by more than the standard error of the difference?
-
-        The one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984) on
-        the differences row by row: of few rows, the best of many looks is better by chance.
-        """
-        gain = variance = 0.0
-        for mine, its, weight in zip(self.losses, other.losses, self.weights, strict=True):
-            less = its - mine
-            mean = float(less @ weight)
-            gain += mean
-            variance += float((less - mean) ** 2 @ weight) * float(weight @ weight)
-        return gain > math.sqrt(variance)
+    gain, variance = torch.zeros(()), torch.zeros(())
+    for mine, its, weight in zip(losses, others, weights, strict=True):
+        less, share = (its - mine).double(), weight.double()
+        mean = share @ less
+        gain = gain.to(mean) + mean
+        variance = variance.to(mean) + (share @ (less - mean) ** 2) * (share @ share)
+    return gain > variance.sqrt()
 
 
 def train(
@@ -333,7 +326,9 @@ def train(
     epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
     history: list[list[float]] = [[] for _ in bags]
-    least, stale, first, best = math.inf, 0, None, None
+    least, stale = math.inf, 0
+    first: list[Tensor] = []
+    best: list[Tensor] = []
     states = unmoved = [bag.state() for bag in bags]
     every = max(1, _LOOK_EVERY // steps)
     for epoch in range(epochs + 1):
@@ -346,9 +341,9 @@ def train(
         if blind:
             continue
         pairs = zip(bags, looked_at, strict=True)
-        look = _Look([bag.losses(rows_out, kind) for bag, rows_out in pairs], weights)
-        for losses, mean in zip(history, look.means(), strict=True):
-            losses.append(mean)
+        look = [bag.losses(rows_out, kind) for bag, rows_out in pairs]
+        for losses, values, weight in zip(history, look, weights, strict=True):
+            losses.append(float(values @ weight))
         first = first or look
         loss = sum(losses[-1] for losses in history) / len(history)
         stale += 1
@@ -357,7 +352,7 @@ def train(
             states = [bag.state() for bag in bags]
         elif stale >= pace.patience:
             break
-    if first is not None and best is not None and not best.is_clearly_below(first):
+    if not blind and not clearly_below(best, first, weights):
         states = unmoved
     for bag, state in zip(bags, states, strict=True):
         bag.network.load_state_dict(bag.state() if blind else state)

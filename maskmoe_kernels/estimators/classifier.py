@@ -47,7 +47,8 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         learning_rate: Adam's largest.
         weight_decay: Decoupled (AdamW).
         batch_size: Rows of a training step.
-        max_epochs: Passes over the rows, at the most; ``None``: 80, or as many as make 1000 steps.
+        max_epochs: Passes over the rows, at the most; ``None``: 80, but as many as make
+            1000 to 8000 steps, and at least 5.
         early_stopping: Stop when the loss of held-out rows no longer falls, in the mean over the
             bags, and take back what did not help; ``"auto"``: if there are at least 100 different
             rows.

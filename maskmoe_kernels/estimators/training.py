@@ -20,8 +20,9 @@ from maskmoe_kernels.models.mlp import InterpretableMLP
 from maskmoe_kernels.nn.linear import MaskedLinear
 
 #: Without ``max_epochs``: so many passes over the data, and at least so many steps; fewer where no
-#: validation rows tell when to stop.
+#: validation rows tell when to stop. Of many rows, so many steps at the most, but some passes.
 _EPOCHS, _STEPS, _BLIND_STEPS = 80, 1000, 300
+_MOST_STEPS, _FEWEST_EPOCHS = 8000, 5
 #: Steps between two looks at the validation rows, at least.
 _LOOK_EVERY = 10
 _WARM_UP = 50
@@ -40,7 +41,8 @@ class Pace:
         learning_rate: Adam's largest; it rises over 50 steps, then falls as a cosine.
         weight_decay: Decoupled from the gradient (AdamW).
         batch_size: Rows of a step.
-        max_epochs: Passes over the rows; ``None``: 80, and as many as make 1000 steps.
+        max_epochs: Passes over the rows; ``None``: 80, but as many as make 1000 to 8000 steps, and at
+            least 5.
         patience: Looks at the validation rows without a better loss before it stops.
     """
 
@@ -290,6 +292,12 @@ def clearly_below(
     return gain > variance.sqrt()
 
 
+def default_epochs(steps: int, blind: bool) -> int:
+    """How many passes of so many steps are made at the most, where nothing else is said."""
+    fewest = -(-(_BLIND_STEPS if blind else _STEPS) // steps)
+    return max(_FEWEST_EPOCHS, fewest, min(_EPOCHS, _MOST_STEPS // steps))
+
+
 def train(
     networks: Sequence[Network],
     chunks: Chunks,
@@ -323,7 +331,7 @@ def train(
     looked_at = [rows for rows in held if rows is not None]
     weights = [_shares(rows) for rows in looked_at]
     blind = len(looked_at) < len(held)
-    epochs = pace.max_epochs or max(_EPOCHS, -(-(_BLIND_STEPS if blind else _STEPS) // steps))
+    epochs = pace.max_epochs or default_epochs(steps, blind)
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
     history: list[list[float]] = [[] for _ in bags]
     least, stale = math.inf, 0

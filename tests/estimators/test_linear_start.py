@@ -13,7 +13,14 @@ from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import family_of
 from maskmoe_kernels.estimators.tables import read_table
-from maskmoe_kernels.estimators.training import Network, Pace, Samples, clearly_below, train
+from maskmoe_kernels.estimators.training import (
+    Network,
+    Pace,
+    Samples,
+    clearly_below,
+    default_epochs,
+    train,
+)
 
 PACE = Pace(1.0, 0.0, 64, 12, 5)
 
@@ -128,6 +135,15 @@ def test_training_that_makes_them_clearly_better_is_kept():
             for net, out in zip(networks, held, strict=True)
         ]
     assert np.mean(top) == pytest.approx(mean.min(), rel=2e-4, abs=0)
+
+
+@pytest.mark.parametrize(
+    ("steps", "blind", "epochs"),
+    [(1, False, 1000), (1, True, 300), (16, False, 80), (50, False, 80), (265, False, 30)]
+    + [(5000, False, 5)],
+)
+def test_there_are_enough_passes_but_not_thousands_of_steps_too_many(steps, blind, epochs):
+    assert default_epochs(steps, blind) == epochs
 
 
 @pytest.mark.parametrize("bags", [1, 2])

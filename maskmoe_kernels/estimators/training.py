@@ -41,8 +41,8 @@ class Pace:
         learning_rate: Adam's largest; it rises over 50 steps, then falls as a cosine.
         weight_decay: Decoupled from the gradient (AdamW).
         batch_size: Rows of a step.
-        max_epochs: Passes over the rows; ``None``: 80, but as many as make 1000 to 8000 steps, and at
-            least 5.
+        max_epochs: Passes over the rows; ``None``: 80, but as many as make 1000 to 8000 steps,
+            and at least 5.
         patience: Looks at the validation rows without a better loss before it stops.
     """
 

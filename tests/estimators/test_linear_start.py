@@ -139,8 +139,14 @@ def test_training_that_makes_them_clearly_better_is_kept():
 
 @pytest.mark.parametrize(
     ("steps", "blind", "epochs"),
-    [(1, False, 1000), (1, True, 300), (16, False, 80), (50, False, 80), (265, False, 30)]
-    + [(5000, False, 5)],
+    [
+        (1, False, 1000),
+        (1, True, 300),
+        (16, False, 80),
+        (50, False, 80),
+        (265, False, 30),
+        (5000, False, 5),
+    ],
 )
 def test_there_are_enough_passes_but_not_thousands_of_steps_too_many(steps, blind, epochs):
     assert default_epochs(steps, blind) == epochs

@@ -162,7 +162,8 @@ class Estimator(BaseEstimator):
                 raise ValueError(f"{name} must be {wanted} from {low:g} to {high:g}, got {value!r}")
         for name in ("layers", "top_units", "max_epochs", "max_experts", "n_bags"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 1):
+            whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if value is not None and (not whole or value < 1):
                 raise ValueError(f"{name} must be None or an integer of at least 1, got {value!r}")
         if self.early_stopping not in ("auto", True, False):
             raise ValueError(

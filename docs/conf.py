@@ -56,7 +56,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"Tensor|Generator|Callable|Mapping|Sequence|Iterable|Iterator|Any|SearchStrategy"),
     (
         "py:.*",
-        r"(.*\.)?(M|Width|NamedSubsets|Confidence|Encoder)",
+        r"(.*\.)?(M|Width|NamedSubsets|Confidence|Encoder|Inner)",
     ),  # a type variable, names of types and of what is not public
 ]
 

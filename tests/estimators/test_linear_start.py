@@ -13,7 +13,7 @@ from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import family_of
 from maskmoe_kernels.estimators.tables import read_table
-from maskmoe_kernels.estimators.training import Network, Pace, Samples, _Look, train
+from maskmoe_kernels.estimators.training import Look, Network, Pace, Samples, train
 
 PACE = Pace(1.0, 0.0, 64, 12, 5)
 
@@ -142,7 +142,7 @@ def test_clearly_better_is_by_more_than_the_standard_error(bags, errors):
         before.append(torch.ones(90, dtype=torch.float64))
         after.append(1 + noise - errors * deviation / bags**0.5)
         weights.append(share)
-    better, start = _Look(after, weights), _Look(before, weights)
+    better, start = Look(after, weights), Look(before, weights)
     assert better.is_clearly_below(start) == (errors > 1)
     assert not start.is_clearly_below(better)
     assert better.means() == pytest.approx(

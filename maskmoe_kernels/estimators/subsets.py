@@ -22,8 +22,8 @@ _FOUR_ORDERS, _TWO_ORDERS = 12, 32
 _LARGEST_POWER_SET = 10
 #: Rows that the screen of pairs looks at, and cells that it cuts a column into.
 _SCREENED, _CELLS = 10_000, 8
-#: Standard deviations of noise by which a pair has to reduce the squared error.
-_NOISE = 3.0
+#: Standard deviations of noise by which a subset has to reduce the error, for many are looked at.
+NOISE = 3.0
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,25 @@ class PairGain:
 
     groups: tuple[str, str]
     gain: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class SubsetGain:
+    """What forward selection found about one subset of the groups.
+
+    Attributes:
+        groups: In it.
+        gain: By how much its expert loses less on held-out rows than that of the best kept subset
+            with one group less (of a single group: than the constant answer). In nats of the log
+            loss; for a regression, as a share of the variance of y.
+        error: Standard error of the gain.
+        kept: Whether it got an expert.
+    """
+
+    groups: tuple[str, ...]
+    gain: float
+    error: float
     kept: bool
 
 
@@ -124,17 +143,18 @@ def choose(
     subsets: Any,
     widths: Mapping[str, int],
     most: int | None,
-    gains: Sequence[PairGain],
+    gains: Sequence[PairGain | SubsetGain],
     orders: Sequence[Sequence[int]] = (),
 ) -> SubsetFamily:
     """The family that the parameters ``subsets`` and ``max_experts`` ask for.
 
     Args:
-        subsets: ``"auto"``, ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of lists of
-            groups.
+        subsets: ``"auto"``, ``"forward"``, ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of
+            lists of groups.
         widths: Group to its width.
         most: Experts at the most; ``None``: any number.
-        gains: Of the pairs, those to be kept marked; for ``"auto"``, as the next.
+        gains: Of pairs or subsets, those to be kept marked; for ``"auto"`` and ``"forward"``, as
+            the next.
         orders: Of groups, whose beginnings get an expert each.
 
     Raises:
@@ -154,8 +174,8 @@ def choose(
             chosen = [*singles, *itertools.combinations(names, 2)]
         elif subsets == "singles":
             chosen = [*singles]
-        elif subsets == "auto":
-            chosen = [*singles, *(pair.groups for pair in gains if pair.kept)]
+        elif subsets in ("auto", "forward"):
+            chosen = [*singles, *(found.groups for found in gains if found.kept)]
             chosen += [
                 tuple(names[n] for n in order[:size])
                 for order in orders
@@ -163,8 +183,8 @@ def choose(
             ]
         else:
             raise ValueError(
-                "subsets must be 'auto', 'powerset', 'pairs', 'singles' or a list of lists of "
-                f"groups, got {subsets!r}"
+                "subsets must be 'auto', 'forward', 'powerset', 'pairs', 'singles' or a list of "
+                f"lists of groups, got {subsets!r}"
             )
     else:
         chosen = _listed(subsets, names)
@@ -245,7 +265,7 @@ def screened(
         found, noise = _of_columns(sums.astype(np.float64), count, start)
         gain += found - noise * variance
         spread += np.sqrt(2 * noise) * variance
-    return _ranked(gain / max(total, 1e-30), gain > _NOISE * spread, encoder, most)
+    return _ranked(gain / max(total, 1e-30), gain > NOISE * spread, encoder, most)
 
 
 def _cells(column: Any, x: Array) -> Array:

@@ -320,6 +320,17 @@ class Look:
         return gain > errors * error
 
 
+def look_at_constant(held: Sequence[Samples], answer: Tensor, kind: str) -> Look:
+    """At an expert that sees nothing, and answers ``(K,)`` (in log-odds for classes)."""
+    answer = (answer / 2 if kind == "binary" else answer).double()
+    losses = []
+    for rows in held:
+        answers = answer.to(rows.target.device).expand(len(rows.codes), 1, -1)
+        answers = answers if kind == "multiclass" else answers[..., 0]
+        losses.append(losses_of(answers, rows.target, kind)[:, 0])
+    return Look(losses, [_shares(rows) for rows in held])
+
+
 class _Watch:
     """The looks at one expert while it learns.
 

@@ -261,7 +261,7 @@ class Estimator(BaseEstimator):
             self.subset_gains_ = self._selected(table, target, weight, shape, min(bags, 2))
             learned = sum(found.kept and len(found.groups) > 1 for found in self.subset_gains_)
             self.orders_ = drawn_orders(groups, None if limit is None else limit - learned)
-        gains = [*self.pair_gains_, *self.subset_gains_]
+        gains: list[PairGain | SubsetGain] = [*self.pair_gains_, *self.subset_gains_]
         self.family_ = choose(subsets, self.encoder_.widths, limit, gains, self.orders_)
 
     def _selected(
@@ -275,7 +275,7 @@ class Estimator(BaseEstimator):
                 raise ValueError(
                     f"subsets='forward' compares subsets on held-out rows, and there are none with "
                     f"early_stopping={self.early_stopping!r} and {table.rows} different rows; take "
-                    f"early_stopping='auto' and at least {FEW} rows, or another subsets"
+                    f"early_stopping='auto' and at least {FEW} different rows, or another subsets"
                 )
             splits.append((kept, held))
         candidates = Candidates(

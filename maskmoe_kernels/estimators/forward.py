@@ -15,7 +15,7 @@ from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.linear_start import start_linear
-from maskmoe_kernels.estimators.subsets import NOISE, SubsetGain
+from maskmoe_kernels.estimators.subsets import ERRORS, SubsetGain
 from maskmoe_kernels.estimators.training import (
     Look,
     Network,
@@ -69,18 +69,20 @@ class Candidates:
     def looks(self, subsets: Sequence[Members]) -> dict[Members, Look]:
         """At the best moment of an expert of each of these, none of which is in another."""
         family = SubsetFamily(self.encoder.widths, {str(k): m for k, m in enumerate(subsets)})
+        network = self.encoder, family, self.shape, self.outputs
         networks = [
-            Network(self.encoder, family, self.shape, self.outputs, self.seed + k)
-            .to(self.samples.target.device)
+            Network(*network, self.seed + k).to(self.samples.target.device)
             for k in range(len(self.splits))
-        ]  # fmt: skip
+        ]
         start_linear(networks, self.samples, self.splits, self.kind, self.base)
         kept = [rows for rows, _ in self.splits]
         steps = max(1, round(min(map(len, kept)) / self.pace.batch_size))
         epochs = max(_PASSES, -(-_STEPS // steps))
         pace = replace(self.pace, max_epochs=min(self.pace.max_epochs or epochs, epochs))
-        learn = lambda: [(self.samples, kept)], steps, self.held(), self.kind, pace, self.seed
-        return dict(zip(subsets, best_looks(networks, *learn), strict=True))
+        found = best_looks(
+            networks, lambda: [(self.samples, kept)], steps, self.held(), self.kind, pace, self.seed
+        )
+        return dict(zip(subsets, found, strict=True))
 
 
 def selected(
@@ -90,7 +92,7 @@ def selected(
 
     The gain of a subset is the held-out loss of the best kept subset with one group less, minus its
     own; single groups gain over the constant answer, and are all kept. A larger one is kept if its
-    gain is more than three standard errors (of so many candidates, some are better by chance), and
+    gain is more than two standard errors (of so many candidates, some are better by chance), and
     there is room. Selection ends with the first level that keeps nothing.
 
     Args:
@@ -115,7 +117,7 @@ def selected(
         smaller = {members: _best_part(members, kept) for members in level}
         gains = {members: looks[members].gain_over(smaller[members]) for members in level}
         level.sort(key=lambda members: -gains[members][0])
-        clear = [m for m in level if looks[m].is_clearly_below(smaller[m], NOISE)]
+        clear = [m for m in level if looks[m].is_clearly_below(smaller[m], ERRORS)]
         kept = {members: looks[members] for members in clear[: min(room, a_level)]}
         room -= len(kept)
         found += [SubsetGain(members, *gains[members], members in kept) for members in level]

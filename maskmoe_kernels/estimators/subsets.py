@@ -22,8 +22,11 @@ _FOUR_ORDERS, _TWO_ORDERS = 12, 32
 _LARGEST_POWER_SET = 10
 #: Rows that the screen of pairs looks at, and cells that it cuts a column into.
 _SCREENED, _CELLS = 10_000, 8
-#: Standard deviations of noise by which a subset has to reduce the error, for many are looked at.
-NOISE = 3.0
+#: Standard deviations of noise by which a pair has to reduce the squared error.
+_NOISE = 3.0
+#: Standard errors by which the gain of a learned subset has to be above 0. One is too few where
+#: many are looked at: of columns that say nothing, 2 in 100 pairs gain more.
+ERRORS = 2.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ def choose(
     """The family that the parameters ``subsets`` and ``max_experts`` ask for.
 
     Args:
-        subsets: ``"auto"``, ``"forward"``, ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of
+        subsets: ``"auto"``, ``"powerset"``, ``"pairs"``, ``"singles"``, ``"forward"``, or a list of
             lists of groups.
         widths: Group to its width.
         most: Experts at the most; ``None``: any number.
@@ -183,7 +186,7 @@ def choose(
             ]
         else:
             raise ValueError(
-                "subsets must be 'auto', 'forward', 'powerset', 'pairs', 'singles' or a list of "
+                "subsets must be 'auto', 'powerset', 'pairs', 'singles', 'forward' or a list of "
                 f"lists of groups, got {subsets!r}"
             )
     else:
@@ -265,7 +268,7 @@ def screened(
         found, noise = _of_columns(sums.astype(np.float64), count, start)
         gain += found - noise * variance
         spread += np.sqrt(2 * noise) * variance
-    return _ranked(gain / max(total, 1e-30), gain > NOISE * spread, encoder, most)
+    return _ranked(gain / max(total, 1e-30), gain > _NOISE * spread, encoder, most)
 
 
 def _cells(column: Any, x: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskmoe_kernels.estimators.columns import MISSING, CategoricalColumn, Column, NumericColumn
 from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels, number
-from maskmoe_kernels.estimators.subsets import NOISE, SubsetGain
+from maskmoe_kernels.estimators.subsets import ERRORS, SubsetGain
 from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table
 from maskmoe_kernels.files import replacing
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -208,7 +208,7 @@ class GlobalExplanation:
             f"<h2>What was kept and why</h2><p>Besides single groups, {kept} of {len(larger)} "
             "subsets that were tried got an expert. Gain: by how much one loses less on held-out "
             f"rows than the best kept subset with one group less, in {unit}, and its standard "
-            f"error. One that gains at most {number(NOISE)} errors is not kept, nor one for which "
+            f"error. One that gains at most {number(ERRORS)} errors is not kept, nor one for which "
             "there was no room.</p>"
         )
         rows = [

@@ -240,7 +240,7 @@ img {{ max-width: 100%; height: auto; }}
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 345px), 1fr)); }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: left;
   border-bottom: 1px solid #ccc; overflow-wrap: anywhere; }}
-td:last-child, th:last-child {{ text-align: right; white-space: nowrap; }}
+td + td, th + th {{ text-align: right; white-space: nowrap; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>

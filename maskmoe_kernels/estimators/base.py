@@ -20,9 +20,11 @@ from sklearn.utils.validation import (
 from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.forward import Candidates, selected
 from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import (
     PairGain,
+    SubsetGain,
     checked_groups,
     choose,
     drawn_orders,
@@ -230,26 +232,59 @@ class Estimator(BaseEstimator):
         groups = checked_groups(self.groups, table.names)
         bins = int(min(self.max_bins, max(4, table.rows // _ROWS_PER_BIN)))
         self.encoder_ = Encoder.fitted(table, groups, weight, bins, self.max_categories)
-        self.pair_gains_: list[PairGain] = []
-        subsets, limit = self.subsets, self.max_experts
-        auto = isinstance(subsets, str) and subsets == "auto"
-        self.orders_: list[list[int]] = []
-        if auto and not takes_power_set(len(groups), limit):
-            self.orders_ = drawn_orders(len(groups), limit)
-            in_orders = len(self.orders_) * (len(groups) - 2)
-            pairs = None if limit is None else limit - len(groups) - 1 - in_orders
-            one_hot = self._one_hot(target)
-            self.pair_gains_ = screened(self.encoder_, table, one_hot, weight, pairs)
-        self.family_ = choose(subsets, self.encoder_.widths, limit, self.pair_gains_, self.orders_)
-        random = check_random_state(self.random_state)
-        self._seed = int(random.randint(2**31 - 1))
+        self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         layers, top_units = _LARGE if table.rows >= _MANY else _SMALL
         shape = self.units, self.top_units or top_units, self.layers or layers
         bags = self.n_bags or next(bags for rows, bags in _BAGS.items() if table.rows >= rows)
+        self._choose(table, target, weight, shape, bags)
         self.networks_ = [self._network(self._seed + k, shape) for k in range(bags)]
         self._optimizers = []
         self.validation_loss_ = []
         self.ridge_ = torch.full((self.family_.num_experts,), math.inf)
+
+    def _choose(
+        self, table: Table, target: Array, weight: Array, shape: tuple[int, int, int], bags: int
+    ) -> None:
+        """Choose the experts, and remember why."""
+        subsets, limit, groups = self.subsets, self.max_experts, len(self.encoder_.groups)
+        named = subsets if isinstance(subsets, str) else None
+        self.orders_: list[list[int]] = []
+        self.pair_gains_: list[PairGain] = []
+        self.subset_gains_: list[SubsetGain] = []
+        if named == "auto" and not takes_power_set(groups, limit):
+            self.orders_ = drawn_orders(groups, limit)
+            in_orders = len(self.orders_) * (groups - 2)
+            pairs = None if limit is None else limit - groups - 1 - in_orders
+            one_hot = self._one_hot(target)
+            self.pair_gains_ = screened(self.encoder_, table, one_hot, weight, pairs)
+        if named == "forward":
+            choose(subsets, self.encoder_.widths, limit, [])  # is there room for single groups?
+            self.subset_gains_ = self._selected(table, target, weight, shape, min(bags, 2))
+            learned = sum(found.kept and len(found.groups) > 1 for found in self.subset_gains_)
+            self.orders_ = drawn_orders(groups, None if limit is None else limit - learned)
+        gains: list[PairGain | SubsetGain] = [*self.pair_gains_, *self.subset_gains_]
+        self.family_ = choose(subsets, self.encoder_.widths, limit, gains, self.orders_)
+
+    def _selected(
+        self, table: Table, target: Array, weight: Array, shape: tuple[int, int, int], bags: int
+    ) -> list[SubsetGain]:
+        """What forward selection finds on the rows that the first bags train on and hold out."""
+        samples, splits = self._samples(table, target, weight), []
+        for k in range(bags):
+            kept, held = self._split(samples, target, k)
+            if held is None:
+                raise ValueError(
+                    f"subsets='forward' compares subsets on held-out rows, and there are none with "
+                    f"early_stopping={self.early_stopping!r} and {table.rows} different rows; take "
+                    f"early_stopping='auto' and at least {FEW} different rows, or another subsets"
+                )
+            splits.append((kept, held))
+        candidates = Candidates(
+            self.encoder_, samples, splits, self._kind, self._outputs, shape, self._start,
+            self._pace(), self._seed,
+        )  # fmt: skip
+        screen = screened(self.encoder_, table, self._one_hot(target), weight, None)
+        return selected(candidates, [pair.groups for pair in screen], self.max_experts)
 
     def _network(self, seed: int, shape: tuple[int, int, int]) -> Network:
         network = Network(self.encoder_, self.family_, shape, self._outputs, seed)

@@ -28,13 +28,17 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
     Args:
         subsets: Which experts there are besides the one that sees all. ``"auto"``: every subset of
             up to 6 groups; of more, each group alone, the pairs that a screen finds worth it, and
-            the beginnings of some orders of the groups.
-            ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of lists of groups.
+            the beginnings of some orders of the groups. ``"forward"``: each group alone, the
+            subsets that forward selection finds worth it on held-out rows (level by level, a
+            kept subset with one group more, if it is clearly better than without), and the
+            beginnings of some orders. ``"powerset"``, ``"pairs"``, ``"singles"``, or a list of
+            lists of groups.
         groups: Name to the columns of a group, by name or position; other columns are groups of
             their own. ``None``: every column is one.
         categorical: Columns whose numbers are names of categories. Text, categories and
             enumerations of a DataFrame are categories anyway.
-        max_experts: At the most; ``"auto"`` then takes fewer pairs.
+        max_experts: At the most; ``"auto"`` then takes fewer pairs, ``"forward"`` fewer subsets.
+            ``None``: any number; of ``"forward"``, four a group, besides those of the orders.
         units: Units of an expert in each hidden layer.
         top_units: Those of the expert that sees all. ``None``: 32; 128 from 10,000 rows on.
         layers: Hidden layers. ``None``: 1; 2 from 10,000 rows on.
@@ -64,6 +68,9 @@ class InterpretableClassifier(ClassifierMixin, Interpretable):
         family_: The experts.
         encoder_: What was fitted to each column.
         pair_gains_: What the screen found about each pair, best first, and which were kept.
+        subset_gains_: What forward selection found about each subset that it looked at, best
+            first: ``groups``, ``gain`` (in nats of the log loss; of a regression, as a share of the
+            variance of y), ``error`` (the gain's standard error) and ``kept``.
         orders_: Orders of the groups, by number, of which every beginning has an expert;
             contributions add up along them where there is no power set.
         base_: The answer before any column is seen: the log-odds of the training rows.

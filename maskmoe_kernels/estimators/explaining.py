@@ -20,7 +20,7 @@ from maskmoe_kernels.estimators.storage import (
     write_model,
 )
 from maskmoe_kernels.estimators.streams import Streamed
-from maskmoe_kernels.estimators.subsets import PairGain, family_of
+from maskmoe_kernels.estimators.subsets import PairGain, SubsetGain, family_of
 from maskmoe_kernels.estimators.tables import Array, Table
 from maskmoe_kernels.estimators.whole_model import GlobalExplanation, pairs_of, shapes_of
 from maskmoe_kernels.explain.sufficient import sufficient
@@ -96,6 +96,7 @@ class Interpretable(Streamed):
             importance=importance.sort_values(ascending=False, kind="stable"),
             sufficient=share.sort_values(ascending=False, kind="stable"),
             subsets=dict(self.family_.subsets),
+            gains=self.subset_gains_,
             shapes=shapes_of(self.encoder_, self.family_, self._values),
             pairs=pairs_of(self.encoder_, self.family_, self.base_, self._values),
             base=self.base_,
@@ -170,6 +171,10 @@ class Interpretable(Streamed):
             "subsets": [list(members) for members in self.family_.subsets.values()],
             "orders": self.orders_,
             "pair_gains": [[*gain.groups, gain.gain, gain.kept] for gain in self.pair_gains_],
+            "subset_gains": [
+                [list(found.groups), found.gain, found.error, found.kept]
+                for found in self.subset_gains_
+            ],
             "columns": None if names is None else names.tolist(),
             "summary": {
                 key: [None if value != value else value for value in values]
@@ -218,6 +223,10 @@ class Interpretable(Streamed):
         self.pair_gains_ = [
             PairGain((str(a), str(b)), float(gain), bool(kept))
             for a, b, gain, kept in record["pair_gains"]
+        ]
+        self.subset_gains_ = [
+            SubsetGain(tuple(map(str, groups)), float(gain), float(error), bool(kept))
+            for groups, gain, error, kept in record["subset_gains"]
         ]
         self.orders_ = [[int(n) for n in order] for order in record["orders"]]
         if any(sorted(order) != [*range(self.family_.num_groups)] for order in self.orders_):

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from maskmoe_kernels.estimators.tables import Array
-from maskmoe_kernels.estimators.training import Network, Samples, Split, clearly_below
+from maskmoe_kernels.estimators.training import Network, Samples, Split, gain_over, losses_of
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 #: Penalties of the mean loss that are tried, the largest first, and the one without held-out rows.
@@ -42,6 +41,7 @@ def start_linear(
     splits: Sequence[Split],
     kind: str,
     base: Tensor,
+    errors: float = 1.0,
 ) -> Tensor:
     """Make every expert of every network a ridge regression (logistic for classes).
 
@@ -57,6 +57,7 @@ def start_linear(
         splits: The rows that each bag trains on and holds out.
         kind: Of the loss: binary, multiclass or regression.
         base: Answer of an expert that sees nothing, ``(K,)``: in log-odds for classes.
+        errors: See above; with 0, the penalty is the one with the smallest loss.
 
     Returns:
         The chosen penalty of each expert, ``(H,)``.
@@ -64,16 +65,23 @@ def start_linear(
     family, outputs = networks[0].experts.family, networks[0].experts.outputs or 1
     rows = min(_ROWS, _ANSWERS // (family.num_experts * outputs))
     if len(samples.target) > rows:
-        return _on_some_rows(rows, networks, samples, splits, kind, base)
-    solver = _Solver(networks[0], samples, splits, kind)
+        return _on_some_rows(rows, networks, samples, splits, kind, base, errors)
+    solver = _Solver(networks[0], samples, splits, kind, errors)
     models, chosen = solver.solved(base.repeat(family.num_experts))
     for network, weight, bias in zip(networks, *models, strict=True):
         _write(network, solver.layout.unpack(weight), bias, kind)
     return chosen
 
 
-def _on_some_rows(rows: int, networks: Sequence[Network], samples: Samples,
-                  splits: Sequence[Split], kind: str, base: Tensor) -> Tensor:  # fmt: skip
+def _on_some_rows(
+    rows: int,
+    networks: Sequence[Network],
+    samples: Samples,
+    splits: Sequence[Split],
+    kind: str,
+    base: Tensor,
+    errors: float,
+) -> Tensor:
     """:func:`start_linear` on evenly spaced rows, with what is left of each bag's split."""
     taken = torch.linspace(0, len(samples.target) - 1, rows).long().to(samples.target.device)
     place = torch.full((len(samples.target),), -1, device=taken.device)
@@ -82,7 +90,7 @@ def _on_some_rows(rows: int, networks: Sequence[Network], samples: Samples,
     for kept, held in splits:
         own, out = place[kept], None if held is None else place[held]
         fewer.append((own[own >= 0], None if out is None else out[out >= 0]))
-    return start_linear(networks, samples.taken(taken), fewer, kind, base)
+    return start_linear(networks, samples.taken(taken), fewer, kind, base, errors)
 
 
 def _shares(rows: Tensor, weight: Tensor) -> Tensor:
@@ -129,9 +137,14 @@ class _Solver:
     """
 
     def __init__(
-        self, network: Network, samples: Samples, splits: Sequence[Split], kind: str
+        self,
+        network: Network,
+        samples: Samples,
+        splits: Sequence[Split],
+        kind: str,
+        errors: float,
     ) -> None:
-        self.kind, self.outputs = kind, network.experts.outputs or 1
+        self.errors, self.kind, self.outputs = errors, kind, network.experts.outputs or 1
         self.layout = network.experts.family.input_layout(self.outputs)
         self.x, self.target = network.joined(samples.codes), samples.target
         weight = torch.ones(len(self.x)) if samples.weight is None else samples.weight
@@ -174,10 +187,10 @@ class _Solver:
                 if gain < _LITTLE:
                     break
             losses = self._held_out_losses(weight, bias)
-            better = self.blind or clearly_below(losses, best, [share for _, share in self.held])
+            better = self._clearly_better(losses, best)
             for i in active:
                 stale[i] += 1
-                if better is True or better[i]:
+                if better[i]:
                     for kept, new in zip(best, losses, strict=True):
                         kept[:, i] = new[:, i]
                     chosen[i], stale[i] = ridge, 0
@@ -248,22 +261,24 @@ class _Solver:
         found = []
         for w, b, (rows, _) in zip(weight, bias, self.held, strict=False):
             z = masked_linear(self.x[rows], w[:-1], b, self.layout)
-            z = z.unflatten(-1, (-1, self.outputs))
+            if self.kind == "binary":
+                z = z / 2  # experts answer with half the log-odds
+            elif self.kind == "multiclass":
+                z = z.unflatten(-1, (-1, self.outputs))
             found.append(losses_of(z, self.target[rows], self.kind))
         return found
 
-
-def losses_of(z: Tensor, target: Tensor, kind: str) -> Tensor:
-    """Logits (in log-odds) or numbers ``(rows, H, K)`` to the loss of each, ``(rows, H)``."""
-    if kind == "regression":
-        return (z[..., 0] - target[:, None]) ** 2 / 2
-    if kind == "binary":
-        return functional.softplus(z[..., 0]) - z[..., 0] * target[:, None]
-    return z.logsumexp(-1) - z[torch.arange(len(z)), :, target]
+    def _clearly_better(self, losses: Sequence[Tensor], best: Sequence[Tensor]) -> list[bool]:
+        """Of each expert: is the loss smaller by more than so many standard errors?"""
+        if self.blind:
+            return [True] * len(self.seen)
+        gain, error = gain_over(losses, best, [share for _, share in self.held])
+        better: list[bool] = (gain > self.errors * error).tolist()
+        return better
 
 
 def _wrong(z: Tensor, target: Tensor, kind: str) -> Tensor:
-    """The gradient of :func:`losses_of`, ``(rows, H, K)``."""
+    """The gradient of the log loss, or of half the squared error, ``(rows, H, K)``."""
     if kind == "regression":
         return z - target[:, None, None]
     if kind == "binary":

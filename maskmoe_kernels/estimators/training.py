@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +115,10 @@ class Network(nn.Module):
         self.encoder = encoder
         self.shape = shape
         linear = 2 * (outputs or 1)
-        widths = [shape[0] + linear] * family.num_experts
-        widths[top_expert(family)] = shape[1] + linear
+        widths = [
+            linear + shape[int(len(members) == family.num_groups)]
+            for members in family.subsets.values()
+        ]
         #: For each expert, where its units end in each hidden layer.
         self.ends = [*itertools.accumulate(widths)]
         with torch.random.fork_rng(devices=[]):
@@ -251,29 +253,36 @@ class _Bag:
         self.optimizer.param_groups[0]["lr"] = rate
 
     @torch.no_grad()
-    def losses(self, samples: Samples, kind: str) -> Tensor:
-        """Of the average's expert that sees all, on each row: ``(rows,)``, float64."""
-        top = top_expert(self.network.experts.family)
-        answer: Tensor = self.average.module(samples.codes)[:, top].double()
-        if kind == "multiclass":
-            return functional.cross_entropy(answer, samples.target, reduction="none")
-        target = samples.target.double()
-        if kind == "regression":
-            return (answer - target).square()
-        return functional.binary_cross_entropy_with_logits(2 * answer, target, reduction="none")
+    def losses(self, samples: Samples, kind: str, experts: slice) -> Tensor:
+        """Of some of the average's experts, on each row: ``(rows, experts)``, float64."""
+        answers: Tensor = self.average.module(samples.codes)[:, experts].double()
+        return losses_of(answers, samples.target, kind)
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the average's parameters."""
         return {name: value.clone() for name, value in self.average.module.state_dict().items()}
 
 
-def clearly_below(
-    losses: Sequence[Tensor], others: Sequence[Tensor], weights: Sequence[Tensor]
-) -> Tensor:
-    """Are losses, in the mean, smaller than others by more than the standard error of that?
+def losses_of(answers: Tensor, target: Tensor, kind: str) -> Tensor:
+    """What experts that answer ``(rows, H)`` or ``(rows, H, K)`` lose on each row: ``(rows, H)``.
 
-    The one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984) on the
-    differences row by row: of few rows, the best of many looks is better by chance.
+    The squared error, or the log loss in nats.
+    """
+    if kind == "multiclass":
+        of_each = target[:, None].expand(answers.shape[:2])
+        return functional.cross_entropy(answers.movedim(-1, 1), of_each, reduction="none")
+    of_each = target.to(answers.dtype)[:, None].expand_as(answers)
+    if kind == "regression":
+        return (answers - of_each).square()
+    return functional.binary_cross_entropy_with_logits(2 * answers, of_each, reduction="none")
+
+
+def gain_over(
+    losses: Sequence[Tensor], others: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """How much smaller losses are than others, and the standard error of that.
+
+    In the mean over the bags; the error is that of the differences row by row.
 
     Args:
         losses: Of each bag, on each row that it holds out: ``(rows, *)``.
@@ -281,7 +290,7 @@ def clearly_below(
         weights: Of these rows, ``(rows,)``; they add up to 1 in each bag.
 
     Returns:
-        Bool, ``(*)``.
+        Both ``(*)``, float64.
     """
     gain, variance = torch.zeros(()), torch.zeros(())
     for mine, its, weight in zip(losses, others, weights, strict=True):
@@ -289,7 +298,156 @@ def clearly_below(
         mean = share @ less
         gain = gain.to(mean) + mean
         variance = variance.to(mean) + (share @ (less - mean) ** 2) * (share @ share)
-    return gain > variance.sqrt()
+    return gain / len(losses), variance.sqrt() / len(losses)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What an expert of the bags loses on the rows that they hold out.
+
+    Attributes:
+        losses: Of each bag, on each of its rows.
+        weights: Of these rows; they add up to 1 in each bag.
+    """
+
+    losses: Sequence[Tensor]
+    weights: Sequence[Tensor]
+
+    def means(self) -> list[float]:
+        """Of each bag."""
+        pairs = zip(self.losses, self.weights, strict=True)
+        return [float(losses @ weight) for losses, weight in pairs]
+
+    def mean(self) -> float:
+        """Over the bags."""
+        means = self.means()
+        return sum(means) / len(means)
+
+    def gain_over(self, other: Look) -> tuple[float, float]:
+        """How much smaller the loss is, in the mean over the bags, and its standard error.
+
+        The error is that of the differences row by row.
+        """
+        gain, error = gain_over(self.losses, other.losses, self.weights)
+        return float(gain), float(error)
+
+    def is_clearly_below(self, other: Look, errors: float = 1.0) -> bool:
+        """Is the loss smaller by more than so many standard errors of the difference?
+
+        The one-standard-error rule (Breiman et al., *Classification and Regression Trees*, 1984):
+        of few rows, the best of many looks is better by chance.
+        """
+        gain, error = self.gain_over(other)
+        return gain > errors * error
+
+
+def look_at_constant(held: Sequence[Samples], answer: Tensor, kind: str) -> Look:
+    """At an expert that sees nothing, and answers ``(K,)`` (in log-odds for classes)."""
+    answer = (answer / 2 if kind == "binary" else answer).double()
+    losses = []
+    for rows in held:
+        answers = answer.to(rows.target.device).expand(len(rows.codes), 1, -1)
+        answers = answers if kind == "multiclass" else answers[..., 0]
+        losses.append(losses_of(answers, rows.target, kind)[:, 0])
+    return Look(losses, [_shares(rows) for rows in held])
+
+
+class _Watch:
+    """The looks at one expert while it learns.
+
+    Attributes:
+        first: Before any step.
+        best: The one of the least loss.
+        stale: Looks since then.
+    """
+
+    def __init__(self, first: Look) -> None:
+        self.first = self.best = first
+        self.least, self.stale = first.mean(), 0
+
+    def sees(self, look: Look) -> bool:
+        """Is this look the best so far?"""
+        loss = look.mean()
+        self.stale += 1
+        if loss < self.least - 1e-4 * abs(self.least):
+            self.least, self.stale, self.best = loss, 0, look
+        return self.stale == 0
+
+    @property
+    def chosen(self) -> Look:
+        """The best look, or the first one if that is not clearly better."""
+        return self.best if self.best.is_clearly_below(self.first) else self.first
+
+
+def _passes(
+    bags: Sequence[_Bag],
+    chunks: Chunks,
+    steps: int,
+    epochs: int,
+    kind: str,
+    told: Callable[[int, int], None],
+) -> Iterator[None]:
+    """Train all bags side by side; stop for a look now and then, first before any step."""
+    every = max(1, _LOOK_EVERY // steps)
+    for epoch in range(epochs + 1):
+        for samples, kept in chunks() if epoch else ():
+            for bag, rows in zip(bags, kept, strict=True):
+                bag.learn(samples, rows, kind)
+        if epoch % every == 0 or epoch == epochs:
+            told(epoch, epochs)
+            yield
+
+
+def _looks(
+    bags: Sequence[_Bag],
+    held: Sequence[Samples],
+    weights: Sequence[Tensor],
+    kind: str,
+    experts: slice,
+) -> list[Look]:
+    """A look at each of some experts."""
+    losses = [bag.losses(rows, kind, experts) for bag, rows in zip(bags, held, strict=True)]
+    return [Look(own, weights) for own in zip(*(one.unbind(1) for one in losses), strict=True)]
+
+
+def best_looks(
+    networks: Sequence[Network],
+    chunks: Chunks,
+    steps: int,
+    held: Sequence[Samples],
+    kind: str,
+    pace: Pace,
+    seed: int,
+) -> list[Look]:
+    """Train all bags side by side, in place, and watch each expert by itself.
+
+    Args:
+        networks: One a bag.
+        chunks: As for :func:`train`.
+        steps: Of a pass, about.
+        held: What each bag holds out.
+        kind: Of the loss.
+        pace: Its ``max_epochs`` is a number; training ends early when no expert gets better.
+        seed: Of the order of the rows.
+
+    Returns:
+        For each expert, the look at which it loses least; the first, before any step, if that is
+        not clearly better.
+    """
+    epochs = pace.max_epochs or _EPOCHS
+    bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
+    weights = [_shares(rows) for rows in held]
+    watches: list[_Watch] = []
+    for _ in _passes(bags, chunks, steps, epochs, kind, lambda epoch, epochs: None):
+        looks = _looks(bags, held, weights, kind, slice(None))
+        if not watches:
+            watches = [_Watch(look) for look in looks]
+            continue
+        for watch, look in zip(watches, looks, strict=True):
+            watch.sees(look)
+        if all(watch.stale >= pace.patience for watch in watches):
+            break
+    return [watch.chosen for watch in watches]
 
 
 def default_epochs(steps: int, blind: bool) -> int:
@@ -334,33 +492,21 @@ def train(
     epochs = pace.max_epochs or default_epochs(steps, blind)
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
     history: list[list[float]] = [[] for _ in bags]
-    least, stale = math.inf, 0
-    first: list[Tensor] = []
-    best: list[Tensor] = []
     states = unmoved = [bag.state() for bag in bags]
-    every = max(1, _LOOK_EVERY // steps)
-    for epoch in range(epochs + 1):
-        for samples, kept in chunks() if epoch else ():
-            for bag, rows in zip(bags, kept, strict=True):
-                bag.learn(samples, rows, kind)
-        if epoch % every and epoch < epochs:
-            continue
-        told(epoch, epochs)
+    top, watch = top_expert(networks[0].experts.family), None
+    for _ in _passes(bags, chunks, steps, epochs, kind, told):
         if blind:
             continue
-        pairs = zip(bags, looked_at, strict=True)
-        look = [bag.losses(rows_out, kind) for bag, rows_out in pairs]
-        for losses, values, weight in zip(history, look, weights, strict=True):
-            losses.append(float(values @ weight))
-        first = first or look
-        loss = sum(losses[-1] for losses in history) / len(history)
-        stale += 1
-        if loss < least - 1e-4 * abs(least) or epoch == 0:
-            least, stale, best = loss, 0, look
+        (look,) = _looks(bags, looked_at, weights, kind, slice(top, top + 1))
+        for losses, mean in zip(history, look.means(), strict=True):
+            losses.append(mean)
+        if watch is None:
+            watch = _Watch(look)
+        elif watch.sees(look):
             states = [bag.state() for bag in bags]
-        elif stale >= pace.patience:
+        elif watch.stale >= pace.patience:
             break
-    if not blind and not clearly_below(best, first, weights):
+    if watch is not None and watch.chosen is watch.first:
         states = unmoved
     for bag, state in zip(bags, states, strict=True):
         bag.network.load_state_dict(bag.state() if blind else state)

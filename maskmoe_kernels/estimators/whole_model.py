@@ -17,6 +17,7 @@ from torch import Tensor
 from maskmoe_kernels.estimators.columns import MISSING, CategoricalColumn, Column, NumericColumn
 from maskmoe_kernels.estimators.encoder import Encoder
 from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels, number
+from maskmoe_kernels.estimators.subsets import ERRORS, SubsetGain
 from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table
 from maskmoe_kernels.files import replacing
 from maskmoe_kernels.layout.subsets import SubsetFamily
@@ -85,6 +86,7 @@ class GlobalExplanation:
         sufficient: Name of an expert to the share of these rows of which it is the smallest that
             suffices, the largest first.
         subsets: Name of an expert to the groups that it sees.
+        gains: What forward selection found about each subset, best first; else empty.
         shapes: Group to its shape function, for groups of one column with an expert of their own.
         pairs: Pairs of such groups with an expert.
         base: The answer before any column is seen.
@@ -96,6 +98,7 @@ class GlobalExplanation:
     importance: pd.Series
     sufficient: pd.Series
     subsets: dict[str, tuple[str, ...]]
+    gains: list[SubsetGain]
     shapes: dict[str, Shape]
     pairs: list[PairMap]
     base: Any
@@ -180,6 +183,8 @@ class GlobalExplanation:
             f"within {number(self.tolerance)} ({tells}) of the one that sees all.</p>"
         )
         parts.append(self._table())
+        if self.gains:
+            parts.append(self._kept_and_why())
         page = _PAGE.format(title=html.escape(title), body="\n".join(parts))
         with replacing(path) as file:
             file.write(page.encode("utf-8"))
@@ -192,8 +197,29 @@ class GlobalExplanation:
         rows = [(self._in_words(name), share) for name, share in first.items()]
         if len(others):
             rows.append((f"{len(others)} others", float(others.sum())))
-        lines = (f"<tr><td>{html.escape(n)}</td><td>{share:.1%}</td></tr>" for n, share in rows)
-        return f"<table><tr><th>groups</th><th>rows</th></tr>{''.join(lines)}</table>"
+        return _html_table(["groups", "rows"], [[name, f"{share:.1%}"] for name, share in rows])
+
+    def _kept_and_why(self) -> str:
+        """The subsets of two groups or more that gained most, in html."""
+        larger = [found for found in self.gains if len(found.groups) > 1]
+        kept = sum(found.kept for found in larger)
+        unit = "nats of the log loss" if self.classes else "shares of the variance of y"
+        text = (
+            f"<h2>What was kept and why</h2><p>Besides single groups, {kept} of {len(larger)} "
+            "subsets that were tried got an expert. Gain: by how much one loses less on held-out "
+            f"rows than the best kept subset with one group less, in {unit}, and its standard "
+            f"error. One that gains at most {number(ERRORS)} errors is not kept, nor one for which "
+            "there was no room.</p>"
+        )
+        rows = [
+            [" & ".join(found.groups), f"{found.gain:.4f} \u00b1 {found.error:.4f}",
+             "kept" if found.kept else ""]
+            for found in larger[:_BARS]
+        ]  # fmt: skip
+        if len(larger) > _BARS:
+            others = sum(found.kept for found in larger[_BARS:])
+            rows.append([f"{len(larger) - _BARS} others", "", f"{others} kept"])
+        return text + _html_table(["groups", "gain", ""], rows) if larger else ""
 
     def _in_words(self, expert: Any) -> str:
         groups = self.subsets[expert]
@@ -214,11 +240,17 @@ img {{ max-width: 100%; height: auto; }}
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 345px), 1fr)); }}
 table {{ border-collapse: collapse; }} td, th {{ padding: .2rem .8rem; text-align: left;
   border-bottom: 1px solid #ccc; overflow-wrap: anywhere; }}
-td:last-child, th:last-child {{ text-align: right; white-space: nowrap; }}
+td + td, th + th {{ text-align: right; white-space: nowrap; }}
 </style></head><body><h1>{title}</h1>
 {body}
 </body></html>
 """
+
+
+def _html_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    first = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
+    return f"<table><tr>{first}</tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def _grid_of(pictures: Iterable[str]) -> str:

@@ -14,11 +14,12 @@ from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import family_of
 from maskmoe_kernels.estimators.tables import read_table
 from maskmoe_kernels.estimators.training import (
+    Look,
     Network,
     Pace,
     Samples,
-    clearly_below,
     default_epochs,
+    gain_over,
     train,
 )
 
@@ -166,8 +167,13 @@ def test_clearly_better_is_by_more_than_the_standard_error(bags, errors):
         before.append(torch.ones(90, dtype=torch.float64))
         after.append(1 + noise - errors * deviation / bags**0.5)
         weights.append(share)
-    assert bool(clearly_below(after, before, weights)) == (errors > 1)
-    assert not clearly_below(before, after, weights)
+    better, start = Look(after, weights), Look(before, weights)
+    assert better.is_clearly_below(start) == (errors > 1)
+    assert not start.is_clearly_below(better)
+    assert better.means() == pytest.approx(
+        [float(a @ w) for a, w in zip(after, weights, strict=True)]
+    )
     two = [torch.stack([losses, before[0]], 1) for losses in after]
     both = [torch.stack([losses, losses], 1) for losses in before]
-    assert clearly_below(two, both, weights).tolist() == [errors > 1, False]
+    gain, error = gain_over(two, both, weights)
+    assert (gain > error).tolist() == [errors > 1, False]

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.held_out import Look
 from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import ERRORS, SubsetGain
 from maskmoe_kernels.estimators.training import (
-    Look,
     Network,
     Pace,
     Samples,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maskmoe_kernels.estimators.held_out import gain_over, losses_of
 from maskmoe_kernels.estimators.tables import Array
-from maskmoe_kernels.estimators.training import Network, Samples, Split, gain_over, losses_of
+from maskmoe_kernels.estimators.training import Network, Samples, Split
 from maskmoe_kernels.ops.masked_linear.api import masked_linear
 
 #: Penalties of the mean loss that are tried, the largest first, and the one without held-out rows.

@@ -10,16 +10,15 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from maskmoe_kernels.estimators.encoder import Encoder
+from maskmoe_kernels.estimators.held_out import Look, gain_over
 from maskmoe_kernels.estimators.linear_start import start_linear
 from maskmoe_kernels.estimators.subsets import family_of
 from maskmoe_kernels.estimators.tables import read_table
 from maskmoe_kernels.estimators.training import (
-    Look,
     Network,
     Pace,
     Samples,
     default_epochs,
-    gain_over,
     train,
 )
 

@@ -39,13 +39,14 @@ def gain_over(
     Returns:
         Both ``(*)``, float64.
     """
-    gain, variance = torch.zeros(()), torch.zeros(())
+    gains, variances = [], []
     for mine, its, weight in zip(losses, others, weights, strict=True):
         less, share = (its - mine).double(), weight.double()
         mean = share @ less
-        gain = gain.to(mean) + mean
-        variance = variance.to(mean) + (share @ (less - mean) ** 2) * (share @ share)
-    return gain / len(losses), variance.sqrt() / len(losses)
+        gains.append(mean)
+        variances.append((share @ (less - mean) ** 2) * (share @ share))
+    bags = len(losses)
+    return torch.stack(gains).sum(0) / bags, torch.stack(variances).sum(0).sqrt() / bags
 
 
 @dataclass(frozen=True)

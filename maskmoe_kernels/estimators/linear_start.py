@@ -47,10 +47,10 @@ def start_linear(
     """Make every expert of every network a ridge regression (logistic for classes).
 
     Its penalty is the largest one that the rows held out by the bags do not tell from the best: a
-    smaller one has to make their loss clearly smaller (by one standard error), in the mean over the
-    bags. Each is solved by steps ``B <- B - (c X'X + r P)^-1 gradient``, where c
-    bounds the curvature of the loss, so that none overshoots, and P has straight lines cost less
-    than other shapes.
+    smaller one has to make their loss, in the mean over the bags, smaller by more than ``errors``
+    standard errors. Each is solved by steps ``B <- B - (c X'X + r P)^-1 gradient``, where c bounds
+    the curvature of the loss, so that none overshoots, and P has straight lines cost less than
+    other shapes.
 
     Args:
         networks: One a bag, untrained.
@@ -151,9 +151,10 @@ class _Solver:
         weight = torch.ones(len(self.x)) if samples.weight is None else samples.weight
         weight = weight.to(self.x)
         self.train = [_shares(kept, weight) for kept, _ in splits]
-        #: Of each bag, the rows that it holds out, and their weights, which add up to 1.
-        self.held = [(held, weight[held] / weight[held].sum()) for _, held in splits
-                     if held is not None]  # fmt: skip
+        out = [held for _, held in splits if held is not None]
+        #: Inputs and targets of the rows that each bag holds out, and their weights, of sum 1.
+        self.held = [(self.x[held], self.target[held]) for held in out]
+        self.held_share = [weight[held] / weight[held].sum() for held in out]
         self.blind = len(self.held) < len(splits)
         # Of all rows and of a bag's, whose X'X is at most so many times as large.
         most = max(float(weight.sum() / weight[kept].sum()) for kept, _ in splits)
@@ -259,21 +260,23 @@ class _Solver:
 
     def _held_out_losses(self, weight: Tensor, bias: Tensor) -> list[Tensor]:
         """Of each bag, those of every expert on its held-out rows: ``(rows, H)``."""
+        if self.blind:
+            return []
         found = []
-        for w, b, (rows, _) in zip(weight, bias, self.held, strict=False):
-            z = masked_linear(self.x[rows], w[:-1], b, self.layout)
+        for w, b, (x, target) in zip(weight, bias, self.held, strict=True):
+            z = masked_linear(x, w[:-1], b, self.layout)
             if self.kind == "binary":
                 z = z / 2  # experts answer with half the log-odds
             elif self.kind == "multiclass":
                 z = z.unflatten(-1, (-1, self.outputs))
-            found.append(losses_of(z, self.target[rows], self.kind))
+            found.append(losses_of(z, target, self.kind))
         return found
 
     def _clearly_better(self, losses: Sequence[Tensor], best: Sequence[Tensor]) -> list[bool]:
         """Of each expert: is the loss smaller by more than so many standard errors?"""
         if self.blind:
             return [True] * len(self.seen)
-        gain, error = gain_over(losses, best, [share for _, share in self.held])
+        gain, error = gain_over(losses, best, self.held_share)
         better: list[bool] = (gain > self.errors * error).tolist()
         return better
 

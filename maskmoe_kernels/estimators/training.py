@@ -72,6 +72,12 @@ class Samples:
         weight = None if self.weight is None else self.weight[rows]
         return Samples(self.codes.taken(rows), self.target[rows], weight)
 
+    def shares(self) -> Tensor:
+        """The weight of each row, of all rows 1: ``(rows,)``, float64."""
+        weight = torch.ones(len(self.codes)) if self.weight is None else self.weight
+        weight = weight.to(self.target.device, torch.float64)
+        return weight / weight.sum()
+
     def to(self, device: torch.device) -> Samples:
         """The same on a device."""
         weight = None if self.weight is None else self.weight.to(device)
@@ -114,9 +120,10 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.shape = shape
+        units, top_units, layers = shape
         linear = 2 * (outputs or 1)
         widths = [
-            linear + shape[int(len(members) == family.num_groups)]
+            linear + (top_units if len(members) == family.num_groups else units)
             for members in family.subsets.values()
         ]
         #: For each expert, where its units end in each hidden layer.
@@ -125,7 +132,7 @@ class Network(nn.Module):
             torch.manual_seed(seed)
             self.experts = InterpretableMLP(
                 family,
-                [widths] * shape[2],
+                [widths] * layers,
                 "relu",
                 outputs=outputs,
                 input_layout=family.input_layout(widths, strict=True),
@@ -197,13 +204,6 @@ def optimizer_of(network: Network, pace: Pace) -> torch.optim.Optimizer:
     )
 
 
-def _shares(samples: Samples) -> Tensor:
-    """The weight of each row, of all rows 1: ``(rows,)``, float64."""
-    weight = torch.ones(len(samples.codes)) if samples.weight is None else samples.weight
-    weight = weight.to(samples.target.device, torch.float64)
-    return weight / weight.sum()
-
-
 def run_epoch(
     network: Network,
     optimizer: torch.optim.Optimizer,
@@ -271,7 +271,7 @@ def look_at_constant(held: Sequence[Samples], answer: Tensor, kind: str) -> Look
         answers = answer.to(rows.target.device).expand(len(rows.codes), 1, -1)
         answers = answers if kind == "multiclass" else answers[..., 0]
         losses.append(losses_of(answers, rows.target, kind)[:, 0])
-    return Look(losses, [_shares(rows) for rows in held])
+    return Look(losses, [rows.shares() for rows in held])
 
 
 def _passes(
@@ -331,7 +331,7 @@ def best_looks(
     """
     epochs = pace.max_epochs or _EPOCHS
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]
-    weights = [_shares(rows) for rows in held]
+    weights = [rows.shares() for rows in held]
     watches: list[Watch] = []
     for _ in _passes(bags, chunks, steps, epochs, kind, lambda epoch, epochs: None):
         looks = _looks(bags, held, weights, kind, slice(None))
@@ -382,7 +382,7 @@ def train(
         For each bag, the loss of its held-out rows at each look; the first before any step.
     """
     looked_at = [rows for rows in held if rows is not None]
-    weights = [_shares(rows) for rows in looked_at]
+    weights = [rows.shares() for rows in looked_at]
     blind = len(looked_at) < len(held)
     epochs = pace.max_epochs or default_epochs(steps, blind)
     bags = [_Bag(one, pace, epochs * steps, seed + k) for k, one in enumerate(networks)]

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from maskmoe_kernels.estimators.plots import fact, number, waterfall
+from maskmoe_kernels.estimators.plots import LISTED, fact, number, shorter, waterfall
 from maskmoe_kernels.estimators.tables import NUMBERS, Array, Table
 from maskmoe_kernels.explain.shapley import moebius, shapley
 from maskmoe_kernels.explain.sufficient import sufficient
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 #: Subsets from which exact Shapley values are computed; of fewer, a fit.
 _EXACT, _FITTED = "exact", "regression"
-#: So many groups are named; of more, those that are left out, if they are fewer.
-_LISTED = 4
 
 
 @dataclass(frozen=True)
@@ -109,11 +107,11 @@ class Explanation:
         groups = self.sufficient[row]
         at = [*self.contributions.columns]
         what = f"The answer {self._in_words(row)}"
-        tolerance = f"{number(self.tolerance)}"
+        tolerance = number(self.tolerance)
         if len(groups) == len(at) > 1:
             return f"{what} needs all {len(at)} groups to within {tolerance} {self.unit}."
         facts = [f"{name} ({self._rows.shown(row, at.index(name))})" for name in groups]
-        rests_on = _listed(facts) if len(groups) <= _LISTED else self._sufficient_in_words(row)
+        rests_on = _listed(facts) if len(groups) <= LISTED else self._sufficient_in_words(row)
         return (
             f"{what} rests on {rests_on}: of these alone, the model's answer differs by "
             f"{number(self.gap[row])} {self.unit} (tolerance {tolerance})."
@@ -171,11 +169,8 @@ class Explanation:
         return frame
 
     def _sufficient_in_words(self, row: int) -> str:
-        groups = self.sufficient[row]
-        left_out = [name for name in self.contributions if name not in groups]
-        if len(groups) <= _LISTED or len(left_out) >= len(groups):
-            return _listed(groups)
-        return f"all but {_listed(left_out)}" if left_out else f"all {len(groups)} groups"
+        prefix, groups = shorter(self.sufficient[row], [*self.contributions])
+        return f"{prefix}{_listed(groups)}" if groups else f"all {len(self.sufficient[row])} groups"
 
     def _in_words(self, row: int) -> str:
         answer = float(self.answer[row])

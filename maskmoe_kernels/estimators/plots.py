@@ -22,6 +22,8 @@ _COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
 _OTHERS = "#c3c9cc"
 #: Up to so many values, a picture names each of them.
 _FEW = 12
+#: So many groups are named; of more, those that are left out, if they are fewer.
+LISTED = 4
 #: From this share of rows in the bin about 0 on, an axis of numbers is logarithmic.
 _LONG_TAIL = 0.5
 
@@ -44,6 +46,17 @@ def axes(width: float, height: float) -> Axes:
 def short(text: str, longest: int = _LONGEST) -> str:
     """``text``, cut off where it would fill the picture; ``$`` is no formula."""
     return _cut(text, longest).replace("$", r"\$")
+
+
+def shorter(groups: Sequence[str], among: Sequence[str]) -> tuple[str, list[str]]:
+    """How to name ``groups``: ``""`` and they; or ``"all but "`` and the others ``among`` which.
+
+    The others stand for more than :data:`LISTED` groups, if they are fewer; they may be none.
+    """
+    others = [name for name in among if name not in groups]
+    if len(groups) <= LISTED or len(others) >= len(groups):
+        return "", [*groups]
+    return "all but ", others
 
 
 def fact(name: str, value: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskmoe_kernels.estimators.columns import MISSING, CategoricalColumn, Column, NumericColumn
 from maskmoe_kernels.estimators.encoder import Encoder
-from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels, number
+from maskmoe_kernels.estimators.plots import bars, curve, heat_map, levels, number, shorter
 from maskmoe_kernels.estimators.subsets import ERRORS, SubsetGain
 from maskmoe_kernels.estimators.tables import CATEGORIES, NUMBERS, Array, Table
 from maskmoe_kernels.files import replacing
@@ -222,11 +222,8 @@ class GlobalExplanation:
         return text + _html_table(["groups", "gain", ""], rows) if larger else ""
 
     def _in_words(self, expert: Any) -> str:
-        groups = self.subsets[expert]
-        left_out = [name for name in self.importance.index if name not in groups]
-        if len(groups) > 4 and 0 < len(left_out) < len(groups):
-            return f"all but {' & '.join(left_out)}"
-        return str(expert)
+        prefix, groups = shorter(self.subsets[expert], [*self.importance.index])
+        return f"{prefix}{' & '.join(groups)}" if prefix and groups else str(expert)
 
 
 _PAGE = """<!DOCTYPE html>

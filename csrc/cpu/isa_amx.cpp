@@ -1,6 +1,5 @@
-// bfloat16 on AMX. Everything else uses AVX-512.
-#include "cpu/amx/masked_linear.h"
-#include "cpu/amx/masked_mlp.h"
+#include "cpu/amx/products.h"
+#include "cpu/bfloat16/kernel_table.h"
 
 namespace maskmoe {
 
@@ -10,20 +9,6 @@ constexpr const char* kName = "amx-emulated";
 constexpr const char* kName = "amx";
 #endif
 
-const Kernels kAmx = {kName,
-                      amx::L,
-                      amx::pack,
-                      amx::FloatWeights::unpack,
-                      amx::forward_scratch,
-                      amx::forward,
-                      amx::backward_scratch,
-                      amx::backward,
-                      amx::E::add,
-                      amx::E::load,
-                      amx::E::store,
-                      amx::MaskedMlp::saved,
-                      amx::MaskedMlp::units,
-                      amx::MaskedMlp::scratch,
-                      amx::MaskedMlp::run};
+const Kernels kAmx = Bfloat16Kernels<amx::Products>::table(kName);
 
 }  // namespace maskmoe

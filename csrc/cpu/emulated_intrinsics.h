@@ -225,7 +225,7 @@ MASKMOE_INTRINSIC __m512i _mm512_set1_epi16(short a) {
 template <class... Floats>
 MASKMOE_INTRINSIC __m512 _mm512_setr_ps(Floats... a) {
   static_assert(sizeof...(a) == 16);
-  return __m512{a...};
+  return __m512{static_cast<float>(a)...};
 }
 
 MASKMOE_INTRINSIC __m512i _mm512_castps_si512(__m512 a) { return (__m512i)a; }

@@ -18,6 +18,9 @@ PIP   := $(PY) -m pip $(INSTALL)
 
 FUZZED := layers:100000 mlp:30000 ops:100000 files:10000
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+# Tests of ops that know no instruction set: of PyTorch's, Triton's and CUDA's kernels.
+OF_OTHERS := $(patsubst %,--ignore=tests/ops/%,selection triton_support) \
+	--ignore-glob='*/test_cuda*' --ignore-glob='*/test_triton*'
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
 INTEROP := build/interop
@@ -83,7 +86,7 @@ emulate: $(READY) ## Run the kernels' tests with AVX-512 and AMX emulated in pla
 	    $(PY) setup.py -q build_ext --build-lib build/emulate
 	@export MASKMOE_EXTENSION=$(CURDIR)/build/emulate/maskmoe_kernels/_C.abi3.so; \
 	$(PY) -c 'from maskmoe_kernels.ops import native; native.set_isa("amx-emulated")' && \
-	$(PYTEST) tests/ops
+	$(PYTEST) tests/ops $(OF_OTHERS)
 
 lint: $(READY) ## Check style, types and the import contract
 	@$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """bfloat16 on tiles (AMX): the emulated instruction against its definition, and wide blocks.
 
-``make emulate`` runs the second half on emulated tiles, where the processor has none.
+``make emulate`` runs the second half on emulated tiles, on every processor with AVX2.
 """
 
 import ctypes

@@ -3,7 +3,7 @@
 
 namespace maskmoe {
 
-#ifdef MASKMOE_EMULATE_AMX
+#ifdef MASKMOE_EMULATE
 constexpr const char* kName = "amx-emulated";
 #else
 constexpr const char* kName = "amx";

@@ -1,7 +1,12 @@
 // AVX-512 as an instruction-set policy: 16 lanes, 32 registers, a mask register per condition.
 #pragma once
 
+#ifdef MASKMOE_EMULATE
+#include "cpu/emulated_intrinsics.h"
+#else
 #include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 namespace maskmoe::avx512 {

@@ -187,4 +187,5 @@ CPP: dict[str, list[str]] = {
 NEEDS: dict[str, str] = {
     "csrc/cpu/*avx512*": "avx512",
     "csrc/cpu/*amx*": "amx",
+    "csrc/cpu/emulated*": "avx512-emulated",
 }

@@ -28,6 +28,14 @@ namespace {
 #endif
 }
 
+[[maybe_unused]] bool has_avx512bf16() {
+#ifdef MASKMOE_EMULATE
+  return true;
+#else
+  return __builtin_cpu_supports("avx512bf16");
+#endif
+}
+
 // Can AMX run? The processor must have it, the system must save its registers at context switches,
 // and this process needs a permission.
 [[maybe_unused]] bool may_use_tiles() {
@@ -50,9 +58,10 @@ namespace {
 
 #endif
 
-// AMX: its kernels are tested on emulated tiles, not on a processor that has them.
+// Kernels for bfloat16 whose instructions were emulated in all tests, so far, and all emulated ones.
 bool only_where_named(const char* isa) {
-  return std::strncmp(isa, "amx", 3) == 0 || std::strstr(isa, "-emulated") != nullptr;
+  return std::strcmp(isa, "amx") == 0 || std::strcmp(isa, "avx512bf16") == 0 ||
+         std::strstr(isa, "-emulated") != nullptr;
 }
 
 struct Choice {
@@ -68,6 +77,9 @@ struct Choice {
     if (has_avx512()) {
 #ifndef MASKMOE_NO_AMX
       if (may_use_tiles()) kernels[n++] = &kAmx;
+#endif
+#ifndef MASKMOE_NO_AVX512BF16
+      if (has_avx512bf16()) kernels[n++] = &kAvx512Bf16;
 #endif
       kernels[n++] = &kAvx512;
     }

@@ -2,5 +2,13 @@
 #include "cpu/bfloat16/kernel_table.h"
 
 namespace maskmoe {
-const Kernels kAvx512Bf16 = Bfloat16Kernels<avx512bf16::DotProducts>::table("avx512bf16");
-}
+
+#ifdef MASKMOE_EMULATE
+constexpr const char* kName = "avx512bf16-emulated";
+#else
+constexpr const char* kName = "avx512bf16";
+#endif
+
+const Kernels kAvx512Bf16 = Bfloat16Kernels<avx512bf16::DotProducts>::table(kName);
+
+}  // namespace maskmoe

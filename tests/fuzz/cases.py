@@ -7,6 +7,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
+from tests.ops.runners import OF_BFLOAT16
 
 
 class Fault(AssertionError):
@@ -61,10 +62,6 @@ class Draw:
 
     def order(self, size):
         return torch.from_numpy(self.bits.permutation(size))
-
-
-#: Instruction sets that multiply bfloat16: their denormals are zeros.
-OF_BFLOAT16 = ("amx", "avx512bf16")
 
 
 def draw_isa(draw, but=()):

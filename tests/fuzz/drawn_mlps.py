@@ -62,7 +62,7 @@ class Case:
     def __init__(self, seed, number):
         self.draw = draw = Draw(seed, number)
         fresh = draw.upto(2**31)
-        draw_isa(draw, but=OF_BFLOAT16)  # these round between layers: test_mlp_tiles.py
+        draw_isa(draw, but=OF_BFLOAT16)  # these round between layers: test_mlp_bfloat16.py
         self.of = pooled(seed, draw.upto(POOL - 1))
         torch.default_generator.manual_seed(
             fresh

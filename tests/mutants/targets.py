@@ -26,7 +26,7 @@ _SELECTION = [
 _MLP = [
     "tests/models/test_mlp.py",
     "tests/ops/masked_mlp/test_masked_mlp.py",
-    "tests/ops/masked_mlp/test_mlp_tiles.py",
+    "tests/ops/masked_mlp/test_mlp_bfloat16.py",
     "tests/ops/masked_mlp/test_mlp_needs.py",
     "tests/ops/masked_mlp/test_mlp_expert_loss.py",
     "tests/ops/masked_mlp/test_range.py",

@@ -81,7 +81,7 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["unsupported_reason"])' && \
 	$(PYTEST) $(wildcard tests/ops/test_native.py) tests/ops
 
-emulate: $(READY) ## Run the kernels' tests with AVX-512 and AMX emulated in plain C++
+emulate: $(READY) ## Run the kernels' tests with AVX-512, its bfloat16 and AMX in plain C++
 	@CXX="$(CXX)" CXXFLAGS="$(CXXFLAGS)" MASKMOE_EMULATE=1 MASKMOE_BUILD=cpu \
 	    $(PY) setup.py -q build_ext --build-lib build/emulate
 	@export MASKMOE_EXTENSION=$(CURDIR)/build/emulate/maskmoe_kernels/_C.abi3.so; \

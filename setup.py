@@ -5,7 +5,7 @@ every later version of torch and Python. Without the extension the package works
 What was built, and why the rest was not, is written to maskmoe_kernels/_build.json.
 
 Environment: MASKMOE_BUILD=auto|cpu|cuda|none (auto builds what it can; with another value a failed
-build is an error), MASKMOE_EMULATE=1 (AVX-512 and AMX in plain C++, for their tests), CXX,
+build is an error), MASKMOE_EMULATE=1 (all but AVX2 in plain C++, for tests), CXX,
 CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, CMAKE, NINJA, MAX_JOBS.
 
 CUDA takes minutes, so auto leaves it out unless there is an NVIDIA GPU or CUDACXX names a compiler.

@@ -18,7 +18,7 @@ BUILT = json.loads(RECORD.read_text())["isas"] if RECORD.exists() and LIBRARY.ex
 pytestmark = [
     pytest.mark.skipif(not BUILT, reason="there is no extension"),
     pytest.mark.skipif(
-        not (shutil.which("objdump") and shutil.which("nm")), reason="no objdump and nm to look with"
+        not (shutil.which("objdump") and shutil.which("nm")), reason="no objdump and nm to read it"
     ),
 ]
 

@@ -14,10 +14,21 @@ struct Bfloat16Kernels {
   using Network = Bfloat16Mlp<P>;
 
   static constexpr Kernels table(const char* name) {
-    return {name,     I::kLanes,       pack,     PackedWeights<I>::unpack,
-            forward_scratch, forward,  backward_scratch, backward,
-            E::add,   E::load,         E::store, mlp_saved,
-            mlp_units, mlp_scratch,    mlp};
+    return {name,
+            I::kLanes,
+            pack,
+            PackedWeights<I>::unpack,
+            forward_scratch,
+            forward,
+            backward_scratch,
+            backward,
+            E::add,
+            E::load,
+            E::store,
+            mlp_saved,
+            mlp_units,
+            mlp_scratch,
+            mlp};
   }
 
   static bool own(Dtype dtype) { return dtype == Dtype::kBfloat16; }

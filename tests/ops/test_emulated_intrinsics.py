@@ -2,7 +2,7 @@
 
 ``intrinsics.cpp`` is compiled with ``csrc/cpu/emulated_intrinsics.h``; where the processor has the
 instructions, again with those: both must give the same bits. Of a NaN that arithmetic gives, only
-that it is one.
+that it is one; of dot products of bfloat16, the same to rounding.
 """
 
 import ctypes
@@ -20,7 +20,6 @@ import pytest
 SOURCE = Path(__file__).resolve().parent / "intrinsics.cpp"
 CSRC = SOURCE.parents[2] / "csrc"
 AVX512 = ("avx512f", "avx512dq", "avx512bw", "avx512vl")
-BF16 = ("to_bf16", "two_to_bf16", "dpbf16", "mask_dpbf16")
 NAN = 0x7FC00000
 INDEFINITE = 0xFFC00000  # what invalid operations give
 MINIMUM = 2.0**-126
@@ -406,11 +405,13 @@ def dot_of_pairs(c, a, b):
     return bits(total)
 
 
-def bfloat16_pairs(lower, upper):
-    low, high = (
-        bfloat16_of(bits(np.broadcast_to(n, 16))).astype(np.uint32) for n in (lower, upper)
-    )
+def bfloat16_pairs_of(halves):
+    low, high = (bfloat16_of(bits(n)).astype(np.uint32) for n in halves)
     return low | high << np.uint32(16)
+
+
+def bfloat16_pairs(lower, upper):
+    return bfloat16_pairs_of([np.broadcast_to(n, 16) for n in (lower, upper)])
 
 
 def test_dot_products_of_pairs(emulated):
@@ -474,19 +475,42 @@ def test_aligned_addresses_only(emulated, which):
 # --- The processor's own -------------------------------------------------------------------------
 
 
+#: What the kernels give normal numbers only. Of others, processors were not there to be asked.
+OF_NORMAL_NUMBERS = ("scalef", "getexp", "getmant", "to_bf16", "two_to_bf16")
+
+
 def test_the_processor_gives_the_same_bits(emulated, native):
     a, b = pairs()
     c = np.roll(a, 17)
     half = in_lower(np.arange(2**16, dtype=np.uint16))
-    arithmetic = {"add", "sub", "mul", "divide", "fmadd", "mask3_fmadd", "dpbf16", "mask_dpbf16"}
+    random = np.random.default_rng(23)
+    normal = bits(random.normal(size=4096) * 2.0 ** random.integers(-60, 60, 4096))
+    steps = bits(random.integers(-60, 60, 4096))
     for name in re.findall(r"^EXPORT\((\w+)", SOURCE.read_text(), re.M):
-        if name in BF16 and not hasattr(native.library, name):
+        if name in ("dpbf16", "mask_dpbf16") or not hasattr(native.library, name):
             continue
         arrays = (half,) if name in ("from_fp16", "from_u16") else (a, b, c)
-        check = same if name in arithmetic else same_bits
+        if name in OF_NORMAL_NUMBERS:
+            arrays = (normal, steps if name == "scalef" else np.roll(normal, 1))
+        arithmetic = name in ("add", "sub", "mul", "divide", "fmadd", "mask3_fmadd")
+        check = same if arithmetic else same_bits
         for k in {"cmp": range(32), "shuffle_i32x4": range(256)}.get(name, (0, 3, 40, 0x5AF0C3A5)):
             check(emulated(name, *arrays, k=k), native(name, *arrays, k=k).reshape(-1))
     assert native.apart("masked()") == 0
-    for which in range(6):
-        assert native.apart(f"aligned({which}, 0)") == 0
-        assert native.apart(f"aligned({which}, 16)") < 0
+
+
+def test_the_processor_multiplies_the_same_pairs(emulated, native):
+    """To the rounding of two sums, whose order and denormals are each maker's."""
+    if not hasattr(native.library, "dpbf16"):
+        pytest.skip("this processor multiplies no bfloat16")
+    random = np.random.default_rng(29)
+    values = random.normal(size=(4, 4096)) * 2.0 ** random.integers(-20, 20, 4096)
+    a, b = bfloat16_pairs_of(values[:2]), bfloat16_pairs_of(values[2:])
+    c = bits(random.normal(size=4096))
+    halves = [[floats(n << 16), floats(n & 0xFFFF0000)] for n in (a, b)]
+    size = np.abs(floats(c)) + sum(np.abs(x * y) for x, y in zip(*halves, strict=True))
+    for k in (0xFFFF, 0x6A31):
+        ours, theirs = (of("mask_dpbf16", a, b, c, k=k).reshape(-1) for of in (emulated, native))
+        assert (np.abs(floats(ours) - floats(theirs)) <= 2.0**-22 * size).all()
+        unseen = np.resize(k >> np.arange(16) & 1, a.size) == 0
+        assert np.array_equal(theirs[unseen], c[unseen])

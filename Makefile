@@ -18,6 +18,9 @@ PIP   := $(PY) -m pip $(INSTALL)
 
 FUZZED := layers:100000 mlp:30000 ops:100000 files:10000
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+# Tests of ops that know no instruction set: of PyTorch's, Triton's and CUDA's kernels.
+OF_OTHERS := $(patsubst %,--ignore=tests/ops/%,selection triton_support) \
+	--ignore-glob='*/test_cuda*' --ignore-glob='*/test_triton*'
 TRIAL := build/wheel-$(TORCH)
 OLDEST := build/oldest
 INTEROP := build/interop
@@ -78,12 +81,12 @@ sanitize: $(READY) ## Run the kernels' tests with the address and undefined-beha
 	$(PY) -c 'import sys, maskmoe_kernels as mk; sys.exit(mk.info()["backends"]["native"]["unsupported_reason"])' && \
 	$(PYTEST) $(wildcard tests/ops/test_native.py) tests/ops
 
-emulate: $(READY) ## Run the kernels' tests on AMX tiles computed in plain C++
-	@CXX="$(CXX)" CXXFLAGS="-DMASKMOE_EMULATE_AMX $(CXXFLAGS)" MASKMOE_BUILD=cpu \
+emulate: $(READY) ## Run the kernels' tests with AVX-512, its bfloat16 and AMX in plain C++
+	@CXX="$(CXX)" CXXFLAGS="$(CXXFLAGS)" MASKMOE_EMULATE=1 MASKMOE_BUILD=cpu \
 	    $(PY) setup.py -q build_ext --build-lib build/emulate
 	@export MASKMOE_EXTENSION=$(CURDIR)/build/emulate/maskmoe_kernels/_C.abi3.so; \
 	$(PY) -c 'from maskmoe_kernels.ops import native; native.set_isa("amx-emulated")' && \
-	$(PYTEST) tests/ops
+	$(PYTEST) tests/ops $(OF_OTHERS)
 
 lint: $(READY) ## Check style, types and the import contract
 	@$(PY) -m ruff check .

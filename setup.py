@@ -5,7 +5,8 @@ every later version of torch and Python. Without the extension the package works
 What was built, and why the rest was not, is written to maskmoe_kernels/_build.json.
 
 Environment: MASKMOE_BUILD=auto|cpu|cuda|none (auto builds what it can; with another value a failed
-build is an error), CXX, CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, CMAKE, NINJA, MAX_JOBS.
+build is an error), MASKMOE_EMULATE=1 (all but AVX2 in plain C++, for tests), CXX,
+CXXFLAGS, LDFLAGS, CUDACXX, CUDAFLAGS, CMAKE, NINJA, MAX_JOBS.
 
 CUDA takes minutes, so auto leaves it out unless there is an NVIDIA GPU or CUDACXX names a compiler.
 """
@@ -121,12 +122,15 @@ def make(mode: str, record: dict) -> Path:
     # Another compiler, another torch or other flags have a folder of their own.
     key = [ROOT, torch, *(file.read_text() for file in torch.glob("version.py")), include, cxx]
     key += [os.environ.get(name) for name in ("CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")]
+    emulate = os.environ.get("MASKMOE_EMULATE") or "OFF"
+    key += [emulate]
     key += [subprocess.run([*cxx, "--version"], capture_output=True, check=False).stdout]
     key += [shutil.which("nvcc")]
     folder = ROOT / "build/cmake" / hashlib.sha256(repr(key).encode()).hexdigest()[:12]
     environment = {**os.environ, "LC_ALL": "C", "CXX": shlex.join(cxx)}
     options = ["-S", ROOT, "-B", folder, "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     options += [f"-DTORCH={torch}", f"-DPYTHON_INCLUDE={include}", "-UWITHOUT_*"]
+    options += [f"-DMASKMOE_EMULATE={emulate}"]
     jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
     without = left_out(mode)
     while True:

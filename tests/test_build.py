@@ -77,7 +77,8 @@ SOURCES = {
 }
 
 VARIABLES = (
-    "MASKMOE_BUILD MASKMOE_EXTENSION CXX CXXFLAGS LDFLAGS CUDACXX CUDAFLAGS MAX_JOBS".split()
+    "MASKMOE_BUILD MASKMOE_EMULATE MASKMOE_EXTENSION CXX CXXFLAGS LDFLAGS CUDACXX CUDAFLAGS "
+    "MAX_JOBS".split()
 )
 BUILD_FILES = ("setup.py", "CMakeLists.txt", "pyproject.toml", "MANIFEST.in")
 IN_PLACE = ("setup.py", "-q", "build_ext", "--inplace")
@@ -327,6 +328,19 @@ print(torch.ops.maskmoe_build_test.twice(torch.ones(9)))
     done = run(project, "-c", code)
     assert done.returncode == 0, done.stderr
     assert "2., 2." in done.stdout
+
+
+@needs_compiler
+def test_emulated_kernels_need_the_flags_of_avx2_only(project):
+    """With MASKMOE_EMULATE=1; without it, a build before or after is what it was."""
+    found = (
+        "#if defined(MASKMOE_EMULATE) == defined(__AVX512F__) || !defined(__AVX2__)\n#error\n#endif"
+    )
+    write(project, {"cpu/isa_avx512.cpp": found})
+    for emulate in ("", "1", "0"):
+        done = run(project, *IN_PLACE, MASKMOE_BUILD="cpu", CXXFLAGS="-O0", MASKMOE_EMULATE=emulate)
+        assert done.returncode == 0, done.stderr
+        assert record_of(project)["isas"] == ["avx2", "avx512"]
 
 
 @needs_compiler

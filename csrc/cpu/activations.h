@@ -11,13 +11,13 @@
 namespace maskmoe {
 
 // c0 + c1 x + c2 x^2 + ...
-template <class I>
-inline typename I::V polynomial(typename I::V, float c) {
-  return I::set(c);
-}
 template <class I, class... C>
 inline typename I::V polynomial(typename I::V x, float c, C... higher) {
-  return I::fma(polynomial<I>(x, higher...), x, I::set(c));
+  if constexpr (sizeof...(higher) == 0) {
+    return I::set(c);
+  } else {
+    return I::fma(polynomial<I>(x, higher...), x, I::set(c));
+  }
 }
 
 template <class I>

@@ -11,12 +11,37 @@
 namespace maskmoe {
 namespace {
 
+#if defined(__x86_64__)
+
+[[maybe_unused]] bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+
+// Emulated kernels are compiled for AVX2.
+[[maybe_unused]] bool has_avx512() {
+#ifdef MASKMOE_EMULATE
+  return has_avx2();
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+[[maybe_unused]] bool has_avx512bf16() {
+#ifdef MASKMOE_EMULATE
+  return true;
+#else
+  return __builtin_cpu_supports("avx512bf16");
+#endif
+}
+
 // Can AMX run? The processor must have it, the system must save its registers at context switches,
 // and this process needs a permission.
 [[maybe_unused]] bool may_use_tiles() {
-#if defined(MASKMOE_EMULATE_AMX)
+#if defined(MASKMOE_EMULATE)
   return true;
-#elif defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+#elif defined(__linux__) && defined(SYS_arch_prctl)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kXsaveOn = 1u << 27, kState = 3u << 17;
   constexpr int kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
@@ -31,11 +56,17 @@ namespace {
 #endif
 }
 
+#endif
+
+// Kernels for bfloat16 whose instructions were emulated in all tests, so far, and all emulated ones.
+bool only_where_named(const char* isa) {
+  return std::strcmp(isa, "amx") == 0 || std::strcmp(isa, "avx512bf16") == 0 ||
+         std::strstr(isa, "-emulated") != nullptr;
+}
+
 struct Choice {
   const Kernels* kernels[8] = {};
   const char* names[9] = {};
-  // AMX runs only where it is named: its kernels are tested on emulated tiles, not on a processor
-  // that has them.
   const Kernels* best = nullptr;
   const Kernels* chosen = nullptr;
   Choice() {
@@ -43,23 +74,24 @@ struct Choice {
 #if defined(__x86_64__)
     __builtin_cpu_init();
 #ifndef MASKMOE_NO_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+    if (has_avx512()) {
 #ifndef MASKMOE_NO_AMX
       if (may_use_tiles()) kernels[n++] = &kAmx;
+#endif
+#ifndef MASKMOE_NO_AVX512BF16
+      if (has_avx512bf16()) kernels[n++] = &kAvx512Bf16;
 #endif
       kernels[n++] = &kAvx512;
     }
 #endif
 #ifndef MASKMOE_NO_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      kernels[n++] = &kAvx2;
-    }
+    if (has_avx2()) kernels[n++] = &kAvx2;
 #endif
 #endif
     for (int i = 0; i < n; ++i) names[i] = kernels[i]->name;
-    best = n > 1 && std::strncmp(names[0], "amx", 3) == 0 ? kernels[1] : kernels[0];
+    for (int i = n - 1; i >= 0; --i) {
+      if (!only_where_named(names[i])) best = kernels[i];
+    }
     chosen = best;
   }
 };

@@ -2,5 +2,13 @@
 #include "cpu/simd_avx512.h"
 
 namespace maskmoe {
-const Kernels kAvx512 = kernels_of<avx512::Isa>("avx512");
-}
+
+#ifdef MASKMOE_EMULATE
+constexpr const char* kName = "avx512-emulated";
+#else
+constexpr const char* kName = "avx512";
+#endif
+
+const Kernels kAvx512 = kernels_of<avx512::Isa>(kName);
+
+}  // namespace maskmoe

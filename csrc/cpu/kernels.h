@@ -165,6 +165,6 @@ struct Kernels {
 
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
-extern const Kernels kAmx;  // bfloat16 only; calls kAvx512 for the rest
+extern const Kernels kAvx512Bf16, kAmx;  // bfloat16 only; they call kAvx512 for the rest
 
 }  // namespace maskmoe

@@ -1,6 +1,6 @@
 // The tile instructions of AMX as a policy, `Tiles`: eight registers of 16 rows by 64 bytes.
 //
-// With MASKMOE_EMULATE_AMX the same is computed in plain C++, bit for bit as Intel defines it, so
+// With MASKMOE_EMULATE the same is computed in plain C++, bit for bit as Intel defines it, so
 // that kernels built on tiles can be tested on machines without them.
 #pragma once
 
@@ -12,7 +12,7 @@ constexpr int kTileRows = 16;
 constexpr int kTileBytes = 64;                              // of a row
 constexpr int64_t kTileFloats = kTileRows * kTileBytes / 4;  // of a whole tile
 
-#ifndef MASKMOE_EMULATE_AMX
+#ifndef MASKMOE_EMULATE
 
 // Assembly, not _tile_*: those paste their arguments, so a register cannot be a template's, and
 // GCC's loads do not tell the compiler that they read memory.

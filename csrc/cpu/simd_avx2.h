@@ -25,6 +25,7 @@ struct Isa {
                           p[at[7]]);
   }
   static constexpr bool kTransposes = true;
+  static constexpr bool kPairs = false;  // are x and w pairs of bfloat16, and fma their dot product?
   // The values of 8 rows, turned: to[n] holds the n-th value of each.
   [[gnu::always_inline]] static void transpose(const float* const (&from)[8], V (&to)[8]) {
 #pragma GCC unroll 2

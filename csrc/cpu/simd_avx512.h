@@ -1,7 +1,12 @@
 // AVX-512 as an instruction-set policy: 16 lanes, 32 registers, a mask register per condition.
 #pragma once
 
+#ifdef MASKMOE_EMULATE
+#include "cpu/emulated_intrinsics.h"
+#else
 #include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 namespace maskmoe::avx512 {
@@ -26,6 +31,7 @@ struct Isa {
                           p[at[14]], p[at[15]]);
   }
   static constexpr bool kTransposes = false;
+  static constexpr bool kPairs = false;  // are x and w pairs of bfloat16, and fma their dot product?
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
@@ -68,17 +74,36 @@ struct Isa {
   static V mantissa(V a) { return _mm512_getmant_ps(a, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src); }
 
   static V load_bf16(const uint16_t* p) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static void store_bf16(uint16_t* p, V a) {  // to nearest, ties to even; NaN stays NaN
+  static V widen_bf16(__m256i a) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(a), 16));
+  }
+  // The nearest bfloat16, ties to even, in the high halves; NaN stays NaN.
+  static __m512i round_bf16(V a) {
     __m512i bits = _mm512_castps_si512(a);
     __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     M nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
-    up = _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_mask_mov_epi32(up, nan, _mm512_set1_epi32(0x7fc00000));
+  }
+  static void store_bf16(uint16_t* p, V a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16)));
+                        _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(a), 16)));
+  }
+  // Words of a bfloat16 of `low` and one of `high`.
+  static __m512i pair_bf16(V low, V high) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_or_si512(_mm512_srli_epi32(round_bf16(low), 16),
+                           _mm512_and_si512(round_bf16(high), upper));
+  }
+  // The way back, from words at `p`.
+  static V low_bf16(const float* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16));
+  }
+  static V high_bf16(const float* p) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), upper));
   }
   static V load_fp16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -7,6 +7,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
+from tests.ops.runners import OF_BFLOAT16
 
 
 class Fault(AssertionError):
@@ -63,9 +64,15 @@ class Draw:
         return torch.from_numpy(self.bits.permutation(size))
 
 
-def draw_isa(draw):
-    if native.isas():
-        native.set_isa(draw.pick(native.isas()))
+def draw_isa(draw, but=()):
+    """One of the instruction sets here, except those whose names begin with one of ``but``."""
+    if isas := [isa for isa in native.isas() if not isa.startswith(tuple(but))]:
+        native.set_isa(draw.pick(isas))
+
+
+def flushes(dtype):
+    """Are denormals zeros to the instruction set that is used?"""
+    return dtype == torch.bfloat16 and (native.isa() or "").startswith(OF_BFLOAT16)
 
 
 @contextmanager

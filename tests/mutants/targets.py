@@ -4,6 +4,7 @@ from __future__ import annotations
 
 _TRUST = ["tests/ops/test_trust.py", "tests/fuzz/test_ops.py"]
 _NEEDS = "tests/ops/masked_linear/test_needs.py"
+_TILES = "tests/ops/masked_linear/test_tiles.py"
 _LIFETIMES = "tests/ops/test_lifetimes.py"
 _KINDS = "tests/layout/test_mask_kinds.py"
 _CONVERT = "tests/nn/test_convert.py"
@@ -26,7 +27,7 @@ _SELECTION = [
 _MLP = [
     "tests/models/test_mlp.py",
     "tests/ops/masked_mlp/test_masked_mlp.py",
-    "tests/ops/masked_mlp/test_mlp_tiles.py",
+    "tests/ops/masked_mlp/test_mlp_bfloat16.py",
     "tests/ops/masked_mlp/test_mlp_needs.py",
     "tests/ops/masked_mlp/test_mlp_expert_loss.py",
     "tests/ops/masked_mlp/test_range.py",
@@ -179,12 +180,16 @@ CPP: dict[str, list[str]] = {
     "csrc/cpu/*plan*": [*_TRUST, _OPS[0], _NEEDS, *_NATIVE, *_MLP, _LIFETIMES],
     "csrc/cpu/masked_linear/ops.cpp": [*_TRUST, _OPS[0], *_NATIVE, _NEEDS, _OPS[1]],
     "csrc/cpu/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
-    "csrc/cpu/amx/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
+    "csrc/cpu/bfloat16/*": [_TILES, *_NATIVE, _OPS[0], _NEEDS, *_MLP],
+    "csrc/cpu/amx/*": [_TILES, _OPS[0], *_NATIVE, _NEEDS, *_MLP],
     "csrc/cpu/masked_linear/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
     "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
 }
 #: Which C++ files need an instruction set, by pattern.
 NEEDS: dict[str, str] = {
     "csrc/cpu/*avx512*": "avx512",
+    "csrc/cpu/*avx512bf16*": "avx512bf16",
+    "csrc/cpu/bfloat16/*": "avx512bf16",
     "csrc/cpu/*amx*": "amx",
+    "csrc/cpu/emulated*": "avx512-emulated",
 }

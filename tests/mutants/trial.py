@@ -66,12 +66,13 @@ def copy_tree(to: Path) -> Path:
 
 @cache
 def instruction_sets() -> list[str]:
-    """Those that the extension has kernels for and this processor runs."""
+    """Those that the extension has kernels for and this processor runs, or emulates."""
     code = "from maskmoe_kernels.ops import native; print(*native.isas())"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    return done.stdout.split()
+    names = done.stdout.split()
+    return list(dict.fromkeys([*names, *(name.removesuffix("-emulated") for name in names)]))
 
 
 def build(chosen: dict[int, Mutant]) -> tuple[Path, set[int]]:

@@ -11,6 +11,8 @@ from maskmoe_kernels.ops import triton_support as triton
 from maskmoe_kernels.ops.dispatch import BACKENDS, unsupported_reason
 
 DEVICE = torch.device(os.environ.get("MASKMOE_TEST_DEVICE", "cpu"))
+#: How the names of instruction sets begin that multiply bfloat16, to which denormals are zeros.
+OF_BFLOAT16 = ("amx", "avx512bf16")
 #: What float32 on the CPU may name. Triton's interpreter is not there where a GPU is.
 ON_CPU = [
     name

@@ -97,13 +97,14 @@ def test_a_row_does_not_depend_on_its_neighbours(layout, rows, seed):
     assert torch.equal(y[row : row + 1], one)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [7, 8, 49, 130])
 @pytest.mark.parametrize("isa", native.isas())
-def test_what_is_not_finite_stays_in_its_row_and_with_who_sees_it(isa, rows):
+def test_what_is_not_finite_stays_in_its_row_and_with_who_sees_it(isa, rows, dtype):
     """Tiles of finite values are multiplied without masks, others with them: the same bits."""
     native.set_isa(isa)
     layout = LAYOUTS["staircase"]
-    x, weight, bias, cotangent = drawn(layout, rows)
+    x, weight, bias, cotangent = drawn(layout, rows, dtype)
     y, grad_x, *_ = step(layout, x, weight, bias, cotangent, None)
     row, feature, unit = rows - 1, 5, 14
     x[row, feature], cotangent[row, unit] = torch.nan, torch.inf
@@ -119,8 +120,9 @@ def test_what_is_not_finite_stays_in_its_row_and_with_who_sees_it(isa, rows):
         assert not after[row, reached].isfinite().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", native.isas())
-def test_the_sign_of_a_zero_tells_nothing_of_what_is_not_seen(isa):
+def test_the_sign_of_a_zero_tells_nothing_of_what_is_not_seen(isa, dtype):
     native.set_isa(isa)
     layout = LAYOUTS["staircase"]
     feature = 10  # that few units see
@@ -131,9 +133,11 @@ def test_the_sign_of_a_zero_tells_nothing_of_what_is_not_seen(isa):
         x[:, feature] = value
         weight = torch.full((layout.num_weights,), 2.0**-100)  # products are rounded to -0
         bias = torch.full((layout.out_features,), -0.0)
-        y = mk.masked_linear(x, weight, bias, layout, backend="native")
+        y = mk.masked_linear(
+            x.to(dtype), weight.to(dtype), bias.to(dtype), layout, backend="native"
+        )
         assert not y[:, unseen].any()
-        bits.append(y[:, unseen].view(torch.int32))
+        bits.append(y[:, unseen].float().view(torch.int32))
     assert torch.equal(bits[0], bits[1])
     assert torch.equal(bits[0], bits[2])
 

@@ -7,7 +7,7 @@
 // half empty) and panels whose lanes see different segments are left to AVX-512.
 #pragma once
 
-#include "cpu/masked_linear/line_tile.h"
+#include "cpu/bfloat16/packing.h"
 #include "cpu/masked_linear/packed_weights.h"
 #include "cpu/simd_amx.h"
 #include "cpu/simd_avx512.h"
@@ -19,16 +19,12 @@ namespace maskmoe::amx {
 struct Isa : avx512::Isa {};
 
 using E = Elements<Isa>;
-using FloatTile = LineTile<Isa>;
-using FloatWeights = PackedWeights<Isa>;
+using Lines = Bfloat16Lines<Isa>;
+using Packing = Bfloat16Packing<Isa>;
 using V = Isa::V;
 constexpr int64_t L = Isa::kLanes;
-constexpr int64_t kLine = 2 * L;  // slots
-constexpr int64_t kBlock = 32;    // rows that are computed together
-
-inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t max(int64_t a, int64_t b) { return a < b ? b : a; }
-inline __mmask16 lowest(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+constexpr int64_t kLine = Lines::kLine;  // slots
+constexpr int64_t kBlock = 32;           // rows that are computed together
 
 // --- What a panel sees ---------------------------------------------------------------------
 
@@ -51,8 +47,8 @@ struct Pieces {
     piece = {(segment->first + done) / L, 0};
     while (segment != end && (segment->first + done) / L == piece.index) {
       const int64_t slot = (segment->first + done) % L;
-      const int64_t count = min(L - slot, segment->length - done);
-      piece.seen |= static_cast<uint32_t>(lowest(count)) << slot;
+      const int64_t count = E::min(L - slot, segment->length - done);
+      piece.seen |= static_cast<uint32_t>(Lines::lowest(count)) << slot;
       done += count;
       if (done == segment->length) ++segment, done = 0;
     }
@@ -79,75 +75,13 @@ struct Needs {
   explicit Needs(const PanelsView& view) {
     for (int64_t p = 0; p < view.count; ++p) {
       const int64_t count = count_pieces(view, view.panels[p]);
-      pieces = max(pieces, count);
+      pieces = E::max(pieces, count);
       floats = floats || count == 0;
     }
   }
 };
 
 // --- Weights -------------------------------------------------------------------------------
-
-// 16 by 16 words, rows to columns.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i) {
-    a[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    a[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  // b[4i + c]: of four rows, columns c, 4 + c, 8 + c and 12 + c.
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i even = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88);
-    const __m512i odd = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);
-    const __m512i even2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
-    const __m512i odd2 = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
-    r[c] = _mm512_shuffle_i32x4(even, even2, 0x88);
-    r[4 + c] = _mm512_shuffle_i32x4(odd, odd2, 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(even, even2, 0xdd);
-    r[12 + c] = _mm512_shuffle_i32x4(odd, odd2, 0xdd);
-  }
-}
-
-inline void add_bits(float* to, __m512i bits) {
-  _mm512_storeu_si512(to, _mm512_or_si512(_mm512_loadu_si512(to), bits));
-}
-
-// The weights of `count` neighbouring inputs, from `slot` of a piece on, to its half of a tile:
-// eight rows of pairs for each vector of lanes.
-inline void pack_run(float* tile, const uint16_t* from, const Copy& copy, int64_t slot,
-                     int64_t count) {
-  for (int64_t lane = 0; lane < copy.lanes; lane += L, tile += kTileFloats) {
-    const int64_t lanes = min(L, copy.lanes - lane);
-    const uint16_t* at = from + lane * copy.lane_step;
-    if (copy.lane_step == 1) {
-      for (int64_t k = 0; k < count; ++k) {
-        const __m256i one = _mm256_maskz_loadu_epi16(lowest(lanes), at + k * copy.input_step);
-        const __m512i wide = _mm512_cvtepu16_epi32(one);
-        const int64_t row = slot + k;
-        add_bits(tile + row / 2 * L, row % 2 ? _mm512_slli_epi32(wide, 16) : wide);
-      }
-    } else {
-      // Inputs lie side by side, so pairs are words already. The mask keeps all others unread.
-      const auto seen = static_cast<__mmask16>(lowest(count) << slot);
-      __m512i rows[L];
-      for (int64_t n = 0; n < L; ++n) {
-        rows[n] = n < lanes ? _mm512_zextsi256_si512(_mm256_maskz_loadu_epi16(
-                                  seen, at + n * copy.lane_step - slot))
-                            : _mm512_setzero_si512();
-      }
-      transpose(rows);
-      for (int64_t n = 0; n < L / 2; ++n) add_bits(tile + n * L, rows[n]);
-    }
-  }
-}
 
 inline void pack_panel(const PanelsView& view, const Panel& panel, int64_t pieces,
                        const uint16_t* weight, float* to) {
@@ -162,29 +96,24 @@ inline void pack_panel(const PanelsView& view, const Panel& panel, int64_t piece
       while (input == copy->row + copy->inputs) ++copy;
       const int64_t slot = __builtin_ctz(piece.seen);
       const int64_t run = __builtin_ctz(~(piece.seen >> slot));
-      const bool words = copy->lane_step == 1 || copy->input_step == 1;
-      const int64_t count = min(words ? run : 1, copy->row + copy->inputs - input);
-      pack_run(tile, weight + copy->packed + (input - copy->row) * copy->input_step, *copy, slot,
-               count);
-      piece.seen &= ~(static_cast<uint32_t>(lowest(count)) << slot);
+      const int64_t count =
+          E::min(Packing::at_once(*copy, run), copy->row + copy->inputs - input);
+      const uint16_t* from = weight + copy->packed + (input - copy->row) * copy->input_step;
+      Packing::pack_run({tile, L, kTileFloats}, from, *copy, slot, count);
+      piece.seen &= ~(static_cast<uint32_t>(Lines::lowest(count)) << slot);
       input += count;
     }
   }
 }
 
-inline void pack(const PanelsView& view, int64_t begin, int64_t end, const void* weight,
-                 Dtype dtype, Place in_place, float* buffer) {
-  if (dtype != Dtype::kBfloat16) {
-    kAvx512.pack(view, begin, end, weight, dtype, in_place, buffer);
-    return;
-  }
+inline void pack(const PanelsView& view, int64_t begin, int64_t end, const uint16_t* weight,
+                 float* buffer) {
   for (int64_t p = begin; p < end; ++p) {
     const Panel& panel = view.panels[p];
     if (const int64_t pieces = count_pieces(view, panel)) {
-      pack_panel(view, panel, pieces, static_cast<const uint16_t*>(weight),
-                 buffer + panel.buffer);
+      pack_panel(view, panel, pieces, weight, buffer + panel.buffer);
     } else {
-      FloatWeights::pack(view, p, p + 1, weight, dtype, in_place, buffer);
+      PackedWeights<Isa>::pack(view, p, p + 1, weight, Dtype::kBfloat16, Place::kNowhere, buffer);
     }
   }
 }

@@ -11,42 +11,24 @@ inline __m512i pair(__m256i low, __m256i high) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
-inline __m256i load_half(const uint16_t* slots) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(slots));
-}
-
 // x, every 32 rows of 16 slots as a tile: its rows are slots, its columns rows of x. After the last
-// row there are zeros, because the sums go over all 32 rows.
-inline void transpose_lines(float* to, const float* x, int64_t line, int64_t count, int64_t rows) {
+// row there are zeros, because the sums go over all 32 rows. `next`: from one 16 slots to the next.
+inline void transpose_lines(float* to, int64_t next, const float* x, int64_t line, int64_t count,
+                            int64_t rows) {
   for (int64_t n = 0; n < count; ++n) {
-    const uint16_t* from = half(x, line, n);
-    for (int64_t r = 0; r < rows; r += kBlock, to += kTileFloats) {
+    const uint16_t* from = Lines::half(x, line, n);
+    float* tile = to + n * next;
+    for (int64_t r = 0; r < rows; r += kBlock, tile += kTileFloats) {
       __m512i pairs[L];
       for (int64_t k = 0; k < L; ++k) {
         const int64_t at = r + 2 * k;
         const uint16_t* slots = from + at * kLine;
         const __m256i none = _mm256_setzero_si256();
-        pairs[k] = pair(at < rows ? load_half(slots) : none,
-                        at + 1 < rows ? load_half(slots + kLine) : none);
+        pairs[k] = pair(at < rows ? Lines::load_half(slots, L) : none,
+                        at + 1 < rows ? Lines::load_half(slots + kLine, L) : none);
       }
-      transpose(pairs);
-      for (int64_t k = 0; k < L; ++k) _mm512_store_si512(to + k * L, pairs[k]);
-    }
-  }
-}
-
-// A tile of floats, rounded: every 32 rows of a line as a tile of pairs of rows.
-inline void pair_rows(float* to, const float* g, int64_t line, int64_t count, int64_t rows) {
-  alignas(32) uint16_t both[2][L];
-  for (int64_t n = 0; n < count; ++n) {
-    const float* from = g + n * line;
-    for (int64_t r = 0; r < rows; r += kBlock) {
-      for (int64_t k = r; k < r + kBlock; k += 2, to += L) {
-        Isa::store_bf16(both[0], k < rows ? Isa::load(from + k * L) : Isa::zero());
-        Isa::store_bf16(both[1], k + 1 < rows ? Isa::load(from + (k + 1) * L) : Isa::zero());
-        const auto* at = reinterpret_cast<const __m256i*>(both);
-        _mm512_store_si512(to, pair(_mm256_load_si256(at), _mm256_load_si256(at + 1)));
-      }
+      Packing::transpose(pairs);
+      for (int64_t k = 0; k < L; ++k) _mm512_store_si512(tile + k * L, pairs[k]);
     }
   }
 }
@@ -108,9 +90,10 @@ float* end_sums(const Piece& piece, float* to, int64_t vectors, bool add,
 
 // Each sum of a dot product depends on its row and its column alone. Sums for slots and lanes that
 // do not see each other are computed as well, in shared panels too, and never read.
-inline void weight_sums(const PanelsView& view, const float* x, const float* g, int64_t rows,
-                        float* grad_buffer, bool add, float* scratch) {
-  const int64_t blocks = (rows + kBlock - 1) / kBlock, line = blocks * kTileFloats;
+// `line`: from 16 slots of x to the next, and from line to line of g.
+inline void weight_sums(const PanelsView& view, const float* x, const float* g, int64_t line,
+                        int64_t rows, float* grad_buffer, bool add, float* scratch) {
+  const int64_t blocks = (rows + kBlock - 1) / kBlock;
   for (int64_t p = 0; p < view.count; ++p) {
     const Panel& panel = view.panels[p];
     float* to = grad_buffer + panel.buffer;

@@ -5,6 +5,10 @@
 // multiplies them by that input's value in each row. Inputs that no lane sees are in no segment;
 // where blocks share a panel, a mask keeps an input from lanes that do not see it, unless all inputs
 // are known to be finite: then their product with the zero in its place is zero.
+//
+// With pairs (I::kPairs), x and the weights are words of two bfloat16, a step takes two inputs, and
+// no pair crosses the end of a segment. Words of weights are one behind the other, segment by
+// segment; a segment of n inputs has at most n.
 #pragma once
 
 #include "cpu/activations.h"
@@ -66,18 +70,15 @@ struct PanelProduct {
     }
   }
 
-  // All inputs of one segment. Returns the weights after its own.
+  // Some neighbouring inputs, from `first` on. Returns the weights after theirs.
   template <int R, int N, bool Masked>
-  [[gnu::always_inline]] static const float* add_segment(V (&sum)[R][N], const Segment& s,
-                                                         const float* tile, int64_t line,
-                                                         const float* w, int64_t w_stride) {
-    M seen[N]{};
-    if constexpr (Masked) {
-      for (int v = 0; v < N; ++v) seen[v] = I::mask(s.mask >> (v * L));
-    }
-    const float* base = tile + static_cast<uint64_t>(s.first) / L * line;
-    int64_t k = static_cast<uint64_t>(s.first) % L;
-    for (int64_t left = s.length; left > 0; base += line, k = 0) {
+  [[gnu::always_inline]] static const float* add_run(V (&sum)[R][N], uint64_t first,
+                                                     int64_t length, const float* tile,
+                                                     int64_t line, const float* w,
+                                                     int64_t w_stride, const M (&seen)[N]) {
+    const float* base = tile + first / L * line;
+    int64_t k = first % L;
+    for (int64_t left = length; left > 0; base += line, k = 0) {
       const float* x = base + k;
       const int64_t steps = E::min(left, L - k);
       left -= steps;
@@ -89,6 +90,53 @@ struct PanelProduct {
           __builtin_prefetch(w + kAhead * w_stride + L);
         }
         step<R, N, Masked>(sum, x, w, seen);
+      }
+    }
+    return w;
+  }
+
+  // One pair of inputs, of which only one half is in the segment: zero stands for the other.
+  template <int R, int N, bool Masked>
+  [[gnu::always_inline]] static void add_half(V (&sum)[R][N], uint64_t slot, uint32_t half,
+                                              const float* tile, int64_t line, const float* w,
+                                              const M (&seen)[N]) {
+    const float* x = tile + slot / 2 / L * line + slot / 2 % L;
+    const V kept = I::set(__builtin_bit_cast(float, half));
+    V b[N];
+    for (int v = 0; v < N; ++v) b[v] = I::load(w + v * L);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const V a = I::and_bits(I::set(x[r * L]), kept);
+#pragma GCC unroll 2
+      for (int v = 0; v < N; ++v) {
+        sum[r][v] = Masked ? I::fma(a, b[v], sum[r][v], seen[v]) : I::fma(a, b[v], sum[r][v]);
+      }
+    }
+  }
+
+  // All inputs of one segment. Returns the weights after its own.
+  template <int R, int N, bool Masked>
+  [[gnu::always_inline]] static const float* add_segment(V (&sum)[R][N], const Segment& s,
+                                                         const float* tile, int64_t line,
+                                                         const float* w, int64_t w_stride) {
+    M seen[N]{};
+    if constexpr (Masked) {
+      for (int v = 0; v < N; ++v) seen[v] = I::mask(s.mask >> (v * L));
+    }
+    if constexpr (!I::kPairs) {
+      w = add_run<R, N, Masked>(sum, s.first, s.length, tile, line, w, w_stride, seen);
+    } else {
+      uint64_t first = s.first;
+      const uint64_t end = first + s.length;
+      if (first % 2 != 0) {
+        add_half<R, N, Masked>(sum, first++, 0xffff0000u, tile, line, w, seen);
+        w += w_stride;
+      }
+      const auto pairs = static_cast<int64_t>((end - first) / 2);
+      w = add_run<R, N, Masked>(sum, first / 2, pairs, tile, line, w, w_stride, seen);
+      if (end % 2 != 0) {
+        add_half<R, N, Masked>(sum, end - 1, 0x0000ffffu, tile, line, w, seen);
+        w += w_stride;
       }
     }
     return w;

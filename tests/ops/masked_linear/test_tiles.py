@@ -1,6 +1,6 @@
 """bfloat16 on tiles (AMX): the emulated instruction against its definition, and wide blocks.
 
-``make emulate`` runs the second half on emulated tiles, where the processor has none.
+``make emulate`` runs the second half on emulated tiles, on every processor with AVX2.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from tests.ops.runners import RUNNERS
 
 HEADERS = Path(__file__).resolve().parents[3] / "csrc" / "cpu"
 SOURCE = """
-#define MASKMOE_EMULATE_AMX
+#define MASKMOE_EMULATE
 #include "simd_amx.h"
 using maskmoe::amx::Tiles;
 extern "C" void dot(float* c, const uint16_t* a, const uint16_t* b, int64_t stride) {

@@ -23,6 +23,7 @@ from maskmoe_kernels.ops.masked_mlp.autograd import run
 from maskmoe_kernels.ops.masked_mlp.call import Inputs
 from maskmoe_kernels.testing import assert_blind, assert_gradient_isolated, dense_oracle, strategies
 from tests.arrival import assert_arrives, experts_of
+from tests.ops.runners import OF_BFLOAT16
 
 ROOT = Path(__file__).resolve().parents[3]
 ACTIVATIONS = [None, "relu", "leaky_relu", "gelu", "tanh", "silu"]
@@ -902,8 +903,8 @@ def test_predicts_what_the_mixture_of_its_logits_is(case, confidence, sharpness)
     with torch.no_grad():
         logits = copy.deepcopy(net).float()(x.float())
         theirs = mk.mixture(logits, family, confidence, sharpness)
-    # Tiles round activations between layers: see test_mlp_tiles.py.
-    rounded = x.dtype == torch.bfloat16 and native.isa().startswith("amx")
+    # Those that multiply bfloat16 round activations between layers: see test_mlp_bfloat16.py.
+    rounded = x.dtype == torch.bfloat16 and native.isa().startswith(OF_BFLOAT16)
     tolerance = {"rtol": 0, "atol": 0.1} if rounded else {"rtol": 1e-4, "atol": LEAST[confidence]}
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype == torch.float32

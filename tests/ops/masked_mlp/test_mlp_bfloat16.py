@@ -1,6 +1,7 @@
-"""MLPs in bfloat16: on tiles (AMX) where the build has them, as that of ``make emulate``.
+"""MLPs in bfloat16: by the processor's own products, of tiles (AMX) or of pairs (AVX512-BF16),
+where the build has them, as that of ``make emulate``.
 
-On tiles, activations are rounded between layers; elsewhere they are float32.
+There, activations are rounded between layers; elsewhere they are float32.
 """
 
 import copy
@@ -26,9 +27,11 @@ from tests.ops.masked_mlp.test_masked_mlp import (
     same_bits,
     step,
 )
+from tests.ops.runners import OF_BFLOAT16
 
-TILES = [isa for isa in native.isas() if isa.startswith("amx")]
-ISAS = TILES or native.isas()
+OWN = [isa for isa in native.isas() if isa.startswith(OF_BFLOAT16)]
+VECTORS = next((isa for isa in native.isas() if isa not in OWN), "")  # what they leave others to
+ISAS = OWN or native.isas()
 WIDTHS = [1, 5, 8, 15, 16, 17, 32, 33, 48, 64, 100]
 ROWS = [1, 2, 15, 16, 17, 31, 33, 65, 300]
 FILLS = [torch.nan, torch.inf, -torch.inf, 3e38]
@@ -37,7 +40,8 @@ EPS = torch.finfo(torch.bfloat16).eps
 pytestmark = pytest.mark.skipif(
     native.UNSUPPORTED_REASON is not None, reason=f"{native.UNSUPPORTED_REASON}"
 )
-on_tiles = pytest.mark.skipif(not TILES, reason="no tiles here; `make emulate` has some")
+own_products = pytest.mark.skipif(not OWN, reason="no products of bfloat16; `make emulate` has")
+every_own = pytest.mark.parametrize("isa", OWN or [""])
 isas = st.sampled_from(ISAS or [""])
 widths = st.sampled_from(WIDTHS)
 seeds = st.integers(0, 2**16)
@@ -84,11 +88,11 @@ def mlps(draw, max_experts=5, rows=ROWS):
 
 
 def defined(net, x, parameters):
-    """Logits in float64, and on tiles with what is kept between layers rounded."""
+    """Logits in float64, with what own products keep between layers rounded."""
     weights, last = iter(parameters), len(net.layers) - 1
     for k, layer in enumerate(net.layers):
         x = dense_oracle(x, next(weights), next(weights), layer.layout, layer.activation)
-        if k < last and native.isa() in TILES:
+        if k < last and native.isa() in OWN:
             x = x + (x.detach().bfloat16().double() - x.detach())
     return x
 
@@ -334,11 +338,11 @@ def test_rows_of_tables_are_those_gathered(columns, isa, rows, seed):
     assert same_bits([a == 0 for a in ours], [t == 0 for t in expected])
 
 
-# --- Tiles, and nothing else ---------------------------------------------------------------------
+# --- Own products, and nothing else ---------------------------------------------------------------
 
 
 def wide(hidden=(32, 32)):
-    """One expert whose layers, all but the last, are tiles; every weight zero."""
+    """One expert whose layers, all but the last, fill tiles; every weight zero."""
     net = mk.InterpretableMLP(mk.SubsetFamily({"a": 32}, {"e": ["a"]}), hidden, None).bfloat16()
     with torch.no_grad():
         for p in net.parameters():
@@ -346,10 +350,10 @@ def wide(hidden=(32, 32)):
     return net
 
 
-@on_tiles
+@own_products
 @pytest.mark.parametrize("isa", native.isas())
-def test_hidden_layers_are_multiplied_by_tiles(isa):
-    """Tile instructions take denormals for zero; vector instructions compute with them.
+def test_hidden_layers_are_multiplied_by_own_products(isa):
+    """Own products take denormals for zero; those of float32 compute with them.
 
     Each product has one factor of 2^-130: the first layer's in the forward; in the backward those
     that give the second layer's weights and the first layer's units their gradients.
@@ -364,8 +368,8 @@ def test_hidden_layers_are_multiplied_by_tiles(isa):
         first.fill_(huge)
     x = torch.full((3, 32), tiny).bfloat16()
     one_by_one = net.layers[0](x).float()
-    assert torch.equal(one_by_one, torch.full((3, 32), 0 if isa in TILES else 2.0**-15))
-    assert net(x).any() == (isa not in TILES)
+    assert torch.equal(one_by_one, torch.full((3, 32), 0 if isa in OWN else 2.0**-15))
+    assert net(x).any() == (isa not in OWN)
 
     with torch.no_grad():
         first.fill_(2.0**20)
@@ -375,12 +379,12 @@ def test_hidden_layers_are_multiplied_by_tiles(isa):
     cotangent = torch.full((3, 1), 2.0**-30).bfloat16()
     # The gradient of the second layer's units is 2^-130.
     grads = torch.autograd.grad(net(x), [x, second, first], cotangent)
-    assert [bool(grad.any()) for grad in grads] == [isa not in TILES] * 3
+    assert [bool(grad.any()) for grad in grads] == [isa not in OWN] * 3
 
 
-@on_tiles
+@own_products
 @pytest.mark.parametrize("isa", native.isas())
-def test_hidden_units_are_rounded_on_tiles_only(isa):
+def test_hidden_units_are_rounded_for_own_products_only(isa):
     """1 + 2^-10 less 1, after one layer: what is left was kept in float32."""
     native.set_isa(isa)
     net = wide([32])
@@ -392,15 +396,16 @@ def test_hidden_units_are_rounded_on_tiles_only(isa):
         last.weight[0], last.bias[0] = 1, -1
     x = torch.zeros(5, 32)
     x[:, 0], x[:, 1] = 1, 2.0**-10
-    left = 0.0 if isa in TILES else 2.0**-10
+    left = 0.0 if isa in OWN else 2.0**-10
     assert torch.equal(net(x.bfloat16()).float(), torch.full((5, 1), left))
 
 
-@on_tiles
+@own_products
+@every_own
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_whole_lines_give_the_bits_of_layers_one_by_one(activation):
+def test_whole_lines_give_the_bits_of_layers_one_by_one(activation, isa):
     """Where every block fills its lines, an MLP adds up in the order of its layers."""
-    native.set_isa(TILES[0])
+    native.set_isa(isa)
     torch.manual_seed(0)
     family = mk.SubsetFamily.powerset({"a": 32, "b": 64, "c": 96})
     net = mk.InterpretableMLP(family, [[32, 64, 32, 96, 32, 64, 64], 64, 32], activation)
@@ -409,20 +414,21 @@ def test_whole_lines_give_the_bits_of_layers_one_by_one(activation):
     with torch.no_grad():
         ours = net(x)
         assert torch.equal(ours, net.layers.layered(x))
-        native.set_isa("avx512")
+        native.set_isa(VECTORS)
         assert not torch.equal(ours, net(x))
 
 
-@on_tiles
+@own_products
+@every_own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes_are_left_to_vectors(dtype):
+def test_other_dtypes_are_left_to_vectors(dtype, isa):
     torch.manual_seed(0)
     family = mk.SubsetFamily.powerset({"a": 33, "b": 20, "c": 48})
     net = mk.InterpretableMLP(family, [40, 32], "gelu").to(dtype)
     x, y = torch.randn(100, 101, dtype=dtype), torch.rand(100).round()
     found = []
-    for isa in (TILES[0], "avx512"):
-        native.set_isa(isa)
+    for name in (isa, VECTORS):
+        native.set_isa(name)
         found.append([net(x), *step(copy.deepcopy(net), x, y, normalize="expert")])
     assert same_bits(*found)
     assert bits_of(found[0])[0].any()

@@ -8,7 +8,8 @@ measured.
 The layers before ``convert_`` are timed alone, too. *Outside* is the share of a phase before that
 is spent elsewhere (in transforms, activations, the loss): 1 / outside times as fast is a limit to
 all that can be done to layers. *Bound* is how many times as fast a phase would be if each replaced
-layer took the share of its time that its mask leaves of its weights, and all else as long as before.
+layer took the share of its time that its mask leaves of its weights, and all else as long as
+before.
 
 *Page faults* (a call's median) tell of memory that the process gave back to the system and asks for
 again. Which call has to do so depends on what lay where before: a step of a large spline flow

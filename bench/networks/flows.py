@@ -14,7 +14,8 @@ before.
 *Page faults* (a call's median) tell of memory that the process gave back to the system and asks for
 again. Which call has to do so depends on what lay where before: a step of a large spline flow
 varies by a tenth and more. With ``MALLOC_TRIM_THRESHOLD_=16000000000
-MALLOC_MMAP_THRESHOLD_=33554432`` in the environment glibc keeps its memory, before and after alike.
+MALLOC_MMAP_THRESHOLD_=33554432`` in the environment glibc keeps its memory, before and after alike,
+but for blocks of more than 32 MiB.
 """
 
 from __future__ import annotations

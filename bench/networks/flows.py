@@ -5,20 +5,30 @@ is the log-likelihood of a batch without a graph, *step* the gradients of its me
 times are the process's own, whatever else the machine does. Where no layer was replaced, nothing is
 measured.
 
-*Bound* is how many times as fast a phase would be if each replaced layer took the share of its time
-that its mask leaves of its weights, and all else (the transforms, activations, the loss) as long as
-before: the layers before ``convert_`` are timed alone, too.
+The layers before ``convert_`` are timed alone, too. *Outside* is the share of a phase before that
+is spent elsewhere (in transforms, activations, the loss): 1 / outside times as fast is a limit to
+all that can be done to layers. *Bound* is how many times as fast a phase would be if each replaced
+layer took the share of its time that its mask leaves of its weights, and all else as long as
+before.
+
+*Page faults* (a call's median) tell of memory that the process gave back to the system and asks for
+again. Which call has to do so depends on what lay where before: a step of a large spline flow
+varies by a tenth and more. With ``MALLOC_TRIM_THRESHOLD_=16000000000
+MALLOC_MMAP_THRESHOLD_=33554432`` in the environment glibc keeps its memory, before and after alike,
+but for blocks of more than 32 MiB.
 """
 
 from __future__ import annotations
 
 import copy
 import random
+import resource
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -78,6 +88,16 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], LogLikelihood]] = {
     "nflows MAF": (_nflows, lambda model, x: model.log_prob(x)),  # type: ignore[operator]
     "pyro ARN": (_pyro, _affine),
 }
+
+
+class Sample(NamedTuple):
+    """Of one call, the mean of some that were timed together."""
+
+    seconds: float
+    page_faults: float
+
+
+Samples = dict[tuple[str, str], list[Sample]]
 
 
 @dataclass(frozen=True)
@@ -154,15 +174,28 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
     samples = _sample(calls, grid)
     if samples is None:
         return record | {"unavailable": f"a call takes more than {grid.longest:g} s"}
-    for phase in PHASES:
-        times = {name: quartiles(samples[phase, name]) for name in models}
-        record[phase] = {
-            f"{name}_ms": [1e3 * quartile for quartile in times[name]] for name in models
-        } | {"times_as_fast": times[BEFORE][1] / times[AFTER][1]}
-        if (phase, LAYERS) in samples:
-            saved = _absent(replaced) * quartiles(samples[phase, LAYERS])[1]
-            record[phase]["bound"] = times[BEFORE][1] / (times[BEFORE][1] - saved)
-    return record
+    absent = _absent(replaced)
+    return record | {phase: _found(samples, phase, absent) for phase in PHASES}
+
+
+def _found(samples: Samples, phase: str, absent: float) -> dict[str, Any]:
+    """What a record says of a phase. ``absent``: the share of all weights that masks leave out."""
+    of = {name: samples[phase, name] for name in (BEFORE, AFTER)}
+    times = {name: quartiles([one.seconds for one in some]) for name, some in of.items()}
+    found: dict[str, Any] = {f"{name}_ms": [1e3 * q for q in times[name]] for name in of}
+    before = times[BEFORE][1]
+    found["times_as_fast"] = before / times[AFTER][1]
+    rounds = zip(of[BEFORE], of[AFTER], strict=True)
+    found["times_as_fast_rounds"] = [*quartiles([b.seconds / a.seconds for b, a in rounds])]
+    found["page_faults"] = {
+        name: statistics.median(one.page_faults for one in some) for name, some in of.items()
+    }
+    if (phase, LAYERS) in samples:
+        layers = quartiles([s.seconds for s in samples[phase, LAYERS]])[1]
+        found["layers_before_ms"] = 1e3 * layers
+        found["outside"] = max(0.0, 1 - layers / before)
+        found["bound"] = before / (before - absent * layers)
+    return found
 
 
 def _absent(density_of: dict[nn.Module, float]) -> float:
@@ -231,34 +264,36 @@ def _call(
     return forward if phase == "forward" else step
 
 
-def _sample(
-    calls: dict[tuple[str, str], Callable[[], object]], grid: Grid
-) -> dict[tuple[str, str], list[float]] | None:
-    """Seconds of a call, a sample a round; None where calls take too long."""
+def _sample(calls: dict[tuple[str, str], Callable[[], object]], grid: Grid) -> Samples | None:
+    """A sample a round of each call; None where calls take too long."""
     repeats = {}
     for key, call in calls.items():
         call()
-        once = _seconds(call, 1)
+        once = _timed(call, 1).seconds
         if once > grid.longest:
             return None
         repeats[key] = max(1, round(3e-3 / once))
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+    samples: Samples = {key: [] for key in calls}
     order, start, done = random.Random(0), time.perf_counter(), 0
     while done < grid.rounds or time.perf_counter() - start < grid.budget:
         for key in order.sample([*calls], len(calls)):
             if repeats[key] > 1:  # a short call: the caches hold this model's data then
                 calls[key]()
-            samples[key].append(_seconds(calls[key], repeats[key]))
+            samples[key].append(_timed(calls[key], repeats[key]))
         done += 1
     return samples
 
 
-def _seconds(call: Callable[[], object], repeats: int) -> float:
+def _timed(call: Callable[[], object], repeats: int) -> Sample:
     clock = own_clock()
-    start = clock()
+    faults, start = _page_faults(), clock()
     for _ in range(repeats):
         call()
-    return (clock() - start) / repeats
+    return Sample((clock() - start) / repeats, (_page_faults() - faults) / repeats)
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -284,7 +319,8 @@ def _in_words(record: dict[str, Any]) -> tuple[str, dict[str, str]]:
     for phase in PHASES:
         fields[phase] = f"{record[phase]['times_as_fast']:.2f}x as fast"
         if "bound" in record[phase]:
-            fields[phase] += f" (bound {record[phase]['bound']:.2f})"
+            bound, outside = record[phase]["bound"], record[phase]["outside"]
+            fields[phase] += f" (bound {bound:.2f}, outside {outside:.0%})"
     return record["network"], fields | {"converted": record["converted"]}
 
 

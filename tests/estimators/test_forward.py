@@ -121,7 +121,7 @@ def test_of_noise_nothing_is_kept(seed):
 
 
 def test_max_experts_is_held():
-    frame = table(3000)
+    frame = table(1500)
     y = frame.sum(axis=1)  # every larger subset gains
     few = {"max_epochs": 1, "n_bags": 1}
     for most in (9, 11, 15, 40):

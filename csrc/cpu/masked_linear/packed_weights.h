@@ -53,9 +53,31 @@ struct PackedWeights {
       }
       return;
     }
+    if constexpr (I::kTransposes) {
+      if (copy.input_step == 1 && copy.inputs >= L && copy.lanes >= L) {
+        return transpose_block(at, width, from, copy);
+      }
+    }
     for (int64_t k = 0; k < copy.inputs; ++k) {
       for (int64_t lane = 0; lane < copy.lanes; ++lane) {
         at[k * width + lane] = from[k * copy.input_step + lane * copy.lane_step];
+      }
+    }
+  }
+
+  // L x L values at a time; the last ones overlap those before them, which are copied twice.
+  static void transpose_block(float* at, int64_t width, const float* from, const Copy& copy) {
+    for (int64_t n = 0; n < copy.lanes; n += L) {
+      const int64_t lane = E::min(n, copy.lanes - L);
+      const float* lanes[L];
+      for (int64_t k = 0; k < L; ++k) lanes[k] = from + (lane + k) * copy.lane_step;
+      for (int64_t m = 0; m < copy.inputs; m += L) {
+        const int64_t first = E::min(m, copy.inputs - L);
+        const float* values[L];
+        typename I::V inputs[L];
+        for (int64_t k = 0; k < L; ++k) values[k] = lanes[k] + first;
+        I::transpose(values, inputs);
+        for (int64_t k = 0; k < L; ++k) I::store(at + (first + k) * width + lane, inputs[k]);
       }
     }
   }

@@ -37,6 +37,34 @@ def test_both_models_are_the_same_function(name: str, package: str) -> None:
         assert times["bound"] > 1
 
 
+def test_a_phase_tells_what_is_outside_of_layers_and_how_rounds_differ() -> None:
+    def took(*seconds: float) -> list[flows.Sample]:
+        return [flows.Sample(s, page_faults) for page_faults, s in enumerate(seconds)]
+
+    found = flows._found(
+        {
+            ("step", flows.BEFORE): took(5.0, 4.0, 6.0),
+            ("step", flows.AFTER): took(2.0, 4.0, 3.0),
+            ("step", flows.LAYERS): took(4.0, 4.0, 4.0),
+        },
+        "step",
+        absent=0.5,
+    )
+    assert found["times_as_fast"] == pytest.approx(5 / 3)
+    assert found["times_as_fast_rounds"] == pytest.approx([1.5, 2.0, 2.25])
+    assert found["page_faults"] == {flows.BEFORE: 1, flows.AFTER: 1}
+    assert found["outside"] == pytest.approx(1 / 5)
+    assert found["bound"] == pytest.approx(5 / (1 + 0.5 * 4))
+
+
+def test_page_faults_are_counted() -> None:
+    size = 64 << 20
+    taken = flows._timed(lambda: bytearray(size), 2)
+    assert taken.page_faults >= 16  # at most 4 MiB a page
+    assert taken.seconds > 0
+    assert flows._timed(lambda: None, 10).page_faults < 1
+
+
 def test_the_bound_counts_what_the_masks_leave_out() -> None:
     zuko = pytest.importorskip("zuko")
     layers = [zuko.nn.MaskedLinear(torch.rand(4, 6) < 2), zuko.nn.MaskedLinear(torch.eye(6) > 0)]

@@ -22,17 +22,20 @@ pytestmark = [
     ),
 ]
 
-# Of the largest tile of each instruction set: what multiplies, and how often in a step: by each row
-# and vector of lanes. A step loads each row's input once.
-PRODUCTS = {
-    ("avx2", "avx2::Isa"): ("vfmadd", 6, 2),
-    ("avx512", "avx512::Isa"): ("vfmadd", 14, 2),
-    ("avx512bf16", "avx512bf16::Pairs"): ("vdpbf16ps", 14, 2),
-}
-SUMS = {
-    ("avx2", "avx2::Isa"): ("vfmadd", 4, 2),
-    ("avx512", "avx512::Isa"): ("vfmadd", 8, 2),
-    ("avx512bf16", "avx512bf16::Pairs"): ("vdpbf16ps", 8, 2),
+# The kernel of the largest tile: what multiplies, how often in the innermost loop, and how many
+# inputs that loads. A step of a product has 6 or 14 rows, one of a sum 4 or 8 inputs and two rows
+# or pairs of rows, by two vectors of lanes.
+STEPS = {
+    ("avx2", "PanelProduct<maskmoe::avx2::Isa>::product<6, 2, false>"): ("vfmadd", 12, 6),
+    ("avx2", "WeightSums<maskmoe::avx2::Isa>::outer<4, 2>"): ("vfmadd", 16, 8),
+    ("avx512", "PanelProduct<maskmoe::avx512::Isa>::product<14, 2, false>"): ("vfmadd", 28, 14),
+    ("avx512", "WeightSums<maskmoe::avx512::Isa>::outer<8, 2>"): ("vfmadd", 32, 16),
+    ("avx512bf16", "PanelProduct<maskmoe::avx512bf16::Pairs>::product<14, 2, false>"): (
+        "vdpbf16ps",
+        28,
+        14,
+    ),
+    ("avx512bf16", "WeightSums<maskmoe::avx512bf16::Pairs>::outer<8, 2>"): ("vdpbf16ps", 32, 16),
 }
 
 
@@ -70,35 +73,24 @@ def loops(name):
             yield body
 
 
-def check_loop(name, multiply, products, loads):
-    """One loop has all of them, and nothing else on vectors: no sum is ever put on the stack."""
-    found = [body for body in loops(name) if sum(multiply in line for line in body) == products]
-    assert found, name
+@pytest.mark.parametrize("kernel", STEPS, ids=lambda kernel: kernel[1])
+def test_a_step_is_its_multiplications(kernel):
+    """One loop has them all, and little else on vectors: no sum is ever put on the stack."""
+    isa, name = kernel
+    if isa not in BUILT:
+        pytest.skip(f"not built for {isa}")
+    multiply, products, loads = STEPS[kernel]
+    found = [
+        body
+        for body in loops(f"maskmoe::{name}")
+        if sum(multiply in line for line in body) == products
+    ]
+    assert found
     for body in found:
         vectors = [line for line in body if re.search(r"%[xyz]mm", line)]
         assert sum("vbroadcastss" in line for line in vectors) == loads
         assert not any(re.search(r"%r[sb]p", line) for line in vectors)
         assert len(vectors) <= products + loads + 8  # the weights, and a few moves
-
-
-@pytest.mark.parametrize("of", PRODUCTS, ids=lambda of: of[0])
-def test_a_step_of_the_product_is_its_multiplications(of):
-    isa, policy = of
-    if isa not in BUILT:
-        pytest.skip(f"not built for {isa}")
-    multiply, rows, vectors = PRODUCTS[of]
-    name = f"maskmoe::PanelProduct<maskmoe::{policy}>::product<{rows}, {vectors}, false>"
-    check_loop(name, multiply, rows * vectors, rows)
-
-
-@pytest.mark.parametrize("of", SUMS, ids=lambda of: of[0])
-def test_a_step_of_the_sums_is_its_multiplications(of):
-    isa, policy = of
-    if isa not in BUILT:
-        pytest.skip(f"not built for {isa}")
-    multiply, inputs, vectors = SUMS[of]
-    name = f"maskmoe::WeightSums<maskmoe::{policy}>::outer<{inputs}, {vectors}>"
-    check_loop(name, multiply, 2 * inputs * vectors, 2 * inputs)  # two rows, or pairs, at a time
 
 
 @pytest.mark.skipif("avx2" not in BUILT, reason="not built for avx2")

@@ -135,6 +135,27 @@ def test_equals_its_definition(case, seed):
     close(*found, [true.detach(), *expected])
 
 
+@pytest.mark.parametrize("isa", native.isas())
+def test_without_biases_is_as_with_zeros(isa):
+    native.set_isa(isa)
+    torch.manual_seed(0)
+    family = mk.SubsetFamily.powerset({"a": 17, "b": 5, "c": 32})
+    layouts = [layer.layout for layer in mk.InterpretableMLP(family, [33, 16], "gelu").layers]
+    without, zeros = (mk.MaskedMLP(layouts, "gelu", bias=bias).bfloat16() for bias in (False, True))
+    with torch.no_grad():
+        for mine, theirs in zip(zeros, without, strict=True):
+            mine.weight.copy_(theirs.weight)
+            mine.bias.zero_()
+    x = torch.randn(65, family.in_features).bfloat16().requires_grad_()
+    found = []
+    for net in (without, zeros):
+        given_to = [x, *(layer.weight for layer in net)]
+        y = net(x)
+        found.append([y.detach(), *torch.autograd.grad(y.float().square().sum(), given_to)])
+    assert same_bits(*found)
+    assert all(tensor.any() for tensor in found[0])
+
+
 @given(mlps(), options_of_a_loss())
 def test_the_loss_equals_that_of_its_definition(case, options):
     ours, plain, expected, noise = losses(case, defined, **options)

@@ -163,6 +163,13 @@ struct Kernels {
               float* scratch);
 };
 
+// The name of an instruction set, other than AVX2, in a build that may emulate it.
+#ifdef MASKMOE_EMULATE
+#define MASKMOE_ISA(name) name "-emulated"
+#else
+#define MASKMOE_ISA(name) name
+#endif
+
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
 extern const Kernels kAvx512Bf16, kAmx;  // bfloat16 only; they call kAvx512 for the rest

@@ -5,12 +5,6 @@
 
 namespace maskmoe::amx {
 
-// Pairs of rows, in words: the low halves are row 2n, the high ones row 2n + 1.
-inline __m512i pair(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
 // x, every 32 rows of 16 slots as a tile: its rows are slots, its columns rows of x. After the last
 // row there are zeros, because the sums go over all 32 rows. `next`: from one 16 slots to the next.
 inline void transpose_lines(float* to, int64_t next, const float* x, int64_t line, int64_t count,
@@ -24,8 +18,8 @@ inline void transpose_lines(float* to, int64_t next, const float* x, int64_t lin
         const int64_t at = r + 2 * k;
         const uint16_t* slots = from + at * kLine;
         const __m256i none = _mm256_setzero_si256();
-        pairs[k] = pair(at < rows ? Lines::load_half(slots, L) : none,
-                        at + 1 < rows ? Lines::load_half(slots + kLine, L) : none);
+        pairs[k] = Lines::pair(at < rows ? Lines::load_half(slots, L) : none,
+                               at + 1 < rows ? Lines::load_half(slots + kLine, L) : none);
       }
       Packing::transpose(pairs);
       for (int64_t k = 0; k < L; ++k) _mm512_store_si512(tile + k * L, pairs[k]);

@@ -40,6 +40,12 @@ struct Bfloat16Lines {
     return _mm256_maskz_loadu_epi16(lowest(count), from);
   }
 
+  // Words of two values.
+  static __m512i pair(__m256i low, __m256i high) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                           _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+  }
+
   // Rows of a matrix to lines, with zeros after the last feature.
   static void load_lines(float* to, int64_t line, const Matrix& m, int64_t row, int64_t rows) {
     for (int64_t r = 0; r < rows; ++r, to += L) {
@@ -182,7 +188,7 @@ struct Bfloat16Lines {
       }
     }
 
-    // From lines of floats, `factor` where it is not null for each slot.
+    // From lines of floats.
     void put_lines(const float* from, int64_t count, int64_t rows, int64_t step) const {
       for (int64_t n = 0; n < count; ++n) {
         const float* at = from + n * line;

@@ -21,17 +21,21 @@ struct Bfloat16Linear {
   // --- Forward ---------------------------------------------------------------------------------
 
   // Offsets in the scratch, in floats.
-  struct ForwardPlaces {
-    int64_t tile, line, x, floats, size;
+  struct ForwardPlaces : E::Arrays {
+    using E::Arrays::take;
+    int64_t tile, line, x, floats;
+    bool reads_floats;
 
     explicit ForwardPlaces(const Forward& f)
         : tile(tile_rows(f.tile_rows)), line(FloatTile::line_stride(tile)),
-          x(E::round_up(P::scratch(f.panels), L)),
-          floats(x + Lines::lines(f.x.features) * line),
-          size(floats + (P::reads_floats(f.panels) ? FloatTile::lines(f.x.features) * line : 0)) {}
+          reads_floats(P::reads_floats(f.panels)) {
+      take(P::scratch(f.panels));
+      x = take(Lines::lines(f.x.features) * line);
+      floats = take(reads_floats ? FloatTile::lines(f.x.features) * line : 0);
+    }
   };
 
-  static int64_t forward_scratch(const Forward& f) { return ForwardPlaces(f).size; }
+  static int64_t forward_scratch(const Forward& f) { return ForwardPlaces(f).total; }
 
   static void forward(const Forward& f, int64_t row, int64_t end, float* scratch) {
     const ForwardPlaces at(f);
@@ -41,7 +45,7 @@ struct Bfloat16Linear {
     for (; row < end; row += at.tile) {
       const int64_t rows = E::min(at.tile, end - row);
       Lines::load_lines(x, at.line, f.x, row, rows);
-      if (P::reads_floats(f.panels)) {
+      if (at.reads_floats) {
         Lines::widen_lines(floats, x, at.line, FloatTile::lines(f.x.features), rows);
       }
       P::multiply(f.panels, x, floats, at.line, f.buffer, f.bias,
@@ -52,27 +56,22 @@ struct Bfloat16Linear {
 
   // --- Backward --------------------------------------------------------------------------------
 
-  struct BackwardPlaces {
-    int64_t tile, line, row_line, lines, row_pairs, floats, x, turned, size;
-    bool to_inputs, to_weights;
+  struct BackwardPlaces : E::Arrays {
+    using E::Arrays::take;
+    int64_t tile, line, row_line, lines, row_pairs, floats, x, turned;
+    bool to_inputs, to_weights, reads_floats;
 
     explicit BackwardPlaces(const Backward& b)
         : tile(tile_rows(b.tile_rows)), line(FloatTile::line_stride(tile)),
-          row_line(FloatTile::line_stride(tile / 2)), size(0), to_inputs(b.grad_x.data != nullptr),
-          to_weights(b.need_weight || b.need_bias) {
+          row_line(FloatTile::line_stride(tile / 2)), to_inputs(b.grad_x.data != nullptr),
+          to_weights(b.need_weight || b.need_bias),
+          reads_floats(to_inputs && P::reads_floats(b.transposed)) {
       take(E::max(P::scratch(b.panels), P::scratch(b.transposed)));
       lines = take(to_inputs ? (b.panels.lines + 1) / 2 * line : 0);
       row_pairs = take(to_weights ? b.panels.lines * row_line : 0);
-      floats = take(to_inputs && P::reads_floats(b.transposed) ? b.panels.lines * line : 0);
+      floats = take(reads_floats ? b.panels.lines * line : 0);
       x = take(b.need_weight ? Lines::lines(b.x.features) * line : 0);
       turned = take(b.need_weight ? FloatTile::lines(b.x.features) * row_line : 0);
-    }
-
-   private:
-    int64_t take(int64_t floats_of) {
-      const int64_t from = size;
-      size += E::round_up(floats_of, L);
-      return from;
     }
   };
 
@@ -109,7 +108,7 @@ struct Bfloat16Linear {
     for (int64_t n = 0; n < b.panels.lines; ++n) to.pad(n, rows, P::kRowStep);
   }
 
-  static int64_t backward_scratch(const Backward& b) { return BackwardPlaces(b).size; }
+  static int64_t backward_scratch(const Backward& b) { return BackwardPlaces(b).total; }
 
   static void backward(const Backward& b, int64_t row, int64_t end, float* grad_buffer,
                        float* grad_bias, float* scratch) {
@@ -118,7 +117,7 @@ struct Bfloat16Linear {
     const typename Lines::Gradients g{
         at.to_inputs ? scratch + at.lines : nullptr,
         at.to_weights ? scratch + at.row_pairs : nullptr,
-        at.to_inputs && P::reads_floats(b.transposed) ? scratch + at.floats : nullptr,
+        at.reads_floats ? scratch + at.floats : nullptr,
         at.line, at.row_line};
     P::begin();
     for (bool add = false; row < end; row += at.tile, add = true) {

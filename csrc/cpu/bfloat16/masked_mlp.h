@@ -29,8 +29,9 @@ struct Bfloat16Mlp {
 
   static bool gathers(const Mlp& n) { return n.num_parts > 1 || n.parts->ids != nullptr; }
 
-  struct Places {
-    int64_t tile, line, row_line, total = 0, kept = 0;
+  struct Places : E::Arrays {
+    using E::Arrays::take;
+    int64_t tile, line, row_line, kept = 0;
     int64_t work, x, stage, floats[2], logits, last_grads, grads[2], row_pairs, turned, head;
     bool keeps_z;
 
@@ -63,13 +64,6 @@ struct Bfloat16Mlp {
 
     int64_t size_of(const MlpLayer& layer) const { return (layer.panels.lines + 1) / 2 * line; }
     int64_t kept_of(const MlpLayer& layer) const { return (keeps_z ? 2 : 1) * size_of(layer); }
-
-   private:
-    int64_t take(int64_t size) {
-      const int64_t at = total;
-      total += E::round_up(size, 16);
-      return at;
-    }
   };
 
   // Lines of every hidden layer: its output, and the pre-activation where the derivative needs it.

@@ -63,15 +63,13 @@ struct Bfloat16Packing {
       if (copy.lane_step == 1) {
         for (int64_t k = 0; k < count; ++k) {
           const int64_t row = (slot + k) / 2;
-          const __m512i one = _mm512_cvtepu16_epi32(Lines::load_half(at + k * copy.input_step, lanes));
+          const __m256i none = _mm256_setzero_si256();
+          const __m256i one = Lines::load_half(at + k * copy.input_step, lanes);
           if ((slot + k) % 2 != 0) {
-            add(row, _mm512_slli_epi32(one, 16));
-          } else if (k + 1 < count) {
-            ++k;
-            const __m256i next = Lines::load_half(at + k * copy.input_step, lanes);
-            add(row, _mm512_or_si512(one, _mm512_slli_epi32(_mm512_cvtepu16_epi32(next), 16)));
+            add(row, Lines::pair(none, one));
           } else {
-            add(row, one);
+            const bool both = ++k < count;
+            add(row, Lines::pair(one, both ? Lines::load_half(at + k * copy.input_step, lanes) : none));
           }
         }
       } else {

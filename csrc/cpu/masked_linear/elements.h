@@ -14,6 +14,16 @@ struct Elements {
   static int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
   static int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
+  // Arrays one after the other in scratch: `take` gives the next one's offset, in floats.
+  struct Arrays {
+    int64_t total = 0;
+    int64_t take(int64_t size) {
+      const int64_t at = total;
+      total += round_up(size, 16);
+      return at;
+    }
+  };
+
   static float widen(const void* p, Dtype dtype, int64_t n) {
     float one[L];
     if (dtype == Dtype::kFloat32) return static_cast<const float*>(p)[n];

@@ -24,8 +24,9 @@ struct MaskedMlp {
   static constexpr int L = I::kLanes;
 
   // Offsets of a tile's arrays, in floats from the start of scratch or `saved`.
-  struct Places {
-    int64_t line, total = 0, kept = 0;
+  struct Places : E::Arrays {
+    using E::Arrays::take;
+    int64_t line, kept = 0;
     int64_t x, stage, logits, grads[2], head;
     bool keeps_z;
 
@@ -45,13 +46,6 @@ struct MaskedMlp {
       grads[0] = take(most);
       grads[1] = take(most);
       head = take(Head::work(n));
-    }
-
-   private:
-    int64_t take(int64_t size) {
-      const int64_t at = total;
-      total += E::round_up(size, 16);
-      return at;
     }
   };
 

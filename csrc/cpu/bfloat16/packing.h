@@ -69,7 +69,8 @@ struct Bfloat16Packing {
             add(row, Lines::pair(none, one));
           } else {
             const bool both = ++k < count;
-            add(row, Lines::pair(one, both ? Lines::load_half(at + k * copy.input_step, lanes) : none));
+            add(row, Lines::pair(
+                         one, both ? Lines::load_half(at + k * copy.input_step, lanes) : none));
           }
         }
       } else {

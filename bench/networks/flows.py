@@ -155,10 +155,11 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
     after = copy.deepcopy(before)
     report = mk.convert_(after, batch=case["batch"], force=grid.force)
     count = sum(r.converted for r in report)
-    if count == 0:
+    if count == 0 and not report.splines:
         return case | {"converted": f"0/{len(report)}", "unavailable": "no layer gains, as before"}
     x = torch.randn(case["batch"], case["features"])
     record = case | {"compiled": grid.compile, "converted": f"{count}/{len(report)}"}
+    record["splines"] = len(report.splines)
     record["difference"] = _difference(before, after, log_likelihood, x)
     models = {BEFORE: before, AFTER: after}
     if grid.compile:
@@ -169,12 +170,12 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
         for name, model in models.items()
     }
     replaced = {before.get_submodule(r.name): r.density for r in report if r.converted}
-    if not grid.compile:
+    if replaced and not grid.compile:
         calls |= _layers_alone([*replaced], lambda: log_likelihood(before, x))
     samples = _sample(calls, grid)
     if samples is None:
         return record | {"unavailable": f"a call takes more than {grid.longest:g} s"}
-    absent = _absent(replaced)
+    absent = _absent(replaced) if replaced else 0.0
     return record | {phase: _found(samples, phase, absent) for phase in PHASES}
 
 

@@ -14,4 +14,7 @@ STABLE_TORCH_LIBRARY_IMPL(maskmoe, CPU, m) {
   m.impl("masked_mlp_gem", TORCH_BOX(&masked_mlp_gem_op));
   m.impl("masked_mlp_expert_loss", TORCH_BOX(&masked_mlp_expert_loss_op));
   m.impl("masked_mlp_mixture", TORCH_BOX(&masked_mlp_mixture_op));
+  m.impl("rational_quadratic", TORCH_BOX(&rational_quadratic_op));
+  m.impl("rational_quadratic_inverse", TORCH_BOX(&rational_quadratic_inverse_op));
+  m.impl("rational_quadratic_backward", TORCH_BOX(&rational_quadratic_backward_op));
 }

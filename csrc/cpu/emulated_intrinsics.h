@@ -254,6 +254,9 @@ MASKMOE_INTRINSIC __m512 _mm512_add_ps(__m512 a, __m512 b) { return a + b; }
 MASKMOE_INTRINSIC __m512 _mm512_sub_ps(__m512 a, __m512 b) { return a - b; }
 MASKMOE_INTRINSIC __m512 _mm512_mul_ps(__m512 a, __m512 b) { return a * b; }
 MASKMOE_INTRINSIC __m512 _mm512_div_ps(__m512 a, __m512 b) { return a / b; }
+MASKMOE_INTRINSIC __m512 _mm512_sqrt_ps(__m512 a) {
+  return emulated::lanes<__m512>([&](int n) { return __builtin_sqrtf(a[n]); });
+}
 // b where either is NaN, and where both are zero.
 MASKMOE_INTRINSIC __m512 _mm512_min_ps(__m512 a, __m512 b) { return a < b ? a : b; }
 MASKMOE_INTRINSIC __m512 _mm512_max_ps(__m512 a, __m512 b) { return a > b ? a : b; }

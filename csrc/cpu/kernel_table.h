@@ -4,6 +4,7 @@
 #include "cpu/masked_linear/kernel.h"
 #include "cpu/masked_linear/packed_weights.h"
 #include "cpu/masked_mlp/kernel.h"
+#include "cpu/splines/rational_quadratic.h"
 
 namespace maskmoe {
 
@@ -26,7 +27,10 @@ constexpr Kernels kernels_of(const char* name) {
           MaskedMlp<I>::saved,
           MaskedMlp<I>::units,
           MaskedMlp<I>::scratch,
-          MaskedMlp<I>::run};
+          MaskedMlp<I>::run,
+          RationalQuadratic<I>::forward,
+          RationalQuadratic<I>::inverse,
+          RationalQuadratic<I>::backward};
 }
 
 }  // namespace maskmoe

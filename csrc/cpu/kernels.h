@@ -134,6 +134,30 @@ struct Mlp {
   const Mixture* mixture;
 };
 
+// --- rational_quadratic: a spline an element --------------------------------------------------
+
+constexpr int64_t kMaxBins = 64;
+
+// Rows of numbers, `stride` apart.
+struct Strided {
+  const float* data;
+  int64_t stride;
+};
+
+struct Splines {
+  int64_t bins;
+  float bound;     // the domain is [-bound, bound]
+  float steepest;  // |log| of the least slope
+  const float* x;
+  Strided widths, heights, derivatives;  // a row an element: bins, bins, bins - 1 parameters
+  float *y, *log_slope;                  // of a forward; an inverse takes x for y and y for x
+};
+
+struct SplineGradients {
+  const float *y, *log_slope;  // null: zero
+  float *x, *parameters;       // parameters: dense rows of widths, heights and derivatives
+};
+
 // One instruction set. Scratch is in floats; pointers to it are 64-byte aligned.
 struct Kernels {
   const char* name;
@@ -161,6 +185,10 @@ struct Kernels {
   // Tiles [begin, end) through all layers, and back if asked for; `sums` has a layer each.
   void (*mlp)(const Mlp&, int64_t begin, int64_t end, const LayerSums* sums, const GemSums& gem,
               float* scratch);
+  // Elements [begin, end).
+  void (*spline)(const Splines&, int64_t begin, int64_t end);
+  void (*spline_inverse)(const Splines&, int64_t begin, int64_t end);
+  void (*spline_backward)(const Splines&, const SplineGradients&, int64_t begin, int64_t end);
 };
 
 // The name of an instruction set, other than AVX2, in a build that may emulate it.

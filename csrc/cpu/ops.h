@@ -54,4 +54,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_mlp_mixture_op(
     Tensors biases, Tensors serialized, Integers layouts, Text activation, Tensor strict,
     Text confidence, double sharpness);
 
+// --- rational_quadratic (cpu/splines/ops.cpp) --------------------------------------------------
+
+std::tuple<Tensor, Tensor> rational_quadratic_op(Tensor x, Tensor widths, Tensor heights,
+                                                 Tensor derivatives, double bound, double slope);
+
+std::tuple<Tensor, Tensor> rational_quadratic_inverse_op(Tensor y, Tensor widths, Tensor heights,
+                                                         Tensor derivatives, double bound,
+                                                         double slope);
+
+std::tuple<Tensor, Tensor> rational_quadratic_backward_op(
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_log_slope, Tensor x, Tensor widths,
+    Tensor heights, Tensor derivatives, double bound, double slope);
+
 }  // namespace maskmoe

@@ -37,6 +37,7 @@ struct Isa {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static V min(V a, V b) { return _mm512_min_ps(a, b); }  // b where either is NaN
   static V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 

@@ -19,6 +19,11 @@ from maskmoe_kernels.layout.arguments import check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.converted import ConvertedLinear
 from maskmoe_kernels.nn.converted_networks import as_before, hand_back_, hand_on_, networks
+from maskmoe_kernels.nn.converted_splines import (
+    make_splines_,
+    modules_with_splines,
+    restore_splines_,
+)
 from maskmoe_kernels.nn.foreign import ForeignLayer, foreign_layers, why_not_plain
 from maskmoe_kernels.nn.gain import why_no_gain
 from maskmoe_kernels.nn.interception import interceptor_of_instance
@@ -55,11 +60,18 @@ class ConversionReport(Sequence[ConversionRecord]):
     Attributes:
         networks: Names of the networks whose layers hand their units on as they lie, without the
             activation as a step of its own; ``""`` is the model itself. See :func:`convert_`.
+        splines: Names of the modules whose splines are computed in one pass.
     """
 
-    def __init__(self, records: Iterable[ConversionRecord], networks: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        records: Iterable[ConversionRecord],
+        networks: Iterable[str] = (),
+        splines: Iterable[str] = (),
+    ) -> None:
         self.records = tuple(records)
         self.networks = tuple(networks)
+        self.splines = tuple(splines)
 
     def __getitem__(self, index: Any) -> Any:
         return self.records[index]
@@ -71,16 +83,19 @@ class ConversionReport(Sequence[ConversionRecord]):
         return iter(self.records)
 
     def __repr__(self) -> str:
-        if not self.records:
-            return "no MaskedLinear of zuko, nflows or pyro found"
         lines = [f"{sum(r.converted for r in self.records)} of {len(self)} layers converted"]
-        width = max(len(r.name) for r in self.records)
+        if not self.records:
+            lines = ["no MaskedLinear of zuko, nflows or pyro found"]
+        width = max((len(r.name) for r in self.records), default=0)
         for r in self.records:
             what = "converted" if r.converted else f"kept: {r.reason}"
             lines.append(f"  {r.name:<{width}}  {r.kind:<6}  density {r.density:.2f}  {what}")
         if self.networks:
             names = ", ".join(name or "the model" for name in self.networks)
             lines.append(f"activations run within the layers of {names}")
+        if self.splines:
+            names = ", ".join(name or "the model" for name in self.splines)
+            lines.append(f"splines run in one pass in {names}")
         return "\n".join(lines)
 
 
@@ -108,13 +123,19 @@ def convert_(
     (``ConvertedMaskedMLP``, say). If a hook wants to see a layer or an activation, or one was
     changed, the layers are called one by one, as before.
 
+    *Splines*: zuko's ``MonotonicRQSTransform``, which an ``NSF`` makes of what its layers give, is
+    computed in one pass forward and one backward where all is float32 on a CPU (and eager: a
+    compiler fuses zuko's own operations). The modules that construct it hold another constructor
+    as ``univariate``; its transforms are instances of zuko's class.
+
     Args:
         model: Changed in place. Layers that are referred to from outside of it are not replaced
             there.
         batch: Rows of a typical call, for the choice of layers; ``None``: a layer has to gain from
             256 rows to 4096.
         force: Replace layers that do not gain, too.
-        backend: Of the new layers; see :func:`masked_linear`.
+        backend: Of the new layers; see :func:`masked_linear`. Splines are replaced with ``None``
+            and ``"native"``.
         optimizers: One, or several, of torch's elementwise ones (SGD, Adam, AdamW, ...).
 
     Returns:
@@ -139,8 +160,14 @@ def convert_(
     _replace_children(model, made)
     handing_on = {n for n, first in first_layers.items() if _hand_on(n, made[first])}
     carry_over(held, replacements)
-    names = [name for name, module in model.named_modules() if module in handing_on]
-    return ConversionReport(records, names)
+    with_splines = {*modules_with_splines(model)} if backend in (None, "native") else set()
+    for module in with_splines:
+        make_splines_(module)
+    return ConversionReport(
+        records,
+        [name for name, module in model.named_modules() if module in handing_on],
+        [name for name, module in model.named_modules() if module in with_splines],
+    )
 
 
 def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> list[str]:
@@ -148,7 +175,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
 
     Weights that the mask leaves out are as they were. The layers follow the model: they have its
     device, dtype, training mode and ``requires_grad``. The weight is the parameter that it was
-    before ``convert_``. Networks have their class again.
+    before ``convert_``. Networks have their class again, and splines their constructor.
 
     Args:
         model: Changed in place.
@@ -176,6 +203,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
     back = {layer: layer.restored() for layer in found}
     for module in model.modules():
         hand_back_(module)
+        restore_splines_(module)
     _replace_children(model, back)
     carry_over(
         held,

@@ -185,11 +185,12 @@ def flushed(values):
 # --- Arithmetic ----------------------------------------------------------------------------------
 
 
-def test_the_four_operations(emulated):
+def test_the_four_operations_and_roots(emulated):
     a, b = pairs()
     x, y = floats(a), floats(b)
     for name, expected in (("add", x + y), ("sub", x - y), ("mul", x * y), ("divide", x / y)):
         same(emulated(name, a, b), bits(expected))
+    same(emulated("root", a, b), bits(np.sqrt(x)))
 
 
 def test_min_and_max_give_the_second_where_neither_is_less(emulated):
@@ -492,7 +493,7 @@ def test_the_processor_gives_the_same_bits(emulated, native):
         arrays = (half,) if name in ("from_fp16", "from_u16") else (a, b, c)
         if name in OF_NORMAL_NUMBERS:
             arrays = (normal, steps if name == "scalef" else np.roll(normal, 1))
-        arithmetic = name in ("add", "sub", "mul", "divide", "fmadd", "mask3_fmadd")
+        arithmetic = name in ("add", "sub", "mul", "divide", "root", "fmadd", "mask3_fmadd")
         check = same if arithmetic else same_bits
         for k in {"cmp": range(32), "shuffle_i32x4": range(256)}.get(name, (0, 3, 40, 0x5AF0C3A5)):
             check(emulated(name, *arrays, k=k), native(name, *arrays, k=k).reshape(-1))

@@ -28,7 +28,10 @@ struct Bfloat16Kernels {
             mlp_saved,
             mlp_units,
             mlp_scratch,
-            mlp};
+            mlp,
+            spline,
+            spline_inverse,
+            spline_backward};
   }
 
   static bool own(Dtype dtype) { return dtype == Dtype::kBfloat16; }
@@ -68,6 +71,17 @@ struct Bfloat16Kernels {
                   const GemSums& totals, float* scratch) {
     own(n.dtype) ? Network::run(n, begin, end, sums, totals, scratch)
                  : kAvx512.mlp(n, begin, end, sums, totals, scratch);
+  }
+
+  static void spline(const Splines& s, int64_t begin, int64_t end) {
+    kAvx512.spline(s, begin, end);
+  }
+  static void spline_inverse(const Splines& s, int64_t begin, int64_t end) {
+    kAvx512.spline_inverse(s, begin, end);
+  }
+  static void spline_backward(const Splines& s, const SplineGradients& grads, int64_t begin,
+                              int64_t end) {
+    kAvx512.spline_backward(s, grads, begin, end);
   }
 };
 

@@ -1,0 +1,113 @@
+// rational_quadratic and its backward: tensors in, tensors out.
+
+#include <cmath>
+
+#include "cpu/instruction_sets.h"
+#include "cpu/ops.h"
+#include "cpu/parallel.h"
+#include "cpu/tensors.h"
+
+namespace maskmoe {
+namespace {
+
+constexpr int64_t kFlopsPerBin = 100;  // about
+constexpr double kLeastSlope = 1e-6;     // every intermediate result is a normal number then
+
+// A tensor (elements, count) whose last dimension is dense.
+Strided strided(const Checks& checks, const Tensor& t, const char* name, int64_t elements,
+                int64_t count) {
+  checks.readable(t, name, -1, aoti_torch_dtype_float32());
+  const bool fits = t.dim() == 2 && t.size(0) == elements && t.size(1) == count;
+  STD_TORCH_CHECK(fits && (count <= 1 || t.stride(1) == 1), checks.named(name, -1), " must be ",
+                  elements, " rows of ", count, " values, one after the other");
+  return {static_cast<const float*>(t.data_ptr()), t.stride(0)};
+}
+
+float* dense(const Checks& checks, const Tensor& t, const char* name, int64_t elements) {
+  checks.readable(t, name, -1, aoti_torch_dtype_float32());
+  STD_TORCH_CHECK(t.dim() == 1 && t.numel() == elements && t.is_contiguous(),
+                  checks.named(name, -1), " must be ", elements, " values, one after the other");
+  return static_cast<float*>(t.data_ptr());
+}
+
+Splines checked(const Checks& checks, const Tensor& x, const Tensor& widths,
+                const Tensor& heights, const Tensor& derivatives, double bound, double slope) {
+  const int64_t elements = x.numel();
+  const int64_t bins = widths.dim() == 2 ? widths.size(1) : 0;
+  STD_TORCH_CHECK(bins >= 1 && bins <= kMaxBins, checks.named("widths", -1), " must be of 1 to ",
+                  kMaxBins, " bins, and is of ", bins);
+  STD_TORCH_CHECK(bound >= 1e-6 && bound <= 1e6 && slope >= kLeastSlope && slope < 1, "maskmoe::",
+                  checks.op(), ": bound must be in [1e-6, 1e6] and slope in [1e-6, 1)");
+  Splines s{};
+  s.bins = bins;
+  s.bound = static_cast<float>(bound);
+  s.steepest = static_cast<float>(-std::log(slope));
+  s.x = dense(checks, x, "x", elements);
+  s.widths = strided(checks, widths, "widths", elements, bins);
+  s.heights = strided(checks, heights, "heights", elements, bins);
+  s.derivatives = strided(checks, derivatives, "derivatives", elements, bins - 1);
+  return s;
+}
+
+// f(begin, end) for ranges of whole vectors.
+template <class F>
+void over(int64_t elements, int64_t bins, const F& f) {
+  if (elements == 0) return;
+  const int64_t threads = threads_for(elements * bins * kFlopsPerBin, elements);
+  const int64_t width = kernels()->width;
+  const int64_t each_has = (elements + threads * width - 1) / (threads * width) * width;
+  each((elements + each_has - 1) / each_has, [&](int64_t t) {
+    f(t * each_has, std::min(elements, (t + 1) * each_has));
+  });
+}
+
+// Two results of every element, by a forward or an inverse.
+std::tuple<Tensor, Tensor> run(const char* op, decltype(Kernels::spline) kernel, const Tensor& x,
+                               const Tensor& widths, const Tensor& heights,
+                               const Tensor& derivatives, double bound, double slope) {
+  Splines s = checked(Checks(op, x), x, widths, heights, derivatives, bound, slope);
+  const int64_t elements = x.numel();
+  Tensor y = empty_like_with(x, &elements, 1), log_slope = empty_like_with(x, &elements, 1);
+  s.y = static_cast<float*>(y.data_ptr());
+  s.log_slope = static_cast<float*>(log_slope.data_ptr());
+  over(elements, s.bins, [&](int64_t begin, int64_t end) { kernel(s, begin, end); });
+  return {y, log_slope};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> rational_quadratic_op(Tensor x, Tensor widths, Tensor heights,
+                                                 Tensor derivatives, double bound, double slope) {
+  return run("rational_quadratic", kernels()->spline, x, widths, heights, derivatives, bound,
+             slope);
+}
+
+std::tuple<Tensor, Tensor> rational_quadratic_inverse_op(Tensor y, Tensor widths, Tensor heights,
+                                                         Tensor derivatives, double bound,
+                                                         double slope) {
+  return run("rational_quadratic_inverse", kernels()->spline_inverse, y, widths, heights,
+             derivatives, bound, slope);
+}
+
+std::tuple<Tensor, Tensor> rational_quadratic_backward_op(
+    std::optional<Tensor> grad_y, std::optional<Tensor> grad_log_slope, Tensor x, Tensor widths,
+    Tensor heights, Tensor derivatives, double bound, double slope) {
+  const Checks checks("rational_quadratic_backward", x);
+  const Splines s = checked(checks, x, widths, heights, derivatives, bound, slope);
+  const int64_t elements = x.numel(), sizes[2] = {elements, 3 * s.bins - 1};
+  SplineGradients grads{};
+  if (grad_y) grads.y = dense(checks, *grad_y, "grad_y", elements);
+  if (grad_log_slope) {
+    grads.log_slope = dense(checks, *grad_log_slope, "grad_log_slope", elements);
+  }
+  Tensor grad_x = empty_like_with(x, sizes, 1), grad_parameters = empty_like_with(x, sizes, 2);
+  grads.x = static_cast<float*>(grad_x.data_ptr());
+  grads.parameters = static_cast<float*>(grad_parameters.data_ptr());
+  const Kernels& k = *kernels();
+  over(elements, s.bins, [&](int64_t begin, int64_t end) {
+    k.spline_backward(s, grads, begin, end);
+  });
+  return {grad_x, grad_parameters};
+}
+
+}  // namespace maskmoe

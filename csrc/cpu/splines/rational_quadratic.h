@@ -1,0 +1,294 @@
+// Monotone rational-quadratic splines (Durkan et al., "Neural Spline Flows", 2019), one for each
+// element, for one instruction set `I` (simd_*.h). A vector holds one number of L elements.
+//
+// An element's parameters are those of zuko's MonotonicRQSTransform. With S = |log slope|,
+//   w = softmax(u / (1 + 2 |u| / S)),  the same for heights,  d = exp(t / (1 + |t| / S)),
+//   x_k = B (2 (w_0 + ... + w_{k-1}) - 1), the same for y_k,  d_0 = d_K = 1.
+// In bin k, with W = x_{k+1} - x_k, H = y_{k+1} - y_k, s = H / W, z = (x - x_k) / W, q = z (1 - z),
+//   y = y_k + H (s z^2 + d_k q) / D,          D = s + (d_k + d_{k+1} - 2 s) q,
+//   log dy/dx = log(s^2 P / D^2),             P = 2 s q + d_k (1 - z)^2 + d_{k+1} z^2;
+// outside of [-B, B], y = x. The inverse solves the first for z, a quadratic equation. What is not
+// finite makes NaN of the slope, as there.
+#pragma once
+
+#include "cpu/confidence.h"
+#include "cpu/masked_linear/elements.h"
+
+namespace maskmoe {
+
+template <class I>
+struct RationalQuadratic {
+  using E = Elements<I>;
+  using V = typename I::V;
+  using M = typename I::M;
+  static constexpr int L = I::kLanes;
+
+  static void forward(const Splines& s, int64_t begin, int64_t end) {
+    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L];
+    for (int64_t n = begin; n < end; n += L) {
+      const Lanes lanes(n, end);
+      const V x = lanes.load(s.x);
+      const Bin bin = find<false>(s, lanes, x, widths, heights);
+      Curve c(s, bin);
+      c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
+      lanes.store(s.y, I::select(bin.inside, I::fma(c.height, c.ratio, bin.bottom), x));
+      lanes.store(s.log_slope, I::select(bin.inside, c.log_slope(), bin.nothing));
+    }
+  }
+
+  // x and y change their names: s.x holds values, and s.y becomes where they are taken; the slope
+  // is that of the spline there.
+  static void inverse(const Splines& s, int64_t begin, int64_t end) {
+    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L];
+    for (int64_t n = begin; n < end; n += L) {
+      const Lanes lanes(n, end);
+      const V y = lanes.load(s.x);
+      const Bin bin = find<true>(s, lanes, y, widths, heights);
+      Curve c(s, bin);
+      c.go_to(c.root(I::sub(y, bin.bottom)));
+      lanes.store(s.y, I::select(bin.inside, I::fma(c.width, c.z, bin.left), y));
+      lanes.store(s.log_slope, I::select(bin.inside, c.log_slope(), bin.nothing));
+    }
+  }
+
+  static void backward(const Splines& s, const SplineGradients& grads, int64_t begin,
+                       int64_t end) {
+    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L], turned[3 * kMaxBins * L];
+    const int64_t K = s.bins, parameters = 3 * K - 1;
+    for (int64_t n = begin; n < end; n += L) {
+      const Lanes lanes(n, end);
+      const V x = lanes.load(s.x);
+      const Bin bin = find<false>(s, lanes, x, widths, heights);
+      Curve c(s, bin);
+      c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
+      const V grad_y = grads.y == nullptr ? I::zero() : lanes.load(grads.y);
+      const V grad_log = grads.log_slope == nullptr ? I::zero() : lanes.load(grads.log_slope);
+      const Partials of(c, grad_y, grad_log);
+      lanes.store(grads.x, I::select(bin.inside, I::mul(of.z, c.inv_width),
+                                     I::add(grad_y, bin.nothing)));
+      // z and s by the bin's left end, its width and its height.
+      const V of_left = I::mul(minus(of.z), c.inv_width);
+      const V of_width = minus(I::mul(I::fma(of.z, c.z, I::mul(of.s, c.s)), c.inv_width));
+      const V of_height = I::fma(of.s, c.inv_width, I::mul(grad_y, c.ratio));
+      fractions(s, s.widths, lanes, bin, bin.before_width, bin.width, widths, of_left, of_width,
+                turned);
+      fractions(s, s.heights, lanes, bin, bin.before_height, bin.height, heights, grad_y,
+                of_height, turned + K * L);
+      derivatives(s, bin, c, of, turned + 2 * K * L);
+      for (int64_t l = 0; l < lanes.count; ++l) {
+        float* to = grads.parameters + (n + l) * parameters;
+        for (int64_t k = 0; k < parameters; ++k) to[k] = turned[k * L + l];
+      }
+    }
+  }
+
+ private:
+  // Elements [first, first + count) of a call; lanes beyond repeat the last of them.
+  struct Lanes {
+    int64_t first, count, element[L];
+    Lanes(int64_t first, int64_t end) : first(first), count(E::min(L, end - first)) {
+      for (int64_t l = 0; l < L; ++l) element[l] = first + E::min(l, count - 1);
+    }
+    V load(const float* p) const {
+      return count == L ? I::load(p + first) : I::load(p + first, some());
+    }
+    void store(float* p, V a) const {
+      count == L ? I::store(p + first, a) : I::store(p + first, a, some());
+    }
+    M some() const { return I::mask((1u << count) - 1); }
+  };
+
+  // Where the k-th parameter of each lane lies.
+  struct Parameters {
+    const float* p;
+    int64_t at[L];
+    Parameters(const Strided& of, const Lanes& lanes) : p(of.data) {
+      for (int64_t l = 0; l < L; ++l) at[l] = lanes.element[l] * of.stride;
+    }
+    V operator[](int64_t k) const { return I::gather(p + k, at); }
+  };
+
+  struct Bin {
+    V index;                        // below 0: outside
+    V left, bottom;                 // its lower corner
+    V width, height;                // fractions of the domain and of the range
+    V before_width, before_height;  // the sums of all fractions before it
+    V t0, t1;                       // of the slopes at its ends
+    V nothing;                      // 0, or NaN where anything is not finite
+    M inside;
+  };
+
+  // A bin's curve; and, after `go_to`, the place z on it.
+  struct Curve {
+    V width, height, inv_width, s, d0, d1, squash0, squash1, bend;
+    V z, rest, q, inv_d, p, ratio;  // ratio: (y - y_k) / H
+
+    Curve(const Splines& of, const Bin& b) {
+      const V size = I::set(2 * of.bound), squash = I::set(1 / of.steepest);
+      width = I::mul(size, b.width), height = I::mul(size, b.height);
+      inv_width = I::div(I::set(1.0f), width);
+      s = I::mul(height, inv_width);
+      squash0 = shrink(b.t0, squash), squash1 = shrink(b.t1, squash);
+      d0 = exp<I>(I::mul(b.t0, squash0)), d1 = exp<I>(I::mul(b.t1, squash1));
+      bend = I::fma(I::set(-2.0f), s, I::add(d0, d1));
+    }
+    void go_to(V place) {
+      const V one = I::set(1.0f);
+      z = place;
+      rest = I::sub(one, z);
+      q = I::mul(z, rest);
+      const V z2 = I::mul(z, z);
+      inv_d = I::div(one, I::fma(bend, q, s));
+      p = I::fma(I::add(s, s), q, I::fma(d1, z2, I::mul(I::mul(d0, rest), rest)));
+      ratio = I::mul(I::fma(s, z2, I::mul(d0, q)), inv_d);
+    }
+    V log_slope() const {
+      const V steep = I::mul(s, inv_d), slope = I::mul(I::mul(steep, steep), p);
+      const V none = I::set(-__builtin_inff());  // of 0; NaN stays NaN
+      return I::select(I::less_equal(slope, I::zero()), none,
+                       I::fma(slope, I::zero(), log<I>(slope)));
+    }
+    // The z where the curve is `above` its lower end: a z^2 + b z = c.
+    V root(V above) const {
+      const V bent = I::mul(above, bend), c = I::mul(s, above);
+      const V a = I::fma(height, I::sub(s, d0), bent), b = I::sub(I::mul(height, d0), bent);
+      const V square = I::fma(I::mul(I::set(4.0f), a), c, I::mul(b, b));
+      return I::div(I::add(c, c), I::add(b, I::sqrt(I::max(I::zero(), square))));
+    }
+  };
+
+  // Gradients of z, s and the slopes at the bin's ends, other numbers held.
+  struct Partials {
+    V z, s, d0, d1;
+    Partials(const Curve& c, V grad_y, V grad_log) {
+      const V one = I::set(1.0f), two = I::set(2.0f);
+      const V by_ratio = I::mul(I::mul(grad_y, c.height), c.inv_d);  // times d(ratio) D
+      const V by_p = I::div(grad_log, c.p);                          // times dP
+      const V by_d = I::mul(I::add(grad_log, grad_log), c.inv_d);    // times dD
+      const V turn = I::sub(c.rest, c.z);                            // dq/dz
+      const V z2 = I::mul(c.z, c.z), rest2 = I::mul(c.rest, c.rest);
+
+      const V d_by_z = I::mul(c.bend, turn);
+      const V n_by_z = I::fma(I::mul(two, c.s), c.z, I::mul(c.d0, turn));
+      const V p_by_z = I::mul(two, I::fma(c.s, turn, I::sub(I::mul(c.d1, c.z),
+                                                            I::mul(c.d0, c.rest))));
+      z = total(by_ratio, I::sub(n_by_z, I::mul(c.ratio, d_by_z)), by_p, p_by_z, by_d, d_by_z);
+
+      const V d_by_s = I::sub(one, I::add(c.q, c.q));
+      s = total(by_ratio, I::sub(z2, I::mul(c.ratio, d_by_s)), by_p, I::add(c.q, c.q), by_d,
+                d_by_s);
+      s = I::add(s, I::div(I::add(grad_log, grad_log), c.s));
+
+      d0 = total(by_ratio, I::mul(c.q, I::sub(one, c.ratio)), by_p, rest2, by_d, c.q);
+      d1 = total(by_ratio, minus(I::mul(c.q, c.ratio)), by_p, z2, by_d, c.q);
+    }
+    static V total(V by_ratio, V ratio, V by_p, V p, V by_d, V d) {
+      return I::fma(by_ratio, ratio, I::fma(by_p, p, minus(I::mul(by_d, d))));
+    }
+  };
+
+  static V minus(V a) { return I::xor_bits(a, I::set(-0.0f)); }
+  // 1 / (1 + c |u|): u times it is between -1 / c and 1 / c; its square is the derivative.
+  static V shrink(V u, V c) { return I::div(I::set(1.0f), I::fma(c, absolute<I>(u), I::set(1.0f))); }
+  // A sum, and beside it what its additions lose: a narrow bin would show it.
+  struct Sum {
+    V sum = I::zero(), lost = I::zero();
+    void add(V a) {
+      const V next = I::add(sum, a), back = I::sub(next, sum);
+      lost = I::add(lost, I::add(I::sub(sum, I::sub(next, back)), I::sub(a, back)));
+      sum = next;
+    }
+    V total() const { return I::add(sum, lost); }
+    // The knot there: first + size * sum.
+    V knot(V size, V first) const { return I::fma(size, lost, I::fma(size, sum, first)); }
+  };
+
+  // The fractions of all bins: exp(u / (1 + 2 |u| / S)) over their sum. The exponents are bounded,
+  // so no maximum has to be found.
+  static void softmax(const Splines& s, const Strided& of, const Lanes& lanes, float* to) {
+    const Parameters u(of, lanes);
+    const V one = I::set(1.0f), squash = I::set(2 / s.steepest);
+    Sum sum;
+    for (int64_t k = 0; k < s.bins; ++k) {
+      const V a = u[k], e = exp<I>(I::div(a, I::fma(squash, absolute<I>(a), one)));
+      I::store(to + k * L, e);
+      sum.add(e);
+    }
+    const V total = sum.total();
+    for (int64_t k = 0; k < s.bins; ++k) I::store(to + k * L, I::div(I::load(to + k * L), total));
+  }
+
+  // The bin that x is in, or y where kUp; the fractions of all bins are left in `widths` and
+  // `heights`.
+  template <bool kUp>
+  static Bin find(const Splines& s, const Lanes& lanes, V x, float* widths, float* heights) {
+    softmax(s, s.widths, lanes, widths);
+    softmax(s, s.heights, lanes, heights);
+    const Parameters slopes(s.derivatives, lanes);
+    const V first = I::set(-s.bound), size = I::set(2 * s.bound), none = I::zero();
+    Sum across, up;
+    V left = first, bottom = first;
+    const V& searched = kUp ? bottom : left;
+    Bin b{I::set(-1.0f), none, none, none, none, none, none, none, none, none, I::mask(0)};
+    V t = none, all = x;
+    for (int64_t k = 0; k < s.bins; ++k) {
+      const V width = I::load(widths + k * L), height = I::load(heights + k * L);
+      const V next_t = k + 1 < s.bins ? slopes[k] : none;
+      const M here = I::greater(x, searched);
+      b.index = I::select(here, I::set(static_cast<float>(k)), b.index);
+      b.left = I::select(here, left, b.left);
+      b.bottom = I::select(here, bottom, b.bottom);
+      b.width = I::select(here, width, b.width);
+      b.height = I::select(here, height, b.height);
+      b.before_width = I::select(here, across.sum, b.before_width);
+      b.before_height = I::select(here, up.sum, b.before_height);
+      b.t0 = I::select(here, t, b.t0);
+      b.t1 = I::select(here, next_t, b.t1);
+      across.add(width), up.add(height);
+      left = across.knot(size, first), bottom = up.knot(size, first);
+      all = I::add(all, next_t);
+      t = next_t;
+    }
+    const V beyond = I::select(I::greater(x, searched), I::set(-1.0f), b.index);
+    b.inside = I::greater(beyond, I::set(-0.5f));
+    b.nothing = I::mul(I::add(all, I::add(across.sum, up.sum)), none);
+    return b;
+  }
+
+  // Gradients of the parameters of widths, or of heights, given those of the bin's lower end and
+  // of its size. `fraction`: of each bin; `own`: of this; `before`: the sum of those
+  // before it.
+  static void fractions(const Splines& s, const Strided& of, const Lanes& lanes, const Bin& bin,
+                        V before, V own, const float* fraction, V of_end, V of_size, float* to) {
+    const Parameters u(of, lanes);
+    const V squash = I::set(2 / s.steepest), twice = I::set(2 * s.bound);
+    of_end = I::mul(of_end, twice), of_size = I::mul(of_size, twice);
+    const auto here = [&](int64_t k, V less, V equal) {
+      const V at = I::set(static_cast<float>(k));
+      return I::select(I::greater(bin.index, at), less,
+                       I::select(I::greater(at, bin.index), I::zero(), equal));
+    };
+    const V mean = I::fma(of_end, before, I::mul(of_size, own));
+    for (int64_t k = 0; k < s.bins; ++k) {
+      const V shrunk = shrink(u[k], squash);
+      const V grad = I::mul(I::load(fraction + k * L), I::sub(here(k, of_end, of_size), mean));
+      I::store(to + k * L, I::select(bin.inside, I::mul(grad, I::mul(shrunk, shrunk)), bin.nothing));
+    }
+  }
+
+  // Gradients of the parameters of the slopes at inner knots.
+  static void derivatives(const Splines& s, const Bin& bin, const Curve& c, const Partials& of,
+                          float* to) {
+    const V of_t0 = I::mul(I::mul(of.d0, c.d0), I::mul(c.squash0, c.squash0));
+    const V of_t1 = I::mul(I::mul(of.d1, c.d1), I::mul(c.squash1, c.squash1));
+    for (int64_t k = 1; k < s.bins; ++k) {  // the knot between bins k - 1 and k
+      const V at = I::set(static_cast<float>(k)), before = I::set(static_cast<float>(k - 1));
+      const M above = I::greater(bin.index, at), below = I::greater(before, bin.index);
+      const V grad = I::select(I::greater(at, bin.index), of_t1, of_t0);
+      const V kept = I::select(above, I::zero(), I::select(below, I::zero(), grad));
+      I::store(to + (k - 1) * L, I::select(bin.inside, kept, bin.nothing));
+    }
+  }
+};
+
+}  // namespace maskmoe

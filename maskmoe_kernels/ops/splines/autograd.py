@@ -1,0 +1,121 @@
+"""The registered ops with their gradients.
+
+Backward computes the forward again, so only the arguments are kept. A gradient that is to be
+differentiated itself, and a batch of gradients, are composed from PyTorch's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from maskmoe_kernels._compat import is_batched
+from maskmoe_kernels.ops import native
+from maskmoe_kernels.ops.splines import reference, schema
+
+
+def takes(bins: int, bound: float, slope: float) -> bool:
+    """Do the kernels compute such splines, of float32 on a CPU?"""
+    return (
+        native.UNSUPPORTED_REASON is None
+        and 1 <= bins <= schema.MAX_BINS
+        and 1e-6 <= bound <= 1e6
+        and schema.LEAST_SLOPE <= slope < 1
+    )
+
+
+def rational_quadratic(
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.rational_quadratic`, of what :func:`takes`, differentiable."""
+    apply: Any = _RationalQuadratic.apply
+    y, log_slope = apply(*_flat(x, widths, heights, derivatives), bound, slope)
+    return y.view(x.shape), log_slope.view(x.shape)
+
+
+def rational_quadratic_inverse(
+    y: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
+) -> Tensor:
+    """As :func:`reference.rational_quadratic_inverse`, of what :func:`takes`, differentiable."""
+    apply: Any = _Inverse.apply
+    x: Tensor = apply(*_flat(y, widths, heights, derivatives), bound, slope)
+    return x.view(y.shape)
+
+
+def _flat(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    rows = (u.reshape(x.numel(), u.shape[-1]) for u in parameters)
+    return x.reshape(-1), *(u if u.stride(-1) == 1 else u.contiguous() for u in rows)
+
+
+class _RationalQuadratic(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = torch.ops.maskmoe.rational_quadratic(*args)
+        ctx.save_for_backward(*args[:4])
+        ctx.options = args[4:]
+        ctx.set_materialize_grads(False)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if _to_compose(*grads):
+            return _composed(reference.rational_quadratic, ctx, *grads)
+        return (*_gradients(*grads, *ctx.saved_tensors, *ctx.options), None, None)
+
+
+class _Inverse(torch.autograd.Function):
+    """x with f(x; u) = y, so dx = (dy - df/du du) / f'(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x: Tensor
+        x, log_slope = torch.ops.maskmoe.rational_quadratic_inverse(*args)
+        ctx.save_for_backward(*args[:4], x, log_slope)
+        ctx.options = args[4:]
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+        if _to_compose(grad_x):
+            return _composed(reference.rational_quadratic_inverse, ctx, grad_x)
+        _, *parameters, x, log_slope = ctx.saved_tensors
+        grad_y = grad_x * torch.exp(-log_slope)
+        _, *grads = _gradients(-grad_y, None, x, *parameters, *ctx.options)
+        return (grad_y, *grads, None, None)
+
+
+def _gradients(grad_y: Tensor | None, grad_log_slope: Tensor | None, *of: Any) -> list[Tensor]:
+    """Gradients of x, widths, heights and derivatives; ``of``: they, ``bound`` and ``slope``."""
+    dense = (None if g is None else g.contiguous() for g in (grad_y, grad_log_slope))
+    grad_x, grad = torch.ops.maskmoe.rational_quadratic_backward(*dense, *of)
+    return [grad_x, *grad.split([u.shape[1] for u in of[1:4]], 1)]
+
+
+def _to_compose(*grads: Tensor | None) -> bool:
+    return torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in grads)
+
+
+def _composed(
+    function: Callable[..., Any], ctx: Any, *grads: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``function``, which have gradients themselves under create_graph=True."""
+    given, needed = ctx.saved_tensors[:4], ctx.needs_input_grad[:4]
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not graph:
+            given = [u.detach().requires_grad_(need) for u, need in zip(given, needed, strict=True)]
+        results = function(*given, *ctx.options)
+        results = results if isinstance(results, tuple) else (results,)
+        chosen = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
+        found = iter(
+            torch.autograd.grad(
+                [y for y, _ in chosen],
+                [u for u, need in zip(given, needed, strict=True) if need],
+                [g for _, g in chosen],
+                create_graph=graph,
+            )
+        )
+    return (*(next(found) if need else None for need in needed), None, None)

@@ -58,9 +58,18 @@ class ConversionReport(Sequence[ConversionRecord]):
     """A sequence of one :class:`ConversionRecord` for each layer; printed, a line each.
 
     Attributes:
-        networks: Names of the networks whose layers hand their units on as they lie, without the
-            activation as a step of its own; ``""`` is the model itself. See :func:`convert_`.
-        splines: Names of the modules whose splines are computed in one pass.
+        networks: Names of the networks that compute activations with the products, and pass units
+            from layer to layer in the order of their blocks; ``""`` is the model itself. They are
+            those of zuko's ``MaskedMLP`` (or any ``nn.Sequential`` of such layers and activations),
+            pyro's ``(Conditional)AutoRegressiveNN`` and nflows' residual ``MADE`` whose layers are
+            all replaced, with an activation of :func:`masked_linear`'s. A network stays the same
+            object; its class becomes a subclass of the one that it had (``ConvertedMaskedMLP``,
+            say). If a hook wants to see a layer or an activation, or one was changed, the layers
+            are called one by one, as before.
+        splines: Names of the modules (zuko's, of an ``NSF``) whose ``MonotonicRQSTransform`` is
+            computed in one pass forward, one backward and one to sample, for float32 on a CPU. They
+            hold another constructor as ``univariate``; what it makes are instances of zuko's class.
+            In a compiled model, and under ``torch.func``, zuko's own operations run.
     """
 
     def __init__(
@@ -115,18 +124,8 @@ def convert_(
     back through every weight that the mask leaves. What is shared, what state dicts hold, and what
     becomes of optimizers: see :class:`ConvertedLinear`.
 
-    *Networks*: where all layers of a zuko ``MaskedMLP`` (or any ``nn.Sequential`` of such layers
-    and activations), of pyro's ``(Conditional)AutoRegressiveNN`` or of nflows' residual ``MADE``
-    are replaced, and its activation is one of :func:`masked_linear`'s, units pass from layer to
-    layer in the order of their blocks, and activations are computed with the products. The network
-    stays the same object; its class becomes a subclass of the one that it had
-    (``ConvertedMaskedMLP``, say). If a hook wants to see a layer or an activation, or one was
-    changed, the layers are called one by one, as before.
-
-    *Splines*: zuko's ``MonotonicRQSTransform``, which an ``NSF`` makes of what its layers give, is
-    computed in one pass forward and one backward where all is float32 on a CPU (and eager: a
-    compiler fuses zuko's own operations). The modules that construct it hold another constructor
-    as ``univariate``; its transforms are instances of zuko's class.
+    What stands between the layers gains, too: activations, and splines
+    (:class:`ConversionReport` says which).
 
     Args:
         model: Changed in place. Layers that are referred to from outside of it are not replaced
@@ -134,8 +133,7 @@ def convert_(
         batch: Rows of a typical call, for the choice of layers; ``None``: a layer has to gain from
             256 rows to 4096.
         force: Replace layers that do not gain, too.
-        backend: Of the new layers; see :func:`masked_linear`. Splines are replaced with ``None``
-            and ``"native"``.
+        backend: Of the new layers; see :func:`masked_linear`. Splines have one, ``"native"``.
         optimizers: One, or several, of torch's elementwise ones (SGD, Adam, AdamW, ...).
 
     Returns:

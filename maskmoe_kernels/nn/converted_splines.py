@@ -126,7 +126,9 @@ def _made_class(cls: Any) -> Any:
 def _class_of(origin: Any) -> Any:
     """zuko's class, if ``origin`` constructs it with no other options than are known; else None."""
     if type(origin) is functools.partial:
-        if origin.args or not {"bound", "slope"}.issuperset(origin.keywords):
+        options = origin.keywords
+        plain = all(type(value) in (int, float) for value in options.values())
+        if origin.args or not plain or not {"bound", "slope"}.issuperset(options):
             return None
         origin = origin.func
     known = isinstance(origin, type) and (origin.__module__, origin.__qualname__) == _ORIGIN

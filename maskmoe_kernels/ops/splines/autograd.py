@@ -47,7 +47,7 @@ def rational_quadratic_inverse(
 
 def _flat(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
     rows = (u.reshape(x.numel(), u.shape[-1]) for u in parameters)
-    return x.reshape(-1), *(u if u.stride(-1) == 1 else u.contiguous() for u in rows)
+    return x.reshape(-1).contiguous(), *(u if u.stride(-1) == 1 else u.contiguous() for u in rows)
 
 
 class _RationalQuadratic(torch.autograd.Function):

@@ -203,6 +203,9 @@ def test_shapes_views_and_an_empty_batch():
     )
     for one, other in zip(turned, flat, strict=True):
         assert torch.equal(one, other.view(6, 10).t())
+    apart = torch.stack([x, x], 1)[:, 0]
+    for one, other in zip(rational_quadratic(apart, *split(rows), BOUND, SLOPE), flat, strict=True):
+        assert torch.equal(one, other)
     columns = rows.t().contiguous().t()  # a parameter's values lie apart
     for one, other in zip(rational_quadratic(x, *split(columns), BOUND, SLOPE), flat, strict=True):
         assert torch.equal(one, other)

@@ -24,11 +24,11 @@ struct RationalQuadratic {
   static constexpr int L = I::kLanes;
 
   static void forward(const Splines& s, int64_t begin, int64_t end) {
-    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L];
+    Scratch scratch;
     for (int64_t n = begin; n < end; n += L) {
       const Lanes lanes(n, end);
       const V x = lanes.load(s.x);
-      const Bin bin = find<false>(s, lanes, x, widths, heights);
+      const Bin bin = find<false>(s, lanes, x, scratch);
       Curve c(s, bin);
       c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
       lanes.store(s.y, I::select(bin.inside, I::fma(c.height, c.ratio, bin.bottom), x));
@@ -39,11 +39,11 @@ struct RationalQuadratic {
   // x and y change their names: s.x holds values, and s.y becomes where they are taken; the slope
   // is that of the spline there.
   static void inverse(const Splines& s, int64_t begin, int64_t end) {
-    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L];
+    Scratch scratch;
     for (int64_t n = begin; n < end; n += L) {
       const Lanes lanes(n, end);
       const V y = lanes.load(s.x);
-      const Bin bin = find<true>(s, lanes, y, widths, heights);
+      const Bin bin = find<true>(s, lanes, y, scratch);
       Curve c(s, bin);
       c.go_to(c.root(I::sub(y, bin.bottom)));
       lanes.store(s.y, I::select(bin.inside, I::fma(c.width, c.z, bin.left), y));
@@ -53,12 +53,12 @@ struct RationalQuadratic {
 
   static void backward(const Splines& s, const SplineGradients& grads, int64_t begin,
                        int64_t end) {
-    alignas(64) float widths[kMaxBins * L], heights[kMaxBins * L], turned[3 * kMaxBins * L];
-    const int64_t K = s.bins, parameters = 3 * K - 1;
+    Scratch scratch;
+    const int64_t K = s.bins;
     for (int64_t n = begin; n < end; n += L) {
       const Lanes lanes(n, end);
       const V x = lanes.load(s.x);
-      const Bin bin = find<false>(s, lanes, x, widths, heights);
+      const Bin bin = find<false>(s, lanes, x, scratch);
       Curve c(s, bin);
       c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
       const V grad_y = grads.y == nullptr ? I::zero() : lanes.load(grads.y);
@@ -66,23 +66,26 @@ struct RationalQuadratic {
       const Partials of(c, grad_y, grad_log);
       lanes.store(grads.x, I::select(bin.inside, I::mul(of.z, c.inv_width),
                                      I::add(grad_y, bin.nothing)));
-      // z and s by the bin's left end, its width and its height.
+      // z and s by the bin's left end, its width and its height. Gradients take the places of the
+      // parameters.
       const V of_left = I::mul(minus(of.z), c.inv_width);
       const V of_width = minus(I::mul(I::fma(of.z, c.z, I::mul(of.s, c.s)), c.inv_width));
       const V of_height = I::fma(of.s, c.inv_width, I::mul(grad_y, c.ratio));
-      fractions(s, s.widths, lanes, bin, bin.before_width, bin.width, widths, of_left, of_width,
-                turned);
-      fractions(s, s.heights, lanes, bin, bin.before_height, bin.height, heights, grad_y,
-                of_height, turned + K * L);
-      derivatives(s, bin, c, of, turned + 2 * K * L);
-      for (int64_t l = 0; l < lanes.count; ++l) {
-        float* to = grads.parameters + (n + l) * parameters;
-        for (int64_t k = 0; k < parameters; ++k) to[k] = turned[k * L + l];
-      }
+      fractions(s, bin, {of_left, of_width, bin.before_width, bin.width}, scratch.widths,
+                scratch.parameters);
+      fractions(s, bin, {grad_y, of_height, bin.before_height, bin.height}, scratch.heights,
+                scratch.parameters + K * L);
+      derivatives(s, bin, c, of, scratch.parameters + 2 * K * L);
+      turn_out(scratch.parameters, 3 * K - 1, lanes, grads.parameters);
     }
   }
 
  private:
+  // Of L elements: their parameters, and the fractions of their bins.
+  struct Scratch {
+    alignas(64) float parameters[3 * kMaxBins * L], widths[kMaxBins * L], heights[kMaxBins * L];
+  };
+
   // Elements [first, first + count) of a call; lanes beyond repeat the last of them.
   struct Lanes {
     int64_t first, count, element[L];
@@ -98,15 +101,43 @@ struct RationalQuadratic {
     M some() const { return I::mask((1u << count) - 1); }
   };
 
-  // Where the k-th parameter of each lane lies.
-  struct Parameters {
-    const float* p;
-    int64_t at[L];
-    Parameters(const Strided& of, const Lanes& lanes) : p(of.data) {
-      for (int64_t l = 0; l < L; ++l) at[l] = lanes.element[l] * of.stride;
+  // Rows of `count` numbers, turned: to[k * L + l] is the k-th of lane l.
+  static void turn_in(const Strided& rows, int64_t count, const Lanes& lanes, float* to) {
+    int64_t k = 0, at[L];
+    for (int64_t l = 0; l < L; ++l) at[l] = lanes.element[l] * rows.stride;
+    if constexpr (I::kTransposes) {
+      for (; count >= L && k < count; k += L) {  // the last L overlap those before
+        const int64_t begin = E::min(k, count - L);
+        const float* from[L];
+        V turned[L];
+        for (int64_t l = 0; l < L; ++l) from[l] = rows.data + at[l] + begin;
+        I::transpose(from, turned);
+        for (int64_t n = 0; n < L; ++n) I::store(to + (begin + n) * L, turned[n]);
+      }
     }
-    V operator[](int64_t k) const { return I::gather(p + k, at); }
-  };
+    for (; k < count; ++k) I::store(to + k * L, I::gather(rows.data + k, at));
+  }
+
+  // The way back, to dense rows.
+  static void turn_out(const float* from, int64_t count, const Lanes& lanes, float* rows) {
+    int64_t k = 0;
+    rows += lanes.first * count;
+    if constexpr (I::kTransposes) {
+      for (; count >= L && k < count; k += L) {
+        const int64_t begin = E::min(k, count - L);
+        const float* of[L];
+        V turned[L];
+        for (int64_t n = 0; n < L; ++n) of[n] = from + (begin + n) * L;
+        I::transpose(of, turned);
+        for (int64_t l = 0; l < L; ++l) {
+          if (l < lanes.count) I::store(rows + l * count + begin, turned[l]);
+        }
+      }
+    }
+    for (; k < count; ++k) {
+      for (int64_t l = 0; l < lanes.count; ++l) rows[l * count + k] = from[k * L + l];
+    }
+  }
 
   struct Bin {
     V index;                        // below 0: outside
@@ -129,7 +160,7 @@ struct RationalQuadratic {
       inv_width = I::div(I::set(1.0f), width);
       s = I::mul(height, inv_width);
       squash0 = shrink(b.t0, squash), squash1 = shrink(b.t1, squash);
-      d0 = exp<I>(I::mul(b.t0, squash0)), d1 = exp<I>(I::mul(b.t1, squash1));
+      d0 = bounded_exp(I::mul(b.t0, squash0)), d1 = bounded_exp(I::mul(b.t1, squash1));
       bend = I::fma(I::set(-2.0f), s, I::add(d0, d1));
     }
     void go_to(V place) {
@@ -203,14 +234,21 @@ struct RationalQuadratic {
     V knot(V size, V first) const { return I::fma(size, lost, I::fma(size, sum, first)); }
   };
 
+  // e^a for an a between -14 and 14, or NaN.
+  static V bounded_exp(V a) {
+    const auto e = exp_parts<I>(a);
+    const V power = I::power_of_two(e.n);
+    return I::fma(power, e.y, power);
+  }
+
   // The fractions of all bins: exp(u / (1 + 2 |u| / S)) over their sum. The exponents are bounded,
   // so no maximum has to be found.
-  static void softmax(const Splines& s, const Strided& of, const Lanes& lanes, float* to) {
-    const Parameters u(of, lanes);
+  static void softmax(const Splines& s, const float* u, float* to) {
     const V one = I::set(1.0f), squash = I::set(2 / s.steepest);
     Sum sum;
     for (int64_t k = 0; k < s.bins; ++k) {
-      const V a = u[k], e = exp<I>(I::div(a, I::fma(squash, absolute<I>(a), one)));
+      const V a = I::load(u + k * L);
+      const V e = bounded_exp(I::div(a, I::fma(squash, absolute<I>(a), one)));
       I::store(to + k * L, e);
       sum.add(e);
     }
@@ -218,13 +256,15 @@ struct RationalQuadratic {
     for (int64_t k = 0; k < s.bins; ++k) I::store(to + k * L, I::div(I::load(to + k * L), total));
   }
 
-  // The bin that x is in, or y where kUp; the fractions of all bins are left in `widths` and
-  // `heights`.
+  // The bin that x is in, or y where kUp. Parameters and fractions are left in `scratch`.
   template <bool kUp>
-  static Bin find(const Splines& s, const Lanes& lanes, V x, float* widths, float* heights) {
-    softmax(s, s.widths, lanes, widths);
-    softmax(s, s.heights, lanes, heights);
-    const Parameters slopes(s.derivatives, lanes);
+  static Bin find(const Splines& s, const Lanes& lanes, V x, Scratch& scratch) {
+    float *u = scratch.parameters, *v = u + s.bins * L, *slopes = v + s.bins * L;
+    turn_in(s.widths, s.bins, lanes, u);
+    turn_in(s.heights, s.bins, lanes, v);
+    turn_in(s.derivatives, s.bins - 1, lanes, slopes);
+    softmax(s, u, scratch.widths);
+    softmax(s, v, scratch.heights);
     const V first = I::set(-s.bound), size = I::set(2 * s.bound), none = I::zero();
     Sum across, up;
     V left = first, bottom = first;
@@ -232,8 +272,8 @@ struct RationalQuadratic {
     Bin b{I::set(-1.0f), none, none, none, none, none, none, none, none, none, I::mask(0)};
     V t = none, all = x;
     for (int64_t k = 0; k < s.bins; ++k) {
-      const V width = I::load(widths + k * L), height = I::load(heights + k * L);
-      const V next_t = k + 1 < s.bins ? slopes[k] : none;
+      const V width = I::load(scratch.widths + k * L), height = I::load(scratch.heights + k * L);
+      const V next_t = k + 1 < s.bins ? I::load(slopes + k * L) : none;
       const M here = I::greater(x, searched);
       b.index = I::select(here, I::set(static_cast<float>(k)), b.index);
       b.left = I::select(here, left, b.left);
@@ -255,28 +295,29 @@ struct RationalQuadratic {
     return b;
   }
 
-  // Gradients of the parameters of widths, or of heights, given those of the bin's lower end and
-  // of its size. `fraction`: of each bin; `own`: of this; `before`: the sum of those
-  // before it.
-  static void fractions(const Splines& s, const Strided& of, const Lanes& lanes, const Bin& bin,
-                        V before, V own, const float* fraction, V of_end, V of_size, float* to) {
-    const Parameters u(of, lanes);
-    const V squash = I::set(2 / s.steepest), twice = I::set(2 * s.bound);
-    of_end = I::mul(of_end, twice), of_size = I::mul(of_size, twice);
-    const auto here = [&](int64_t k, V less, V equal) {
-      const V at = I::set(static_cast<float>(k));
-      return I::select(I::greater(bin.index, at), less,
-                       I::select(I::greater(at, bin.index), I::zero(), equal));
-    };
-    const V mean = I::fma(of_end, before, I::mul(of_size, own));
+  // Of a bin's extent along one axis: gradients of its lower end and of its size; the fractions
+  // before it, and its own.
+  struct Extent {
+    V of_end, of_size, before, own;
+  };
+
+  // Gradients of the parameters of widths, or of heights, in place. `fraction`: of each bin.
+  static void fractions(const Splines& s, const Bin& bin, const Extent& e, const float* fraction,
+                        float* u) {
+    const V squash = I::set(2 / s.steepest), size = I::set(2 * s.bound);
+    const V of_end = I::mul(e.of_end, size), of_size = I::mul(e.of_size, size);
+    const V mean = I::fma(of_end, e.before, I::mul(of_size, e.own));
     for (int64_t k = 0; k < s.bins; ++k) {
-      const V shrunk = shrink(u[k], squash);
-      const V grad = I::mul(I::load(fraction + k * L), I::sub(here(k, of_end, of_size), mean));
-      I::store(to + k * L, I::select(bin.inside, I::mul(grad, I::mul(shrunk, shrunk)), bin.nothing));
+      const V at = I::set(static_cast<float>(k));
+      const V from_here = I::select(I::greater(at, bin.index), I::zero(), of_size);
+      const V of_this = I::select(I::greater(bin.index, at), of_end, from_here);
+      const V shrunk = shrink(I::load(u + k * L), squash);
+      const V grad = I::mul(I::load(fraction + k * L), I::sub(of_this, mean));
+      I::store(u + k * L, I::select(bin.inside, I::mul(grad, I::mul(shrunk, shrunk)), bin.nothing));
     }
   }
 
-  // Gradients of the parameters of the slopes at inner knots.
+  // Gradients of the parameters of the slopes at inner knots, in their places.
   static void derivatives(const Splines& s, const Bin& bin, const Curve& c, const Partials& of,
                           float* to) {
     const V of_t0 = I::mul(I::mul(of.d0, c.d0), I::mul(c.squash0, c.squash0));

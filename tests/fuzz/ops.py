@@ -20,6 +20,7 @@ import torch
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.layout.serialized import serialize, serialized_layout
+from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops import triton_support as triton
 
 CPU = torch.device("cpu")
@@ -186,6 +187,26 @@ def objective_calls():
     ]  # fmt: skip
 
 
+@cache
+def spline_calls():
+    if native.UNSUPPORTED_REASON is not None:
+        return []
+    calls = []
+    for elements, bins in ((1, 1), (7, 2), (21, 8)):
+        of = {
+            "x": normal(elements), "widths": normal(elements, bins),
+            "heights": normal(elements, bins) / 2, "derivatives": normal(elements, bins - 1),
+            "bound": 3.0, "slope": 1e-3,
+        }  # fmt: skip
+        grads = {"grad_y": normal(elements), "grad_log_slope": -normal(elements)}
+        calls += [
+            ("rational_quadratic", of),
+            ("rational_quadratic_inverse", of),
+            ("rational_quadratic_backward", {**grads, **of}),
+        ]
+    return calls
+
+
 # --- Corruption ------------------------------------------------------------------------------
 
 
@@ -319,7 +340,7 @@ def strided(draw, t):
 @cache
 def all_calls():
     """Ops by name with their honest calls. The interpreter of Triton is slow: it gets its share."""
-    compiled = [*linear_calls(), *mlp_calls()[0]]
+    compiled = [*linear_calls(), *mlp_calls()[0], *spline_calls()]
     slow = [call for call in compiled if call[0].startswith("triton")]
     fast = [call for call in compiled if not call[0].startswith("triton")]
     if triton.unsupported_reason(CPU) is not None:
@@ -351,7 +372,7 @@ def check(seed, number):
     spoilt_names = draw.sample(sorted(honest), min(draw.choice([1, 1, 1, 2, 2, 3]), len(honest)))
     # PyTorch itself crashes where memory was freed under a tensor; compiled kernels look first.
     draw.many = not SANITIZED and not some_slow
-    draw.frees = name.startswith("masked") and len(spoilt_names) == 1
+    draw.frees = name.startswith(("masked", "rational")) and len(spoilt_names) == 1
     arguments = dict(honest)
     try:
         for argument in spoilt_names:

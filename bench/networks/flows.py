@@ -2,14 +2,14 @@
 
 Both models of a case are in one process, with the same weights; rounds are interleaved. *Forward*
 is the log-likelihood of a batch without a graph, *step* the gradients of its mean. With one thread,
-times are the process's own, whatever else the machine does. Where no layer was replaced, nothing is
+times are the process's own, whatever else the machine does. Where nothing was replaced, nothing is
 measured.
 
 The layers before ``convert_`` are timed alone, too. *Outside* is the share of a phase before that
 is spent elsewhere (in transforms, activations, the loss): 1 / outside times as fast is a limit to
 all that can be done to layers. *Bound* is how many times as fast a phase would be if each replaced
 layer took the share of its time that its mask leaves of its weights, and all else as long as
-before.
+before: splines and activations that are computed faster, too, exceed it.
 
 *Page faults* (a call's median) tell of memory that the process gave back to the system and asks for
 again. Which call has to do so depends on what lay where before: a step of a large spline flow
@@ -156,7 +156,7 @@ def measure(case: dict[str, Any], grid: Grid) -> dict[str, Any]:
     report = mk.convert_(after, batch=case["batch"], force=grid.force)
     count = sum(r.converted for r in report)
     if count == 0 and not report.splines:
-        return case | {"converted": f"0/{len(report)}", "unavailable": "no layer gains, as before"}
+        return case | {"converted": f"0/{len(report)}", "unavailable": "nothing gains, as before"}
     x = torch.randn(case["batch"], case["features"])
     record = case | {"compiled": grid.compile, "converted": f"{count}/{len(report)}"}
     record["splines"] = len(report.splines)
@@ -322,7 +322,8 @@ def _in_words(record: dict[str, Any]) -> tuple[str, dict[str, str]]:
         if "bound" in record[phase]:
             bound, outside = record[phase]["bound"], record[phase]["outside"]
             fields[phase] += f" (bound {bound:.2f}, outside {outside:.0%})"
-    return record["network"], fields | {"converted": record["converted"]}
+    replaced = {name: str(record[name]) for name in ("converted", "splines")}
+    return record["network"], fields | replaced
 
 
 def show(document: dict[str, Any], console: Console) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from bench.command import main
 from bench.networks import flows
 from maskmoe_kernels import BackendError
+from maskmoe_kernels.ops import native
 
 
 def run(words: str, out: Path) -> dict:
@@ -103,9 +104,22 @@ def test_smoke(tmp_path: Path) -> None:
 def test_what_is_not_measured_says_why() -> None:
     pytest.importorskip("zuko")
     case = {"network": "zuko MAF", "features": 4, "hidden": 8, "batch": 16}
-    assert flows.measure(case, flows.Grid())["unavailable"] == "no layer gains, as before"
+    assert flows.measure(case, flows.Grid())["unavailable"] == "nothing gains, as before"
     slow = flows.measure(case, flows.Grid(longest=0.0, force=True))
     assert slow["unavailable"] == "a call takes more than 0 s"
+
+
+@pytest.mark.skipif(native.UNSUPPORTED_REASON is not None, reason=str(native.UNSUPPORTED_REASON))
+def test_splines_alone_are_measured() -> None:
+    pytest.importorskip("zuko")
+    case = {"network": "zuko NSF", "features": 4, "hidden": 8, "batch": 16}
+    record = flows.measure(case, flows.Grid(rounds=2, budget=0.0))
+    assert (record["converted"], record["splines"]) == ("0/9", 3)
+    assert record["difference"] < 1e-4
+    assert record["step"]["times_as_fast"] > 0
+    assert "bound" not in record["step"]  # no layer was replaced
+    _, fields = flows._in_words(record)
+    assert (fields["converted"], fields["splines"]) == ("0/9", "3")
 
 
 def test_an_uninstalled_package_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

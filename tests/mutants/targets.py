@@ -34,6 +34,7 @@ _MLP = [
     "tests/ops/masked_mlp/test_table_gradients.py",
     "tests/fuzz/test_mlp.py",
 ]
+_SPLINES = ["tests/ops/splines", "tests/nn/test_converted_splines.py"]
 _FUSED = ["tests/ops/selection/test_triton.py", *_SELECTION, *_TRUST]
 _NATIVE = ["tests/ops/test_native.py", "tests/ops/masked_linear/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
@@ -87,6 +88,7 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/ops/masked_linear/reference.py": _LINEAR,
     "maskmoe_kernels/ops/dispatch.py": ["tests/ops/test_dispatch.py", _NATIVE[0], *_OPS],
     "maskmoe_kernels/ops/activations.py": _OPS,
+    "maskmoe_kernels/ops/splines/*.py": _SPLINES,
     "maskmoe_kernels/ops/*.py": [
         *_TRUST,
         _NEEDS,
@@ -104,7 +106,9 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/nn/sharding.py": ["tests/distributed/test_fsdp.py"],
     "maskmoe_kernels/nn/parametrized.py": ["tests/nn/test_parametrized.py", _CALLED[0]],
     "maskmoe_kernels/nn/routed.py": ["tests/nn/test_unrouted.py"],
-    "maskmoe_kernels/nn/convert.py": [_CONVERT],
+    "maskmoe_kernels/nn/convert.py": [_CONVERT, _SPLINES[1]],
+    "maskmoe_kernels/nn/converted_splines.py": [_SPLINES[1]],
+    "maskmoe_kernels/nn/converted*.py": ["tests/nn/test_converted_networks.py", _CONVERT],
     "maskmoe_kernels/nn/foreign.py": [_CONVERT],
     "maskmoe_kernels/nn/gain.py": [_CONVERT],
     "maskmoe_kernels/nn/linear.py": [
@@ -182,6 +186,7 @@ CPP: dict[str, list[str]] = {
     "csrc/cpu/tensors.h": [*_TRUST, _OPS[0], *_NATIVE, *_MLP, _OPS[1]],
     "csrc/cpu/bfloat16/*": [_TILES, *_NATIVE, _OPS[0], _NEEDS, *_MLP],
     "csrc/cpu/amx/*": [_TILES, _OPS[0], *_NATIVE, _NEEDS, *_MLP],
+    "csrc/cpu/splines/*": _SPLINES,
     "csrc/cpu/masked_linear/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
     "csrc/cpu/*": [_OPS[0], *_NATIVE, _NEEDS, *_MLP],
 }

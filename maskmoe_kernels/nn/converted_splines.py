@@ -148,7 +148,7 @@ def _methods(cls: Any) -> tuple[Any, ...]:
 
 def _fit(args: tuple[Any, ...]) -> bool:
     """Are these all the parameters of splines that the kernels take?"""
-    if len(args) != 3 or not all(_plain(u) and u.dim() > 1 for u in args) or _watched():
+    if len(args) != 3 or not all(_plain(u) and u.dim() > 1 for u in args):
         return False
     widths, heights, derivatives = (tuple(u.shape) for u in args)
     return widths == heights and derivatives == (*widths[:-1], widths[-1] - 1)

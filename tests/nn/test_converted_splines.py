@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import maskmoe_kernels as mk
 from maskmoe_kernels.nn.converted_splines import SplineMaker
 from maskmoe_kernels.ops import native
+from maskmoe_kernels.ops.splines import reference
 
 zuko = pytest.importorskip("zuko", reason="zuko is not installed")
 MonotonicRQSTransform = zuko.transforms.MonotonicRQSTransform
@@ -132,6 +133,28 @@ def test_a_transform_is_zukos_and_shows_what_zukos_shows():
     close(other.inv.log_abs_det_jacobian(other(x), x), -one.log_abs_det_jacobian(x, one(x)))
     with pytest.raises(AttributeError, match="no attribute 'vertikal'"):
         _ = other.vertikal
+
+
+def test_nothing_of_zukos_is_computed():
+    _, ours = pair()
+    x, context = batch(ours)
+    transform = ours.transform.transforms[0].meta(context, x).base
+    transform.call_and_ladj(x)
+    transform.inv(x)
+    assert "horizontal" not in vars(transform)
+    assert vars(transform).keys() >= vars(torch.distributions.Transform()).keys()
+
+
+def test_the_definition_is_zukos():
+    generator = torch.Generator().manual_seed(3)
+    x, rows = (torch.randn(3, 4, 5, *n, generator=generator).double() for n in ((), (11,)))
+    x, parameters = 3 * x, (3 * rows).split([4, 4, 3], -1)
+    theirs = MonotonicRQSTransform(*parameters, bound=3.5, slope=0.02)
+    found = reference.rational_quadratic(x, *parameters, 3.5, 0.02)
+    for one, other in zip(found, theirs.call_and_ladj(x), strict=True):
+        torch.testing.assert_close(one, other)
+    back = reference.rational_quadratic_inverse(x, *parameters, 3.5, 0.02)
+    torch.testing.assert_close(back, theirs.inv(x))
 
 
 def test_a_score_and_its_divergence():
@@ -312,6 +335,18 @@ def test_what_is_not_known_is_left(constructor):
     assert flow.transform.transforms[0].univariate is constructor
 
 
+@pytest.mark.parametrize("method", ["call_and_ladj", "_inverse"])
+def test_another_formula_is_left(monkeypatch, method):
+    theirs = getattr(MonotonicRQSTransform, method)
+
+    def other(self, x):
+        y = theirs(self, x)
+        return (y[0], y[1] + 0.01) if isinstance(y, tuple) else y + 0.01
+
+    monkeypatch.setattr(MonotonicRQSTransform, method, other)
+    assert mk.convert_(FLOWS["NSF"]()).splines == ()
+
+
 def test_another_definition_is_left(monkeypatch):
     """A version of zuko that squashes slopes in another way."""
     made = MonotonicRQSTransform.__init__
@@ -321,6 +356,20 @@ def test_another_definition_is_left(monkeypatch):
 
     monkeypatch.setattr(MonotonicRQSTransform, "__init__", other)
     assert mk.convert_(FLOWS["NSF"]()).splines == ()
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.device("meta")], ids=str)
+def test_defaults_do_not_matter(default):
+    flow = FLOWS["NSF"]()
+    try:
+        set_default = (
+            torch.set_default_device if default == torch.device("meta") else torch.set_default_dtype
+        )
+        set_default(default)
+        assert mk.convert_(flow).splines
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_bare_class_is_known():

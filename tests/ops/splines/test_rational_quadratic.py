@@ -131,9 +131,10 @@ def test_a_spline_is_monotone_onto_its_domain_and_inverted(isa, elements, bins, 
     assert not log_slope[outside].any()
     assert bool((y.diff() >= -1e-5).all())
     assert bool((y[~outside].abs() <= BOUND * (1 + 1e-6)).all())
-    # Where the spline is flat, rounding y moves x.
+    # Where the spline is flat, rounding y moves x; where slopes differ a thousandfold, the root's
+    # coefficients cancel.
     back = rational_quadratic_inverse(y, *split(rows), BOUND, SLOPE)
-    assert bool(((back - x).abs() <= 3e-5 * (1 + torch.exp(-log_slope))).all())
+    assert bool(((back - x).abs() <= 2e-4 * (1 + torch.exp(-log_slope))).all())
     if scale == 0:
         torch.testing.assert_close(y, x, atol=2e-6, rtol=0)
 

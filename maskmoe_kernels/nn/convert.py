@@ -69,7 +69,7 @@ class ConversionReport(Sequence[ConversionRecord]):
         splines: Names of the modules (zuko's, of an ``NSF``) whose ``MonotonicRQSTransform`` is
             computed in one pass forward, one backward and one to sample, for float32 on a CPU. They
             hold another constructor as ``univariate``; what it makes are instances of zuko's class.
-            In a compiled model, and under ``torch.func``, zuko's own operations run.
+            Under ``torch.func``, and in an export, zuko's own operations run.
     """
 
     def __init__(

@@ -35,17 +35,20 @@ class SplineMaker:
     """
 
     def __init__(self, origin: Any) -> None:
+        cls = _class_of(origin)
         self.origin = origin
-        self._replaced = _methods(_class_of(origin))
+        self._class, self._options = _made_class(cls), _options(origin)
+        self._replaced = _methods(cls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A transform; ours if that can be, and nobody has changed the class."""
-        if torch.compiler.is_compiling() or kwargs or not _fit(args):
+        changed = _methods(self._class.origin) != self._replaced
+        if changed or kwargs or not _fit(args) or not takes(args[0].shape[-1], *self._options):
             return self.origin(*args, **kwargs)
-        cls, options = _class_of(self.origin), _options(self.origin)
-        if _methods(cls) != self._replaced or not takes(args[0].shape[-1], *options):
-            return self.origin(*args)
-        return _made_class(cls)(args, *options)
+        return self._class(args, *self._options)
+
+    def __reduce__(self) -> Any:
+        return SplineMaker, (self.origin,)
 
     def __repr__(self) -> str:
         return repr(self.origin)

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskmoe_kernels as mk
@@ -269,25 +270,36 @@ def test_transforms_of_functions():
     close(other, one)
 
 
-def test_compiled_it_is_zukos():
+def test_compiled_it_is_ours():
     theirs, ours = pair()
     x, context = batch(theirs)
     maker, own = (flow.transform.transforms[0].univariate for flow in (ours, theirs))
     rows = torch.randn(65, 23, generator=torch.Generator().manual_seed(0))
-    parts = rows.split([8, 8, 7], -1)
+    graphs = []
 
-    def density(x, context):
-        return ours(context).log_prob(x)
+    def kept(graph, inputs):
+        graphs.append(graph.code)
+        return graph
 
-    def spline(x, *parts):
-        return maker(*parts).call_and_ladj(x)
+    def spline(x, rows, maker=maker):
+        y, ladj = maker(*rows.split([8, 8, 7], -1)).call_and_ladj(x)
+        return y + ladj
 
     torch.compiler.reset()
-    compiled = torch.compile(spline, fullgraph=True, backend="aot_eager")
-    wanted = own(*parts).call_and_ladj(x[:, 0])
-    assert all(map(torch.equal, compiled(x[:, 0], *parts), wanted))
-    compiled = torch.compile(density, backend="aot_eager")  # zuko's flows are no whole graph
+    compiled = torch.compile(spline, fullgraph=True, backend=aot_autograd(fw_compiler=kept))
+    found = []
+    for function in (compiled, functools.partial(spline, maker=own)):
+        leaf = rows.clone().requires_grad_()
+        y = function(x[:, 0], leaf)
+        y.square().sum().backward()
+        found.append((y.detach(), leaf.grad))
+    for one, other in zip(*found, strict=True):
+        close(one, other, 1e-3)
+    assert [code.count("maskmoe.rational_quadratic") for code in graphs] == [1, 1]
+
+    compiled = torch.compile(lambda x, c: ours(c).log_prob(x), backend="aot_eager")
     close(compiled(x, context), theirs(context).log_prob(x))
+    torch.compiler.reset()
 
 
 def test_a_spline_for_many_rows_is_zukos():

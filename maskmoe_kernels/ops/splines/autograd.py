@@ -95,6 +95,8 @@ def _gradients(grad_y: Tensor | None, grad_log_slope: Tensor | None, *of: Any) -
 
 
 def _to_compose(*grads: Tensor | None) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # a compiled backward is not differentiated
     return torch.is_grad_enabled() or any(g is not None and is_batched(g) for g in grads)
 
 

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -279,7 +280,7 @@ def test_compiled_it_is_ours():
 
     def kept(graph, inputs):
         graphs.append(graph.code)
-        return graph
+        return make_boxed_func(graph)
 
     def spline(x, rows, maker=maker):
         y, ladj = maker(*rows.split([8, 8, 7], -1)).call_and_ladj(x)

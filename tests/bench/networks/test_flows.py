@@ -33,8 +33,7 @@ def test_both_models_are_the_same_function(name: str, package: str) -> None:
     assert record["difference"] < 1e-4
     for phase in ("forward", "step"):
         times = record[phase]
-        ratio = times["before_ms"][1] / times["after_ms"][1]
-        assert times["times_as_fast"] == pytest.approx(ratio, rel=1e-9, abs=0)
+        assert times["times_as_fast"] == times["times_as_fast_rounds"][1] > 0
         assert times["bound"] > 1
 
 
@@ -51,7 +50,7 @@ def test_a_phase_tells_what_is_outside_of_layers_and_how_rounds_differ() -> None
         "step",
         absent=0.5,
     )
-    assert found["times_as_fast"] == pytest.approx(5 / 3)
+    assert found["times_as_fast"] == pytest.approx(2.0)
     assert found["times_as_fast_rounds"] == pytest.approx([1.5, 2.0, 2.25])
     assert found["page_faults"] == {flows.BEFORE: 1, flows.AFTER: 1}
     assert found["outside"] == pytest.approx(1 / 5)

@@ -24,42 +24,30 @@ struct RationalQuadratic {
   static constexpr int L = I::kLanes;
 
   static void forward(const Splines& s, int64_t begin, int64_t end) {
-    Scratch scratch;
-    for (int64_t n = begin; n < end; n += L) {
-      const Lanes lanes(n, end);
-      const V x = lanes.load(s.x);
-      const Bin bin = find<false>(s, lanes, x, scratch);
-      Curve c(s, bin);
+    each_vector<false>(s, begin, end, [&](const Lanes& lanes, V x, const Bin& bin, Curve& c,
+                                          Scratch&) {
       c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
       lanes.store(s.y, I::select(bin.inside, I::fma(c.height, c.ratio, bin.bottom), x));
       lanes.store(s.log_slope, I::select(bin.inside, c.log_slope(), bin.nothing));
-    }
+    });
   }
 
   // x and y change their names: s.x holds values, and s.y becomes where they are taken; the slope
   // is that of the spline there.
   static void inverse(const Splines& s, int64_t begin, int64_t end) {
-    Scratch scratch;
-    for (int64_t n = begin; n < end; n += L) {
-      const Lanes lanes(n, end);
-      const V y = lanes.load(s.x);
-      const Bin bin = find<true>(s, lanes, y, scratch);
-      Curve c(s, bin);
+    each_vector<true>(s, begin, end, [&](const Lanes& lanes, V y, const Bin& bin, Curve& c,
+                                         Scratch&) {
       c.go_to(c.root(I::sub(y, bin.bottom)));
       lanes.store(s.y, I::select(bin.inside, I::fma(c.width, c.z, bin.left), y));
       lanes.store(s.log_slope, I::select(bin.inside, c.log_slope(), bin.nothing));
-    }
+    });
   }
 
   static void backward(const Splines& s, const SplineGradients& grads, int64_t begin,
                        int64_t end) {
-    Scratch scratch;
     const int64_t K = s.bins;
-    for (int64_t n = begin; n < end; n += L) {
-      const Lanes lanes(n, end);
-      const V x = lanes.load(s.x);
-      const Bin bin = find<false>(s, lanes, x, scratch);
-      Curve c(s, bin);
+    each_vector<false>(s, begin, end, [&](const Lanes& lanes, V x, const Bin& bin, Curve& c,
+                                          Scratch& scratch) {
       c.go_to(I::mul(I::sub(x, bin.left), c.inv_width));
       const V grad_y = grads.y == nullptr ? I::zero() : lanes.load(grads.y);
       const V grad_log = grads.log_slope == nullptr ? I::zero() : lanes.load(grads.log_slope);
@@ -77,7 +65,7 @@ struct RationalQuadratic {
                 scratch.parameters + K * L);
       derivatives(s, bin, c, of, scratch.parameters + 2 * K * L);
       turn_out(scratch.parameters, 3 * K - 1, lanes, grads.parameters);
-    }
+    });
   }
 
  private:
@@ -220,7 +208,11 @@ struct RationalQuadratic {
 
   static V minus(V a) { return I::xor_bits(a, I::set(-0.0f)); }
   // 1 / (1 + c |u|): u times it is between -1 / c and 1 / c; its square is the derivative.
-  static V shrink(V u, V c) { return I::div(I::set(1.0f), I::fma(c, absolute<I>(u), I::set(1.0f))); }
+  static V shrink(V u, V c) {
+    const V one = I::set(1.0f);
+    return I::div(one, I::fma(c, absolute<I>(u), one));
+  }
+
   // A sum, and beside it what its additions lose: a narrow bin would show it.
   struct Sum {
     V sum = I::zero(), lost = I::zero();
@@ -293,6 +285,19 @@ struct RationalQuadratic {
     b.inside = I::greater(beyond, I::set(-0.5f));
     b.nothing = I::mul(I::add(all, I::add(across.sum, up.sum)), none);
     return b;
+  }
+
+  // body(lanes, x, bin, curve, scratch) for elements [begin, end), L at a time; kUp as in `find`.
+  template <bool kUp, class Body>
+  static void each_vector(const Splines& s, int64_t begin, int64_t end, const Body& body) {
+    Scratch scratch;
+    for (int64_t n = begin; n < end; n += L) {
+      const Lanes lanes(n, end);
+      const V x = lanes.load(s.x);
+      const Bin bin = find<kUp>(s, lanes, x, scratch);
+      Curve curve(s, bin);
+      body(lanes, x, bin, curve, scratch);
+    }
   }
 
   // Of a bin's extent along one axis: gradients of its lower end and of its size; the fractions

@@ -53,6 +53,7 @@ __all__ = [
     "is_exporting",
     "is_fake",
     "keeps_graph",
+    "needs_torch_operators",
     "outside_of_modes",
     "parameters_of_any_size",
     "plain_call",
@@ -226,6 +227,11 @@ def foreign_format() -> str | None:
     if onnx is not None and onnx.is_in_onnx_export():
         return "ONNX"
     return None if state is None else "TorchScript"
+
+
+def needs_torch_operators() -> bool:
+    """Has the call to consist of torch's own operators: for a transform, an export or a trace?"""
+    return transformed() or is_exporting() or foreign_format() is not None
 
 
 # --- torch.compile -------------------------------------------------------------------------------

@@ -19,11 +19,7 @@ from maskmoe_kernels.layout.arguments import check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.converted import ConvertedLinear
 from maskmoe_kernels.nn.converted_networks import as_before, hand_back_, hand_on_, networks
-from maskmoe_kernels.nn.converted_splines import (
-    make_splines_,
-    modules_with_splines,
-    restore_splines_,
-)
+from maskmoe_kernels.nn.converted_splines import make_splines_, restore_splines_
 from maskmoe_kernels.nn.foreign import ForeignLayer, foreign_layers, why_not_plain
 from maskmoe_kernels.nn.gain import why_no_gain
 from maskmoe_kernels.nn.interception import interceptor_of_instance
@@ -158,14 +154,10 @@ def convert_(
     _replace_children(model, made)
     handing_on = {n for n, first in first_layers.items() if _hand_on(n, made[first])}
     carry_over(held, replacements)
-    with_splines = {*modules_with_splines(model)} if backend in (None, "native") else set()
-    for module in with_splines:
-        make_splines_(module)
-    return ConversionReport(
-        records,
-        [name for name, module in model.named_modules() if module in handing_on],
-        [name for name, module in model.named_modules() if module in with_splines],
-    )
+    names = [name for name, module in model.named_modules() if module in handing_on]
+    may = backend in (None, "native")
+    splines = [name for name, module in model.named_modules() if may and make_splines_(module)]
+    return ConversionReport(records, names, splines)
 
 
 def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = ()) -> list[str]:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import foreign_format, is_exporting, transformed
+from maskmoe_kernels._compat import needs_torch_operators
 from maskmoe_kernels.layout.aligned import Place
 from maskmoe_kernels.nn.converted import ConvertedLinear
 from maskmoe_kernels.nn.interception import (
@@ -233,9 +233,7 @@ def _chain(layers: Sequence[nn.Module], activations: Sequence[Any]) -> list[Step
 
 def _runs_within(steps: list[Step], x: Any) -> bool:
     if (
-        transformed()
-        or is_exporting()
-        or foreign_format() is not None
+        needs_torch_operators()
         or not isinstance(x, Tensor)
         or type(x) not in PLAIN
         or interceptor_of_all() is not None

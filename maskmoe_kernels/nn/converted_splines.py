@@ -1,24 +1,23 @@
 """Splines of zuko's flows in one pass.
 
 A spline flow's layers give zuko's ``MonotonicRQSTransform`` some 23 parameters a feature, and zuko
-computes it by operations that pass over all of them many times: a quarter to a half of a training
-step, four fifths where layers are small. ``convert_`` puts a :class:`SplineMaker` into the place of
-the constructor that a module of zuko's holds as ``univariate``. For float32 on a CPU it makes
-transforms that the extension computes; else, and for whoever traces or transforms the call, it
-calls the original.
+computes it by operations that pass over all of them many times: most of a training step where
+layers are small (``outside`` in what ``python -m bench flows`` writes). ``convert_`` puts a
+:class:`SplineMaker` into the place of the constructor that a module of zuko's holds as
+``univariate``. For float32 on a CPU it makes transforms that the extension computes; else, and for
+whoever traces or transforms the call, it calls the original.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from maskmoe_kernels._compat import foreign_format, is_exporting, transformed
+from maskmoe_kernels._compat import needs_torch_operators
 from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.splines import rational_quadratic, rational_quadratic_inverse, takes
 
@@ -54,17 +53,13 @@ class SplineMaker:
         return repr(self.origin)
 
 
-def modules_with_splines(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of ``model`` whose splines a :class:`SplineMaker` makes, to the same values."""
-    for module in model.modules():
-        origin = vars(module).get("univariate")
-        if _class_of(origin) is not None and _on_cpu(module) and _same(origin):
-            yield module
-
-
-def make_splines_(module: Any) -> None:
-    """Have ``module``, of :func:`modules_with_splines`, make its transforms by ours from now on."""
-    module.univariate = SplineMaker(module.univariate)
+def make_splines_(module: Any) -> bool:
+    """Have ``module`` make its transforms by ours from now on, if they are splines. Are they?"""
+    origin = vars(module).get("univariate")
+    if _class_of(origin) is None or not _on_cpu(module) or not _same(origin):
+        return False
+    module.univariate = SplineMaker(origin)
+    return True
 
 
 def restore_splines_(module: Any) -> None:
@@ -116,7 +111,7 @@ class _OnePass:
         return rational_quadratic(x, *self._given, self._bound, self._slope)
 
     def _takes(self, x: Any) -> bool:
-        return _plain(x) and x.shape == self._given[0].shape[:-1] and not _watched()
+        return _plain(x) and x.shape == self._given[0].shape[:-1] and not needs_torch_operators()
 
 
 @functools.cache
@@ -165,10 +160,6 @@ def _plain(x: Any) -> bool:
         and x.device.type == "cpu"
         and x.layout == torch.strided
     )
-
-
-def _watched() -> bool:
-    return transformed() or is_exporting() or foreign_format() is not None
 
 
 def _on_cpu(module: nn.Module) -> bool:

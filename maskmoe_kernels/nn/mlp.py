@@ -8,12 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskmoe_kernels._compat import (
-    foreign_format,
-    is_exporting,
-    parameters_of_any_size,
-    transformed,
-)
+from maskmoe_kernels._compat import needs_torch_operators, parameters_of_any_size
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.layout.chain import LayoutChain
 from maskmoe_kernels.nn.interception import (
@@ -154,7 +149,7 @@ class MaskedMLP(Routed, nn.Sequential):
             LayoutError: A shape, dtype or device that does not fit.
         """
         # AOTInductor cannot call an op with an empty list, and other formats do not know it.
-        if transformed() or is_exporting() or foreign_format() is not None:
+        if needs_torch_operators():
             return None
         tracing = torch.compiler.is_dynamo_compiling()
         found = self._arguments(tracing)

@@ -49,16 +49,11 @@ Splines checked(const Checks& checks, const Tensor& x, const Tensor& widths,
   return s;
 }
 
-// f(begin, end) for ranges of whole vectors.
+// f(begin, end) for each thread's elements.
 template <class F>
 void over(int64_t elements, int64_t bins, const F& f) {
-  if (elements == 0) return;
   const int64_t threads = threads_for(elements * bins * kFlopsPerBin, elements);
-  const int64_t width = kernels()->width;
-  const int64_t each_has = (elements + threads * width - 1) / (threads * width) * width;
-  each((elements + each_has - 1) / each_has, [&](int64_t t) {
-    f(t * each_has, std::min(elements, (t + 1) * each_has));
-  });
+  each(threads, [&](int64_t t) { f(elements * t / threads, elements * (t + 1) / threads); });
 }
 
 // Two results of every element, by a forward or an inverse.

@@ -26,23 +26,39 @@ struct Isa {
   }
   static constexpr bool kTransposes = true;
   static constexpr bool kPairs = false;  // are x and w pairs of bfloat16, and fma their dot product?
-  // The values of 8 rows, turned: to[n] holds the n-th value of each.
-  [[gnu::always_inline]] static void transpose(const float* const (&from)[8], V (&to)[8]) {
+  // The first K values of 8 rows, turned: to[n] holds the n-th value of each. K is 2, 4 or 8.
+  template <int K>
+  [[gnu::always_inline]] static void transpose(const float* const (&from)[8], V (&to)[K]) {
+    if constexpr (K == 2) {
+      V row[2];  // two values of two rows, and of the two four below
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
+      for (int n = 0; n < 2; ++n) {
+        row[n] = _mm256_insertf128_ps(_mm256_castps128_ps256(pairs(from[2 * n], from[2 * n + 1])),
+                                      pairs(from[2 * n + 4], from[2 * n + 5]), 1);
+      }
+      to[0] = _mm256_shuffle_ps(row[0], row[1], 0x88);
+      to[1] = _mm256_shuffle_ps(row[0], row[1], 0xdd);
+      return;
+    }
+#pragma GCC unroll 2
+    for (int part = 0; part + 4 <= K; part += 4) {
       V row[4];  // four values of one row, and of the one four below
 #pragma GCC unroll 4
       for (int n = 0; n < 4; ++n) {
-        row[n] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[n] + 4 * half)),
-                                      _mm_loadu_ps(from[n + 4] + 4 * half), 1);
+        row[n] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from[n] + part)),
+                                      _mm_loadu_ps(from[n + 4] + part), 1);
       }
       const V a = _mm256_unpacklo_ps(row[0], row[1]), b = _mm256_unpackhi_ps(row[0], row[1]);
       const V c = _mm256_unpacklo_ps(row[2], row[3]), d = _mm256_unpackhi_ps(row[2], row[3]);
-      to[4 * half] = _mm256_shuffle_ps(a, c, 0x44);
-      to[4 * half + 1] = _mm256_shuffle_ps(a, c, 0xee);
-      to[4 * half + 2] = _mm256_shuffle_ps(b, d, 0x44);
-      to[4 * half + 3] = _mm256_shuffle_ps(b, d, 0xee);
+      to[part] = _mm256_shuffle_ps(a, c, 0x44);
+      to[part + 1] = _mm256_shuffle_ps(a, c, 0xee);
+      to[part + 2] = _mm256_shuffle_ps(b, d, 0x44);
+      to[part + 3] = _mm256_shuffle_ps(b, d, 0xee);
     }
+  }
+  static __m128 pairs(const float* low, const float* high) {
+    const __m128 first = _mm_loadl_pi(_mm_setzero_ps(), reinterpret_cast<const __m64*>(low));
+    return _mm_loadh_pi(first, reinterpret_cast<const __m64*>(high));
   }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }

@@ -24,6 +24,7 @@ struct LineTile {
   }
 
   static constexpr int64_t kTogether = 8;  // rows that are copied at a time
+  static constexpr int64_t kShortRow = 1024;  // bytes
 
   // Where features are reordered, kTogether rows are first copied column by column. To load L
   // columns of the copy from anywhere and transpose them takes a fifth of the time of a gather.
@@ -80,7 +81,8 @@ struct LineTile {
       }
     }
     const char* from = static_cast<const char*>(E::row_of(m, row));
-    const int64_t step = m.stride * (D == Dtype::kFloat32 ? 4 : 2);
+    constexpr int64_t width = D == Dtype::kFloat32 ? 4 : 2;
+    const int64_t step = m.stride * width;
     if (D == Dtype::kFloat32 && m.order != nullptr && count == L) {
       int64_t at[L];  // in registers: a store could change what `order` points to
       for (int64_t k = 0; k < L; ++k) at[k] = m.order[column + k];
@@ -95,8 +97,8 @@ struct LineTile {
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
-        // The same columns of the next rows.
-        __builtin_prefetch(from + kTogether * step + column * (D == Dtype::kFloat32 ? 4 : 2));
+        // The same columns of the next rows; of long rows they would push each other out.
+        if (step <= kShortRow) __builtin_prefetch(from + kTogether * step + column * width);
         I::store(to, then(E::template load_as<D>(from, column), r));
       }
     } else {

@@ -24,7 +24,9 @@ struct PackedWeights {
         const Copy& copy = view.copies[c];
         float* at = to + copy.row * width + copy.lane;
         if (dtype == Dtype::kFloat32) {
-          copy_block(at, width, static_cast<const float*>(weight) + copy.packed, copy);
+          const float* from = static_cast<const float*>(weight);
+          if (c + kCopiesAhead < panel.copies_end) prefetch(from, view.copies[c + kCopiesAhead]);
+          copy_block(at, width, from + copy.packed, copy);
         } else if (copy.lane_step == 1) {
           const uint16_t* from = static_cast<const uint16_t*>(weight) + copy.packed;
           for (int64_t k = 0; k < copy.inputs; ++k) {
@@ -46,16 +48,48 @@ struct PackedWeights {
     }
   }
 
+  // Nothing below is where the hardware expects it, so all that is read is prefetched.
+  static constexpr int64_t kCopiesAhead = 8, kLinesAhead = 16;
+
+  static void prefetch(const float* weight, const Copy& copy) {
+    const int64_t size = E::min(copy.inputs * copy.lanes, 256);
+    for (int64_t n = 0; n < size; n += 16) __builtin_prefetch(weight + copy.packed + n);
+  }
+
+  // `count` lines of N values each.
+  template <int N>
+  static void copy_lines(float* to, int64_t to_step, const float* from, int64_t from_step,
+                         int64_t count) {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < count; ++k, to += to_step, from += from_step) {
+      __builtin_prefetch(from + kLinesAhead * from_step);
+      E::copy(to, from, N);
+    }
+  }
+
+  // By the number of values.
+  using CopyLines = void (*)(float*, int64_t, const float*, int64_t, int64_t);
+  struct Copies {
+    CopyLines of[2 * L + 1]{};
+    constexpr Copies() { fill<2 * L>(); }
+    template <int N>
+    constexpr void fill() {
+      of[N] = copy_lines<N>;
+      if constexpr (N > 1) fill<N - 1>();
+    }
+  };
+  static constexpr Copies copies{};
+
   static void copy_block(float* at, int64_t width, const float* from, const Copy& copy) {
     if (copy.lane_step == 1) {
-      for (int64_t k = 0; k < copy.inputs; ++k) {
-        E::copy(at + k * width, from + k * copy.input_step, copy.lanes);
-      }
+      copies.of[copy.lanes](at, width, from, copy.input_step, copy.inputs);
       return;
     }
     if constexpr (I::kTransposes) {
-      if (copy.input_step == 1 && copy.inputs >= L && copy.lanes >= L) {
-        return transpose_block(at, width, from, copy);
+      if (copy.input_step == 1 && copy.inputs > 1 && copy.lanes >= L) {
+        if (copy.inputs >= 8) return transpose_block<8>(at, width, from, copy);
+        if (copy.inputs >= 4) return transpose_block<4>(at, width, from, copy);
+        return transpose_block<2>(at, width, from, copy);
       }
     }
     for (int64_t k = 0; k < copy.inputs; ++k) {
@@ -65,19 +99,20 @@ struct PackedWeights {
     }
   }
 
-  // L x L values at a time; the last ones overlap those before them, which are copied twice.
+  // K inputs of L lanes at a time; the last ones overlap those before them, which are copied twice.
+  template <int K>
   static void transpose_block(float* at, int64_t width, const float* from, const Copy& copy) {
     for (int64_t n = 0; n < copy.lanes; n += L) {
       const int64_t lane = E::min(n, copy.lanes - L);
       const float* lanes[L];
       for (int64_t k = 0; k < L; ++k) lanes[k] = from + (lane + k) * copy.lane_step;
-      for (int64_t m = 0; m < copy.inputs; m += L) {
-        const int64_t first = E::min(m, copy.inputs - L);
+      for (int64_t m = 0; m < copy.inputs; m += K) {
+        const int64_t first = E::min(m, copy.inputs - K);
         const float* values[L];
-        typename I::V inputs[L];
+        typename I::V inputs[K];
         for (int64_t k = 0; k < L; ++k) values[k] = lanes[k] + first;
         I::transpose(values, inputs);
-        for (int64_t k = 0; k < L; ++k) I::store(at + (first + k) * width + lane, inputs[k]);
+        for (int64_t k = 0; k < K; ++k) I::store(at + (first + k) * width + lane, inputs[k]);
       }
     }
   }
@@ -93,9 +128,7 @@ struct PackedWeights {
         const float* from = buffer + panel.buffer + copy.row * width + copy.lane;
         float* to = weight + copy.packed;
         if (copy.lane_step == 1) {
-          for (int64_t k = 0; k < copy.inputs; ++k) {
-            E::copy(to + k * copy.input_step, from + k * width, copy.lanes);
-          }
+          copies.of[copy.lanes](to, copy.input_step, from, width, copy.inputs);
           continue;
         }
         for (int64_t k = 0; k < copy.inputs; ++k) {

@@ -70,6 +70,25 @@ def _nflows(features: int, hidden: int) -> nn.Module:
     return flow
 
 
+def _nflows_splines(features: int, hidden: int) -> nn.Module:
+    from nflows.distributions import StandardNormal
+    from nflows.flows import Flow
+    from nflows.transforms import (
+        CompositeTransform,
+        MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+        ReversePermutation,
+    )
+
+    steps: list[nn.Module] = []
+    for _ in range(TRANSFORMS):
+        spline = MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
+            features, hidden, num_bins=8, tails="linear", tail_bound=5.0
+        )
+        steps += [ReversePermutation(features), spline]
+    flow: nn.Module = Flow(CompositeTransform(steps), StandardNormal([features]))
+    return flow
+
+
 def _pyro(features: int, hidden: int) -> nn.Module:
     from pyro.nn import ConditionalAutoRegressiveNN
 
@@ -87,6 +106,7 @@ NETWORKS: dict[str, tuple[Callable[[int, int], nn.Module], LogLikelihood]] = {
     "zuko MAF": (lambda f, h: _zuko("MAF", f, h), lambda model, x: model().log_prob(x)),
     "zuko NSF": (lambda f, h: _zuko("NSF", f, h), lambda model, x: model().log_prob(x)),
     "nflows MAF": (_nflows, lambda model, x: model.log_prob(x)),  # type: ignore[operator]
+    "nflows NSF": (_nflows_splines, lambda model, x: model.log_prob(x)),  # type: ignore[operator]
     "pyro ARN": (_pyro, _affine),
 }
 

@@ -147,7 +147,10 @@ struct Strided {
 struct Splines {
   int64_t bins;
   float bound;     // the domain is [-bound, bound]
-  float steepest;  // |log| of the least slope
+  bool squashed;   // what parameters mean (splines/parameters.h)
+  float slope;     // the least
+  float steepest;  // |log| of it
+  float least_width, least_height;  // of a bin: fractions of the domain and of the range
   const float* x;
   Strided widths, heights, derivatives;  // a row an element: bins, bins, bins - 1 parameters
   float *y, *log_slope;                  // of a forward; an inverse takes x for y and y for x

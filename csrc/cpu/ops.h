@@ -57,14 +57,17 @@ std::tuple<Tensor, Tensor, Tensor> masked_mlp_mixture_op(
 // --- rational_quadratic (cpu/splines/ops.cpp) --------------------------------------------------
 
 std::tuple<Tensor, Tensor> rational_quadratic_op(Tensor x, Tensor widths, Tensor heights,
-                                                 Tensor derivatives, double bound, double slope);
+                                                 Tensor derivatives, double bound, double slope,
+                                                 double width, double height, bool squashed);
 
 std::tuple<Tensor, Tensor> rational_quadratic_inverse_op(Tensor y, Tensor widths, Tensor heights,
                                                          Tensor derivatives, double bound,
-                                                         double slope);
+                                                         double slope, double width, double height,
+                                                         bool squashed);
 
 std::tuple<Tensor, Tensor> rational_quadratic_backward_op(
     std::optional<Tensor> grad_y, std::optional<Tensor> grad_log_slope, Tensor x, Tensor widths,
-    Tensor heights, Tensor derivatives, double bound, double slope);
+    Tensor heights, Tensor derivatives, double bound, double slope, double width, double height,
+    bool squashed);
 
 }  // namespace maskmoe

@@ -18,7 +18,8 @@ from maskmoe_kernels.layout.aligned import Aligned, aligned_layouts
 from maskmoe_kernels.layout.arguments import check_integer, check_kind
 from maskmoe_kernels.layout.blocks import BlockLayout
 from maskmoe_kernels.nn.converted import ConvertedLinear
-from maskmoe_kernels.nn.converted_networks import as_before, hand_back_, hand_on_, networks
+from maskmoe_kernels.nn.converted_class import restore_class_
+from maskmoe_kernels.nn.converted_networks import as_before, hand_on_, networks
 from maskmoe_kernels.nn.converted_splines import make_splines_, restore_splines_
 from maskmoe_kernels.nn.foreign import ForeignLayer, foreign_layers, why_not_plain
 from maskmoe_kernels.nn.gain import why_no_gain
@@ -62,10 +63,12 @@ class ConversionReport(Sequence[ConversionRecord]):
             object; its class becomes a subclass of the one that it had (``ConvertedMaskedMLP``,
             say). If a hook wants to see a layer or an activation, or one was changed, the layers
             are called one by one, as before.
-        splines: Names of the modules (zuko's, of an ``NSF``) whose ``MonotonicRQSTransform`` is
-            computed in one pass forward, one backward and one to sample, for float32 on a CPU. They
-            hold another constructor as ``univariate``; what it makes are instances of zuko's class.
-            Under ``torch.func``, and in an export, zuko's own operations run.
+        splines: Names of the modules whose rational-quadratic splines are computed in one pass
+            forward, one backward and one to sample, for float32 on a CPU. Of zuko's ``NSF`` and
+            ``NCSF``, they hold another constructor as ``univariate``; what it makes are instances
+            of zuko's class. Of nflows (autoregressive and coupling transforms with linear tails),
+            their class becomes a subclass of the one that they had. Under ``torch.func``, and in an
+            export, the package's own operations run.
     """
 
     def __init__(
@@ -192,7 +195,7 @@ def revert_(model: nn.Module, *, optimizers: Optimizer | Iterable[Optimizer] = (
     held = check_optimizers(optimizers, [layer.weight for layer in found], "revert_")
     back = {layer: layer.restored() for layer in found}
     for module in model.modules():
-        hand_back_(module)
+        restore_class_(module)
         restore_splines_(module)
     _replace_children(model, back)
     carry_over(
@@ -281,7 +284,7 @@ def _hand_on(network: nn.Module, first: ConvertedLinear) -> bool:
     for y, wanted in zip(actual, expected, strict=True):
         size = tolerance * float(wanted.abs().nan_to_num(0, 0, 0).max())
         if not torch.allclose(y, wanted, tolerance, size, equal_nan=True):
-            hand_back_(network)  # another version of the package
+            restore_class_(network)  # another version of the package
             return False
     return True
 

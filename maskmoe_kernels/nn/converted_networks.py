@@ -3,16 +3,14 @@
 A layer alone puts its units into the original's order, its activation reads and writes them again,
 and the next layer puts them into the order of its blocks. A network whose ``forward`` is known to
 do nothing else with them can leave that out. ``convert_`` then makes its class a subclass of the
-one that it had, as ``torch.nn.utils.parametrize`` does: the module stays the same object, with the
-same submodules and hooks. At each call it looks whether anything sees or changes the call of a
-layer or of an activation (a hook, another layer in its place, a trace for others, ...); if so, the
-``forward`` that it had runs, on the layers as they are.
+one that it had (``converted_class.py``). At each call it looks whether anything sees or changes the
+call of a layer or of an activation (a hook, another layer in its place, a trace for others, ...);
+if so, the ``forward`` that it had runs, on the layers as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from maskmoe_kernels._compat import needs_torch_operators
 from maskmoe_kernels.layout.aligned import Place
 from maskmoe_kernels.nn.converted import ConvertedLinear
+from maskmoe_kernels.nn.converted_class import Rewritten, kind_for, rewrite_
 from maskmoe_kernels.nn.interception import (
     interceptor,
     interceptor_of_all,
@@ -65,14 +64,7 @@ class Step(NamedTuple):
     activation: Any
 
 
-class _Network(nn.Module):
-    """The first base of a converted network's class; the second is the class that it had."""
-
-    origin: type[nn.Module]
-    #: The name of the method that it replaces, and that method.
-    replaces = "forward"
-    replaced: Any
-
+class _Network(Rewritten):
     @staticmethod
     def steps(network: Any) -> list[Step] | None:
         """The layers of a network, in the order in which they run; ``None``: it is no such one."""
@@ -80,14 +72,10 @@ class _Network(nn.Module):
 
     def _steps_of(self, x: Any) -> list[Step] | None:
         """The steps, if layers can hand on what they compute from ``x``, with nobody to notice."""
-        if getattr(self.origin, self.replaces) is not self.replaced:
+        if not self._is_as_before():
             return None
         steps = self.steps(self)
         return steps if steps is not None and _runs_within(steps, x) else None
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        state = self.__getstate__()  # type: ignore[no-untyped-call]
-        return _made_again, (self.origin,), state
 
 
 class _ConvertedSequential(_Network):
@@ -188,9 +176,8 @@ _KINDS: dict[tuple[str, str], type[_Network]] = {
 def networks(model: nn.Module) -> Iterator[tuple[nn.Module, list[Step]]]:
     """The modules of ``model`` that can hand units on, each with its steps."""
     for module in model.modules():
-        cls: Any = type(module)
-        kind = _kind_of(cls)
-        if kind is None or kind.replaces in vars(module):
+        kind = kind_for(module, _KINDS)
+        if kind is None:
             continue
         steps = kind.steps(module)
         if steps is not None and all(_name_of(s.activation) is not None for s in steps):
@@ -199,16 +186,7 @@ def networks(model: nn.Module) -> Iterator[tuple[nn.Module, list[Step]]]:
 
 def hand_on_(network: nn.Module) -> None:
     """Make ``network``, whose layers are converted, hand units on from now on."""
-    cls: Any = type(network)
-    network.__class__ = _class_of(cls)
-
-
-def hand_back_(network: nn.Module) -> bool:
-    """Give ``network`` the class back that it had. Was it one that hands on?"""
-    if not isinstance(network, _Network):
-        return False
-    network.__class__ = network.origin  # type: ignore[assignment]
-    return True
+    rewrite_(network, _KINDS)
 
 
 def as_before(network: Any, x: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -284,45 +262,3 @@ def _name_of(activation: Any) -> str | None:
     name, options = _MODULES[cls]
     same = all(getattr(activation, option) == value for option, value in options.items())
     return name if same and interceptor_of_instance(activation) is None else None
-
-
-# --- Classes -------------------------------------------------------------------------------------
-
-
-@cache
-def _kind_of(cls: Any) -> type[_Network] | None:
-    """What a class becomes; ``None``: its ``forward`` is not known, or how it is copied."""
-    if issubclass(cls, _Network):
-        return None
-    copied = cls.__reduce_ex__ is object.__reduce_ex__ and cls.__reduce__ is object.__reduce__
-    for base in cls.__mro__:
-        kind = _KINDS.get((base.__module__, base.__qualname__))
-        if kind is None:
-            continue
-        same = getattr(cls, kind.replaces) is getattr(base, kind.replaces)
-        called = interceptor_of_class(cls, cls.forward) is None
-        return kind if same and called and copied else None
-    return None
-
-
-def _class_of(cls: Any) -> Any:
-    """The class of networks of class ``cls`` that hand units on."""
-    kind: Any = _kind_of(cls)
-    return _made_class(cls, kind, getattr(cls, kind.replaces))
-
-
-@cache
-def _made_class(cls: Any, kind: Any, replaced: Any) -> Any:
-    own = {
-        "origin": cls,
-        "replaced": staticmethod(replaced),
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-    }
-    return type(f"Converted{cls.__name__}", (kind, cls), own)
-
-
-def _made_again(origin: Any) -> Any:
-    """An instance without a state, for copies and pickles: the class has no name to be found by."""
-    cls = _class_of(origin)
-    return cls.__new__(cls)

@@ -1,16 +1,20 @@
-"""Splines of zuko's flows in one pass.
+"""Splines of zuko's and nflows' flows in one pass.
 
-A spline flow's layers give zuko's ``MonotonicRQSTransform`` some 23 parameters a feature, and zuko
-computes it by operations that pass over all of them many times: most of a training step where
-layers are small (``outside`` in what ``python -m bench flows`` writes). ``convert_`` puts a
-:class:`SplineMaker` into the place of the constructor that a module of zuko's holds as
-``univariate``. For float32 on a CPU it makes transforms that the extension computes; else, and for
-whoever traces or transforms the call, it calls the original.
+A spline flow's layers give each feature some 23 parameters, and its package computes the spline by
+operations that pass over all of them many times: most of a training step where layers are small
+(``outside`` in what ``python -m bench flows`` writes). For float32 on a CPU, the extension does it
+in one pass. Else, and for whoever traces or transforms the call, the package's own code runs.
+
+*zuko* makes a transform of the parameters: ``convert_`` puts a :class:`SplineMaker` into the place
+of the constructor that a module holds as ``univariate``. *nflows* has a method that computes: the
+module's class becomes a subclass with another one (``converted_class.py``).
 """
 
 from __future__ import annotations
 
 import functools
+import math
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -18,48 +22,31 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 
 from maskmoe_kernels._compat import needs_torch_operators
+from maskmoe_kernels.nn.converted_class import Rewritten, restore_class_, rewrite_
 from maskmoe_kernels.ops.checks import PLAIN
 from maskmoe_kernels.ops.splines import rational_quadratic, rational_quadratic_inverse, takes
 
 _ORIGIN = ("zuko.transforms", "MonotonicRQSTransform")
-_BOUND, _SLOPE = 5.0, 1e-3  # zuko's defaults
-
-
-class SplineMaker:
-    """Makes zuko's transforms from their parameters, as ``origin`` does.
-
-    Attributes:
-        origin: The constructor in whose place it is: the class, or a ``functools.partial`` of it
-            with ``bound`` or ``slope``.
-    """
-
-    def __init__(self, origin: Any) -> None:
-        cls = _class_of(origin)
-        self.origin = origin
-        self._class, self._options = _made_class(cls), _options(origin)
-        self._replaced = _methods(cls)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A transform; ours if that can be, and nobody has changed the class."""
-        changed = _methods(self._class.origin) != self._replaced
-        if changed or kwargs or not _fit(args) or not takes(args[0].shape[-1], *self._options):
-            return self.origin(*args, **kwargs)
-        return self._class(args, *self._options)
-
-    def __reduce__(self) -> Any:
-        return SplineMaker, (self.origin,)
-
-    def __repr__(self) -> str:
-        return repr(self.origin)
+_CIRCULAR = ("zuko.flows.spline", "CircularRQSTransform")  # a function, which uses that class
+_DEFAULTS = {"bound": 5.0, "slope": 1e-3}  # zuko's
 
 
 def make_splines_(module: Any) -> bool:
-    """Have ``module`` make its transforms by ours from now on, if they are splines. Are they?"""
-    origin = vars(module).get("univariate")
-    if _class_of(origin) is None or not _on_cpu(module) or not _same(origin):
+    """Have ``module`` compute its splines by ours from now on, if it has some. Has it?"""
+    if not _on_cpu(module):
         return False
-    module.univariate = SplineMaker(origin)
-    return True
+    origin = vars(module).get("univariate")
+    if _is_known(origin):
+        if not _same_transforms(origin):
+            return False
+        module.univariate = SplineMaker(origin)
+        return True
+    if not rewrite_(module, _NFLOWS):
+        return False
+    if module._same():
+        return True
+    restore_class_(module)
+    return False
 
 
 def restore_splines_(module: Any) -> None:
@@ -67,6 +54,46 @@ def restore_splines_(module: Any) -> None:
     maker = vars(module).get("univariate")
     if isinstance(maker, SplineMaker):
         module.univariate = maker.origin
+
+
+# --- zuko ----------------------------------------------------------------------------------------
+
+
+class SplineMaker:
+    """Makes zuko's transforms from their parameters, as ``origin`` does.
+
+    Attributes:
+        origin: The constructor in whose place it is: the class, the function that composes it with
+            a circular shift, or a ``functools.partial`` of either with ``bound`` or ``slope``.
+    """
+
+    def __init__(self, origin: Any) -> None:
+        self.origin = origin
+        self._options = _DEFAULTS | getattr(origin, "keywords", {})
+        function = _function_of(origin)
+        self._composed = _with_ours(function) if isinstance(function, FunctionType) else None
+        if self._composed is None:
+            self._class, self._replaced = _made_class(function), _methods(function)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A transform; ours if that can be, and nobody has changed the class."""
+        if self._composed is not None:
+            return self._composed(*args, **(getattr(self.origin, "keywords", {}) | kwargs))
+        options = self._options | kwargs
+        if (
+            _methods(self._class.origin) != self._replaced
+            or options.keys() != _DEFAULTS.keys()
+            or not _fit(args)
+            or not takes(args[0].shape[-1], **options)
+        ):
+            return self.origin(*args, **kwargs)
+        return self._class(args, float(options["bound"]), float(options["slope"]))
+
+    def __reduce__(self) -> Any:
+        return SplineMaker, (self.origin,)
+
+    def __repr__(self) -> str:
+        return repr(self.origin)
 
 
 class _OnePass:
@@ -102,7 +129,7 @@ class _OnePass:
     def _inverse(self, y: Any) -> Any:
         if not self._takes(y):
             return super()._inverse(y)  # type: ignore[misc]
-        return rational_quadratic_inverse(y, *self._given, self._bound, self._slope)
+        return rational_quadratic_inverse(y, *self._given, self._bound, self._slope)[0]
 
     def call_and_ladj(self, x: Any) -> Any:
         """As zuko's: the values, and the logarithms of the slopes."""
@@ -121,22 +148,32 @@ def _made_class(cls: Any) -> Any:
     return type(f"Converted{cls.__name__}", (_OnePass, cls), own)
 
 
-def _class_of(origin: Any) -> Any:
-    """zuko's class, if ``origin`` constructs it with no other options than are known; else None."""
+def _function_of(origin: Any) -> Any:
+    return origin.func if type(origin) is functools.partial else origin
+
+
+def _is_known(origin: Any) -> bool:
+    """Does ``origin`` make zuko's splines, with no other options than are known?"""
     if type(origin) is functools.partial:
         options = origin.keywords
         plain = all(type(value) in (int, float) for value in options.values())
-        if origin.args or not plain or not {"bound", "slope"}.issuperset(options):
-            return None
-        origin = origin.func
-    known = isinstance(origin, type) and (origin.__module__, origin.__qualname__) == _ORIGIN
-    return origin if known else None
+        if origin.args or not plain or not _DEFAULTS.keys() >= options.keys():
+            return False
+    function = _function_of(origin)
+    name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if isinstance(function, FunctionType):
+        of: Any = function.__globals__.get(_ORIGIN[1])
+        return name == _CIRCULAR and isinstance(of, type) and _is_known(of)
+    return isinstance(function, type) and name == _ORIGIN
 
 
-def _options(origin: Any) -> tuple[float, float]:
-    """``bound`` and ``slope``."""
-    given = getattr(origin, "keywords", {})
-    return float(given.get("bound", _BOUND)), float(given.get("slope", _SLOPE))
+def _with_ours(function: FunctionType) -> FunctionType:
+    """``function``, making our transforms where it makes zuko's."""
+    own = dict(function.__globals__)
+    own[_ORIGIN[1]] = SplineMaker(own[_ORIGIN[1]])
+    made = FunctionType(function.__code__, own, function.__name__, function.__defaults__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def _methods(cls: Any) -> tuple[Any, ...]:
@@ -150,6 +187,133 @@ def _fit(args: tuple[Any, ...]) -> bool:
         return False
     widths, heights, derivatives = (tuple(u.shape) for u in args)
     return widths == heights and derivatives == (*widths[:-1], widths[-1] - 1)
+
+
+@torch.no_grad()
+def _same_transforms(origin: Any) -> bool:
+    """Do ours compute what zuko's do, on a few elements? Another version of it may not."""
+    numbers = torch.arange(1, 81, device="cpu", dtype=torch.float32).sin()
+    parameters = (4 * numbers[:72].view(9, 8)).split([3, 3, 2], -1)
+    x = 1.5 * SplineMaker(origin)._options["bound"] * numbers[70:79]
+    try:
+        ours, theirs = SplineMaker(origin)(*parameters), origin(*parameters)
+        if not any(isinstance(t, _OnePass) for t in (ours, *getattr(ours, "transforms", ()))):
+            return False
+        found, wanted = ((*t.call_and_ladj(x), t.inv(x)) for t in (ours, theirs))
+        return _close(found, wanted)
+    except (AttributeError, TypeError):
+        return False
+
+
+# --- nflows --------------------------------------------------------------------------------------
+
+
+class _NflowsSpline(Rewritten):
+    num_bins: int
+
+    def _form(self) -> tuple[float, float, float, float, bool] | None:
+        """What splines of these options are to the kernels; None: they do not compute them."""
+        this: Any = self
+        if this.tails != "linear":
+            return None
+        bound, slope = float(this.tail_bound), float(this.min_derivative)
+        form = bound, slope, float(this.min_bin_width), float(this.min_bin_height), False
+        return form if takes(self.num_bins, *form) else None
+
+    def _one_pass(self, inputs: Any, parameters: Any, scale: Any, inverse: bool) -> Any:
+        """Values and logarithms of slopes, both as ``inputs``; None: nflows has to compute them.
+
+        Args:
+            inputs: ``(*,)``.
+            parameters: ``(*, 3 bins - 1)``.
+            scale: The parameters of widths and heights are divided by its square root; or None.
+            inverse: Both of the inverse.
+        """
+        form, bins = self._form(), self.num_bins
+        if (
+            form is None
+            or not self._is_as_before()
+            or needs_torch_operators()
+            or not _plain(inputs)
+            or not _plain(parameters)
+            or parameters.shape != (*inputs.shape, 3 * bins - 1)
+        ):
+            return None
+        widths, heights, derivatives = parameters.split([bins, bins, bins - 1], -1)
+        if scale is not None:
+            widths, heights = widths / math.sqrt(scale), heights / math.sqrt(scale)
+        function = rational_quadratic_inverse if inverse else rational_quadratic
+        outputs, log_slope = function(inputs, widths, heights, derivatives, *form)
+        return outputs, -log_slope if inverse else log_slope
+
+    @torch.no_grad()
+    def _same(self) -> bool:
+        """Do ours compute what nflows' do, on a few elements? Another version of it may not."""
+        form, each = self._form(), 3 * self.num_bins - 1
+        if form is None:
+            return False
+        numbers = torch.arange(1, 1 + 9 * each, device="cpu", dtype=torch.float32).sin()
+        x, parameters = 1.5 * form[0] * numbers[-9:].view(9, 1), 4 * numbers.view(9, 1, each)
+        ours, theirs = getattr(self, self.replaces), functools.partial(self.replaced, self)
+        try:
+            return all(
+                _close(ours(x, parameters.clone(), way), theirs(x, parameters.clone(), way))
+                for way in (False, True)
+            )
+        except (AttributeError, TypeError):
+            return False
+
+
+class _AutoregressiveSpline(_NflowsSpline):
+    replaces = "_elementwise"
+
+    def _elementwise(self, inputs: Any, autoregressive_params: Any, inverse: bool = False) -> Any:
+        this: Any = self
+        found = None
+        if isinstance(inputs, Tensor) and inputs.dim() == 2:
+            parameters = autoregressive_params.view(*inputs.shape, this._output_dim_multiplier())
+            scale = getattr(this.autoregressive_net, "hidden_features", None)
+            found = self._one_pass(inputs, parameters, scale, inverse)
+        if found is None:
+            return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
+        outputs, log_slope = found
+        return outputs, log_slope.sum(1)
+
+
+class _CouplingSpline(_NflowsSpline):
+    replaces = "_piecewise_cdf"
+
+    def _piecewise_cdf(self, inputs: Any, transform_params: Any, inverse: bool = False) -> Any:
+        this: Any = self
+        net = this.transform_net
+        scale = getattr(net, "hidden_features", getattr(net, "hidden_channels", None))
+        # Without a scale, nflows warns.
+        found = None if scale is None else self._one_pass(inputs, transform_params, scale, inverse)
+        if found is None:
+            return super()._piecewise_cdf(inputs, transform_params, inverse)  # type: ignore[misc]
+        return found
+
+
+#: Module and name of each class to what it becomes.
+_NFLOWS: dict[tuple[str, str], type[_NflowsSpline]] = {
+    (
+        "nflows.transforms.autoregressive",
+        "MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+    ): _AutoregressiveSpline,
+    (
+        "nflows.transforms.coupling",
+        "PiecewiseRationalQuadraticCouplingTransform",
+    ): _CouplingSpline,
+}
+
+
+# --- Both ----------------------------------------------------------------------------------------
+
+
+def _close(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> bool:
+    return all(
+        torch.allclose(y, wanted, 1e-4, 1e-4) for y, wanted in zip(ours, theirs, strict=True)
+    )
 
 
 def _plain(x: Any) -> bool:
@@ -166,23 +330,3 @@ def _on_cpu(module: nn.Module) -> bool:
     """Are there parameters, all of them such as the kernels take?"""
     parameters = [*module.parameters()]
     return bool(parameters) and all(_plain(p) for p in parameters)
-
-
-@torch.no_grad()
-def _same(origin: Any) -> bool:
-    """Do ours compute what zuko's do, on a few elements? Another version of it may not."""
-    numbers = torch.arange(1, 81, device="cpu", dtype=torch.float32).sin()
-    parameters = (4 * numbers[:72].view(9, 8)).split([3, 3, 2], -1)
-    bound = _options(origin)[0]
-    x = 1.5 * bound * numbers[70:79]
-    try:
-        ours, theirs = SplineMaker(origin)(*parameters), origin(*parameters)
-        if not isinstance(ours, _OnePass):
-            return False
-        pairs = zip(
-            (*ours.call_and_ladj(x), ours.inv(x)), (*theirs.call_and_ladj(x), theirs.inv(x)),
-            strict=True,
-        )  # fmt: skip
-        return all(torch.allclose(y, wanted, 1e-4, 1e-4) for y, wanted in pairs)
-    except (AttributeError, TypeError):
-        return False

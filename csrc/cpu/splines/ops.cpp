@@ -11,7 +11,8 @@ namespace maskmoe {
 namespace {
 
 constexpr int64_t kFlopsPerBin = 100;  // about
-constexpr double kLeastSlope = 1e-6;     // every intermediate result is a normal number then
+constexpr double kLeast = 1e-6;      // slope or fraction: intermediate results are normal numbers
+constexpr double kMostFixed = 0.95;  // of the domain, by the least fractions of all bins
 
 // A tensor (elements, count) whose last dimension is dense.
 Strided strided(const Checks& checks, const Tensor& t, const char* name, int64_t elements,
@@ -30,18 +31,35 @@ float* dense(const Checks& checks, const Tensor& t, const char* name, int64_t el
   return static_cast<float*>(t.data_ptr());
 }
 
+// What the numbers of a call say about all of its splines.
+struct Form {
+  double bound, slope, width, height;
+  bool squashed;
+};
+
 Splines checked(const Checks& checks, const Tensor& x, const Tensor& widths,
-                const Tensor& heights, const Tensor& derivatives, double bound, double slope) {
+                const Tensor& heights, const Tensor& derivatives, const Form& form) {
   const int64_t elements = x.numel();
   const int64_t bins = widths.dim() == 2 ? widths.size(1) : 0;
   STD_TORCH_CHECK(bins >= 1 && bins <= kMaxBins, checks.named("widths", -1), " must be of 1 to ",
                   kMaxBins, " bins, and is of ", bins);
-  STD_TORCH_CHECK(bound >= 1e-6 && bound <= 1e6 && slope >= kLeastSlope && slope < 1, "maskmoe::",
-                  checks.op(), ": bound must be in [1e-6, 1e6] and slope in [1e-6, 1)");
+  STD_TORCH_CHECK(form.bound >= 1e-6 && form.bound <= 1e6 && form.slope >= kLeast &&
+                      form.slope < 1,
+                  "maskmoe::", checks.op(), ": bound must be in [1e-6, 1e6] and slope in [1e-6, 1)");
+  // Squashed, fractions are bounded as it is.
+  const double least = form.squashed ? 0 : kLeast;
+  const double most = form.squashed ? 0 : kMostFixed / static_cast<double>(bins);
+  const auto fits = [&](double m) { return m >= least && m <= most; };
+  STD_TORCH_CHECK(fits(form.width) && fits(form.height), "maskmoe::", checks.op(),
+                  ": width and height must be in [", least, ", ", most, "]");
   Splines s{};
   s.bins = bins;
-  s.bound = static_cast<float>(bound);
-  s.steepest = static_cast<float>(-std::log(slope));
+  s.bound = static_cast<float>(form.bound);
+  s.squashed = form.squashed;
+  s.slope = static_cast<float>(form.slope);
+  s.steepest = static_cast<float>(-std::log(form.slope));
+  s.least_width = static_cast<float>(form.width);
+  s.least_height = static_cast<float>(form.height);
   s.x = dense(checks, x, "x", elements);
   s.widths = strided(checks, widths, "widths", elements, bins);
   s.heights = strided(checks, heights, "heights", elements, bins);
@@ -59,8 +77,8 @@ void over(int64_t elements, int64_t bins, const F& f) {
 // Two results of every element, by a forward or an inverse.
 std::tuple<Tensor, Tensor> run(const char* op, decltype(Kernels::spline) kernel, const Tensor& x,
                                const Tensor& widths, const Tensor& heights,
-                               const Tensor& derivatives, double bound, double slope) {
-  Splines s = checked(Checks(op, x), x, widths, heights, derivatives, bound, slope);
+                               const Tensor& derivatives, const Form& form) {
+  Splines s = checked(Checks(op, x), x, widths, heights, derivatives, form);
   const int64_t elements = x.numel();
   Tensor y = empty_like_with(x, &elements, 1), log_slope = empty_like_with(x, &elements, 1);
   s.y = static_cast<float*>(y.data_ptr());
@@ -72,23 +90,27 @@ std::tuple<Tensor, Tensor> run(const char* op, decltype(Kernels::spline) kernel,
 }  // namespace
 
 std::tuple<Tensor, Tensor> rational_quadratic_op(Tensor x, Tensor widths, Tensor heights,
-                                                 Tensor derivatives, double bound, double slope) {
-  return run("rational_quadratic", kernels()->spline, x, widths, heights, derivatives, bound,
-             slope);
+                                                 Tensor derivatives, double bound, double slope,
+                                                 double width, double height, bool squashed) {
+  return run("rational_quadratic", kernels()->spline, x, widths, heights, derivatives,
+             {bound, slope, width, height, squashed});
 }
 
 std::tuple<Tensor, Tensor> rational_quadratic_inverse_op(Tensor y, Tensor widths, Tensor heights,
                                                          Tensor derivatives, double bound,
-                                                         double slope) {
+                                                         double slope, double width, double height,
+                                                         bool squashed) {
   return run("rational_quadratic_inverse", kernels()->spline_inverse, y, widths, heights,
-             derivatives, bound, slope);
+             derivatives, {bound, slope, width, height, squashed});
 }
 
 std::tuple<Tensor, Tensor> rational_quadratic_backward_op(
     std::optional<Tensor> grad_y, std::optional<Tensor> grad_log_slope, Tensor x, Tensor widths,
-    Tensor heights, Tensor derivatives, double bound, double slope) {
+    Tensor heights, Tensor derivatives, double bound, double slope, double width, double height,
+    bool squashed) {
   const Checks checks("rational_quadratic_backward", x);
-  const Splines s = checked(checks, x, widths, heights, derivatives, bound, slope);
+  const Splines s = checked(checks, x, widths, heights, derivatives,
+                            {bound, slope, width, height, squashed});
   const int64_t elements = x.numel(), sizes[2] = {elements, 3 * s.bins - 1};
   SplineGradients grads{};
   if (grad_y) grads.y = dense(checks, *grad_y, "grad_y", elements);

@@ -1,23 +1,25 @@
 // Monotone rational-quadratic splines (Durkan et al., "Neural Spline Flows", 2019), one for each
 // element, for one instruction set `I` (simd_*.h). A vector holds one number of L elements.
 //
-// An element's parameters are those of zuko's MonotonicRQSTransform. With S = |log slope|,
-//   w = softmax(u / (1 + 2 |u| / S)),  the same for heights,  d = exp(t / (1 + |t| / S)),
+// An element has K bins. What they take of the domain, w, what they take of the range, and the
+// slopes d at inner knots are made of its parameters (parameters.h):
 //   x_k = B (2 (w_0 + ... + w_{k-1}) - 1), the same for y_k,  d_0 = d_K = 1.
 // In bin k, with W = x_{k+1} - x_k, H = y_{k+1} - y_k, s = H / W, z = (x - x_k) / W, q = z (1 - z),
 //   y = y_k + H (s z^2 + d_k q) / D,          D = s + (d_k + d_{k+1} - 2 s) q,
 //   log dy/dx = log(s^2 P / D^2),             P = 2 s q + d_k (1 - z)^2 + d_{k+1} z^2;
 // outside of [-B, B], y = x. The inverse solves the first for z, a quadratic equation. What is not
-// finite makes NaN of the slope, as there.
+// finite makes NaN of the slope.
 #pragma once
 
-#include "cpu/confidence.h"
 #include "cpu/masked_linear/elements.h"
+#include "cpu/splines/parameters.h"
 
 namespace maskmoe {
 
-template <class I>
-struct RationalQuadratic {
+// `P`: what the parameters mean.
+template <class I, class P>
+struct RationalQuadraticOf {
+  using Sum = ExactSum<I>;
   using E = Elements<I>;
   using V = typename I::V;
   using M = typename I::M;
@@ -59,17 +61,17 @@ struct RationalQuadratic {
       const V of_left = I::mul(minus(of.z), c.inv_width);
       const V of_width = minus(I::mul(I::fma(of.z, c.z, I::mul(of.s, c.s)), c.inv_width));
       const V of_height = I::fma(of.s, c.inv_width, I::mul(grad_y, c.ratio));
-      fractions(s, bin, {of_left, of_width, bin.before_width, bin.width}, scratch.widths,
-                scratch.parameters);
-      fractions(s, bin, {grad_y, of_height, bin.before_height, bin.height}, scratch.heights,
-                scratch.parameters + K * L);
-      derivatives(s, bin, c, of, scratch.parameters + 2 * K * L);
+      softmax_grads(s, bin, {of_left, of_width, bin.before_width, bin.width},
+                    Axis(s, s.least_width).rest, scratch.widths, scratch.parameters);
+      softmax_grads(s, bin, {grad_y, of_height, bin.before_height, bin.height},
+                    Axis(s, s.least_height).rest, scratch.heights, scratch.parameters + K * L);
+      slope_grads(s, bin, c, of, scratch.parameters + 2 * K * L);
       turn_out(scratch.parameters, 3 * K - 1, lanes, grads.parameters);
     });
   }
 
  private:
-  // Of L elements: their parameters, and the fractions of their bins.
+  // Of L elements: their parameters, and the softmax of those of widths and heights.
   struct Scratch {
     alignas(64) float parameters[3 * kMaxBins * L], widths[kMaxBins * L], heights[kMaxBins * L];
   };
@@ -130,8 +132,8 @@ struct RationalQuadratic {
   struct Bin {
     V index;                        // below 0: outside
     V left, bottom;                 // its lower corner
-    V width, height;                // fractions of the domain and of the range
-    V before_width, before_height;  // the sums of all fractions before it
+    V width, height;                // their softmax
+    V before_width, before_height;  // the sums of all those before it
     V t0, t1;                       // of the slopes at its ends
     V nothing;                      // 0, or NaN where anything is not finite
     M inside;
@@ -139,16 +141,20 @@ struct RationalQuadratic {
 
   // A bin's curve; and, after `go_to`, the place z on it.
   struct Curve {
-    V width, height, inv_width, s, d0, d1, squash0, squash1, bend;
+    V width, height, inv_width, s, d0, d1, bend;
+    SlopeAt<I> at0, at1;
     V z, rest, q, inv_d, p, ratio;  // ratio: (y - y_k) / H
 
     Curve(const Splines& of, const Bin& b) {
-      const V size = I::set(2 * of.bound), squash = I::set(1 / of.steepest);
-      width = I::mul(size, b.width), height = I::mul(size, b.height);
+      const V size = I::set(2 * of.bound);
+      width = I::mul(size, Axis(of, of.least_width).fraction(b.width));
+      height = I::mul(size, Axis(of, of.least_height).fraction(b.height));
       inv_width = I::div(I::set(1.0f), width);
       s = I::mul(height, inv_width);
-      squash0 = shrink(b.t0, squash), squash1 = shrink(b.t1, squash);
-      d0 = bounded_exp(I::mul(b.t0, squash0)), d1 = bounded_exp(I::mul(b.t1, squash1));
+      at0 = P::slope(of, b.t0), at1 = P::slope(of, b.t1);
+      const V one = I::set(1.0f), last = I::set(static_cast<float>(of.bins - 1));
+      d0 = I::select(I::greater(b.index, I::zero()), at0.slope, one);
+      d1 = I::select(I::greater(last, b.index), at1.slope, one);
       bend = I::fma(I::set(-2.0f), s, I::add(d0, d1));
     }
     void go_to(V place) {
@@ -207,44 +213,27 @@ struct RationalQuadratic {
   };
 
   static V minus(V a) { return I::xor_bits(a, I::set(-0.0f)); }
-  // 1 / (1 + c |u|): u times it is between -1 / c and 1 / c; its square is the derivative.
-  static V shrink(V u, V c) {
-    const V one = I::set(1.0f);
-    return I::div(one, I::fma(c, absolute<I>(u), one));
-  }
-
-  // A sum, and beside it what its additions lose: a narrow bin would show it.
-  struct Sum {
-    V sum = I::zero(), lost = I::zero();
-    void add(V a) {
-      const V next = I::add(sum, a), back = I::sub(next, sum);
-      lost = I::add(lost, I::add(I::sub(sum, I::sub(next, back)), I::sub(a, back)));
-      sum = next;
-    }
-    V total() const { return I::add(sum, lost); }
-    // The knot there: first + size * sum.
-    V knot(V size, V first) const { return I::fma(size, lost, I::fma(size, sum, first)); }
+  // Of the domain, or of the range, a bin takes the fraction f = least + (1 - K least) p, where p is
+  // the softmax of the bins' parameters.
+  struct Axis {
+    V least, rest;
+    Axis(const Splines& s, float least)
+        : least(I::set(least)), rest(I::set(1 - static_cast<float>(s.bins) * least)) {}
+    V fraction(V p) const { return P::kFloors ? I::fma(rest, p, least) : p; }
   };
 
-  // e^a for an a between -14 and 14, or NaN.
-  static V bounded_exp(V a) {
-    const auto e = exp_parts<I>(a);
-    const V power = I::power_of_two(e.n);
-    return I::fma(power, e.y, power);
-  }
-
-  // The fractions of all bins: exp(u / (1 + 2 |u| / S)) over their sum. The exponents are bounded,
-  // so no maximum has to be found.
-  static void softmax(const Splines& s, const float* u, float* to) {
-    const V one = I::set(1.0f), squash = I::set(2 / s.steepest);
-    Sum sum;
-    for (int64_t k = 0; k < s.bins; ++k) {
-      const V a = I::load(u + k * L);
-      const V e = bounded_exp(I::div(a, I::fma(squash, absolute<I>(a), one)));
-      I::store(to + k * L, e);
-      sum.add(e);
+  // Up to a bin: the sum of p and, with what its additions lose, that of f.
+  struct Before {
+    V p = I::zero();
+    Sum f;
+    void add(const Axis& axis, V next) {
+      f.add(axis.fraction(next));
+      p = P::kFloors ? I::add(p, next) : f.sum;
     }
-    const V total = sum.total();
+  };
+
+  static void softmax(const Splines& s, const float* u, float* to) {
+    const V total = P::exponentials(s, u, to);
     for (int64_t k = 0; k < s.bins; ++k) I::store(to + k * L, I::div(I::load(to + k * L), total));
   }
 
@@ -257,8 +246,9 @@ struct RationalQuadratic {
     turn_in(s.derivatives, s.bins - 1, lanes, slopes);
     softmax(s, u, scratch.widths);
     softmax(s, v, scratch.heights);
+    const Axis domain(s, s.least_width), range(s, s.least_height);
     const V first = I::set(-s.bound), size = I::set(2 * s.bound), none = I::zero();
-    Sum across, up;
+    Before across, up;
     V left = first, bottom = first;
     const V& searched = kUp ? bottom : left;
     Bin b{I::set(-1.0f), none, none, none, none, none, none, none, none, none, I::mask(0)};
@@ -272,18 +262,18 @@ struct RationalQuadratic {
       b.bottom = I::select(here, bottom, b.bottom);
       b.width = I::select(here, width, b.width);
       b.height = I::select(here, height, b.height);
-      b.before_width = I::select(here, across.sum, b.before_width);
-      b.before_height = I::select(here, up.sum, b.before_height);
+      b.before_width = I::select(here, across.p, b.before_width);
+      b.before_height = I::select(here, up.p, b.before_height);
       b.t0 = I::select(here, t, b.t0);
       b.t1 = I::select(here, next_t, b.t1);
-      across.add(width), up.add(height);
-      left = across.knot(size, first), bottom = up.knot(size, first);
+      across.add(domain, width), up.add(range, height);
+      left = across.f.knot(size, first), bottom = up.f.knot(size, first);
       all = I::add(all, next_t);
       t = next_t;
     }
     const V beyond = I::select(I::greater(x, searched), I::set(-1.0f), b.index);
     b.inside = I::greater(beyond, I::set(-0.5f));
-    b.nothing = I::mul(I::add(all, I::add(across.sum, up.sum)), none);
+    b.nothing = I::mul(I::add(all, I::add(across.p, up.p)), none);
     return b;
   }
 
@@ -300,33 +290,32 @@ struct RationalQuadratic {
     }
   }
 
-  // Of a bin's extent along one axis: gradients of its lower end and of its size; the fractions
-  // before it, and its own.
+  // Of a bin's extent along one axis: gradients of its lower end and of its size; the softmax's
+  // values before it, and its own.
   struct Extent {
     V of_end, of_size, before, own;
   };
 
-  // Gradients of the parameters of widths, or of heights, in place. `fraction`: of each bin.
-  static void fractions(const Splines& s, const Bin& bin, const Extent& e, const float* fraction,
-                        float* u) {
-    const V squash = I::set(2 / s.steepest), size = I::set(2 * s.bound);
+  // Gradients of the parameters of widths, or of heights, in place. `p`: their softmax.
+  static void softmax_grads(const Splines& s, const Bin& bin, const Extent& e, V rest,
+                            const float* p, float* u) {
+    const V size = I::mul(I::set(2 * s.bound), rest);
     const V of_end = I::mul(e.of_end, size), of_size = I::mul(e.of_size, size);
     const V mean = I::fma(of_end, e.before, I::mul(of_size, e.own));
     for (int64_t k = 0; k < s.bins; ++k) {
       const V at = I::set(static_cast<float>(k));
       const V from_here = I::select(I::greater(at, bin.index), I::zero(), of_size);
       const V of_this = I::select(I::greater(bin.index, at), of_end, from_here);
-      const V shrunk = shrink(I::load(u + k * L), squash);
-      const V grad = I::mul(I::load(fraction + k * L), I::sub(of_this, mean));
-      I::store(u + k * L, I::select(bin.inside, I::mul(grad, I::mul(shrunk, shrunk)), bin.nothing));
+      const V grad = I::mul(I::load(p + k * L), I::sub(of_this, mean));
+      const V kept = I::mul(grad, P::exponent_grad(s, I::load(u + k * L)));
+      I::store(u + k * L, I::select(bin.inside, kept, bin.nothing));
     }
   }
 
   // Gradients of the parameters of the slopes at inner knots, in their places.
-  static void derivatives(const Splines& s, const Bin& bin, const Curve& c, const Partials& of,
+  static void slope_grads(const Splines& s, const Bin& bin, const Curve& c, const Partials& of,
                           float* to) {
-    const V of_t0 = I::mul(I::mul(of.d0, c.d0), I::mul(c.squash0, c.squash0));
-    const V of_t1 = I::mul(I::mul(of.d1, c.d1), I::mul(c.squash1, c.squash1));
+    const V of_t0 = I::mul(of.d0, c.at0.by_parameter), of_t1 = I::mul(of.d1, c.at1.by_parameter);
     for (int64_t k = 1; k < s.bins; ++k) {  // the knot between bins k - 1 and k
       const V at = I::set(static_cast<float>(k)), before = I::set(static_cast<float>(k - 1));
       const M above = I::greater(bin.index, at), below = I::greater(before, bin.index);
@@ -334,6 +323,23 @@ struct RationalQuadratic {
       const V kept = I::select(above, I::zero(), I::select(below, I::zero(), grad));
       I::store(to + (k - 1) * L, I::select(bin.inside, kept, bin.nothing));
     }
+  }
+};
+
+template <class I>
+struct RationalQuadratic {
+  using Squashed = RationalQuadraticOf<I, SquashedParameters<I>>;
+  using Floored = RationalQuadraticOf<I, FlooredParameters<I>>;
+
+  static void forward(const Splines& s, int64_t begin, int64_t end) {
+    s.squashed ? Squashed::forward(s, begin, end) : Floored::forward(s, begin, end);
+  }
+  static void inverse(const Splines& s, int64_t begin, int64_t end) {
+    s.squashed ? Squashed::inverse(s, begin, end) : Floored::inverse(s, begin, end);
+  }
+  static void backward(const Splines& s, const SplineGradients& grads, int64_t begin,
+                       int64_t end) {
+    s.squashed ? Squashed::backward(s, grads, begin, end) : Floored::backward(s, grads, begin, end);
   }
 };
 

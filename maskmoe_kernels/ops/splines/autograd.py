@@ -17,32 +17,60 @@ from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.splines import reference, schema
 
 
-def takes(bins: int, bound: float, slope: float) -> bool:
+def takes(
+    bins: int,
+    bound: float,
+    slope: float,
+    width: float = 0.0,
+    height: float = 0.0,
+    squashed: bool = True,
+) -> bool:
     """Do the kernels compute such splines, of float32 on a CPU?"""
+    if not 1 <= bins <= schema.MAX_BINS:
+        return False
+    least, most = (0.0, 0.0) if squashed else (schema.LEAST, schema.MOST_FIXED / bins)
     return (
         native.UNSUPPORTED_REASON is None
-        and 1 <= bins <= schema.MAX_BINS
         and 1e-6 <= bound <= 1e6
-        and schema.LEAST_SLOPE <= slope < 1
+        and schema.LEAST <= slope < 1
+        and all(least <= m <= most for m in (width, height))
     )
 
 
 def rational_quadratic(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    bound: float,
+    slope: float,
+    width: float = 0.0,
+    height: float = 0.0,
+    squashed: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reference.rational_quadratic`, of what :func:`takes`, differentiable."""
     apply: Any = _RationalQuadratic.apply
-    y, log_slope = apply(*_flat(x, widths, heights, derivatives), bound, slope)
+    of = _flat(x, widths, heights, derivatives)
+    y, log_slope = apply(*of, bound, slope, width, height, squashed)
     return y.view(x.shape), log_slope.view(x.shape)
 
 
 def rational_quadratic_inverse(
-    y: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
-) -> Tensor:
+    y: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    bound: float,
+    slope: float,
+    width: float = 0.0,
+    height: float = 0.0,
+    squashed: bool = True,
+) -> tuple[Tensor, Tensor]:
     """As :func:`reference.rational_quadratic_inverse`, of what :func:`takes`, differentiable."""
     apply: Any = _Inverse.apply
-    x: Tensor = apply(*_flat(y, widths, heights, derivatives), bound, slope)
-    return x.view(y.shape)
+    of = _flat(y, widths, heights, derivatives)
+    x, log_slope = apply(*of, bound, slope, width, height, squashed)
+    return x.view(y.shape), log_slope.view(y.shape)
 
 
 def _flat(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -63,32 +91,39 @@ class _RationalQuadratic(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if _to_compose(*grads):
             return _composed(reference.rational_quadratic, ctx, *grads)
-        return (*_gradients(*grads, *ctx.saved_tensors, *ctx.options), None, None)
+        return (*_gradients(*grads, *ctx.saved_tensors, *ctx.options), *_NO_GRADIENTS)
 
 
 class _Inverse(torch.autograd.Function):
-    """x with f(x; u) = y, so dx = (dy - df/du du) / f'(x)."""
+    """x with f(x; u) = y, so dx = (dy - df/du du) / f'(x); and l(x; u) = log f'(x)."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        x: Tensor
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, log_slope = torch.ops.maskmoe.rational_quadratic_inverse(*args)
         ctx.save_for_backward(*args[:4], x, log_slope)
         ctx.options = args[4:]
-        return x
+        ctx.set_materialize_grads(False)
+        return x, log_slope
 
     @staticmethod
-    def backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
-        if _to_compose(grad_x):
-            return _composed(reference.rational_quadratic_inverse, ctx, grad_x)
+    def backward(ctx: Any, grad_x: Any, grad_log: Tensor | None) -> tuple[Tensor | None, ...]:
+        if _to_compose(grad_x, grad_log):
+            return _composed(reference.rational_quadratic_inverse, ctx, grad_x, grad_log)
         _, *parameters, x, log_slope = ctx.saved_tensors
+        of = (x, *parameters, *ctx.options)
+        if grad_log is not None:
+            moved = _gradients(None, grad_log, *of)[0]  # grad_log dl/dx
+            grad_x = moved if grad_x is None else grad_x + moved
         grad_y = grad_x * torch.exp(-log_slope)
-        _, *grads = _gradients(-grad_y, None, x, *parameters, *ctx.options)
-        return (grad_y, *grads, None, None)
+        _, *grads = _gradients(-grad_y, grad_log, *of)
+        return (grad_y, *grads, *_NO_GRADIENTS)
+
+
+_NO_GRADIENTS = (None,) * 5  # of the options
 
 
 def _gradients(grad_y: Tensor | None, grad_log_slope: Tensor | None, *of: Any) -> list[Tensor]:
-    """Gradients of x, widths, heights and derivatives; ``of``: they, ``bound`` and ``slope``."""
+    """Gradients of x, widths, heights and derivatives; ``of``: they, and the options."""
     dense = (None if g is None else g.contiguous() for g in (grad_y, grad_log_slope))
     grad_x, grad = torch.ops.maskmoe.rational_quadratic_backward(*dense, *of)
     return [grad_x, *grad.split([u.shape[1] for u in of[1:4]], 1)]
@@ -120,4 +155,4 @@ def _composed(
                 create_graph=graph,
             )
         )
-    return (*(next(found) if need else None for need in needed), None, None)
+    return (*(next(found) if need else None for need in needed), *_NO_GRADIENTS)

@@ -10,14 +10,24 @@ from torch import Tensor
 
 
 def rational_quadratic(
-    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
+    x: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    bound: float,
+    slope: float,
+    width: float = 0.0,
+    height: float = 0.0,
+    squashed: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """A monotone spline of each element, and the logarithm of its slope.
 
-    Durkan et al., "Neural Spline Flows" (2019), section 3.1, with the parameters of zuko's
-    ``MonotonicRQSTransform``: with ``S = -log(slope)``, widths and heights of bins are the softmax
-    of ``u / (1 + 2 |u| / S)``, slopes ``exp(t / (1 + |t| / S))`` at inner knots, 1 at both ends.
-    Outside of ``[-bound, bound]`` the spline is the identity.
+    Durkan et al., "Neural Spline Flows" (2019), section 3.1, of ``K`` bins. Slopes at both ends are
+    1; outside of ``[-bound, bound]`` the spline is the identity. Parameters are those of zuko's
+    ``MonotonicRQSTransform`` where ``squashed``: with ``S = -log(slope)``, fractions of the domain
+    (and of the range) that bins take are the softmax of ``u / (1 + 2 |u| / S)``, slopes at inner
+    knots ``exp(t / (1 + |t| / S))``. Else they are those of nflows: fractions ``width +
+    (1 - K width) softmax(u)`` (of the range, with ``height``), slopes ``slope + softplus(t)``.
 
     Args:
         x: ``(*,)``.
@@ -26,51 +36,77 @@ def rational_quadratic(
         derivatives: ``(*, K - 1)``.
         bound: End of the domain, and of the range.
         slope: The least slope, in (0, 1).
+        width: The least fraction of the domain that a bin takes, below ``1 / K``; 0 if squashed.
+        height: The least fraction of the range, too.
+        squashed: What the parameters mean.
 
     Returns:
         ``y`` and ``log dy/dx``, both ``(*,)``. The latter is NaN where an element or a parameter
         of it is not finite.
     """
-    steepest = -math.log(slope)
-    knots = _knots(widths, steepest, bound), _knots(heights, steepest, bound)
-    inside, (x0, width), (y0, height), (d0, d1) = _bin(x, 0, knots, derivatives, steepest)
-    s, z = height / width, inside * (x - x0) / width
-    q = z * (1 - z)
-    divisor = s + (d0 + d1 - 2 * s) * q
-    y = y0 + height * (s * z**2 + d0 * q) / divisor
-    steep = s**2 * (2 * s * q + d0 * (1 - z) ** 2 + d1 * z**2) / divisor**2
-    return torch.where(inside, y, x), inside * steep.log()
+    knots = (
+        _knots(widths, bound, slope, width, squashed),
+        _knots(heights, bound, slope, height, squashed),
+    )
+    inside, (x0, across), (y0, up), ends = _bin(x, 0, knots, _slopes(derivatives, slope, squashed))
+    z = inside * (x - x0) / across
+    ratio, log_slope = _curve(z, up / across, *ends)
+    return torch.where(inside, y0 + up * ratio, x), inside * log_slope
 
 
 def rational_quadratic_inverse(
-    y: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float, slope: float
-) -> Tensor:
-    """The ``x``, ``(*,)``, at which :func:`rational_quadratic` has the value ``y``, ``(*,)``.
+    y: Tensor,
+    widths: Tensor,
+    heights: Tensor,
+    derivatives: Tensor,
+    bound: float,
+    slope: float,
+    width: float = 0.0,
+    height: float = 0.0,
+    squashed: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Where :func:`rational_quadratic` has the value ``y``, and ``log dy/dx`` there, ``(*,)`` each.
 
     The equation is quadratic in the place within a bin (the paper's section 3.1, equations 6 to 8).
     """
-    steepest = -math.log(slope)
-    knots = _knots(widths, steepest, bound), _knots(heights, steepest, bound)
-    inside, (x0, width), (y0, height), (d0, d1) = _bin(y, 1, knots, derivatives, steepest)
-    s, above = height / width, inside * (y - y0)
+    knots = (
+        _knots(widths, bound, slope, width, squashed),
+        _knots(heights, bound, slope, height, squashed),
+    )
+    inside, (x0, across), (y0, up), ends = _bin(y, 1, knots, _slopes(derivatives, slope, squashed))
+    (d0, d1), s, above = ends, up / across, inside * (y - y0)
     bent = above * (d0 + d1 - 2 * s)
-    a, b, c = height * (s - d0) + bent, height * d0 - bent, s * above
+    a, b, c = up * (s - d0) + bent, up * d0 - bent, s * above
     z = 2 * c / (b + (b**2 + 4 * a * c).sqrt())
-    return torch.where(inside, x0 + z * width, y)
+    return torch.where(inside, x0 + z * across, y), inside * _curve(z, s, d0, d1)[1]
 
 
-def _knots(u: Tensor, steepest: float, bound: float) -> Tensor:
-    fractions = torch.softmax(u / (1 + 2 * u.abs() / steepest), -1)
+def _knots(u: Tensor, bound: float, slope: float, least: float, squashed: bool) -> Tensor:
+    """Ends of bins along one axis, ``(*, K + 1)``, of their parameters ``(*, K)``."""
+    exponents = u / (1 - 2 * u.abs() / math.log(slope)) if squashed else u
+    fractions = least + (1 - u.shape[-1] * least) * torch.softmax(exponents, -1)
     return bound * (2 * F.pad(fractions, (1, 0)).cumsum(-1) - 1)
 
 
+def _slopes(t: Tensor, slope: float, squashed: bool) -> Tensor:
+    """Slopes at all knots, ``(*, K + 1)``."""
+    inner = torch.exp(t / (1 - t.abs() / math.log(slope))) if squashed else slope + F.softplus(t)
+    return F.pad(inner, (1, 1), value=1.0)
+
+
+def _curve(z: Tensor, s: Tensor, d0: Tensor, d1: Tensor) -> tuple[Tensor, Tensor]:
+    """How far up a bin its curve is at ``z``, and the logarithm of its slope."""
+    q = z * (1 - z)
+    divisor = s + (d0 + d1 - 2 * s) * q
+    steep = s**2 * (2 * s * q + d0 * (1 - z) ** 2 + d1 * z**2) / divisor**2
+    return (s * z**2 + d0 * q) / divisor, steep.log()
+
+
 def _bin(
-    at: Tensor, axis: int, knots: tuple[Tensor, Tensor], derivatives: Tensor, steepest: float
+    at: Tensor, axis: int, knots: tuple[Tensor, Tensor], slopes: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Is ``at`` inside; begin and size of its bin by x and by y; slopes at the bin's ends."""
-    bins = derivatives.shape[-1] + 1
-    t = F.pad(derivatives, (1, 1))
-    slopes = torch.exp(t / (1 + t.abs() / steepest))
+    bins = slopes.shape[-1] - 1
     index = (knots[axis] < at[..., None]).sum(-1, keepdim=True) - 1
     inside = ((index >= 0) & (index < bins)).squeeze(-1)
     index = index.clamp(0, bins - 1)

@@ -11,11 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: The most bins of a spline, and the least slope, that the kernels take.
-MAX_BINS, LEAST_SLOPE = 64, 1e-6
+#: The most bins of a spline, the least slope and the least fraction of a bin that the kernels take,
+#: and the most of the domain that the least fractions of all bins may be.
+MAX_BINS, LEAST, MOST_FIXED = 64, 1e-6, 0.95
 
 _LIBRARY = torch.library.Library("maskmoe", "FRAGMENT")
-_OF = "Tensor widths, Tensor heights, Tensor derivatives, float bound, float slope"
+_OF = (
+    "Tensor widths, Tensor heights, Tensor derivatives, float bound, float slope, float width=0.0,"
+    " float height=0.0, bool squashed=True"
+)
 for _schema in (
     f"rational_quadratic(Tensor x, {_OF}) -> (Tensor, Tensor)",
     f"rational_quadratic_inverse(Tensor y, {_OF}) -> (Tensor, Tensor)",

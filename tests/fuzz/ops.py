@@ -192,11 +192,13 @@ def spline_calls():
     if native.UNSUPPORTED_REASON is not None:
         return []
     calls = []
-    for elements, bins in ((1, 1), (7, 2), (21, 8)):
+    zuko, nflows = (0.0, 0.0, True), (1e-3, 2e-3, False)
+    for elements, bins, form in ((1, 1, zuko), (7, 2, nflows), (21, 8, zuko), (21, 8, nflows)):
         of = {
             "x": normal(elements), "widths": normal(elements, bins),
             "heights": normal(elements, bins) / 2, "derivatives": normal(elements, bins - 1),
             "bound": 3.0, "slope": 1e-3,
+            **dict(zip(("width", "height", "squashed"), form, strict=True)),
         }  # fmt: skip
         grads = {"grad_y": normal(elements), "grad_log_slope": -normal(elements)}
         calls += [

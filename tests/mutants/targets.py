@@ -34,7 +34,11 @@ _MLP = [
     "tests/ops/masked_mlp/test_table_gradients.py",
     "tests/fuzz/test_mlp.py",
 ]
-_SPLINES = ["tests/ops/splines", "tests/nn/test_converted_splines.py"]
+_SPLINES = [
+    "tests/ops/splines",
+    "tests/nn/test_converted_splines.py",
+    "tests/nn/test_converted_nflows_splines.py",
+]
 _FUSED = ["tests/ops/selection/test_triton.py", *_SELECTION, *_TRUST]
 _NATIVE = ["tests/ops/test_native.py", "tests/ops/masked_linear/test_memory.py"]
 _CALLED = ["tests/nn/test_interception.py", "tests/nn/test_checkpoints.py"]
@@ -106,8 +110,8 @@ PYTHON: dict[str, list[str]] = {
     "maskmoe_kernels/nn/sharding.py": ["tests/distributed/test_fsdp.py"],
     "maskmoe_kernels/nn/parametrized.py": ["tests/nn/test_parametrized.py", _CALLED[0]],
     "maskmoe_kernels/nn/routed.py": ["tests/nn/test_unrouted.py"],
-    "maskmoe_kernels/nn/convert.py": [_CONVERT, _SPLINES[1]],
-    "maskmoe_kernels/nn/converted_splines.py": [_SPLINES[1]],
+    "maskmoe_kernels/nn/convert.py": [_CONVERT, *_SPLINES[1:]],
+    "maskmoe_kernels/nn/converted_splines.py": _SPLINES[1:],
     "maskmoe_kernels/nn/converted*.py": ["tests/nn/test_converted_networks.py", _CONVERT],
     "maskmoe_kernels/nn/foreign.py": [_CONVERT],
     "maskmoe_kernels/nn/gain.py": [_CONVERT],

@@ -71,18 +71,24 @@ class SplineMaker:
         self.origin = origin
         self._options = _DEFAULTS | getattr(origin, "keywords", {})
         function = _function_of(origin)
-        self._composed = _with_ours(function) if isinstance(function, FunctionType) else None
-        if self._composed is None:
+        self._circular: Any = None
+        if isinstance(function, FunctionType):
+            of = function.__globals__
+            shift, compose = of["CircularShiftTransform"], of["ComposedTransform"]
+            self._circular = compose, shift, SplineMaker(of[_ORIGIN[1]])
+        else:
             self._class, self._replaced = _made_class(function), _methods(function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A transform; ours if that can be, and nobody has changed the class."""
-        if self._composed is not None:
-            return self._composed(*args, **(getattr(self.origin, "keywords", {}) | kwargs))
         options = self._options | kwargs
+        if self._circular is not None:
+            compose, shift, spline = self._circular
+            options["bound"] = math.pi
+            return compose(shift(bound=math.pi), spline(*args, **options))
         if (
             _methods(self._class.origin) != self._replaced
-            or options.keys() != _DEFAULTS.keys()
+            or not _are_known(options)
             or not _fit(args)
             or not takes(args[0].shape[-1], **options)
         ):
@@ -154,11 +160,8 @@ def _function_of(origin: Any) -> Any:
 
 def _is_known(origin: Any) -> bool:
     """Does ``origin`` make zuko's splines, with no other options than are known?"""
-    if type(origin) is functools.partial:
-        options = origin.keywords
-        plain = all(type(value) in (int, float) for value in options.values())
-        if origin.args or not plain or not _DEFAULTS.keys() >= options.keys():
-            return False
+    if type(origin) is functools.partial and (origin.args or not _are_known(origin.keywords)):
+        return False
     function = _function_of(origin)
     name = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if isinstance(function, FunctionType):
@@ -167,13 +170,9 @@ def _is_known(origin: Any) -> bool:
     return isinstance(function, type) and name == _ORIGIN
 
 
-def _with_ours(function: FunctionType) -> FunctionType:
-    """``function``, making our transforms where it makes zuko's."""
-    own = dict(function.__globals__)
-    own[_ORIGIN[1]] = SplineMaker(own[_ORIGIN[1]])
-    made = FunctionType(function.__code__, own, function.__name__, function.__defaults__)
-    made.__kwdefaults__ = function.__kwdefaults__
-    return made
+def _are_known(options: dict[str, Any]) -> bool:
+    plain = all(type(value) in (int, float) for value in options.values())
+    return plain and options.keys() <= _DEFAULTS.keys()
 
 
 def _methods(cls: Any) -> tuple[Any, ...]:
@@ -194,14 +193,15 @@ def _same_transforms(origin: Any) -> bool:
     """Do ours compute what zuko's do, on a few elements? Another version of it may not."""
     numbers = torch.arange(1, 81, device="cpu", dtype=torch.float32).sin()
     parameters = (4 * numbers[:72].view(9, 8)).split([3, 3, 2], -1)
-    x = 1.5 * SplineMaker(origin)._options["bound"] * numbers[70:79]
     try:
-        ours, theirs = SplineMaker(origin)(*parameters), origin(*parameters)
+        maker = SplineMaker(origin)
+        x = 1.5 * maker._options["bound"] * numbers[70:79]
+        ours, theirs = maker(*parameters), origin(*parameters)
         if not any(isinstance(t, _OnePass) for t in (ours, *getattr(ours, "transforms", ()))):
             return False
         found, wanted = ((*t.call_and_ladj(x), t.inv(x)) for t in (ours, theirs))
         return _close(found, wanted)
-    except (AttributeError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         return False
 
 

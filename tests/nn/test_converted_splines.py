@@ -276,7 +276,7 @@ def test_transforms_of_functions():
 
 def test_compiled_it_is_ours():
     theirs, ours = pair()
-    x, context = batch(theirs)
+    x, _ = batch(theirs)
     maker, own = (flow.transform.transforms[0].univariate for flow in (ours, theirs))
     rows = torch.randn(65, 23, generator=torch.Generator().manual_seed(0))
     graphs = []
@@ -301,6 +301,12 @@ def test_compiled_it_is_ours():
         close(one, other, 1e-3)
     assert [code.count("maskmoe.rational_quadratic") for code in graphs] == [1, 1]
 
+
+@pytest.mark.parametrize("name", ["NSF", "circular"])
+def test_a_compiled_flow_is_the_same(name):
+    theirs, ours = pair(name)
+    x, context = batch(theirs)
+    torch.compiler.reset()
     compiled = torch.compile(lambda x, c: ours(c).log_prob(x), backend="aot_eager")
     close(compiled(x, context), theirs(context).log_prob(x))
     torch.compiler.reset()

@@ -24,7 +24,12 @@ from torch.distributions import Transform
 from maskmoe_kernels._compat import needs_torch_operators
 from maskmoe_kernels.nn.converted_class import Rewritten, restore_class_, rewrite_
 from maskmoe_kernels.ops.checks import PLAIN
-from maskmoe_kernels.ops.splines import rational_quadratic, rational_quadratic_inverse, takes
+from maskmoe_kernels.ops.splines import (
+    SplineForm,
+    rational_quadratic,
+    rational_quadratic_inverse,
+    takes,
+)
 
 _ORIGIN = ("zuko.transforms", "MonotonicRQSTransform")
 _CIRCULAR = ("zuko.flows.spline", "CircularRQSTransform")  # a function, which uses that class
@@ -90,10 +95,10 @@ class SplineMaker:
             _methods(self._class.origin) != self._replaced
             or not _are_known(options)
             or not _fit(args)
-            or not takes(args[0].shape[-1], **options)
+            or not takes(args[0].shape[-1], SplineForm(**options))
         ):
             return self.origin(*args, **kwargs)
-        return self._class(args, float(options["bound"]), float(options["slope"]))
+        return self._class(args, SplineForm(**options))
 
     def __reduce__(self) -> Any:
         return SplineMaker, (self.origin,)
@@ -111,18 +116,16 @@ class _OnePass:
 
     origin: Any
 
-    def __init__(
-        self, parameters: tuple[Tensor, Tensor, Tensor], bound: float, slope: float
-    ) -> None:
+    def __init__(self, parameters: tuple[Tensor, Tensor, Tensor], form: SplineForm) -> None:
         Transform.__init__(self)  # type: ignore[arg-type]
-        self._given, self._bound, self._slope = parameters, bound, slope
+        self._given, self._form = parameters, form
 
     def __getattr__(self, name: str) -> Any:
         own = vars(self)
         if "_made" in own or "_given" not in own or name.startswith("__"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self._made = True
-        made = self.origin(*self._given, bound=self._bound, slope=self._slope)
+        made = self.origin(*self._given, bound=self._form.bound, slope=self._form.slope)
         for key, value in vars(made).items():
             own.setdefault(key, value)
         return getattr(self, name)
@@ -130,18 +133,18 @@ class _OnePass:
     def _call(self, x: Any) -> Any:
         if not self._takes(x):
             return super()._call(x)  # type: ignore[misc]
-        return rational_quadratic(x, *self._given, self._bound, self._slope)[0]
+        return rational_quadratic(x, *self._given, self._form)[0]
 
     def _inverse(self, y: Any) -> Any:
         if not self._takes(y):
             return super()._inverse(y)  # type: ignore[misc]
-        return rational_quadratic_inverse(y, *self._given, self._bound, self._slope)[0]
+        return rational_quadratic_inverse(y, *self._given, self._form)[0]
 
     def call_and_ladj(self, x: Any) -> Any:
         """As zuko's: the values, and the logarithms of the slopes."""
         if not self._takes(x):
             return super().call_and_ladj(x)  # type: ignore[misc]
-        return rational_quadratic(x, *self._given, self._bound, self._slope)
+        return rational_quadratic(x, *self._given, self._form)
 
     def _takes(self, x: Any) -> bool:
         return _plain(x) and x.shape == self._given[0].shape[:-1] and not needs_torch_operators()
@@ -211,14 +214,15 @@ def _same_transforms(origin: Any) -> bool:
 class _NflowsSpline(Rewritten):
     num_bins: int
 
-    def _form(self) -> tuple[float, float, float, float, bool] | None:
+    def _form(self) -> SplineForm | None:
         """What splines of these options are to the kernels; None: they do not compute them."""
         this: Any = self
         if this.tails != "linear":
             return None
         bound, slope = float(this.tail_bound), float(this.min_derivative)
-        form = bound, slope, float(this.min_bin_width), float(this.min_bin_height), False
-        return form if takes(self.num_bins, *form) else None
+        width, height = float(this.min_bin_width), float(this.min_bin_height)
+        form = SplineForm(bound, slope, width, height, squashed=False)
+        return form if takes(self.num_bins, form) else None
 
     def _one_pass(self, inputs: Any, parameters: Any, scale: Any, inverse: bool) -> Any:
         """Values and logarithms of slopes, both as ``inputs``; None: nflows has to compute them.
@@ -243,7 +247,7 @@ class _NflowsSpline(Rewritten):
         if scale is not None:
             widths, heights = widths / math.sqrt(scale), heights / math.sqrt(scale)
         function = rational_quadratic_inverse if inverse else rational_quadratic
-        outputs, log_slope = function(inputs, widths, heights, derivatives, *form)
+        outputs, log_slope = function(inputs, widths, heights, derivatives, form)
         return outputs, -log_slope if inverse else log_slope
 
     @torch.no_grad()
@@ -253,7 +257,7 @@ class _NflowsSpline(Rewritten):
         if form is None:
             return False
         numbers = torch.arange(1, 1 + 9 * each, device="cpu", dtype=torch.float32).sin()
-        x, parameters = 1.5 * form[0] * numbers[-9:].view(9, 1), 4 * numbers.view(9, 1, each)
+        x, parameters = 1.5 * form.bound * numbers[-9:].view(9, 1), 4 * numbers.view(9, 1, each)
         ours, theirs = getattr(self, self.replaces), functools.partial(self.replaced, self)
         try:
             return all(

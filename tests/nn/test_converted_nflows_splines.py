@@ -5,10 +5,10 @@ import io
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.ops import native
+from tests.nn.seen_ops import ops_of
 
 pytest.importorskip("nflows", reason="nflows is not installed")
 
@@ -47,25 +47,6 @@ FLOWS = {
     "coupling": lambda: flow_of(coupling),
 }
 each_flow = pytest.mark.parametrize("name", FLOWS)
-
-
-class Seen(TorchDispatchMode):
-    """Which of our ops for splines ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "rational_quadratic" in function.__name__:
-            self.ops.append(function.__name__.removesuffix(".default"))
-        return function(*args, **(kwargs or {}))
-
-
-def ops_of(call):
-    with Seen() as seen:
-        call()
-    return seen.ops
 
 
 def pair(name="autoregressive"):

@@ -10,12 +10,12 @@ import torch
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import maskmoe_kernels as mk
 from maskmoe_kernels.nn.converted_splines import SplineMaker
 from maskmoe_kernels.ops import native
-from maskmoe_kernels.ops.splines import reference
+from maskmoe_kernels.ops.splines import SplineForm, reference
+from tests.nn.seen_ops import ops_of
 
 zuko = pytest.importorskip("zuko", reason="zuko is not installed")
 MonotonicRQSTransform = zuko.transforms.MonotonicRQSTransform
@@ -33,19 +33,6 @@ FLOWS = {
     "circular": lambda: zuko.flows.NCSF(FEATURES, CONTEXT, slope=0.01, **SMALL),
 }
 each_flow = pytest.mark.parametrize("name", FLOWS)
-
-
-class Seen(TorchDispatchMode):
-    """Which of our ops ran."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "maskmoe":
-            self.ops.append(function.__name__.removesuffix(".default"))
-        return function(*args, **(kwargs or {}))
 
 
 def pair(name="NSF"):
@@ -74,12 +61,6 @@ def batch(flow, rows=65):
 
 def makers(flow):
     return [m.univariate for m in flow.modules() if hasattr(m, "univariate")]
-
-
-def ops_of(call):
-    with Seen() as seen:
-        call()
-    return seen.ops
 
 
 def close(one, other, tolerance=1e-4):
@@ -155,10 +136,10 @@ def test_the_definition_is_zukos():
     x, rows = (torch.randn(3, 4, 5, *n, generator=generator).double() for n in ((), (11,)))
     x, parameters = 3 * x, (3 * rows).split([4, 4, 3], -1)
     theirs = MonotonicRQSTransform(*parameters, bound=3.5, slope=0.02)
-    found = reference.rational_quadratic(x, *parameters, 3.5, 0.02)
+    found = reference.rational_quadratic(x, *parameters, SplineForm(3.5, 0.02))
     for one, other in zip(found, theirs.call_and_ladj(x), strict=True):
         torch.testing.assert_close(one, other)
-    back, _ = reference.rational_quadratic_inverse(x, *parameters, 3.5, 0.02)
+    back, _ = reference.rational_quadratic_inverse(x, *parameters, SplineForm(3.5, 0.02))
     torch.testing.assert_close(back, theirs.inv(x))
 
 

@@ -5,5 +5,6 @@ from maskmoe_kernels.ops.splines.autograd import (
     rational_quadratic_inverse,
     takes,
 )
+from maskmoe_kernels.ops.splines.reference import SplineForm
 
-__all__ = ["rational_quadratic", "rational_quadratic_inverse", "takes"]
+__all__ = ["SplineForm", "rational_quadratic", "rational_quadratic_inverse", "takes"]

@@ -15,61 +15,37 @@ from torch import Tensor
 from maskmoe_kernels._compat import is_batched
 from maskmoe_kernels.ops import native
 from maskmoe_kernels.ops.splines import reference, schema
+from maskmoe_kernels.ops.splines.reference import SplineForm
 
 
-def takes(
-    bins: int,
-    bound: float,
-    slope: float,
-    width: float = 0.0,
-    height: float = 0.0,
-    squashed: bool = True,
-) -> bool:
+def takes(bins: int, form: SplineForm) -> bool:
     """Do the kernels compute such splines, of float32 on a CPU?"""
-    if not 1 <= bins <= schema.MAX_BINS:
+    if native.UNSUPPORTED_REASON is not None or not 1 <= bins <= schema.MAX_BINS:
         return False
-    least, most = (0.0, 0.0) if squashed else (schema.LEAST, schema.MOST_FIXED / bins)
+    least, most = (0.0, 0.0) if form.squashed else (schema.LEAST, schema.MOST_FIXED / bins)
     return (
-        native.UNSUPPORTED_REASON is None
-        and 1e-6 <= bound <= 1e6
-        and schema.LEAST <= slope < 1
-        and all(least <= m <= most for m in (width, height))
+        1e-6 <= form.bound <= 1e6
+        and schema.LEAST <= form.slope < 1
+        and least <= form.width <= most
+        and least <= form.height <= most
     )
 
 
 def rational_quadratic(
-    x: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float,
-    width: float = 0.0,
-    height: float = 0.0,
-    squashed: bool = True,
+    x: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, form: SplineForm
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reference.rational_quadratic`, of what :func:`takes`, differentiable."""
     apply: Any = _RationalQuadratic.apply
-    of = _flat(x, widths, heights, derivatives)
-    y, log_slope = apply(*of, bound, slope, width, height, squashed)
+    y, log_slope = apply(*_flat(x, widths, heights, derivatives), *form)
     return y.view(x.shape), log_slope.view(x.shape)
 
 
 def rational_quadratic_inverse(
-    y: Tensor,
-    widths: Tensor,
-    heights: Tensor,
-    derivatives: Tensor,
-    bound: float,
-    slope: float,
-    width: float = 0.0,
-    height: float = 0.0,
-    squashed: bool = True,
+    y: Tensor, widths: Tensor, heights: Tensor, derivatives: Tensor, form: SplineForm
 ) -> tuple[Tensor, Tensor]:
     """As :func:`reference.rational_quadratic_inverse`, of what :func:`takes`, differentiable."""
     apply: Any = _Inverse.apply
-    of = _flat(y, widths, heights, derivatives)
-    x, log_slope = apply(*of, bound, slope, width, height, squashed)
+    x, log_slope = apply(*_flat(y, widths, heights, derivatives), *form)
     return x.view(y.shape), log_slope.view(y.shape)
 
 
@@ -83,7 +59,7 @@ class _RationalQuadratic(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = torch.ops.maskmoe.rational_quadratic(*args)
         ctx.save_for_backward(*args[:4])
-        ctx.options = args[4:]
+        ctx.form = SplineForm(*args[4:])
         ctx.set_materialize_grads(False)
         return result
 
@@ -91,7 +67,7 @@ class _RationalQuadratic(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if _to_compose(*grads):
             return _composed(reference.rational_quadratic, ctx, *grads)
-        return (*_gradients(*grads, *ctx.saved_tensors, *ctx.options), *_NO_GRADIENTS)
+        return (*_gradients(*grads, *ctx.saved_tensors, *ctx.form), *_NO_GRADIENTS)
 
 
 class _Inverse(torch.autograd.Function):
@@ -101,7 +77,7 @@ class _Inverse(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         x, log_slope = torch.ops.maskmoe.rational_quadratic_inverse(*args)
         ctx.save_for_backward(*args[:4], x, log_slope)
-        ctx.options = args[4:]
+        ctx.form = SplineForm(*args[4:])
         ctx.set_materialize_grads(False)
         return x, log_slope
 
@@ -110,7 +86,7 @@ class _Inverse(torch.autograd.Function):
         if _to_compose(grad_x, grad_log):
             return _composed(reference.rational_quadratic_inverse, ctx, grad_x, grad_log)
         _, *parameters, x, log_slope = ctx.saved_tensors
-        of = (x, *parameters, *ctx.options)
+        of = (x, *parameters, *ctx.form)
         if grad_log is not None:
             moved = _gradients(None, grad_log, *of)[0]  # grad_log dl/dx
             grad_x = moved if grad_x is None else grad_x + moved
@@ -119,11 +95,11 @@ class _Inverse(torch.autograd.Function):
         return (grad_y, *grads, *_NO_GRADIENTS)
 
 
-_NO_GRADIENTS = (None,) * 5  # of the options
+_NO_GRADIENTS = (None,) * len(SplineForm._fields)
 
 
 def _gradients(grad_y: Tensor | None, grad_log_slope: Tensor | None, *of: Any) -> list[Tensor]:
-    """Gradients of x, widths, heights and derivatives; ``of``: they, and the options."""
+    """Gradients of x, widths, heights and derivatives; ``of``: they, and the form's."""
     dense = (None if g is None else g.contiguous() for g in (grad_y, grad_log_slope))
     grad_x, grad = torch.ops.maskmoe.rational_quadratic_backward(*dense, *of)
     return [grad_x, *grad.split([u.shape[1] for u in of[1:4]], 1)]
@@ -144,8 +120,7 @@ def _composed(
     with torch.enable_grad():
         if not graph:
             given = [u.detach().requires_grad_(need) for u, need in zip(given, needed, strict=True)]
-        results = function(*given, *ctx.options)
-        results = results if isinstance(results, tuple) else (results,)
+        results = function(*given, ctx.form)
         chosen = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None]
         found = iter(
             torch.autograd.grad(

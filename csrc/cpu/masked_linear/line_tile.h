@@ -97,8 +97,11 @@ struct LineTile {
       }
     } else if (count == L) {
       for (int64_t r = 0; r < rows; ++r, from += step, to += L) {
-        // The same columns of the next rows; of long rows they would push each other out.
-        if (step <= kShortRow) __builtin_prefetch(from + kTogether * step + column * width);
+        // The same columns of the next rows. Where two vectors share a cache line, those of long
+        // rows would push each other out between the first and the second.
+        if (L * width >= 64 || step <= kShortRow) {
+          __builtin_prefetch(from + kTogether * step + column * width);
+        }
         I::store(to, then(E::template load_as<D>(from, column), r));
       }
     } else {

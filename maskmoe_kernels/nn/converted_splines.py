@@ -95,10 +95,10 @@ class SplineMaker:
             _methods(self._class.origin) != self._replaced
             or not _are_known(options)
             or not _fit(args)
-            or not takes(args[0].shape[-1], SplineForm(**options))
+            or not takes(args[0].shape[-1], form := SplineForm(**options))
         ):
             return self.origin(*args, **kwargs)
-        return self._class(args, SplineForm(**options))
+        return self._class(args, form)
 
     def __reduce__(self) -> Any:
         return SplineMaker, (self.origin,)

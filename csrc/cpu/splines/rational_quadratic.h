@@ -213,6 +213,7 @@ struct RationalQuadraticOf {
   };
 
   static V minus(V a) { return I::xor_bits(a, I::set(-0.0f)); }
+
   // Of the domain, or of the range, a bin takes the fraction f = least + (1 - K least) p, where p is
   // the softmax of the bins' parameters.
   struct Axis {
@@ -237,7 +238,7 @@ struct RationalQuadraticOf {
     for (int64_t k = 0; k < s.bins; ++k) I::store(to + k * L, I::div(I::load(to + k * L), total));
   }
 
-  // The bin that x is in, or y where kUp. Parameters and fractions are left in `scratch`.
+  // The bin that x is in, or y where kUp. Parameters and their softmax are left in `scratch`.
   template <bool kUp>
   static Bin find(const Splines& s, const Lanes& lanes, V x, Scratch& scratch) {
     float *u = scratch.parameters, *v = u + s.bins * L, *slopes = v + s.bins * L;
